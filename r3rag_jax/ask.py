@@ -1,0 +1,37 @@
+"""Ask a trained run a question and watch it reason and retrieve.
+
+python -m r3rag_jax.ask --checkpoint runs/quickstart "Who wrote …?"
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from r3rag_jax.configio import FlagParser
+from r3rag_jax.errors import UserError, main_guard
+from r3rag_jax.evaluate import add_checkpoint_flags, open_session
+from r3rag_jax.evaluator import play_greedy
+from r3rag_jax.session import use_compile_cache
+from r3rag_jax.types import Question
+from r3rag_jax.view import print_trajectory
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = FlagParser(prog="python -m r3rag_jax.ask", description=(__doc__ or "").splitlines()[0])
+    add_checkpoint_flags(parser)
+    parser.add_argument("question", help="in quotes")
+    args = parser.parse_args(argv)
+    if not args.question.strip():
+        raise UserError("the question must not be empty")
+    use_compile_cache()
+    session, phase = open_session(args)
+    question = Question("asked", args.question.strip(), ())
+    [trajectory] = play_greedy(session.roller(), session.phase_params(phase), [question])
+    print_trajectory(trajectory, session.console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""Trajectories -> TrainBatch: packs samples into rows, places rewards, masks the padding.
+
+Arrays stay on the host (numpy); the caller puts them on its mesh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from r3rag_jax.data.sft import first_fit_decreasing, join, row_layout
+from r3rag_jax.types import Sample, TrainBatch, Trajectory
+
+Credit = Literal["trajectory", "step"]
+
+
+def pack(
+    samples: Sequence[Sample],
+    step_rewards: Sequence[np.ndarray],
+    *,
+    row_length: int,
+    num_rows: int | None = None,
+    credit: Credit,
+) -> TrainBatch:
+    """Packs samples, each whole, into rows of `row_length` tokens by first-fit-decreasing.
+
+    The reward of a step sits on the last policy token of the step. An episode is what credit
+    flows within: a step with credit="step", else a sample, which for the protocol `tags` is the
+    whole trajectory and for `steps`, whose samples hold one step each, still a step.
+
+    Args:
+        step_rewards: for each sample the rewards [T] of its trajectory, indexed by `step_ids`.
+        num_rows: rows of the batch, empty ones included; default: as many as are needed.
+
+    Returns:
+        numpy arrays [num_rows, row_length].
+
+    Raises:
+        UserError: a sample is longer than a row.
+        ValueError: a reward that is missing or not finite, or more rows needed than `num_rows`.
+    """
+    rows = first_fit_decreasing([len(sample) for sample in samples], row_length)
+    if num_rows is not None:
+        if len(rows) > num_rows:
+            raise ValueError(f"the samples must fit num_rows={num_rows} rows; need {len(rows)}")
+        rows += [[]] * (num_rows - len(rows))
+    columns = [_columns(s, r, credit) for s, r in zip(samples, step_rewards, strict=True)]
+
+    def stack(name: str, dtype: type, fill: float = 0) -> Any:
+        cells = [join([columns[i][name] for i in row], row_length, dtype, fill) for row in rows]
+        return np.stack(cells) if cells else np.zeros((0, row_length), dtype)
+
+    layouts = [row_layout([len(samples[i]) for i in row], row_length) for row in rows]
+    layout: Any = np.asarray(layouts, np.int32).reshape(len(rows), 2, row_length)
+    return TrainBatch(
+        tokens=stack("tokens", np.int32),
+        positions=layout[:, 0],
+        segment_ids=layout[:, 1],
+        loss_mask=stack("loss_mask", np.bool_),
+        behaviour_logprobs=stack("behaviour_logprobs", np.float32),
+        rewards=stack("rewards", np.float32),
+        continues=stack("continues", np.bool_, fill=True),
+        temperature=stack("temperature", np.float32, fill=1),
+    )
+
+
+def _columns(sample: Sample, step_rewards: np.ndarray, credit: Credit) -> dict[str, np.ndarray]:
+    """What the tokens of one sample carry, each [L].
+
+    step_ids -1 0 0 -1 1, rewards 0.5 2.0  ->  rewards    0 0 0.5 0 2.0
+             credit="trajectory"           ->  continues  1 1 1   1 0
+             credit="step"                 ->  continues  1 1 0   1 0
+    """
+    if len(sample) and sample.loss_mask[0]:
+        raise ValueError("a sample must open with its prompt: nothing predicts its first token")
+    num_tokens = len(sample)
+    # The last policy token of each step, in the order of the steps.
+    steps, from_end = np.unique(sample.step_ids[::-1], return_index=True)
+    last_token = (num_tokens - 1 - from_end)[steps >= 0]
+    steps = steps[steps >= 0]
+    if len(steps) and steps[-1] >= len(step_rewards):
+        raise ValueError(f"step {steps[-1]} must have a reward; got {len(step_rewards)} rewards")
+    rewards = np.zeros(num_tokens, np.float32)
+    rewards[last_token] = np.asarray(step_rewards, np.float32)[steps]
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"rewards must be finite; got {step_rewards}")
+    continues = np.ones(num_tokens, np.bool_)
+    if len(last_token):
+        continues[last_token if credit == "step" else last_token.max()] = False
+    return {
+        "tokens": sample.ids,
+        "loss_mask": sample.loss_mask,
+        "behaviour_logprobs": sample.behaviour_logprobs,
+        "rewards": rewards,
+        "continues": continues,
+        "temperature": np.full(num_tokens, sample.temperature or 1.0, np.float32),
+    }
+
+
+def minibatches(
+    trajectories: Sequence[Trajectory],
+    rewards: Sequence[np.ndarray],
+    *,
+    row_length: int,
+    batch_rows: int,
+    credit: Credit,
+    rng: np.random.Generator,
+) -> list[TrainBatch]:
+    """Packs all samples of all trajectories, shuffles the rows and cuts them into batches.
+
+    Each sample is in exactly one batch; empty rows fill up the last one.
+
+    Args:
+        rewards: for each trajectory the rewards [T] of its T steps, float32.
+
+    Raises:
+        UserError, ValueError: as `pack`; also a reward that no or more than one sample carries.
+    """
+    samples: list[Sample] = []
+    step_rewards: list[np.ndarray] = []
+    for trajectory, rewards_T in zip(trajectories, rewards, strict=True):
+        _check_rewards(trajectory, rewards_T)
+        samples.extend(trajectory.samples)
+        step_rewards.extend([rewards_T] * len(trajectory.samples))
+    packed = pack(samples, step_rewards, row_length=row_length, credit=credit)
+    num_rows = len(packed.tokens)
+    num_empty = -num_rows % batch_rows
+    empty = pack([], [], row_length=row_length, num_rows=num_empty, credit=credit)
+    order = np.append(rng.permutation(num_rows), np.arange(num_rows, num_rows + num_empty))
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts)[order], packed, empty)
+    starts = range(0, num_rows, batch_rows)
+    return [jax.tree.map(lambda x, i=i: x[i : i + batch_rows], whole) for i in starts]
+
+
+def _check_rewards(trajectory: Trajectory, rewards_T: np.ndarray) -> None:
+    """Each step must have a reward, and each reward exactly one sample to sit in."""
+    if len(rewards_T) != len(trajectory.steps):
+        raise ValueError(
+            f"each of the {len(trajectory.steps)} steps must have a reward; got {len(rewards_T)}"
+        )
+    carried = [np.unique(sample.step_ids[sample.loss_mask]) for sample in trajectory.samples]
+    counts = np.bincount(np.concatenate([*carried, np.arange(0)]), minlength=len(rewards_T))[
+        : len(rewards_T)
+    ]
+    wrong = np.flatnonzero((counts > 1) | ((counts == 0) & (rewards_T != 0)))
+    if len(wrong):
+        step = wrong[0]
+        raise ValueError(
+            f"the reward of a step must sit in exactly one sample; {counts[step]} samples of "
+            f"question {trajectory.question.id!r} have policy tokens of step {step}"
+        )
+
+
+def fill_fraction(batch: TrainBatch) -> float:
+    """Share of the batch's tokens that are not padding."""
+    return float(np.mean(np.asarray(batch.segment_ids) > 0))

@@ -1,0 +1,432 @@
+"""Every configuration key: frozen dataclasses, a comment and unit per field, relations checked.
+
+`configio` reads them from YAML and `key=value` overrides, strictly, and prints them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from r3rag_jax.errors import UserError
+
+PHASES = ("index", "sft", "rl", "eval")
+SYSTEMS = ("closed_book", "oneshot_rag", "cold_start", "r3rag")
+MAX_SEED = 2**32 - 1  # what numpy takes
+
+Rule = tuple[str, Callable[[Any], bool]]
+AT_LEAST_0: Rule = ("at least 0", lambda x: x >= 0)
+AT_LEAST_1: Rule = ("at least 1", lambda x: x >= 1)
+ABOVE_0: Rule = ("above 0", lambda x: x > 0)
+FRACTION: Rule = ("in [0, 1]", lambda x: 0 <= x <= 1)
+SEED: Rule = (f"in [0, {MAX_SEED}]", lambda x: 0 <= x <= MAX_SEED)
+MESH_SIZE: Rule = ("at least 1, or -1 for what is left", lambda x: x == -1 or x >= 1)
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used: one line with the dotted key, the rule and what came.
+
+    `keys` are the dotted keys that the rule is about, so that the loader can name where they stand.
+    """
+
+    def __init__(self, message: str, keys: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
+
+
+def key(default: Any, help: str, unit: str = "") -> Any:
+    """A dataclass field with what `--help` prints of it."""
+    metadata = {"help": help, "unit": unit}
+    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
+        raise TypeError(f"defaults must be immutable scalars or tuples; got {default!r}")
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _require(ok: bool, message: str, *keys: str) -> None:
+    """Raises ConfigError with `message` about the dotted `keys` unless `ok`."""
+    if not ok:
+        raise ConfigError(message, keys)
+
+
+def _each(section: Any, prefix: str, rule: Rule, names: str) -> None:
+    """Holds every field of `section` in the blank-separated `names` to `rule`."""
+    words, holds = rule
+    for name in names.split():
+        value = getattr(section, name)
+        _require(holds(value), f"{prefix}{name} must be {words}; got {value}", prefix + name)
+
+
+def _names(values: tuple[str, ...], allowed: tuple[str, ...], dotted: str) -> None:
+    """Holds a tuple of names to: at least one, each of `allowed`, none twice."""
+    listed = ", ".join(allowed)
+    _require(len(values) > 0, f"{dotted} must name at least one of {listed}; got none", dotted)
+    for value in values:
+        _require(value in allowed, f"{dotted} must be among {listed}; got {value!r}", dotted)
+    _require(
+        len(set(values)) == len(values),
+        f"{dotted} must name nothing twice; got {', '.join(values)}",
+        dotted,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+    """The embedded fictional encyclopedia (`data.source: world`)."""
+
+    seed: int = key(0, "which world; any integer gives a new one")
+    num_people: int = key(600, "people in the encyclopedia", "entities")
+    num_sft: int = key(
+        500, "questions with a teacher's trajectory, for the cold start", "questions"
+    )
+    num_rl: int = key(3000, "questions without trajectories, for RL", "questions")
+    num_dev: int = key(64, "questions to watch while training", "questions")
+    num_test: int = key(400, "questions for the final tables", "questions")
+    waste: float = key(0.25, "share of teacher trajectories with a needless retrieval", "fraction")
+
+    def __post_init__(self) -> None:
+        _each(self, "world.", SEED, "seed")
+        _each(self, "world.", AT_LEAST_1, "num_people num_sft num_rl num_dev num_test")
+        _each(self, "world.", FRACTION, "waste")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where questions, trajectories and passages come from."""
+
+    source: Literal["world", "files"] = key(
+        "world", "`world` writes the embedded one; `files` reads the paths below"
+    )
+    corpus: str = key("", "passages, FlashRAG JSONL {id, contents}", "path")
+    sft: str = key(
+        "", "trajectories for the cold start, JSONL {question, golden_answers, steps}", "path"
+    )
+    rl: str = key("", "questions for RL, FlashRAG JSONL", "path")
+    dev: str = key("", "questions to watch while training, FlashRAG JSONL", "path")
+    test: str = key("", "questions for the final tables, FlashRAG JSONL", "path")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.source != "files" or self.corpus != "",
+            "data.corpus must be given when data.source is files; got none",
+            "data.corpus",
+            "data.source",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The policy."""
+
+    path: str = key(
+        "bundled",
+        "a Hugging Face directory, or `bundled`: the small Qwen2 base in the package",
+        "path",
+    )
+    init: Literal["pretrained", "random"] = key(
+        "pretrained", "`random` keeps architecture and tokenizer only"
+    )
+    dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "compute type; parameters are float32 masters"
+    )
+    remat: Literal["none", "full", "dots"] = key("none", "what the backward pass recomputes")
+    attention: Literal["xla", "cudnn"] = key("xla", "attention implementation")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.path != "", "model.path must be a directory or bundled; got none", "model.path"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalConfig:
+    """The retriever."""
+
+    encoder: Literal["hash"] = key(
+        "hash", "`hash`: TF-IDF of hashed words and letter n-grams, needs no download"
+    )
+    dim: int = key(1024, "embedding size of the hash encoder", "floats")
+    index: Literal["flat"] = key("flat", "FAISS index type")
+    top_k: int = key(2, "passages per retrieval", "passages")
+    oneshot_top_k: int = key(8, "passages of the one-shot RAG baseline", "passages")
+    passage_tokens: int = key(64, "budget per passage; longer ones are cut", "tokens")
+    max_passages: int = key(10, "budget of a trajectory", "passages")
+
+    def __post_init__(self) -> None:
+        _each(
+            self,
+            "retrieval.",
+            AT_LEAST_1,
+            "dim top_k oneshot_top_k passage_tokens max_passages",
+        )
+        _require(
+            self.max_passages >= self.top_k,
+            f"retrieval.max_passages must be at least retrieval.top_k={self.top_k};"
+            f" got {self.max_passages}",
+            "retrieval.max_passages",
+            "retrieval.top_k",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling of trajectories."""
+
+    protocol: Literal["tags", "steps"] = key("tags", "text layout of a trajectory")
+    max_steps: int = key(5, "reasoning steps per trajectory", "steps")
+    max_new_tokens: int = key(64, "budget of one step", "tokens")
+    max_length: int = key(512, "budget of a context; cache slots per row", "tokens")
+    slots: int = key(64, "rows decoded side by side", "rows")
+    decode_chunk: int = key(32, "most tokens per row in one call on the device", "tokens")
+    samples: int = key(4, "trajectories per question in RL", "trajectories")
+    temperatures: tuple[float, ...] = key((1.0,), "one per sample, repeated as needed; 0 is greedy")
+
+    def __post_init__(self) -> None:
+        _each(
+            self,
+            "rollout.",
+            AT_LEAST_1,
+            "max_steps max_new_tokens max_length slots decode_chunk samples",
+        )
+        _require(
+            self.max_new_tokens < self.max_length,
+            f"rollout.max_new_tokens must be less than rollout.max_length={self.max_length};"
+            f" got {self.max_new_tokens}",
+            "rollout.max_new_tokens",
+            "rollout.max_length",
+        )
+        _require(
+            len(self.temperatures) > 0 and all(t >= 0 for t in self.temperatures),
+            "rollout.temperatures must be one or more numbers of at least 0;"
+            f" got {', '.join(map(str, self.temperatures)) or 'none'}",
+            "rollout.temperatures",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Cold start: next-token prediction of teacher trajectories."""
+
+    epochs: int = key(3, "passes over the trajectories", "epochs")
+    batch_rows: int = key(8, "packed rows per step", "rows")
+    row_length: int = key(512, "length of a packed row", "tokens")
+    lr: float = key(1e-5, "peak learning rate of AdamW, cosine decay")
+    warmup: float = key(0.1, "share of the steps with rising learning rate", "fraction")
+    weight_decay: float = key(0.0, "decoupled weight decay")
+    grad_norm: float = key(1.0, "gradient clipping, global norm")
+    checkpoint_every: int = key(100, "steps between checkpoints", "steps")
+
+    def __post_init__(self) -> None:
+        _each(self, "sft.", AT_LEAST_1, "epochs batch_rows row_length checkpoint_every")
+        _each(self, "sft.", AT_LEAST_0, "lr weight_decay")
+        _each(self, "sft.", ABOVE_0, "grad_norm")
+        _each(self, "sft.", FRACTION, "warmup")
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """PPO against the live retriever."""
+
+    iterations: int = key(40, "rollout-and-update rounds", "iterations")
+    questions: int = key(32, "questions per iteration", "questions")
+    epochs: int = key(1, "passes over an iteration's trajectories", "epochs")
+    batch_rows: int = key(16, "packed rows per update", "rows")
+    row_length: int = key(512, "length of a packed row", "tokens")
+    lr: float = key(5e-7, "peak learning rate of the policy, cosine to 10 %")
+    critic_lr: float = key(9e-6, "peak learning rate of the critic")
+    critic: Literal["separate", "head"] = key(
+        "separate", "a value model of its own, or a head on the policy's trunk"
+    )
+    value_coef: float = key(1.0, "weight of the value loss")
+    warmup: float = key(0.03, "share of the updates with rising learning rate", "fraction")
+    grad_norm: float = key(1.0, "gradient clipping, global norm")
+    clip: float = key(0.2, "PPO ratio clip")
+    value_clip: float = key(0.2, "value clip")
+    gamma: float = key(1.0, "discount per policy token")
+    lam: float = key(1.0, "GAE lambda")
+    kl: float = key(0.01, "weight of the per-token KL penalty to the cold-start policy")
+    entropy: float = key(0.0, "weight of the entropy bonus")
+    credit: Literal["trajectory", "step"] = key(
+        "trajectory", "`step`: each step is its own episode, as released"
+    )
+    eval_every: int = key(10, "iterations between evaluations on dev", "iterations")
+    checkpoint_every: int = key(10, "iterations between checkpoints", "iterations")
+
+    def __post_init__(self) -> None:
+        _each(self, "rl.", AT_LEAST_1, "iterations questions epochs batch_rows row_length")
+        _each(self, "rl.", AT_LEAST_1, "eval_every checkpoint_every")
+        _each(self, "rl.", AT_LEAST_0, "lr critic_lr value_coef kl entropy")
+        _each(self, "rl.", ABOVE_0, "grad_norm clip value_clip")
+        _each(self, "rl.", FRACTION, "warmup gamma lam")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """R3 shaping (arXiv 2505.23794)."""
+
+    outcome: Literal["em", "f1", "cover_em"] = key("em", "what makes an answer correct")
+    process: Literal["gold", "embedding"] = key(
+        "gold", "relevance of a retrieval: gold passage found, or similarity"
+    )
+    use_outcome: bool = key(True, "False: process rewards only")
+    use_process: bool = key(True, "False: outcome reward only")
+    outcome_weight: float = key(2.0, "reward of a correct answer")
+    malformed: float = key(-1.0, "reward of a malformed step")
+    no_answer: float = key(
+        0.5, "penalty on the last step of a trajectory without answer (not in compat: paper)"
+    )
+    factor_correct: float = key(1.6, "process factor of a correct trajectory")
+    factor_wrong: float = key(0.8, "process factor of a wrong answer")
+    factor_no_answer: float = key(0.9, "process factor without an answer")
+    compat: Literal["r3", "paper"] = key(
+        "r3", "`paper` keeps the released shaping with its incentive inversion"
+    )
+    clip: float = key(10.0, "rewards are clipped to plus or minus this")
+
+    def __post_init__(self) -> None:
+        _each(
+            self, "rewards.", AT_LEAST_0, "no_answer factor_correct factor_wrong factor_no_answer"
+        )
+        _each(self, "rewards.", ABOVE_0, "clip")
+        _require(
+            self.use_outcome or self.use_process,
+            "rewards.use_outcome or rewards.use_process must be true; got false for both",
+            "rewards.use_outcome",
+            "rewards.use_process",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """The final tables."""
+
+    systems: tuple[str, ...] = key(
+        ("closed_book", "oneshot_rag", "cold_start", "r3rag"), "what the eval phase compares"
+    )
+    max_questions: int = key(0, "0 takes all test questions", "questions")
+
+    def __post_init__(self) -> None:
+        _names(self.systems, SYSTEMS, "eval.systems")
+        _each(self, "eval.", AT_LEAST_0, "max_questions")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices. Every jitted step runs on a mesh (data, fsdp, tensor)."""
+
+    data: int = key(-1, "data parallel size; -1 takes what the others leave", "devices")
+    fsdp: int = key(1, "parameter sharding", "devices")
+    tensor: int = key(1, "tensor parallel size", "devices")
+    distributed: bool = key(
+        False, "start jax.distributed; its coordinator is detected on TPU pods and Slurm"
+    )
+    coordinator: str = key("", "host:port of process 0 where detection does not work")
+    num_processes: int = key(0, "number of processes with an explicit coordinator", "processes")
+    process_id: int = key(-1, "rank of this process with an explicit coordinator")
+
+    def __post_init__(self) -> None:
+        _each(self, "mesh.", MESH_SIZE, "data")
+        _each(self, "mesh.", AT_LEAST_1, "fsdp tensor")
+        if self.coordinator:
+            self._check_coordinator()
+            return
+        for name, unset in (("num_processes", 0), ("process_id", -1)):
+            value = getattr(self, name)
+            _require(
+                value == unset,
+                f"mesh.{name} must stay {unset} without a mesh.coordinator; got {value}",
+                f"mesh.{name}",
+            )
+
+    def _check_coordinator(self) -> None:
+        _require(
+            self.distributed,
+            "mesh.coordinator must be empty unless mesh.distributed is true;"
+            f" got {self.coordinator!r}",
+            "mesh.coordinator",
+            "mesh.distributed",
+        )
+        _require(
+            re.fullmatch(r"\S+:\d+", self.coordinator) is not None,
+            f"mesh.coordinator must be host:port; got {self.coordinator!r}",
+            "mesh.coordinator",
+        )
+        _each(self, "mesh.", AT_LEAST_1, "num_processes")
+        _require(
+            0 <= self.process_id < self.num_processes,
+            f"mesh.process_id must be in [0, {self.num_processes}), one of mesh.num_processes;"
+            f" got {self.process_id}",
+            "mesh.process_id",
+            "mesh.num_processes",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What a run tells."""
+
+    progress: bool = key(True, "live progress bars in a terminal")
+    trajectories: int = key(8, "trajectories kept per RL iteration", "trajectories")
+
+    def __post_init__(self) -> None:
+        _each(self, "log.", AT_LEAST_0, "trajectories")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    name: str = key("run", "the run's name")
+    run_dir: str = key("", "where the run lives; empty: runs/<name>", "path")
+    seed: int = key(0, "seed of initialisation, data order and sampling")
+    phases: tuple[str, ...] = key(("index", "sft", "rl", "eval"), "what to do, in this order")
+    world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    retrieval: RetrievalConfig = dataclasses.field(default_factory=RetrievalConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
+    rl: RLConfig = dataclasses.field(default_factory=RLConfig)
+    rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            re.fullmatch(r"[\w][\w.+-]*", self.name) is not None,
+            "name must be one directory name of letters, digits and _.+-, not led by a sign;"
+            f" got {self.name!r}",
+            "name",
+        )
+        _each(self, "", SEED, "seed")
+        _names(self.phases, PHASES, "phases")
+        _require(
+            list(self.phases) == sorted(self.phases, key=PHASES.index),
+            f"phases must come in the order {', '.join(PHASES)}; got {', '.join(self.phases)}",
+            "phases",
+        )
+        for phase, name in (("sft", "sft"), ("rl", "rl"), ("eval", "test")):
+            _require(
+                self.data.source != "files"
+                or phase not in self.phases
+                or getattr(self.data, name) != "",
+                f"data.{name} must be given when data.source is files and phases has {phase};"
+                " got none",
+                f"data.{name}",
+                "data.source",
+            )
+        _require(
+            "rl" not in self.phases or self.rl.row_length >= self.rollout.max_length,
+            "rl.row_length must be at least rollout.max_length="
+            f"{self.rollout.max_length}, for a trajectory fills one row; got {self.rl.row_length}",
+            "rl.row_length",
+            "rollout.max_length",
+        )
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the run lives: `run_dir`, or `runs/<name>` under the working directory."""
+        return Path(self.run_dir or f"runs/{self.name}")

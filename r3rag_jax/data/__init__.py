@@ -1,0 +1,1 @@
+"""What the system learns from: questions, passages and trajectories, and their pipelines."""

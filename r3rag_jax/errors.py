@@ -1,0 +1,37 @@
+"""Errors that are the user's to fix, and how an entry point reports them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
+USER_ERROR_STATUS = 2
+
+
+class UserError(ValueError):
+    """Bad input that the message lets the user fix: one line with place, rule and what came."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
+    """Decorates an entry point: a UserError becomes one `error: …` line on stderr and status 2.
+
+    The decorated function returns the exit status (None counts as 0); any other exception is a bug
+    and propagates with its traceback. Use: `if __name__ == "__main__": sys.exit(main())`.
+    """
+
+    @functools.wraps(main)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return USER_ERROR_STATUS
+
+    return guarded

@@ -1,0 +1,82 @@
+"""Evaluate a trained run on any FlashRAG JSONL files.
+
+    python -m r3rag_jax.evaluate --checkpoint runs/quickstart --questions FILE --corpus FILE [key=value …]
+
+Writes `<run>/eval/<name>.json` and `<run>/trajectories/<name>.jsonl`, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from r3rag_jax.configio import FlagParser, load_config
+from r3rag_jax.data.qa import read_passages, read_questions, trajectory_to_dict, write_jsonl
+from r3rag_jax.errors import UserError, main_guard
+from r3rag_jax.evaluator import fingerprint, play_greedy, summarise
+from r3rag_jax.metrics import Bar
+from r3rag_jax.retrieval.faiss_index import FaissIndex
+from r3rag_jax.retrieval.hash_encoder import HashEncoder
+from r3rag_jax.session import Session, use_compile_cache
+from r3rag_jax.view import results_table
+
+PHASES = ("rl", "sft")  # best first
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = FlagParser(prog="python -m r3rag_jax.evaluate", description=(__doc__ or "").splitlines()[0])
+    add_checkpoint_flags(parser)
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the run's test questions")
+    parser.add_argument("--name", default="", help="name of the result files; default: the questions' file name")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
+    args = parser.parse_intermixed_args(argv)
+    use_compile_cache()
+    session, phase = open_session(args)
+    path = args.questions or session.path_of("test")
+    questions = read_questions(path)
+    with Bar(f"eval {path.name}", len(questions), console=session.console, live=session.config.log.progress) as bar:
+        trajectories = play_greedy(
+            session.roller(), session.phase_params(phase), questions, lambda t: bar.advance(steps=len(t.steps))
+        )
+    name = args.name or path.stem
+    mark = fingerprint(questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k, phase=phase)
+    summary = summarise(name, trajectories, mark)
+    (session.run_dir / "eval").mkdir(exist_ok=True)
+    (session.run_dir / "eval" / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_jsonl(session.run_dir / "trajectories" / f"{name}.jsonl", map(trajectory_to_dict, trajectories))
+    session.console.print(results_table([summary]))
+    return 0
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that `evaluate` and `ask` share."""
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run directory of a training")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the run's own index")
+    parser.add_argument("--phase", choices=PHASES, help="which policy of the run; default: the last one trained")
+
+
+def open_session(args: argparse.Namespace) -> tuple[Session, str]:
+    """The session of a trained run, its retriever over `--corpus` where given, and the phase to load."""
+    path = args.checkpoint / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"--checkpoint must be a run directory with config.yaml; got {args.checkpoint}")
+    config = load_config(path, [*getattr(args, "overrides", ()), f"run_dir={args.checkpoint}"])
+    session = Session(config, args.checkpoint)
+    trained = [phase for phase in PHASES if session.policy_dir(phase).exists()]
+    phase = args.phase or (trained[0] if trained else "")
+    if phase not in trained:
+        raise UserError(f"{args.checkpoint} has no trained policy{f' of phase {phase}' if phase else ''}")
+    if args.corpus is not None:
+        passages = read_passages(args.corpus)
+        encoder = HashEncoder(dim=config.retrieval.dim)
+        encoder.fit([passage.contents for passage in passages])
+        session.retriever = FaissIndex.build(encoder, passages)
+    return session, phase
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Evaluation: questions to EM, F1, cover-EM and what they cost, for the trained policy and for baselines."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from r3rag_jax.protocol import reading_prompt
+from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.rewards.score import answers_of
+from r3rag_jax.rollout import Job, Roller
+from r3rag_jax.sampler.engine import Context, Engine
+from r3rag_jax.sampler.state import RowStatus
+from r3rag_jax.text import Tokenizer
+from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
+
+TITLES = {
+    "closed_book": "Closed book",
+    "oneshot_rag": "One-shot RAG",
+    "cold_start": "Cold start",
+    "r3rag": "R3-RAG",
+}
+OnDone = Callable[[Trajectory], None]
+MAX_ANSWER_TOKENS = 24
+
+
+def play_greedy(
+    roller: Roller, params: Any, questions: Sequence[Question], on_done: OnDone | None = None
+) -> list[Trajectory]:
+    """The policy's own trajectories, one per question, greedy."""
+    return roller.play(params, [Job(question) for question in questions], on_done)
+
+
+def read_answers(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    params: Any,
+    questions: Sequence[Question],
+    retriever: Retriever | None,
+    top_k: int,
+    on_done: OnDone | None = None,
+) -> list[Trajectory]:
+    """The baselines: one line of answer after a plain reading prompt, with one retrieval or with none.
+
+    A prompt that outgrows the context loses its last passages.
+    """
+    engine.reset()
+    found: Sequence[tuple[Passage, ...]] = [()] * len(questions)
+    if retriever is not None:
+        hits = retriever.search([question.question for question in questions], top_k)
+        found = [tuple(hit.passage for hit in row) for row in hits]
+    done: dict[int, Trajectory] = {}
+    waiting, busy = list(range(len(questions)))[::-1], dict[int, int]()
+    while waiting or busy:
+        contexts = {}
+        for slot in engine.find(RowStatus.EMPTY)[: len(waiting)]:
+            busy[slot] = waiting.pop()
+            ids = _reading_ids(tokenizer, questions[busy[slot]], found[busy[slot]], engine.max_length)
+            contexts[slot] = Context(ids, MAX_ANSWER_TOKENS)
+        starts = {slot: int(engine.rows.lengths[slot]) for slot in busy}
+        engine.set_context(params, contexts)
+        starts |= {slot: len(context.ids) for slot, context in contexts.items()}
+        engine.decode(params, MAX_ANSWER_TOKENS, engine.slots)
+        for slot in engine.find(RowStatus.NEEDS_RETRIEVAL, RowStatus.DONE):
+            ids = engine.rows.tokens[slot, starts[slot] : engine.rows.lengths[slot]].tolist()
+            place = busy.pop(slot)
+            done[place] = _read_trajectory(tokenizer, questions[place], found[place], ids)
+            engine.release(slot)
+            if on_done is not None:
+                on_done(done[place])
+    return [done[place] for place in range(len(questions))]
+
+
+def reading_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end a line of answer."""
+    newlines = [i for text in ("\n", "\n\n") if len(ids := tokenizer.encode(text)) == 1 for i in ids]
+    return tuple({*newlines, tokenizer.eos_id, tokenizer.pad_id})
+
+
+def _reading_ids(
+    tokenizer: Tokenizer, question: Question, passages: tuple[Passage, ...], max_length: int
+) -> list[int]:
+    for count in range(len(passages), -1, -1):
+        prompt = reading_prompt(question.question, passages[:count])
+        ids = tokenizer.encode(prompt, allow_special=False)
+        if len(ids) + MAX_ANSWER_TOKENS <= max_length:
+            return ids
+    return ids[-(max_length - MAX_ANSWER_TOKENS) :]
+
+
+def _read_trajectory(
+    tokenizer: Tokenizer, question: Question, passages: tuple[Passage, ...], ids: list[int]
+) -> Trajectory:
+    stops = reading_stops(tokenizer)
+    has_ended = bool(ids) and ids[-1] in stops
+    text = tokenizer.decode(ids[:-1] if has_ended else ids, skip_special=True).strip()
+    steps = [Step("", query=question.question, passages=passages)] if passages else []
+    if not text:
+        return Trajectory(question, tuple(steps), Status.NO_ANSWER)
+    steps.append(Step("", answer=text))
+    return Trajectory(question, tuple(steps), Status.ANSWERED, num_tokens=len(ids))
+
+
+def measure(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """One row of a table; percentages are 0..100."""
+    scores = {name: float(100 * values.mean()) for name, values in answers_of(trajectories).items()}
+    correct = int(round(scores["em"] / 100 * len(trajectories)))
+    found = [
+        len(set(t.question.supporting_ids) & set(t.retrieved_ids)) / len(set(t.question.supporting_ids))
+        for t in trajectories
+        if t.question.supporting_ids
+    ]
+    tokens = sum(t.num_policy_tokens for t in trajectories)
+    return {
+        "num": len(trajectories),
+        **scores,
+        "retrievals": float(np.mean([t.num_retrievals for t in trajectories])),
+        "support_found": 100 * float(np.mean(found)) if found else None,
+        "tokens_per_correct": tokens / correct if correct else None,
+        "no_answer": 100 * float(np.mean([t.status != Status.ANSWERED for t in trajectories])),
+    }
+
+
+def summarise(system: str, trajectories: Sequence[Trajectory], fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The content of `eval/<system>.json`: metrics of all questions and of each group."""
+    groups: dict[str, list[Trajectory]] = {"all": list(trajectories)}
+    for trajectory in trajectories:
+        metadata = trajectory.question.metadata
+        names = [str(metadata["type"])] if "type" in metadata else []
+        if "unseen" in metadata:
+            names.append("unseen" if metadata["unseen"] else "seen")
+        for name in names:
+            groups.setdefault(name, []).append(trajectory)
+    return {
+        "system": system,
+        "title": TITLES.get(system, system),
+        "num_questions": len(trajectories),
+        "fingerprint": fingerprint,
+        "groups": {name: measure(group) for name, group in groups.items()},
+    }
+
+
+def fingerprint(questions: Iterable[Question], **parts: Any) -> dict[str, Any]:
+    """What two evaluations must share to be comparable: the questions and the given parts."""
+    lines = "\n".join(f"{q.id}\t{q.question}\t{q.golden_answers}" for q in questions)
+    return {**parts, "questions": hashlib.sha256(lines.encode()).hexdigest()[:16]}

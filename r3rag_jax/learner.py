@@ -1,0 +1,255 @@
+"""The training steps: `sft_step` and `rl_step`, functional, jitted, donated, sharded over the mesh.
+
+Alignment: everything about token t stands at index t, although it is computed from the hidden state of
+token t - 1, which is what predicts it: logprobs[t], values[t] (the value of the state before t), rewards[t].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from r3rag_jax.config import ModelConfig, RLConfig, SFTConfig
+from r3rag_jax.models.decoder import PARAM_AXES, Decoder
+from r3rag_jax.rl.advantages import gae, whiten
+from r3rag_jax.rl.losses import (
+    chunked_logprobs,
+    cross_entropy,
+    kl_penalty,
+    masked_mean,
+    ppo_policy_loss,
+    value_loss,
+)
+from r3rag_jax.sharding import replicated, tree_shardings
+from r3rag_jax.types import SFTBatch, TrainBatch
+
+Metrics = dict[str, jax.Array]
+LOSS_CHUNK = 1024  # tokens whose logits exist at once, per call
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that an update changes."""
+
+    step: jax.Array  # int32 [], updates done
+    params: Any  # SFT: the policy's nnx.State; RL: {"policy": ..., "critic": ...}
+    opt_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What an RL update is trained towards, [B, L] float32, constants of the update."""
+
+    advantages: jax.Array
+    returns: jax.Array
+    old_values: jax.Array
+
+
+class Critic(nnx.Module):
+    """V of the state before each token: a linear head on a value model's hidden states, or on the policy's."""
+
+    def __init__(self, hidden_size: int, decoder: Decoder | None):
+        self.decoder = decoder
+        self.head = nnx.Param(jnp.zeros((hidden_size,), jnp.float32))
+
+    def __call__(self, batch: TrainBatch, policy_hidden: jax.Array, remat: str) -> jax.Array:
+        hidden = policy_hidden
+        if self.decoder is not None:
+            hidden = _previous(self.decoder(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
+        return hidden.astype(jnp.float32) @ self.head[...]
+
+
+def new_critic(policy: Decoder, kind: str) -> Critic:
+    """A critic whose value model starts as a copy of the policy and whose head starts at zero."""
+    decoder = None
+    if kind == "separate":
+        graphdef, params = nnx.split(policy)
+        decoder = nnx.merge(graphdef, jax.tree.map(jnp.copy, params))
+    return Critic(policy.config.hidden_size, decoder)
+
+
+def adamw(lr: float, num_steps: int, warmup: float, final: float, *, weight_decay: float, grad_norm: float,
+          betas: tuple[float, float]) -> optax.GradientTransformation:  # fmt: skip
+    """AdamW behind global-norm clipping; linear warm-up, then cosine down to `final` x lr."""
+    warmup_steps = max(1, round(warmup * num_steps))
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=lr / warmup_steps, peak_value=lr, warmup_steps=warmup_steps,
+        decay_steps=max(num_steps, warmup_steps + 1), end_value=final * lr,
+    )  # fmt: skip
+    return optax.chain(
+        optax.clip_by_global_norm(grad_norm),
+        optax.adamw(schedule, b1=betas[0], b2=betas[1], weight_decay=weight_decay),
+    )
+
+
+def sft_optimizer(config: SFTConfig, num_steps: int) -> optax.GradientTransformation:
+    return adamw(config.lr, num_steps, config.warmup, 0.0, weight_decay=config.weight_decay,
+                 grad_norm=config.grad_norm, betas=(0.9, 0.999))  # fmt: skip
+
+
+def rl_optimizer(config: RLConfig, num_steps: int) -> optax.GradientTransformation:
+    """Policy and critic each have a learning rate and a clipped gradient of their own."""
+    make = functools.partial(adamw, num_steps=num_steps, warmup=config.warmup, final=0.1, weight_decay=0.0,
+                             grad_norm=config.grad_norm, betas=(0.9, 0.95))  # fmt: skip
+    return optax.multi_transform(
+        {"policy": make(config.lr), "critic": make(config.critic_lr)},
+        lambda params: {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()},
+    )
+
+
+def init_state(mesh: Mesh, params: Any, tx: optax.GradientTransformation) -> TrainState:
+    """A fresh state, laid out on the mesh. `params` are copied: the state may be donated."""
+
+    def build(params: Any) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), tx.init(params))
+
+    shardings = tree_shardings(mesh, jax.eval_shape(build, params), PARAM_AXES)
+    return jax.jit(build, out_shardings=shardings)(params)
+
+
+def sft_loss(graphdef: Any, params: Any, batch: SFTBatch, remat: str) -> tuple[jax.Array, Metrics]:
+    """Token-mean cross-entropy of the tokens in loss_mask."""
+    policy = nnx.merge(graphdef, params)
+    hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
+    loss, accuracy = cross_entropy(
+        _flat(hidden), _output_weight(policy), batch.tokens.reshape(-1), batch.loss_mask.reshape(-1), chunk=LOSS_CHUNK
+    )
+    return loss, {"loss": loss, "accuracy": accuracy}
+
+
+def rl_loss(
+    graphdefs: dict[str, Any], params: Any, batch: TrainBatch, targets: Targets, config: RLConfig, remat: str
+) -> tuple[jax.Array, Metrics]:
+    """PPO: clipped surrogate + value loss - entropy bonus (arXiv 1707.06347, eq. 9)."""
+    logprobs, entropy, values = _evaluate(graphdefs, params, batch, remat)
+    policy_loss, stats = ppo_policy_loss(
+        logprobs, batch.behaviour_logprobs, targets.advantages, batch.loss_mask, clip=config.clip
+    )
+    critic_loss = value_loss(values, targets.old_values, targets.returns, batch.loss_mask, clip=config.value_clip)
+    mean_entropy = masked_mean(entropy, batch.loss_mask)
+    loss = policy_loss + config.value_coef * critic_loss - config.entropy * mean_entropy
+    return loss, {"loss": loss, "policy_loss": policy_loss, "value_loss": critic_loss, "entropy": mean_entropy, **stats}
+
+
+def make_sft_step(
+    mesh: Mesh, graphdef: Any, tx: optax.GradientTransformation, model: ModelConfig, state: TrainState
+) -> Callable[[TrainState, SFTBatch], tuple[TrainState, Metrics]]:
+    """The jitted SFT update, (state, batch) -> (state, metrics); the state is donated."""
+
+    def step(state: TrainState, batch: SFTBatch) -> tuple[TrainState, Metrics]:
+        loss = functools.partial(sft_loss, graphdef, batch=batch, remat=model.remat)
+        return _update(loss, tx, state)
+
+    return _jit_step(mesh, step, state)
+
+
+def make_rl_step(
+    mesh: Mesh,
+    graphdefs: dict[str, Any],
+    tx: optax.GradientTransformation,
+    model: ModelConfig,
+    config: RLConfig,
+    state: TrainState,
+) -> Callable[[TrainState, TrainBatch, Targets], tuple[TrainState, Metrics]]:
+    """The jitted PPO update, (state, batch, targets) -> (state, metrics); the state is donated."""
+
+    def step(state: TrainState, batch: TrainBatch, targets: Targets) -> tuple[TrainState, Metrics]:
+        loss = functools.partial(
+            rl_loss, graphdefs, batch=batch, targets=targets, config=config, remat=model.remat
+        )
+        return _update(loss, tx, state)
+
+    return _jit_step(mesh, step, state)
+
+
+def make_scorer(
+    mesh: Mesh, graphdefs: dict[str, Any], model: ModelConfig, config: RLConfig
+) -> Callable[[Any, Any, TrainBatch], tuple[Targets, Metrics]]:
+    """(params, reference policy's params, batch) -> targets before whitening, and metrics; jitted.
+
+    The KL penalty to the reference sits on every policy token's reward (k1, at the sampling temperature);
+    then generalised advantage estimation runs along each row.
+    """
+
+    def score(params: Any, ref_params: Any, batch: TrainBatch) -> tuple[Targets, Metrics]:
+        logprobs, _, values = _evaluate(graphdefs, params, batch, "none")
+        ref_logprobs, _ = _logprobs(nnx.merge(graphdefs["policy"], ref_params), batch, "none")[:2]
+        kl = kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1")
+        rewards = batch.rewards - config.kl * kl
+        estimate = functools.partial(gae, gamma=config.gamma, lam=config.lam)
+        advantages, returns = jax.vmap(estimate)(rewards, values, batch.continues, batch.loss_mask)
+        gap = jnp.abs(logprobs - batch.behaviour_logprobs)
+        metrics = {
+            "kl": masked_mean(kl, batch.loss_mask),
+            "sampler_gap": jnp.max(jnp.where(batch.loss_mask, gap, 0.0)),
+        }
+        return Targets(advantages, returns, values), metrics
+
+    return jax.jit(score)
+
+
+@jax.jit
+def whiten_all(targets: list[Targets], masks: list[jax.Array]) -> tuple[list[Targets], Metrics]:
+    """Whiten the advantages over all batches of an iteration; how much the critic explains."""
+    white = whiten(jnp.stack([t.advantages for t in targets]), jnp.stack(masks))
+    mask = jnp.stack(masks)
+    returns, values = (jnp.stack([getattr(t, n) for t in targets]) for n in ("returns", "old_values"))
+    mean = masked_mean(returns, mask)
+    spread = masked_mean(jnp.square(returns - mean), mask)
+    unexplained = masked_mean(jnp.square(returns - values - masked_mean(returns - values, mask)), mask)
+    metrics = {"explained_variance": 1.0 - unexplained / jnp.maximum(spread, 1e-8), "value": masked_mean(values, mask)}
+    return [dataclasses.replace(t, advantages=a) for t, a in zip(targets, white, strict=True)], metrics
+
+
+def _evaluate(
+    graphdefs: dict[str, Any], params: Any, batch: TrainBatch, remat: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities and entropies at the sampling temperature, and values, all [B, L]."""
+    logprobs, entropy, hidden = _logprobs(nnx.merge(graphdefs["policy"], params["policy"]), batch, remat)
+    return logprobs, entropy, nnx.merge(graphdefs["critic"], params["critic"])(batch, hidden, remat)
+
+
+def _logprobs(policy: Decoder, batch: TrainBatch, remat: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
+    logprobs, entropy = chunked_logprobs(
+        _flat(hidden), _output_weight(policy), batch.tokens.reshape(-1), batch.temperature.reshape(-1), chunk=LOSS_CHUNK
+    )
+    shape = batch.tokens.shape
+    return logprobs.reshape(shape), entropy.reshape(shape), hidden
+
+
+def _update(loss: Callable[[Any], Any], tx: optax.GradientTransformation, state: TrainState) -> Any:
+    (_, metrics), grads = jax.value_and_grad(lambda params: loss(params=params), has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+
+
+def _jit_step(mesh: Mesh, step: Callable[..., Any], state: TrainState) -> Callable[..., Any]:
+    shardings = tree_shardings(mesh, state, PARAM_AXES)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def _output_weight(policy: Decoder) -> jax.Array:
+    """[D, V] in the compute type."""
+    weight = policy.embed[...].T if policy.config.tie_embeddings else policy.lm_head[...]
+    return weight.astype(policy.dtype)
+
+
+def _previous(hidden_BLD: jax.Array) -> jax.Array:
+    """At index t the hidden state that predicts token t; index 0 is never trained."""
+    return jnp.pad(hidden_BLD[:, :-1], ((0, 0), (1, 0), (0, 0)))
+
+
+def _flat(hidden_BLD: jax.Array) -> jax.Array:
+    return hidden_BLD.reshape(-1, hidden_BLD.shape[-1])

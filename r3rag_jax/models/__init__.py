@@ -1,0 +1,1 @@
+"""Models: the decoder, text encoders, LoRA, and Hugging Face files in and out."""

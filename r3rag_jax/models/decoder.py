@@ -1,0 +1,356 @@
+"""One decoder for Llama-3.x, Qwen2.5, Qwen3 and SmolLM2: a training and a cached forward.
+
+Shapes: B rows, L tokens, C tokens of a chunk, S cache slots, D width, N query heads, K kv heads, G
+= N / K, H head dim, F feed-forward width, V vocab, Ly layers. Left out on purpose: dropout,
+sliding windows, biases on the output projection (no supported checkpoint has them).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from r3rag_jax.models.attention import IMPLEMENTATIONS, attention
+from r3rag_jax.models.config import DecoderConfig
+
+# Logical axes of every parameter by name; sharding.py maps logical axes to mesh axes.
+PARAM_AXES: dict[str, tuple[str | None, ...]] = {
+    "embed": ("vocab", "embed"),
+    "input_norm": ("layers", None),
+    "q_proj": ("layers", "embed", "heads"),
+    "k_proj": ("layers", "embed", "kv_heads"),
+    "v_proj": ("layers", "embed", "kv_heads"),
+    "q_bias": ("layers", "heads"),
+    "k_bias": ("layers", "kv_heads"),
+    "v_bias": ("layers", "kv_heads"),
+    "q_norm": ("layers", None),
+    "k_norm": ("layers", None),
+    "o_proj": ("layers", "heads", "embed"),
+    "post_norm": ("layers", None),
+    "gate_proj": ("layers", "embed", "mlp"),
+    "up_proj": ("layers", "embed", "mlp"),
+    "down_proj": ("layers", "mlp", "embed"),
+    "final_norm": (None,),
+    "lm_head": ("embed", "vocab"),
+}
+
+_REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+_INIT_STD = 0.02
+
+
+def param_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter this config has, by name; layer stacks lead with Ly."""
+    Ly, D, F, H, V = (
+        config.num_layers,
+        config.hidden_size,
+        config.ffn_size,
+        config.head_dim,
+        config.vocab_size,
+    )
+    q_width, kv_width = config.num_heads * H, config.num_kv_heads * H
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed": (V, D),
+        "input_norm": (Ly, D),
+        "q_proj": (Ly, D, q_width),
+        "k_proj": (Ly, D, kv_width),
+        "v_proj": (Ly, D, kv_width),
+        "o_proj": (Ly, q_width, D),
+        "post_norm": (Ly, D),
+        "gate_proj": (Ly, D, F),
+        "up_proj": (Ly, D, F),
+        "down_proj": (Ly, F, D),
+        "final_norm": (D,),
+    }
+    if config.attention_bias:
+        shapes |= {"q_bias": (Ly, q_width), "k_bias": (Ly, kv_width), "v_bias": (Ly, kv_width)}
+    if config.qk_norm:
+        shapes |= {"q_norm": (Ly, H), "k_norm": (Ly, H)}
+    if not config.tie_embeddings:
+        shapes["lm_head"] = (D, V)
+    return shapes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer; slot s of a row holds the token at position s.
+
+    Keys are stored transposed, so that both matmuls of a decode step run along contiguous memory:
+    on CPU this layout takes half the time of [B, S, K, H].
+    """
+
+    k: tuple[jax.Array, ...]  # Ly x [B, K, H, S]
+    v: tuple[jax.Array, ...]  # Ly x [B, K, S, H]
+
+    @classmethod
+    def init(
+        cls, config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike
+    ) -> KVCache:
+        """Return zeros for `batch` rows of `slots` positions."""
+        K, H = config.num_kv_heads, config.head_dim
+        # Distinct buffers: a donated pytree may not hold one array twice.
+        return cls(
+            k=tuple(jnp.zeros((batch, K, H, slots), dtype) for _ in range(config.num_layers)),
+            v=tuple(jnp.zeros((batch, K, slots, H), dtype) for _ in range(config.num_layers)),
+        )
+
+    @property
+    def slots(self) -> int:
+        """S, the number of positions a row can hold."""
+        return self.v[0].shape[2]
+
+    def take(self, rows: jax.Array) -> KVCache:
+        """Gather rows (int32 [R]) into a cache of R rows."""
+        return jax.tree.map(lambda x: x[rows], self)
+
+    def put(self, rows: jax.Array, sub: KVCache) -> KVCache:
+        """Scatter the rows of `sub` to `rows` (int32 [R]); a row index >= B is dropped."""
+        return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), self, sub)
+
+
+class Layers(nnx.Module):
+    """Parameters of all layers, each stacked along a leading axis of length Ly."""
+
+    def __init__(self, params: dict[str, jax.Array]):
+        for name, value in params.items():
+            setattr(self, name, nnx.Param(value))
+
+
+class Decoder(nnx.Module):
+    """A pre-norm decoder: RoPE, grouped-query attention, gated SiLU feed-forward."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        attention_implementation: str = "xla",
+    ):
+        """Draw parameters: normal with standard deviation 0.02, norms one, biases zero.
+
+        Args:
+            rngs: its `params` stream is used. param_dtype: of the stored parameters. dtype: of
+                matmul inputs; norms, softmax and matmul accumulation are float32.
+            attention_implementation: for the training forward; see attention.py.
+
+        Raises:
+            ValueError: the attention implementation is unknown.
+        """
+        if attention_implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"attention_implementation must be one of {IMPLEMENTATIONS}; "
+                f"got {attention_implementation!r}"
+            )
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.attention_implementation = attention_implementation
+
+        def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
+            if name.endswith("_norm"):
+                return jnp.ones(shape, param_dtype)
+            if name.endswith("_bias"):
+                return jnp.zeros(shape, param_dtype)
+            return (_INIT_STD * jax.random.normal(rngs.params(), shape)).astype(param_dtype)
+
+        params = {name: draw(name, shape) for name, shape in param_shapes(config).items()}
+        stacked = {n: params.pop(n) for n in list(params) if PARAM_AXES[n][0] == "layers"}
+        self.layers = Layers(stacked)
+        for name, value in params.items():
+            setattr(self, name, nnx.Param(value))
+
+    def __call__(
+        self,
+        tokens_BL: jax.Array,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array | None = None,
+        *,
+        remat: str = "none",
+    ) -> jax.Array:
+        """Return the hidden states after the final norm, [B, L, D] of the compute dtype.
+
+        Args:
+            tokens_BL, positions_BL: int32; positions feed RoPE only, causality follows the order
+                in the row.
+            segment_ids_BL: int32; tokens see earlier tokens of their own id. Padding has id 0.
+                None: one segment.
+            remat: "none", "full" (recompute everything but layer inputs) or "dots" (keep matmul
+                outputs).
+
+        Raises:
+            ValueError: `remat` is unknown.
+        """
+        if remat != "none" and remat not in _REMAT_POLICIES:
+            raise ValueError(f"remat must be one of {['none', *_REMAT_POLICIES]}; got {remat!r}")
+        cos, sin = rope_tables(self.config, positions_BL)
+
+        def body(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+            q, k, v = self._qkv(w, x, cos, sin)
+            out = attention(q, k, v, segment_ids_BL, implementation=self.attention_implementation)
+            return self._finish_layer(w, x, out), None
+
+        if remat != "none":
+            body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+        x, _ = jax.lax.scan(body, self._embed(tokens_BL), self._layer_params())
+        return rms_norm(x, self.param("final_norm")[...], self.config.norm_eps)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Project hidden states [..., D] to float32 logits [..., V]."""
+        if self.config.tie_embeddings:
+            return jnp.einsum(
+                "...d,vd->...v",
+                hidden,
+                self.param("embed")[...].astype(self.dtype),
+                preferred_element_type=jnp.float32,
+            )
+        return jnp.matmul(
+            hidden,
+            self.param("lm_head")[...].astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def extend(
+        self, cache: KVCache, tokens_BC: jax.Array, starts_B: jax.Array
+    ) -> tuple[KVCache, jax.Array]:
+        """Append C tokens to every row; returns the new cache and their hidden states [B, C, D].
+
+        Row b's tokens take positions starts_B[b] .. starts_B[b] + C - 1. Their keys and values are
+        written there; positions >= S are dropped. Each query sees the cache at positions <= its
+        own, so whatever lies beyond (an abandoned continuation, a padded tail) is never read
+        before it is overwritten.
+        """
+        positions_BC = starts_B[:, None] + jnp.arange(tokens_BC.shape[1])
+        cos, sin = rope_tables(self.config, positions_BC)
+        stacked = self._layer_params()
+        x = self._embed(tokens_BC)
+        k_cache, v_cache = list(cache.k), list(cache.v)
+        rows_B1 = jnp.arange(tokens_BC.shape[0])[:, None]
+        for i in range(self.config.num_layers):
+            w = {name: value[i] for name, value in stacked.items()}
+            q, k, v = self._qkv(w, x, cos, sin)
+            k_cache[i] = (
+                k_cache[i]
+                .at[rows_B1, :, :, positions_BC]
+                .set(k.astype(k_cache[i].dtype), mode="drop", unique_indices=True)
+            )
+            v_cache[i] = (
+                v_cache[i]
+                .at[rows_B1, :, positions_BC]
+                .set(v.astype(v_cache[i].dtype), mode="drop", unique_indices=True)
+            )
+            out = _cached_attention(q, k_cache[i], v_cache[i], positions_BC)
+            x = self._finish_layer(w, x, out)
+        hidden = rms_norm(x, self.param("final_norm")[...], self.config.norm_eps)
+        return KVCache(k=tuple(k_cache), v=tuple(v_cache)), hidden
+
+    def param(self, name: str) -> nnx.Param:
+        """Return a parameter by its name in PARAM_AXES, whether stacked or not."""
+        owner = self.layers if PARAM_AXES[name][0] == "layers" else self
+        return getattr(owner, name)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        """Look up [..., D] embeddings in the compute dtype."""
+        return self.param("embed")[...][tokens].astype(self.dtype)
+
+    def _layer_params(self) -> dict[str, jax.Array]:
+        """Return the stacked layer parameters by name, matmul inputs in the compute dtype."""
+        return {
+            name: param[...] if name.endswith("_norm") else param[...].astype(self.dtype)
+            for name, param in vars(self.layers).items()
+            if isinstance(param, nnx.Param)
+        }
+
+    def _qkv(
+        self, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries [B, L, N, H], keys and values [B, L, K, H] of a layer, RoPE applied."""
+        c = self.config
+        h = rms_norm(x, w["input_norm"], c.norm_eps)
+
+        def heads(name: str, num: int) -> jax.Array:
+            y = matmul(h, w[f"{name}_proj"])
+            if c.attention_bias:
+                y = y + w[f"{name}_bias"]
+            return y.reshape(*y.shape[:-1], num, c.head_dim)
+
+        q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
+        if c.qk_norm:
+            q = rms_norm(q, w["q_norm"], c.norm_eps)
+            k = rms_norm(k, w["k_norm"], c.norm_eps)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def _finish_layer(self, w: dict[str, jax.Array], x: jax.Array, out: jax.Array) -> jax.Array:
+        """Add attention output [B, L, N, H] and feed-forward to the residual stream [B, L, D]."""
+        x = x + matmul(out.reshape(*out.shape[:-2], -1), w["o_proj"])
+        h = rms_norm(x, w["post_norm"], self.config.norm_eps)
+        gated = jax.nn.silu(matmul(h, w["gate_proj"])) * matmul(h, w["up_proj"])
+        return x + matmul(gated, w["down_proj"])
+
+
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply [..., A] by [A, Z], accumulating in float32, and return the dtype of x."""
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Return x / sqrt(mean(x^2) + eps) * scale in float32, last axis (arXiv:1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Return the float32 [H / 2] rotary frequencies theta^(-2i/H), with llama3 scaling if asked.
+
+    Llama-3.1 divides the low frequencies (wavelength > original / low_freq_factor) by `factor`,
+    keeps the high ones (wavelength < original / high_freq_factor) and blends linearly in between.
+    """
+    freqs = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    if config.rope_scaling is not None:
+        s = config.rope_scaling
+        turns = s.original_max_position_embeddings * freqs / (2 * math.pi)
+        blend = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        blend = np.clip(blend, 0.0, 1.0)
+        freqs = blend * freqs + (1 - blend) * freqs / s.factor
+    return freqs.astype(np.float32)
+
+
+def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return float32 cos and sin [..., 1, H / 2] of each position's angles (arXiv:2104.09864)."""
+    angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate the pairs (x[i], x[i + H/2]) of [..., heads, H], the layout of Hugging Face files."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _cached_attention(
+    q_BCNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, positions_BC: jax.Array
+) -> jax.Array:
+    """Attend to cache slots <= each query's position; returns [B, C, N, H].
+
+    The G query heads of a kv head and the C tokens are rows of one matmul, so the cache is read
+    once.
+    """
+    B, C, N, H = q_BCNH.shape
+    K, S = k_BKHS.shape[1], k_BKHS.shape[3]
+    q_BCKGH = q_BCNH.reshape(B, C, K, N // K, H).astype(k_BKHS.dtype)
+    scores = jnp.einsum("bckgh,bkhs->bkgcs", q_BCKGH, k_BKHS, preferred_element_type=jnp.float32)
+    mask = jnp.arange(S) <= positions_BC[:, :, None]
+    scores = jnp.where(mask[:, None, None], scores * H**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
+    out = jnp.einsum("bkgcs,bksh->bckgh", weights, v_BKSH, preferred_element_type=jnp.float32)
+    return out.reshape(B, C, N, H).astype(q_BCNH.dtype)

@@ -1,0 +1,147 @@
+"""Make the bundled base: a byte-level BPE tokenizer and a small Qwen2, trained on `base` worlds alone.
+
+    python -m r3rag_jax.pretrain --out r3rag_jax/assets/base --steps 4000
+
+Hardware and time: see the README's table. Left out on purpose: resuming; the script runs once per release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from flax import nnx
+
+from r3rag_jax import learner
+from r3rag_jax.config import MeshConfig, ModelConfig, SFTConfig
+from r3rag_jax.data.pretraining import documents, make_world
+from r3rag_jax.errors import main_guard
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.decoder import Decoder
+from r3rag_jax.models.hf import save_decoder
+from r3rag_jax.protocol import TAGS
+from r3rag_jax.sharding import make_mesh, put_batch
+from r3rag_jax.text import Tokenizer
+from r3rag_jax.types import SFTBatch
+
+VOCAB_SIZE = 1408
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
+CONFIG = DecoderConfig.from_hf(
+    {
+        "model_type": "qwen2",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 384,
+        "max_position_embeddings": 2048,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }
+)
+
+
+def make_tokenizer(out: Path) -> Tokenizer:
+    """Train a byte-level BPE tokenizer on `base` worlds and write its Hugging Face files.
+
+    Every year is written out often enough to become one token, as common numbers are in large vocabularies.
+    """
+    worlds = ((make_world(number), random.Random(number)) for number in range(24))
+    texts = ["".join(text for text, _ in document) for world in worlds for document in documents(*world, 100, 50)]
+    texts += ["".join(f" {year}" for year in range(1800, 2000))] * 2000
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    out.mkdir(parents=True, exist_ok=True)
+    bpe.save(str(out / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return Tokenizer(out)
+
+
+def token_rows(tokenizer: Tokenizer, seed: int, row_length: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Endless rows (tokens, positions, segment_ids, loss_mask), each int32 / bool [row_length]."""
+    row: list[tuple[list[int], list[bool]]] = []
+    for number in itertools.count(seed):
+        rng = random.Random(f"pretraining {number}")
+        for document in documents(make_world(number), rng):
+            ids, mask = [], []
+            for text, counts in document:
+                piece = tokenizer.encode(text)
+                ids += piece
+                mask += [counts] * len(piece)
+            ids, mask = ids[: row_length - 1] + [tokenizer.pad_id], mask[: row_length - 1] + [False]
+            if sum(len(i) for i, _ in row) + len(ids) > row_length:
+                yield _row(row, row_length)
+                row = []
+            row.append((ids, mask))
+
+
+def _row(documents: list[tuple[list[int], list[bool]]], row_length: int) -> tuple[np.ndarray, ...]:
+    tokens, positions, segments = (np.zeros(row_length, np.int32) for _ in range(3))
+    loss_mask, at = np.zeros(row_length, bool), 0
+    for number, (ids, mask) in enumerate(documents, 1):
+        here = slice(at, at + len(ids))
+        tokens[here], positions[here], segments[here], loss_mask[here] = ids, np.arange(len(ids)), number, mask
+        loss_mask[at] = False
+        at += len(ids)
+    return tokens, positions, segments, loss_mask
+
+
+@main_guard
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m r3rag_jax.pretrain", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
+    parser.add_argument("--steps", type=int, default=4000, help="updates of 8 x 512 tokens")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    tokenizer = make_tokenizer(args.out)
+    mesh = make_mesh(MeshConfig())
+    graphdef, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(args.seed)))
+    schedule = SFTConfig(lr=args.lr, warmup=0.03, weight_decay=0.01)
+    tx = learner.sft_optimizer(schedule, args.steps)
+    state = learner.init_state(mesh, params, tx)
+    step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
+    rows, started = token_rows(tokenizer, 1 + args.seed * 100_000, 512), time.time()
+    for number in range(args.steps):
+        fields = (np.stack(column) for column in zip(*itertools.islice(rows, 8), strict=True))
+        state, metrics = step(state, put_batch(mesh, SFTBatch(*fields)))
+        if number % 50 == 0 or number == args.steps - 1:
+            loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
+            print(f"{number:6d}  loss {loss:.4f}  accuracy {accuracy:.4f}  {time.time() - started:.0f} s", flush=True)
+        if number % 500 == 499 or number == args.steps - 1:
+            save_decoder(nnx.merge(graphdef, state.params), args.out, dtype="bfloat16")
+            tokenizer.save(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Exact match, F1 and cover exact match after SQuAD normalisation, best over the gold answers.
+
+Text becomes padded word ids once, on the host; the metrics are one jitted function of the ids.
+Shape suffixes: B questions, G gold answers, W words of a prediction, X words of a gold answer.
+"""
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PREDICTION_PAD, _GOLD_PAD = -1, -2  # unequal, so that padding never matches padding
+_NO_ANSWER = (
+    -1
+)  # length of a missing prediction or gold answer; 0 is a text without words, such as "The"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AnswerBatch:
+    """Predictions and gold answers as ids of normalised words, which hold in one batch only."""
+
+    prediction_BW: jax.Array | np.ndarray  # int32 [B, W], right-padded with -1
+    prediction_length_B: jax.Array | np.ndarray  # int32 [B], words; -1 = no prediction
+    gold_BGX: jax.Array | np.ndarray  # int32 [B, G, X], right-padded with -2
+    gold_length_BG: jax.Array | np.ndarray  # int32 [B, G], words; -1 = no such gold answer
+
+
+def normalize_answer(text: str) -> str:
+    """Lower-case, drop ASCII punctuation and articles, one space between words (SQuAD).
+
+    As the evaluation script of arXiv 1606.05250 does it: "The U.S.,\tof A" becomes "us of".
+    """
+    text = text.lower().translate(_DROP_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def encode_answers(
+    predictions: Sequence[str | None],
+    golds: Sequence[Sequence[str]],
+    *,
+    max_golds: int | None = None,
+    max_words: int | None = None,
+) -> AnswerBatch:
+    """Turn texts into word ids, G, W and X padded to powers of two so that few shapes are compiled.
+
+    Args:
+        predictions: B texts, None where a trajectory gave no answer.
+        golds: for each of them, its gold answers (aliases), at least one.
+        max_golds: fixes G instead of the power of two.
+        max_words: fixes W and X instead.
+
+    Returns:
+        An AnswerBatch of numpy arrays; B is not padded.
+
+    Raises:
+        ValueError: the lists differ in length, a question has no gold answer, or a fixed size
+            is too small: nothing is cut.
+    """
+    if len(predictions) != len(golds):
+        raise ValueError(
+            "predictions and golds must have equal lengths; "
+            f"got {len(predictions)} and {len(golds)}"
+        )
+    vocabulary: dict[str, int] = {}
+    cache: dict[str, list[int]] = {}  # samples of one question share their gold answers
+
+    def word_ids(text: str) -> list[int]:
+        ids = cache.get(text)
+        if ids is None:
+            words = normalize_answer(text).split()
+            ids = cache[text] = [vocabulary.setdefault(word, len(vocabulary)) for word in words]
+        return ids
+
+    prediction_ids = [None if text is None else word_ids(text) for text in predictions]
+    gold_ids = []
+    for row, aliases in enumerate(golds):
+        if isinstance(aliases, str) or not aliases:
+            raise ValueError(f"golds[{row}] must be one or more gold answers; got {aliases!r}")
+        gold_ids.append([word_ids(alias) for alias in aliases])
+
+    num_golds = _padded_size("gold answers", max(map(len, gold_ids), default=1), max_golds)
+    longest_gold = max((len(ids) for row_ids in gold_ids for ids in row_ids), default=1)
+    longest_prediction = max((len(ids) for ids in prediction_ids if ids is not None), default=1)
+    batch = len(predictions)
+    prediction_BW, prediction_length_B = _pad(
+        prediction_ids, _padded_size("words", longest_prediction, max_words), _PREDICTION_PAD
+    )
+    slots = [ids for row in gold_ids for ids in [*row, *[None] * (num_golds - len(row))]]
+    gold_RX, gold_length_R = _pad(slots, _padded_size("words", longest_gold, max_words), _GOLD_PAD)
+    return AnswerBatch(
+        prediction_BW=prediction_BW,
+        prediction_length_B=prediction_length_B,
+        gold_BGX=gold_RX.reshape(batch, num_golds, gold_RX.shape[1]),
+        gold_length_BG=gold_length_R.reshape(batch, num_golds),
+    )
+
+
+def _padded_size(what: str, needed: int, fixed: int | None) -> int:
+    if fixed is None:
+        return 1 << max(needed - 1, 0).bit_length()
+    if needed > fixed:
+        raise ValueError(f"at most {fixed} {what} fit, and nothing is cut; got {needed}")
+    return fixed
+
+
+def _pad(rows: Sequence[list[int] | None], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lay rows out as int32 [R, width] and their lengths int32 [R], -1 for None."""
+    ids_RW = np.full((len(rows), width), pad, np.int32)
+    for row, ids in enumerate(rows):
+        if ids:
+            ids_RW[row, : len(ids)] = ids
+    lengths = [_NO_ANSWER if ids is None else len(ids) for ids in rows]
+    return ids_RW, np.asarray(lengths, np.int32)
+
+
+@jax.jit
+def answer_scores(batch: AnswerBatch) -> dict[str, jax.Array]:
+    """Exact match, F1 and cover exact match of each prediction, the maximum over its gold answers.
+
+    F1 = 2 o / (n_prediction + n_gold), where o is the size of the multiset of shared words. Cover
+    exact match asks whether the words of a gold answer stand in the prediction, in order and
+    adjacent. A gold answer without words (all articles or punctuation) matches only a prediction
+    without words, as in SQuAD 2.0. A missing prediction scores 0.
+
+    Returns:
+        {"em", "f1", "cover_em"}, each float32 [B] in [0, 1].
+    """
+    score_prediction = jax.vmap(_score_pair, in_axes=(None, None, 0, 0))
+    scores_BG = jax.vmap(score_prediction)(
+        batch.prediction_BW, batch.prediction_length_B, batch.gold_BGX, batch.gold_length_BG
+    )
+    return {name: jnp.max(score_BG, axis=1) for name, score_BG in scores_BG.items()}
+
+
+def _score_pair(prediction_W, prediction_length, gold_X, gold_length):
+    """Score one prediction against one gold answer."""
+    width, gold_width = prediction_W.shape[0], gold_X.shape[0]
+    valid = (prediction_length >= 0) & (gold_length >= 0)
+
+    # starts_W[s]: does the gold answer stand at word s? Compared with one gold word at a time.
+    padded = jnp.pad(prediction_W, (0, gold_width), constant_values=_PREDICTION_PAD)
+
+    def match_word(x, starts_W):
+        same_W = lax.dynamic_slice_in_dim(padded, x, width) == gold_X[x]
+        return starts_W & (same_W | (x >= gold_length))
+
+    starts_W = lax.fori_loop(0, gold_width, match_word, jnp.ones(width, bool))
+    both_empty = (prediction_length == 0) & (gold_length == 0)
+    cover_em = jnp.where(gold_length > 0, jnp.any(starts_W), both_empty)
+    em = starts_W[0] & (prediction_length == gold_length)
+
+    # The k-th "to" of the gold answer is shared if the prediction holds at least k of them.
+    rank_X = jnp.sum(jnp.tril(gold_X[:, None] == gold_X[None, :]), axis=1)
+    available_X = jnp.sum(gold_X[:, None] == prediction_W[None, :], axis=1)
+    shared = jnp.sum(rank_X <= available_X, dtype=jnp.float32)
+    f1 = jnp.where(both_empty, 1.0, 2 * shared / jnp.maximum(prediction_length + gold_length, 1))
+    return {
+        "em": jnp.where(valid, em, False).astype(jnp.float32),
+        "f1": jnp.where(valid, f1, 0.0),
+        "cover_em": jnp.where(valid, cover_em, False).astype(jnp.float32),
+    }

@@ -1,0 +1,1 @@
+"""Pure RL maths: advantages of one trajectory row, and masked token losses."""

@@ -1,0 +1,99 @@
+"""Advantage estimates: generalised advantage estimation on one row, and group-relative advantages.
+
+Shape suffixes: T tokens of one row, G groups (questions), N samples of one question.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def gae(
+    rewards_T: jax.Array,
+    values_T: jax.Array,
+    continues_T: jax.Array,
+    mask_T: jax.Array,
+    *,
+    gamma: float,
+    lam: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Generalised advantage estimation over the kept tokens of one row of one or more episodes.
+
+        delta_t = r_t + gamma V_{t'} - V_t        A_t = delta_t + gamma lam A_{t'}
+
+    (arXiv 1506.02438, eq. 16), where t' is the next *kept* token of the same episode: prompt,
+    passage and padding tokens are stepped over, so discounting counts generated tokens only. After
+    the last kept token of an episode V_{t'} = A_{t'} = 0 (a limit on steps ends an episode; nothing
+    is bootstrapped).
+
+        mask       1 1 0 0 1 | 0 1 1      0 = passage or prompt
+        continues  1 1 1 1 0 | 1 1 0      one row, two episodes; nothing crosses the bar
+
+    Args:
+        rewards_T: float [T]; a reward on a token that is not kept is ignored.
+        values_T: float [T], V of the state before each token; may hold anything where not kept.
+        continues_T: bool [T], False on the last token of an episode, kept or not.
+        mask_T: bool [T], True = keep (tokens the policy generated).
+        gamma: discount per kept token.
+        lam: weight of the longer returns, 0 = one-step TD, 1 = Monte Carlo.
+
+    Returns:
+        advantages_T and returns_T = advantages + values, float32 [T], 0 where not kept.
+    """
+    rewards_T = rewards_T.astype(jnp.float32)
+    values_T = values_T.astype(jnp.float32)
+
+    def backward(carry, token):
+        reward, value, continues, keep = token
+        next_value, next_advantage = jax.tree.map(lambda x: jnp.where(continues, x, 0.0), carry)
+        advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        carry = jnp.where(keep, value, next_value), jnp.where(keep, advantage, next_advantage)
+        return carry, jnp.where(keep, advantage, 0.0)
+
+    tokens = (rewards_T, values_T, continues_T.astype(bool), mask_T.astype(bool))
+    zero = jnp.zeros((), jnp.float32)
+    _, advantages_T = lax.scan(backward, (zero, zero), tokens, reverse=True)
+    return advantages_T, jnp.where(mask_T, advantages_T + values_T, 0.0)
+
+
+def whiten(x: jax.Array, mask: jax.Array, *, std_floor: float = 1e-4) -> jax.Array:
+    """Shift and scale the kept entries to mean 0 and standard deviation 1, over all axes at once.
+
+    Args:
+        x: float [...], any shape.
+        mask: bool of the same shape, True = keep.
+        std_floor: smallest divisor, so that equal entries become 0 instead of amplified rounding.
+
+    Returns:
+        float32 of the same shape, 0 where not kept; all 0 when nothing is kept.
+    """
+    x = x.astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+    centred = jnp.where(mask, x - jnp.sum(jnp.where(mask, x, 0.0)) / count, 0.0)
+    std = jnp.sqrt(jnp.sum(jnp.square(centred)) / count)
+    return centred / jnp.maximum(std, std_floor)
+
+
+def group_advantages(
+    returns_GN: jax.Array, mask_GN: jax.Array, normalize_std: bool, *, std_floor: float = 1e-4
+) -> jax.Array:
+    """Advantage of each sample over the mean of its group (GRPO, arXiv 2402.03300, section 4.1.2).
+
+    Args:
+        returns_GN: float [G, N], total return of each sample of each question.
+        mask_GN: bool [G, N], True = keep (False: a sample dropped by a failed judge, or padding).
+        normalize_std: also divide by the group's standard deviation, as GRPO does; Dr. GRPO
+            (arXiv 2503.20783) leaves it out because it favours very easy and very hard questions.
+        std_floor: smallest divisor.
+
+    Returns:
+        float32 [G, N], 0 where not kept and in groups with a single kept sample.
+    """
+    if normalize_std:
+        return jax.vmap(lambda x_N, mask_N: whiten(x_N, mask_N, std_floor=std_floor))(
+            returns_GN, mask_GN
+        )
+    returns_GN = returns_GN.astype(jnp.float32)
+    count_G1 = jnp.maximum(jnp.sum(mask_GN, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
+    mean_G1 = jnp.sum(jnp.where(mask_GN, returns_GN, 0.0), axis=1, keepdims=True) / count_G1
+    return jnp.where(mask_GN, returns_GN - mean_G1, 0.0)

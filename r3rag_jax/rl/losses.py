@@ -1,0 +1,300 @@
+"""Masked token losses, and log-probabilities that never hold [T, V] at once.
+
+Shape suffixes: T tokens, D width, V vocabulary, C tokens of one chunk, K chunks. Token losses take
+arrays of any one shape; masks are bool, True = keep; sums run in float32.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# exp(20) is 5e8: far outside any clip range, yet finite: one stray token cannot blow a loss up.
+_MAX_LOG_RATIO = 20.0
+
+
+def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of the kept entries, float32 scalar; 0 when nothing is kept."""
+    total = jnp.sum(jnp.where(mask, x.astype(jnp.float32), 0.0))
+    return total / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+
+
+def ppo_policy_loss(
+    logprobs: jax.Array,
+    behaviour_logprobs: jax.Array,
+    advantages: jax.Array,
+    mask: jax.Array,
+    *,
+    clip: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Clipped surrogate loss, - mean_t min(rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t).
+
+    rho_t = exp(logprobs_t - behaviour_logprobs_t) (arXiv 1707.06347, eq. 7); the log-ratio is held
+    within +-20, which no clip range reaches.
+
+    Args:
+        logprobs: float [...], of the sampled tokens under the policy being trained.
+        behaviour_logprobs: same shape, recorded while sampling, at the same temperature.
+        advantages: same shape, taken as constants.
+        mask: bool, same shape, True = keep; the rest may hold anything.
+        clip: half-width of the trusted range of the ratio.
+
+    Returns:
+        The scalar loss, and stats: `clip_fraction`, the share of kept tokens with |rho - 1| > clip,
+        and `approx_kl`, the mean of rho - 1 - log rho, an estimate of KL(behaviour, policy) in nats
+        per token.
+    """
+    log_ratio = jnp.where(mask, (logprobs - behaviour_logprobs).astype(jnp.float32), 0.0)
+    log_ratio = jnp.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    ratio = jnp.exp(log_ratio)
+    advantages = lax.stop_gradient(jnp.where(mask, advantages.astype(jnp.float32), 0.0))
+    surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
+    stats = {
+        "clip_fraction": masked_mean(jnp.abs(ratio - 1) > clip, mask),
+        "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
+    }
+    return -masked_mean(surrogate, mask), lax.stop_gradient(stats)
+
+
+def value_loss(
+    values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, clip: float
+) -> jax.Array:
+    """Half the squared error of the values, pessimistic about moves of more than `clip`.
+
+        1/2 mean_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -clip, clip) - R_t)^2)
+
+    Args:
+        values: float [...], of the value model being trained.
+        old_values: same shape, of the value model that gave the advantages.
+        returns: same shape, regression targets.
+        mask: bool, same shape, True = keep; the rest may hold anything.
+        clip: largest useful move, in units of the reward; `inf` turns the clipping off.
+
+    Returns:
+        The scalar loss.
+    """
+    values, old_values, returns = (
+        jnp.where(mask, x.astype(jnp.float32), 0.0) for x in (values, old_values, returns)
+    )
+    old_values, returns = lax.stop_gradient((old_values, returns))
+    clipped = old_values + jnp.clip(values - old_values, -clip, clip)
+    error = jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
+    return 0.5 * masked_mean(error, mask)
+
+
+def kl_penalty(
+    logprobs: jax.Array, ref_logprobs: jax.Array, kind: Literal["k1", "k2", "k3"]
+) -> jax.Array:
+    """Per-token estimate of KL(policy, reference) in nats, from tokens the policy sampled.
+
+    With d = logprobs - ref_logprobs: k1 = d (unbiased, noisy; the penalty of PPO), k2 = d^2 / 2
+    (low variance, biased), k3 = exp(-d) - 1 + d (unbiased, never negative; the KL loss of GRPO).
+    Source: J. Schulman, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
+
+    Args:
+        logprobs: float [...], of the sampled tokens under the policy.
+        ref_logprobs: same shape, under the reference policy.
+        kind: which estimator.
+
+    Returns:
+        float32 of the same shape, unmasked.
+
+    Raises:
+        ValueError: kind is none of the three.
+    """
+    diff = (logprobs - ref_logprobs).astype(jnp.float32)
+    if kind == "k1":
+        return diff
+    if kind == "k2":
+        return 0.5 * jnp.square(diff)
+    if kind == "k3":
+        diff = jnp.clip(diff, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+        return jnp.expm1(-diff) + diff
+    raise ValueError(f"kind of KL estimate must be one of k1, k2, k3; got {kind!r}")
+
+
+def chunked_logprobs(
+    hidden_TD: jax.Array,
+    weight_DV: jax.Array,
+    targets_T: jax.Array,
+    temperature_T: jax.Array,
+    *,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each target and entropy of its distribution, at the given temperatures.
+
+    p_t = softmax(hidden_t weight / temperature_t). The logits exist for at most `chunk` tokens at a
+    time, in float32, and are recomputed in the backward pass.
+
+    Args:
+        hidden_TD: float [T, D], final hidden states.
+        weight_DV: float [D, V], output projection.
+        targets_T: int [T], ids in [0, V).
+        temperature_T: float [T], > 0 (1 where a token is masked later).
+        chunk: most tokens whose logits exist at once; need not divide T.
+
+    Returns:
+        logprobs_T and entropy_T in nats, float32 [T], differentiable in hidden, weight and
+        temperature.
+
+    Raises:
+        ValueError: chunk is not positive.
+    """
+    num_tokens = targets_T.shape[0]
+    num_chunks = _num_chunks(num_tokens, chunk)
+    # Round trip through float32: XLA removes it, but the gradient of the weight, which the loop
+    # accumulates in the dtype of what it closes over, is then summed in float32. In bfloat16 a sum
+    # stalls after 256 chunks.
+    wide_DV = weight_DV.astype(jnp.float32)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one_chunk(inputs):
+        hidden_CD, targets_C, temperature_C = inputs
+        logits_CV = _logits(hidden_CD, wide_DV.astype(weight_DV.dtype)) / temperature_C[:, None]
+        lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+        all_CV = logits_CV - lse_C[:, None]
+        entropy_C = -jnp.sum(jnp.exp(all_CV) * all_CV, axis=-1)
+        return _target_logits(logits_CV, targets_C) - lse_C, entropy_C
+
+    inputs = (
+        _split(hidden_TD, num_chunks),
+        _split(targets_T, num_chunks),
+        _split(temperature_T.astype(jnp.float32), num_chunks, fill=1.0),
+    )
+    logprobs_KC, entropy_KC = lax.map(one_chunk, inputs)
+    return _join(logprobs_KC, num_tokens), _join(entropy_KC, num_tokens)
+
+
+def cross_entropy(
+    hidden_TD: jax.Array,
+    weight_DV: jax.Array,
+    targets_T: jax.Array,
+    mask_T: jax.Array,
+    *,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Token-mean cross-entropy whose gradient is formed chunk by chunk in the forward pass.
+
+    While a chunk's logits are at hand, so is d loss / d logits = (softmax - onehot) / count: the
+    pullback to hidden and weight is taken there, and the logits are neither kept nor recomputed.
+    Without differentiation only the forward part runs. Gradients of the weight are summed in
+    float32.
+
+    Args:
+        hidden_TD: float [T, D], final hidden states.
+        weight_DV: float [D, V], output projection.
+        targets_T: int [T], ids in [0, V); anything where not kept.
+        mask_T: bool [T], True = keep.
+        chunk: most tokens whose logits exist at once; need not divide T.
+
+    Returns:
+        (loss, accuracy), float32 scalars: mean nats per kept token, and the share of kept tokens
+        whose target is the argmax (no gradient). Both are 0 when nothing is kept.
+
+    Raises:
+        ValueError: chunk is not positive.
+    """
+    num_chunks = _num_chunks(targets_T.shape[0], chunk)
+    return _cross_entropy(num_chunks, hidden_TD, weight_DV, targets_T, mask_T.astype(bool))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(num_chunks, hidden_TD, weight_DV, targets_T, mask_T):
+    def one_chunk(sums, inputs):
+        hidden_CD, targets_C, mask_C = inputs
+        logits_CV = _logits(hidden_CD, weight_DV)
+        chunk_sums, _ = _chunk_sums(logits_CV, targets_C, mask_C)
+        return sums + chunk_sums, None
+
+    inputs = jax.tree.map(lambda x: _split(x, num_chunks), (hidden_TD, targets_T, mask_T))
+    sums, _ = lax.scan(one_chunk, jnp.zeros(2, jnp.float32), inputs)
+    loss, accuracy = sums / _count(mask_T)
+    return loss, accuracy
+
+
+def _cross_entropy_forward(num_chunks, hidden_TD, weight_DV, targets_T, mask_T):
+    scale = 1.0 / _count(mask_T)
+
+    def one_chunk(carry, inputs):
+        sums, grad_weight_DV = carry
+        hidden_CD, targets_C, mask_C = inputs
+        logits_CV = _logits(hidden_CD, weight_DV)
+        chunk_sums, lse_C = _chunk_sums(logits_CV, targets_C, mask_C)
+        probs_CV = jnp.exp(logits_CV - lse_C[:, None])
+        grad_CV = jnp.where(_is_target(logits_CV, targets_C), probs_CV - 1.0, probs_CV)
+        grad_CV = jnp.where(mask_C[:, None], grad_CV * scale, 0.0).astype(weight_DV.dtype)
+        grad_weight_DV += jnp.einsum(
+            "CD,CV->DV", hidden_CD, grad_CV, preferred_element_type=jnp.float32
+        )
+        grad_hidden_CD = jnp.einsum(
+            "CV,DV->CD", grad_CV, weight_DV, preferred_element_type=jnp.float32
+        )
+        return (sums + chunk_sums, grad_weight_DV), grad_hidden_CD.astype(hidden_CD.dtype)
+
+    inputs = jax.tree.map(lambda x: _split(x, num_chunks), (hidden_TD, targets_T, mask_T))
+    start = jnp.zeros(2, jnp.float32), jnp.zeros(weight_DV.shape, jnp.float32)
+    (sums, grad_weight_DV), grad_hidden_KCD = lax.scan(one_chunk, start, inputs)
+    loss, accuracy = sums * scale
+    grad_hidden_TD = _join(grad_hidden_KCD, hidden_TD.shape[0])
+    return (loss, accuracy), (grad_hidden_TD, grad_weight_DV.astype(weight_DV.dtype))
+
+
+def _cross_entropy_backward(num_chunks, grads, cotangents):
+    del num_chunks
+    cotangent, _ = cotangents  # the accuracy is piecewise constant
+    grad_hidden_TD, grad_weight_DV = ((cotangent * g).astype(g.dtype) for g in grads)
+    return grad_hidden_TD, grad_weight_DV, None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _chunk_sums(logits_CV, targets_C, mask_C):
+    """Return ([sum of nats, number right] over the kept tokens, logsumexp_C)."""
+    lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    nats_C = lse_C - _target_logits(logits_CV, targets_C)
+    right_C = jnp.argmax(logits_CV, axis=-1) == targets_C
+    sums_2C = jnp.where(mask_C, jnp.stack([nats_C, right_C.astype(jnp.float32)]), 0.0)
+    return jnp.sum(sums_2C, axis=1), lse_C
+
+
+def _logits(hidden_CD, weight_DV):
+    return jnp.dot(hidden_CD, weight_DV, preferred_element_type=jnp.float32)
+
+
+def _is_target(logits_CV, targets_C):
+    return lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1) == targets_C[:, None]
+
+
+def _target_logits(logits_CV, targets_C):
+    # A compare-and-sum, not a gather: its gradient is then a select, not a scatter.
+    return jnp.sum(jnp.where(_is_target(logits_CV, targets_C), logits_CV, 0.0), axis=-1)
+
+
+def _count(mask_T):
+    return jnp.maximum(jnp.sum(mask_T, dtype=jnp.float32), 1.0)
+
+
+def _num_chunks(num_tokens: int, chunk: int) -> int:
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token; got {chunk}")
+    return max(1, -(-num_tokens // chunk))
+
+
+def _split(x_T: jax.Array, num_chunks: int, fill: float = 0) -> jax.Array:
+    """Cut [T, ...] into [K, C, ...], padded with `fill`; chunk k holds tokens k, k + K, ...
+
+    Strided, so that a token axis sharded over devices stays where it is and every device works on
+    every chunk: tokens 0..5 in K = 2 chunks are [0 2 4] and [1 3 5].
+    """
+    size = max(1, -(-x_T.shape[0] // num_chunks))
+    padding = [(0, size * num_chunks - x_T.shape[0])] + [(0, 0)] * (x_T.ndim - 1)
+    x_T = jnp.pad(x_T, padding, constant_values=fill)
+    return x_T.reshape(size, num_chunks, *x_T.shape[1:]).swapaxes(0, 1)
+
+
+def _join(x_KC: jax.Array, num_tokens: int) -> jax.Array:
+    """Undo `_split`."""
+    return x_KC.swapaxes(0, 1).reshape(-1, *x_KC.shape[2:])[:num_tokens]

@@ -1,0 +1,225 @@
+"""The sampler: slots with a KV cache, chunked prefill, bounded decode that pauses at retrieval calls.
+
+The cache always holds keys and values of a row's tokens[: length - 1]; a decode step feeds the last
+token and samples the next. So a prefill never needs logits, and appending passages to a paused row
+prefills the passages alone: `set_context` keeps the longest common prefix of old and new ids.
+
+Left out on purpose: top-k and top-p; recorded log-probabilities would need the same truncation in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.decoder import KVCache
+from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
+from r3rag_jax.sharding import batch_shardings, put, replicated
+
+PREFILL_LENGTHS = (32, 64, 128)  # tokens of a row per prefill call; few shapes are compiled
+MAX_STOPS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a row is to continue."""
+
+    ids: Sequence[int]  # at least one token
+    budget: int  # most tokens to sample
+    temperature: float = 0.0  # 0 = greedy
+    key: np.ndarray | None = None  # uint32 [2]; needed unless greedy
+
+
+class Engine:
+    """A fixed number of slots over one model. Parameters are passed with each call, never held."""
+
+    def __init__(
+        self,
+        graphdef: Any,
+        config: DecoderConfig,
+        mesh: Mesh,
+        *,
+        slots: int,
+        max_length: int,
+        pause_ids: Sequence[int] = (),
+        stop_ids: Sequence[int] = (),
+        dtype: Any = jnp.float32,
+    ):
+        """`pause_ids` end a step with NEEDS_RETRIEVAL, `stop_ids` with DONE; `slots` rows of `max_length` tokens."""
+        self.mesh, self.slots, self.max_length = mesh, slots, max_length
+        self.rows = Rows.empty(slots, max_length)
+        cache_of = functools.partial(KVCache.init, config, slots, max_length, dtype)
+        self._shardings = DecodeState(
+            cache=batch_shardings(mesh, jax.eval_shape(cache_of)), rows=batch_shardings(mesh, self.rows)
+        )
+        self._cache = jax.jit(cache_of, out_shardings=self._shardings.cache)()
+        self.stop_at(pause_ids, stop_ids)
+        whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
+        self._decode = jax.jit(
+            functools.partial(decode, graphdef),
+            donate_argnums=1,
+            out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
+        )
+        self._prefill = jax.jit(
+            functools.partial(prefill, graphdef), donate_argnums=1, out_shardings=self._shardings.cache
+        )
+        self.num_prefilled = 0  # tokens, padding not counted
+        self.num_sampled = 0
+
+    def stop_at(self, pause_ids: Sequence[int], stop_ids: Sequence[int] = ()) -> None:
+        """Change which tokens end a step, without a new compilation. At most MAX_STOPS in all."""
+        if len(pause_ids) + len(stop_ids) > MAX_STOPS:
+            raise ValueError(f"at most {MAX_STOPS} stop tokens; got {len(pause_ids) + len(stop_ids)}")
+        self._stops, self._pauses = np.full((2, MAX_STOPS), -1, np.int32)
+        self._stops[: len(pause_ids) + len(stop_ids)] = [*pause_ids, *stop_ids]
+        self._pauses[: len(pause_ids)] = pause_ids
+
+    def reset(self) -> None:
+        """Forget all rows; needed when the parameters change, for the cache is then stale."""
+        self.rows = Rows.empty(self.slots, self.max_length)
+
+    def set_context(self, params: Any, contexts: Mapping[int, Context]) -> None:
+        """Give rows new contexts and make them ACTIVE; only what the cache lacks is prefilled."""
+        todo: list[tuple[int, Sequence[int], int]] = []
+        for row, context in contexts.items():
+            length = len(context.ids)
+            if not 1 <= length < self.max_length:
+                raise ValueError(f"a context must hold 1 to {self.max_length - 1} tokens; got {length}")
+            kept = self._common_prefix(row, context.ids)
+            if kept < length - 1:
+                todo.append((row, context.ids, kept))
+            rows = self.rows
+            rows.tokens[row, :length] = context.ids
+            rows.lengths[row] = length
+            rows.status[row] = RowStatus.ACTIVE
+            rows.budgets[row] = min(context.budget, self.max_length - length)
+            rows.temperature[row] = context.temperature
+            rows.keys[row] = 0 if context.key is None else context.key
+        while todo:
+            todo = self._prefill_once(params, todo)
+
+    def decode(self, params: Any, max_tokens: int, leave_at: int) -> None:
+        """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended."""
+        before = self.rows.lengths.sum()
+        state = DecodeState(cache=self._cache, rows=put(self.rows, self._shardings.rows))
+        state = self._decode(params, state, np.int32(max_tokens), np.int32(leave_at), self._stops, self._pauses)
+        self._cache = state.cache
+        self.rows = jax.tree.map(lambda x: np.array(x), state.rows)
+        self.num_sampled += int(self.rows.lengths.sum() - before)
+
+    def release(self, row: int) -> None:
+        """Free a slot; its cache stays for a context with a common prefix."""
+        self.rows.status[row] = RowStatus.EMPTY
+
+    def find(self, *status: RowStatus) -> list[int]:
+        return np.flatnonzero(np.isin(self.rows.status, status)).tolist()
+
+    def _common_prefix(self, row: int, ids: Sequence[int]) -> int:
+        """Tokens of `ids` whose keys and values are in the row's cache."""
+        cached = min(int(self.rows.lengths[row]) - 1, len(ids))
+        differs = np.flatnonzero(self.rows.tokens[row, :cached] != np.asarray(ids[:cached], np.int32))
+        return int(differs[0]) if len(differs) else cached
+
+    def _prefill_once(self, params: Any, todo: list[tuple[int, Sequence[int], int]]) -> list[Any]:
+        """One chunk of every row in `todo`; returns what is left."""
+        longest = max(len(ids) - 1 - start for _, ids, start in todo)
+        width = next((c for c in PREFILL_LENGTHS if c >= longest), PREFILL_LENGTHS[-1])
+        size = self.slots if len(todo) > self.slots // 4 else max(1, self.slots // 4)
+        rows = np.full(size, self.slots, np.int32)  # row `slots` does not exist: dropped
+        tokens, starts = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
+        left = []
+        for i, (row, ids, start) in enumerate(todo):
+            end = min(start + width, len(ids) - 1)
+            rows[i], starts[i], tokens[i, : end - start] = row, start, ids[start:end]
+            self.num_prefilled += end - start
+            if end < len(ids) - 1:
+                left.append((row, ids, end))
+        self._cache = self._prefill(params, self._cache, rows, tokens, starts)
+        return left
+
+
+def prefill(
+    graphdef: Any, params: Any, cache: KVCache, rows_R: jax.Array, tokens_RC: jax.Array, starts_R: jax.Array
+) -> KVCache:
+    """Write keys and values of tokens_RC at positions starts_R + 0..C-1 of the given rows; rows >= B are dropped."""
+    sub, _ = nnx.merge(graphdef, params).extend(cache.take(rows_R), tokens_RC, starts_R)
+    return cache.put(rows_R, sub)
+
+
+def decode(
+    graphdef: Any,
+    params: Any,
+    state: DecodeState,
+    max_tokens: jax.Array,
+    leave_at: jax.Array,
+    stops: jax.Array,
+    pauses: jax.Array,
+) -> DecodeState:
+    """The bounded loop on the device: leaves after max_tokens, when no row is active, or when `leave_at` wait."""
+    model = nnx.merge(graphdef, params)
+    num_active = jnp.sum(state.rows.status == RowStatus.ACTIVE)
+
+    def is_going(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+        number, state = carry
+        active = jnp.sum(state.rows.status == RowStatus.ACTIVE)
+        return (number < max_tokens) & (active > 0) & (num_active - active < leave_at)
+
+    def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+        number, state = carry
+        rows = state.rows
+        last = jnp.take_along_axis(rows.tokens, rows.lengths[:, None] - 1, axis=1)
+        cache, hidden = model.extend(state.cache, last, rows.lengths - 1)
+        token, logprob, logprob_t1 = sample(model.logits(hidden[:, 0]), rows)
+        return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
+
+    return jax.lax.while_loop(is_going, body, (jnp.int32(0), state))[1]
+
+
+def sample(logits_BV: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Draw a token per row; returns (token, log-probability at the row's temperature, at temperature 1), [B].
+
+    A greedy row (temperature 0) is scored at temperature 1, at which it is trained.
+    """
+    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+
+    def draw(key: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
+        return jax.random.categorical(key, logits_V)
+
+    drawn = jax.vmap(draw)(rows.keys, rows.lengths, logits_BV / temperature)
+    token = jnp.where(rows.temperature > 0, drawn, jnp.argmax(logits_BV, axis=-1))
+
+    def score(logits: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
+
+    return token.astype(jnp.int32), score(logits_BV / temperature), score(logits_BV)
+
+
+def append(
+    rows: Rows, token: jax.Array, logprob: jax.Array, logprob_t1: jax.Array, stops: jax.Array, pauses: jax.Array
+) -> Rows:
+    """Write the sampled token of every active row behind its last one and update its status."""
+    active = rows.status == RowStatus.ACTIVE
+    at = jnp.where(active, rows.lengths, rows.tokens.shape[1])  # out of range: dropped
+    here = (jnp.arange(len(token)), at)
+    budgets = rows.budgets - active
+    status = jnp.where(jnp.isin(token, stops) | (budgets <= 0), RowStatus.DONE, RowStatus.ACTIVE)
+    status = jnp.where(jnp.isin(token, pauses), RowStatus.NEEDS_RETRIEVAL, status)
+    return dataclasses.replace(
+        rows,
+        tokens=rows.tokens.at[here].set(token, mode="drop"),
+        logprobs=rows.logprobs.at[here].set(logprob, mode="drop"),
+        logprobs_t1=rows.logprobs_t1.at[here].set(logprob_t1, mode="drop"),
+        lengths=rows.lengths + active,
+        budgets=budgets,
+        status=jnp.where(active, status, rows.status).astype(jnp.int32),
+    )

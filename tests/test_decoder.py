@@ -1,0 +1,287 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from r3rag_jax.models.attention import attention
+from r3rag_jax.models.config import DecoderConfig, RopeScaling
+from r3rag_jax.models.decoder import (
+    PARAM_AXES,
+    Decoder,
+    KVCache,
+    param_shapes,
+    rope_frequencies,
+)
+
+TINY = DecoderConfig(
+    vocab_size=61,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    ffn_size=24,
+    attention_bias=True,
+    tie_embeddings=True,
+    model_type="qwen2",
+)
+
+
+def make(config: DecoderConfig = TINY, **kwargs) -> Decoder:
+    """A decoder whose biases and norms are random too, so that each of them matters."""
+    model = Decoder(config, rngs=nnx.Rngs(0), **kwargs)
+    for i, name in enumerate(sorted(param_shapes(config))):
+        if name.endswith(("_norm", "_bias")):
+            param = model.param(name)
+            noise = 0.3 * jax.random.normal(jax.random.key(i), param.shape, param.dtype)
+            param.set_value(param[...] + noise)
+        elif not name.startswith("embed"):
+            model.param(name).set_value(8 * model.param(name)[...])
+    return model
+
+
+def random_tokens(shape: tuple[int, ...], seed: int = 1) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
+
+
+def positions(B: int, L: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(L), (B, L))
+
+
+def test_shapes_names_and_axes_agree():
+    untied = dataclasses.replace(TINY, tie_embeddings=False, qk_norm=True)
+    for config in (TINY, untied):
+        params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param))
+        layers = params.pop("layers")
+        assert {n: p.shape for n, p in (params | layers).items()} == param_shapes(config)
+        for name, array in (params | layers).items():
+            assert len(PARAM_AXES[name]) == array.ndim
+            assert (PARAM_AXES[name][0] == "layers") == (name in layers)
+    assert set(param_shapes(untied)) == set(PARAM_AXES)
+
+
+def test_the_graph_definition_is_hashable():
+    scaling = RopeScaling(8.0, 1.0, 4.0, 64)
+    config = dataclasses.replace(TINY, rope_scaling=scaling)
+    graphdef, _ = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+    assert isinstance(hash(graphdef), int)
+
+
+def test_split_jit_merge_equals_eager():
+    model = make()
+    tokens = random_tokens((2, 7))
+    graphdef, params = nnx.split(model)
+    hidden = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t, positions(2, 7)))(params, tokens)
+    np.testing.assert_allclose(hidden, model(tokens, positions(2, 7)), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunks", [(12,), (1,) * 12, (5, 1, 4, 2)])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_extend_equals_full_forward(chunks, qk_norm):
+    model = make(dataclasses.replace(TINY, qk_norm=qk_norm))
+    tokens = random_tokens((3, 12))
+    full = model(tokens, positions(3, 12))
+    cache = KVCache.init(model.config, 3, 16, jnp.float32)
+    extend = nnx.jit(lambda model, cache, tokens, starts: model.extend(cache, tokens, starts))
+    start = 0
+    for size in chunks:
+        chunk = tokens[:, start : start + size]
+        cache, hidden = extend(model, cache, chunk, jnp.full(3, start))
+        np.testing.assert_allclose(hidden, full[:, start : start + size], rtol=1e-4, atol=1e-4)
+        start += size
+
+
+def test_extend_with_ragged_starts_and_padded_tails():
+    # Row lengths 3, 6, 1 are prefilled in one padded chunk of 6; the junk behind a row's length
+    # must never be seen.
+    model = make()
+    tokens = random_tokens((3, 10))
+    full = model(tokens, positions(3, 10))
+    lengths = jnp.array([3, 6, 1])
+    junk = random_tokens((3, 6), seed=9)
+    chunk = jnp.where(jnp.arange(6) < lengths[:, None], tokens[:, :6], junk)
+    cache = KVCache.init(TINY, 3, 16, jnp.float32)
+    cache, hidden = model.extend(cache, chunk, jnp.zeros(3, jnp.int32))
+    for row, length in enumerate((3, 6, 1)):
+        np.testing.assert_allclose(hidden[row, :length], full[row, :length], rtol=1e-4, atol=1e-4)
+    for step in range(4):
+        at = lengths + step
+        token = jnp.take_along_axis(tokens, at[:, None], axis=1)
+        cache, hidden = model.extend(cache, token, at)
+        want = full[jnp.arange(3), at]
+        np.testing.assert_allclose(hidden[:, 0], want, rtol=1e-4, atol=1e-4)
+
+
+def test_extend_drops_positions_beyond_the_cache():
+    model = make()
+    cache = KVCache.init(TINY, 2, 8, jnp.float32)
+    cache, _ = model.extend(cache, random_tokens((2, 8)), jnp.zeros(2, jnp.int32))
+    # Row 0 writes 6, 7 and drops 8, 9; row 1 starts past the end and writes nothing.
+    after, hidden = model.extend(cache, random_tokens((2, 4), seed=3), jnp.array([6, 8]))
+    assert bool(jnp.isfinite(hidden).all())
+    for k, new_k, v, new_v in zip(cache.k, after.k, cache.v, after.v, strict=True):
+        np.testing.assert_array_equal(new_k[0, :, :, :6], k[0, :, :, :6])
+        np.testing.assert_array_equal(new_k[1], k[1])
+        np.testing.assert_array_equal(new_v[0, :, :6], v[0, :, :6])
+        np.testing.assert_array_equal(new_v[1], v[1])
+        assert not np.array_equal(new_k[0, :, :, 6:], k[0, :, :, 6:])
+        assert not np.array_equal(new_v[0, :, 6:], v[0, :, 6:])
+
+
+def test_cache_take_and_put():
+    model = make()
+    cache = KVCache.init(TINY, 4, 8, jnp.float32)
+    cache, _ = model.extend(cache, random_tokens((4, 5)), jnp.zeros(4, jnp.int32))
+    assert cache.slots == 8
+    sub = cache.take(jnp.array([2, 0]))
+    np.testing.assert_array_equal(sub.k[1], cache.k[1][jnp.array([2, 0])])
+    back = KVCache.init(TINY, 4, 8, jnp.float32).put(jnp.array([3, 4]), sub)  # row 4: dropped
+    np.testing.assert_array_equal(back.v[0][3], cache.v[0][2])
+    np.testing.assert_array_equal(back.v[0][:3], 0)
+
+
+def test_donated_decode_loop_runs_on_device():
+    model = make()
+    graphdef, params = nnx.split(model)
+    tokens = random_tokens((2, 6))
+
+    def decode(params, cache):
+        def body(carry):
+            i, cache, out = carry
+            token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
+            cache, hidden = nnx.merge(graphdef, params).extend(cache, token, jnp.full(2, i))
+            return i + 1, cache, out.at[:, i].set(hidden[:, 0])
+
+        init = (0, cache, jnp.zeros((2, 6, TINY.hidden_size)))
+        return jax.lax.while_loop(lambda carry: carry[0] < 6, body, init)[1:]
+
+    cache = KVCache.init(TINY, 2, 8, jnp.float32)
+    _, out = jax.jit(decode, donate_argnums=1)(params, cache)
+    assert cache.k[0].is_deleted()
+    np.testing.assert_allclose(out, model(tokens, positions(2, 6)), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_segments_equal_separate_rows():
+    model = make()
+    a, b = random_tokens((1, 5)), random_tokens((1, 4), seed=2)
+    packed = jnp.concatenate([a, b, jnp.zeros((1, 3), a.dtype)], axis=1)
+    segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
+    packed_positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])
+    hidden = model(packed, packed_positions, segments)
+    np.testing.assert_allclose(hidden[:, :5], model(a, positions(1, 5)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(hidden[:, 5:9], model(b, positions(1, 4)), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_is_finite_and_has_no_gradient():
+    model = make()
+    graphdef, params = nnx.split(model)
+    tokens = random_tokens((1, 6))
+    segments = jnp.array([[1, 1, 1, 0, 0, 0]])
+
+    def loss(params, remat):
+        hidden = nnx.merge(graphdef, params)(tokens, positions(1, 6), segments, remat=remat)
+        return jnp.sum(jnp.square(hidden[:, :3]))
+
+    grads = {r: jax.grad(loss)(params, r) for r in ("none", "full", "dots")}
+    embed = grads["none"]["embed"][...]
+    assert bool(jnp.isfinite(embed).all())
+    used = np.unique(tokens[0, :3])
+    unused = np.setdiff1d(np.unique(tokens[0, 3:]), used)
+    assert np.all(np.abs(embed[used]).sum(axis=1) > 0)
+    np.testing.assert_array_equal(embed[unused], 0)
+    for remat in ("full", "dots"):
+        for a, b in zip(jax.tree.leaves(grads["none"]), jax.tree.leaves(grads[remat]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_future_tokens_do_not_change_the_past():
+    model = make()
+    tokens = random_tokens((1, 8))
+    changed = tokens.at[0, 5].set((tokens[0, 5] + 1) % TINY.vocab_size)
+    before, after = model(tokens, positions(1, 8)), model(changed, positions(1, 8))
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert np.all(np.abs(before - after)[0, 5:].max(axis=-1) > 1e-4)
+
+
+def test_logits_of_a_tied_and_an_untied_model():
+    tied = make()
+    hidden = jax.random.normal(jax.random.key(0), (2, 3, TINY.hidden_size))
+    logits = tied.logits(hidden)
+    assert logits.shape == (2, 3, TINY.vocab_size) and logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, hidden @ tied.embed[...].T, rtol=1e-5, atol=1e-6)
+    untied = make(dataclasses.replace(TINY, tie_embeddings=False))
+    want = hidden @ untied.lm_head[...]
+    np.testing.assert_allclose(untied.logits(hidden), want, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_compute_stays_near_float32():
+    tokens = random_tokens((2, 9))
+    full = make()(tokens, positions(2, 9))
+    model = make(dtype=jnp.bfloat16)
+    half = model(tokens, positions(2, 9))
+    assert half.dtype == jnp.bfloat16 and model.logits(half).dtype == jnp.float32
+    error = jnp.abs(half.astype(jnp.float32) - full)
+    assert float(error.mean()) < 0.03 * float(jnp.abs(full).mean())
+    cache = KVCache.init(TINY, 2, 16, jnp.bfloat16)
+    _, cached = model.extend(cache, tokens, jnp.zeros(2, jnp.int32))
+    error = jnp.abs(cached.astype(jnp.float32) - full)
+    assert float(error.mean()) < 0.03 * float(jnp.abs(full).mean())
+
+
+def test_llama3_frequencies():
+    # theta 16, H 8: wavelengths 2 pi (1, 2, 4, 8) = 6.28, 12.57, 25.13, 50.27 positions. With an
+    # original context of 32 * 2 pi / 4 = 50.265 they turn 8, 4, 2, 1 times: kept, kept, blended by
+    # (2-1)/(4-1) = 1/3, divided by 8.
+    scaling = RopeScaling(8.0, 1.0, 4.0, 8 * 2 * np.pi)
+    config = dataclasses.replace(TINY, rope_theta=16.0, rope_scaling=scaling)
+    want = [1.0, 0.5, 0.25 / 3 + 0.25 / 8 * 2 / 3, 0.125 / 8]
+    np.testing.assert_allclose(rope_frequencies(config), want, rtol=1e-6)
+
+
+def test_builds_and_runs_sharded_under_a_mesh():
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        model = make()
+        hidden = model(random_tokens((2, 4)), positions(2, 4))
+    np.testing.assert_allclose(
+        hidden, make()(random_tokens((2, 4)), positions(2, 4)), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_unknown_names_are_refused():
+    model = make()
+    tokens = random_tokens((1, 3))
+    with pytest.raises(ValueError, match=r"remat must be one of .*got 'some'"):
+        model(tokens, positions(1, 3), remat="some")
+    with pytest.raises(ValueError, match=r"attention_implementation must be one of .*'flash'"):
+        Decoder(TINY, rngs=nnx.Rngs(0), attention_implementation="flash")
+    q = jnp.zeros((1, 2, 4, 8))
+    with pytest.raises(ValueError, match=r"implementation must be one of .*'flash'"):
+        attention(q, q[:, :, :2], q[:, :, :2], implementation="flash")
+
+
+def test_attention_by_hand():
+    # One head pair sharing one kv head, H = 1: scores are q * k. Token 1 weighs v = 1, 3 by
+    # softmax(0, ln 3) = 1/4, 3/4.
+    q = jnp.array([[[[1.0], [0.0]], [[1.0], [0.0]]]])
+    k = jnp.array([[[[0.0]], [[np.log(3.0)]]]])
+    v = jnp.array([[[[1.0]], [[3.0]]]])
+    out = attention(q, k, v)
+    np.testing.assert_allclose(out[0, :, :, 0], [[1.0, 1.0], [2.5, 2.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_heads must be divisible by num_kv_heads 3; got 4"),
+        ({"head_dim": 7}, "head_dim must be even and positive for RoPE; got 7"),
+        ({"num_layers": 0}, "num_layers must be at least 1; got 0"),
+        ({"model_type": "gpt2"}, "model_type must be one of .*got 'gpt2'"),
+    ],
+)
+def test_config_relations(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)

@@ -1,0 +1,140 @@
+"""The sampler against a naive loop: same tokens, same log-probabilities, whatever the batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from r3rag_jax.config import MeshConfig
+from r3rag_jax.sampler.engine import Context, Engine
+from r3rag_jax.sampler.state import RowStatus
+from r3rag_jax.sharding import make_mesh
+
+MAX_LENGTH = 96
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.decoder()
+
+
+def make_engine(model, slots=4, **stops):
+    graphdef, params = nnx.split(model)
+    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), slots=slots, max_length=MAX_LENGTH)
+    engine.stop_at(stops.get("pauses", ()), stops.get("stops", ()))
+    return engine, params
+
+
+def prompt(seed, length):
+    return np.random.default_rng(seed).integers(20, 260, length).tolist()
+
+
+def naive(model, ids, num, temperature, key):
+    """Full forward per token, one row at a time: (sampled ids, log-probabilities)."""
+    forward = jax.jit(lambda tokens, positions: model.logits(model(tokens, positions)))
+    ids, logprobs = list(ids), []
+    for _ in range(num):
+        tokens = np.zeros((1, MAX_LENGTH), np.int32)
+        tokens[0, : len(ids)] = ids
+        logits = forward(tokens, np.arange(MAX_LENGTH)[None])[0, len(ids) - 1]
+        if temperature > 0:
+            row_key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32)), len(ids))
+            token = int(jax.random.categorical(row_key, logits / temperature))
+        else:
+            token = int(jnp.argmax(logits))
+        logprobs.append(float(jax.nn.log_softmax(logits / (temperature or 1.0))[token]))
+        ids.append(token)
+    return ids[-num:], logprobs
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_engine_equals_naive_loop(model, temperature):
+    engine, params = make_engine(model)
+    contexts = {
+        row: Context(prompt(row, 5 + 17 * row), 12, temperature, np.array([row, 9], np.uint32)) for row in range(3)
+    }
+    engine.set_context(params, contexts)
+    engine.decode(params, 100, leave_at=4)
+    assert engine.find(RowStatus.DONE) == [0, 1, 2]
+    for row, context in contexts.items():
+        start = len(context.ids)
+        ids, logprobs = naive(model, context.ids, 12, temperature, context.key)
+        assert engine.rows.tokens[row, start : start + 12].tolist() == ids
+        np.testing.assert_allclose(engine.rows.logprobs[row, start : start + 12], logprobs, atol=2e-5)
+
+
+def test_append_then_decode_equals_fresh_prefill(model):
+    """A paused row whose context grows by passages: only these are prefilled, and nothing changes."""
+    engine, params = make_engine(model)
+    engine.set_context(params, {1: Context(prompt(0, 20), 6)})
+    engine.decode(params, 6, leave_at=1)
+    grown = engine.rows.tokens[1, :26].tolist() + prompt(1, 40)
+    before = engine.num_prefilled
+    engine.set_context(params, {1: Context(grown, 8)})
+    assert engine.num_prefilled - before == 40  # the last sampled token and the passages, less the last one
+    engine.decode(params, 8, leave_at=1)
+    fresh, _ = make_engine(model)
+    fresh.set_context(params, {0: Context(grown, 8)})
+    fresh.decode(params, 8, leave_at=1)
+    assert engine.rows.tokens[1, 66:74].tolist() == fresh.rows.tokens[0, 66:74].tolist()
+    np.testing.assert_allclose(engine.rows.logprobs[1, 66:74], fresh.rows.logprobs[0, 66:74], atol=2e-5)
+
+
+def test_a_changed_prefix_is_prefilled_anew(model):
+    engine, params = make_engine(model)
+    first, second = prompt(0, 30), prompt(0, 10) + prompt(5, 25)
+    engine.set_context(params, {0: Context(first, 4)})
+    engine.decode(params, 4, leave_at=1)
+    before = engine.num_prefilled
+    engine.set_context(params, {0: Context(second, 5)})
+    assert engine.num_prefilled - before == len(second) - 1 - 10
+    engine.decode(params, 5, leave_at=1)
+    assert engine.rows.tokens[0, 35:40].tolist() == naive(model, second, 5, 0.0, None)[0]
+
+
+def test_trajectory_does_not_depend_on_slot_or_neighbours(model):
+    key = np.array([3, 4], np.uint32)
+    alone, params = make_engine(model)
+    alone.set_context(params, {0: Context(prompt(7, 24), 20, 1.0, key)})
+    alone.decode(params, 20, leave_at=1)
+    crowd, _ = make_engine(model, slots=6)
+    contexts = {row: Context(prompt(row, 12), 9, 0.5, np.array([row, 1], np.uint32)) for row in (0, 2, 3)}
+    crowd.set_context(params, contexts | {5: Context(prompt(7, 24), 20, 1.0, key)})
+    for _ in range(7):
+        crowd.decode(params, 3, leave_at=1)
+    assert crowd.rows.tokens[5, 24:44].tolist() == alone.rows.tokens[0, 24:44].tolist()
+
+
+def test_pause_stop_and_budget(model):
+    base, params = make_engine(model)
+    ids, key = prompt(2, 8), np.array([5, 5], np.uint32)
+    base.set_context(params, {0: Context(ids, 10, 1.0, key)})
+    base.decode(params, 10, leave_at=1)
+    third = int(base.rows.tokens[0, 10])
+    assert third not in base.rows.tokens[0, 8:10]
+    for name, status in (("pauses", RowStatus.NEEDS_RETRIEVAL), ("stops", RowStatus.DONE)):
+        engine, _ = make_engine(model, **{name: (third,)})
+        engine.set_context(params, {2: Context(ids, 10, 1.0, key)})
+        engine.decode(params, 10, leave_at=1)
+        assert engine.rows.status[2] == status
+        assert engine.rows.lengths[2] == 11
+    engine, _ = make_engine(model)
+    engine.set_context(params, {2: Context(ids, 4), 3: Context(prompt(3, MAX_LENGTH - 3), 50)})
+    engine.decode(params, 50, leave_at=4)
+    assert engine.rows.lengths[2] == 12
+    assert engine.rows.lengths[3] == MAX_LENGTH  # never beyond the cache
+
+
+def test_decode_leaves_when_enough_rows_wait(model):
+    engine, params = make_engine(model)
+    engine.set_context(params, {0: Context(prompt(0, 8), 3), 1: Context(prompt(1, 8), 30)})
+    engine.decode(params, 30, leave_at=1)
+    assert engine.rows.lengths[:2].tolist() == [11, 11]
+
+
+def test_too_long_context_is_refused(model):
+    engine, params = make_engine(model)
+    with pytest.raises(ValueError, match="1 to 95 tokens; got 96"):
+        engine.set_context(params, {0: Context(prompt(0, MAX_LENGTH), 1)})

@@ -1,0 +1,285 @@
+"""Losses: typed-out numbers, and chunked against plain."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r3rag_jax.rl.losses import (
+    chunked_logprobs,
+    cross_entropy,
+    kl_penalty,
+    masked_mean,
+    ppo_policy_loss,
+    value_loss,
+)
+
+NUM_TOKENS, WIDTH, VOCAB = 13, 8, 31
+CHUNKS = [1, 5, 64]  # 13 = 5 + 5 + 3; 64 is more than there is
+
+
+def _inputs(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return (
+        jax.random.normal(keys[0], (NUM_TOKENS, WIDTH), dtype),
+        jax.random.normal(keys[1], (WIDTH, VOCAB), dtype),
+        jax.random.randint(keys[2], (NUM_TOKENS,), 0, VOCAB),
+        jnp.arange(NUM_TOKENS) % 3 != 1,
+    )
+
+
+def _plain_cross_entropy(hidden_TD, weight_DV, targets_T, mask_T):
+    logits_TV = jnp.dot(hidden_TD, weight_DV, preferred_element_type=jnp.float32)
+    nats_T = -jnp.take_along_axis(jax.nn.log_softmax(logits_TV), targets_T[:, None], 1)[:, 0]
+    right_T = jnp.argmax(logits_TV, axis=-1) == targets_T
+    count = jnp.sum(mask_T)
+    return jnp.sum(nats_T * mask_T) / count, jnp.sum(right_T * mask_T) / count
+
+
+def _plain_logprobs(hidden_TD, weight_DV, targets_T, temperature_T):
+    logits_TV = hidden_TD @ weight_DV / temperature_T[:, None]
+    all_TV = jax.nn.log_softmax(logits_TV)
+    logprobs_T = jnp.take_along_axis(all_TV, targets_T[:, None], 1)[:, 0]
+    return logprobs_T, -jnp.sum(jnp.exp(all_TV) * all_TV, axis=-1)
+
+
+def _assert_close(actual, expected, tolerance=1e-6):
+    """Relative to the largest entry: single gradient entries may cancel to nearly nothing."""
+    scale = float(jnp.max(jnp.abs(expected)))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def _largest_intermediate(function, *args):
+    """Return the most entries of any array in the jaxpr, inner jaxprs included."""
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (var.aval.size for var in equation.outvars)
+            for inner in jax.tree.leaves(
+                list(equation.params.values()),
+                is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"),
+            ):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from walk(inner)
+
+    return max(walk(jax.make_jaxpr(function)(*args).jaxpr))
+
+
+def test_masked_mean():
+    x = jnp.array([1.0, jnp.nan, 3.0])
+    assert masked_mean(x, jnp.array([True, False, True])) == 2.0
+    assert masked_mean(x, jnp.zeros(3, bool)) == 0.0
+
+
+def test_ppo_policy_loss_typed_out():
+    ratio = jnp.array([1.0, 2.0, 2.0, 0.5, 0.5, 1.1])
+    advantages = jnp.array([1.0, 1.0, -1.0, 1.0, -1.0, 2.0])
+    # kept: 1, clipped 1.2, -2, .5, clipped -.8, 2.2; the masked tail would be nan
+    tail = jnp.array([jnp.nan])
+    mask = jnp.arange(7) < 6
+    loss, stats = ppo_policy_loss(
+        jnp.concatenate([jnp.log(ratio) - 1.0, tail]),
+        jnp.concatenate([jnp.full(6, -1.0), tail]),
+        jnp.concatenate([advantages, tail]),
+        mask,
+        clip=0.2,
+    )
+    np.testing.assert_allclose(loss, -(1.0 + 1.2 - 2.0 + 0.5 - 0.8 + 2.2) / 6, rtol=1e-5)
+    np.testing.assert_allclose(stats["clip_fraction"], 4 / 6)
+    np.testing.assert_allclose(stats["approx_kl"], np.mean(ratio - 1 - np.log(ratio)), rtol=1e-5)
+
+
+def test_ppo_gradient_is_policy_gradient_on_policy_and_stops_at_the_clip():
+    mask = jnp.array([True, True, True, False])
+    advantages = jnp.array([1.0, -2.0, 3.0, 5.0])
+    behaviour = jnp.array([-1.0, -0.5, -2.0, -1.0])
+
+    def loss(logprobs):
+        return ppo_policy_loss(logprobs, behaviour, advantages, mask, clip=0.2)[0]
+
+    np.testing.assert_allclose(
+        jax.grad(loss)(behaviour), [-1 / 3, 2 / 3, -1.0, 0.0], rtol=1e-6
+    )  # - A / count at ratio 1
+    np.testing.assert_allclose(
+        jax.grad(loss)(behaviour + jnp.array([0.5, -0.5, 0.0, 0.0])), [0.0, 0.0, -1.0, 0.0]
+    )
+
+
+def test_ppo_stays_finite_when_one_token_explodes():
+    loss = functools.partial(ppo_policy_loss, mask=jnp.ones(1, bool), clip=0.2)
+    value, gradient = jax.value_and_grad(
+        lambda x: loss(x, jnp.array([-200.0]), jnp.array([-1.0]))[0]
+    )(jnp.array([0.0]))
+    assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
+
+
+def test_value_loss_typed_out():
+    values, old_values = jnp.array([1.0, 1.0, 1.0, jnp.nan]), jnp.array([0.0, 0.9, 0.0, 0.0])
+    returns, mask = jnp.array([1.0, 2.0, 0.5, 0.0]), jnp.array([True, True, True, False])
+    # 1) perfect, but moved beyond the clip: (.2 - 1)^2; 2) inside: (1 - 2)^2; 3) max(.5^2, (.2 -
+    # .5)^2)
+    expected = 0.5 * (0.64 + 1.0 + 0.25) / 3
+    np.testing.assert_allclose(value_loss(values, old_values, returns, mask, clip=0.2), expected)
+    unclipped = value_loss(values, old_values, returns, mask, clip=float("inf"))
+    np.testing.assert_allclose(unclipped, 0.5 * (0.0 + 1.0 + 0.25) / 3)
+    gradient = jax.grad(value_loss)(values, old_values, returns, mask, clip=0.2)
+    np.testing.assert_allclose(gradient, [0.0, -1 / 3, 0.5 / 3, 0.0], rtol=1e-6)
+
+
+def test_kl_penalty():
+    logprobs, ref_logprobs = jnp.array([-1.0, -1.0]), jnp.array([-1.0, -2.0])
+    for kind, second in [("k1", 1.0), ("k2", 0.5), ("k3", np.exp(-1.0))]:
+        np.testing.assert_allclose(
+            kl_penalty(logprobs, ref_logprobs, kind), [0.0, second], rtol=1e-6
+        )
+    with pytest.raises(ValueError, match=r"k1, k2, k3; got 'k4'"):
+        kl_penalty(logprobs, ref_logprobs, "k4")
+
+
+def test_kl_estimates_are_unbiased():
+    # Averaged over the policy's own distribution, k1 and k3 are the divergence itself.
+    policy_V, ref_V = (
+        jax.nn.log_softmax(jax.random.normal(jax.random.key(seed), (VOCAB,))) for seed in (1, 2)
+    )
+    divergence = jnp.sum(jnp.exp(policy_V) * (policy_V - ref_V))
+    for kind in ("k1", "k3"):
+        estimate = jnp.sum(jnp.exp(policy_V) * kl_penalty(policy_V, ref_V, kind))
+        np.testing.assert_allclose(estimate, divergence, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_chunked_logprobs_match_plain_in_value_and_gradient(chunk):
+    hidden_TD, weight_DV, targets_T, _ = _inputs()
+    temperature_T = jnp.linspace(0.4, 1.3, NUM_TOKENS)
+    weights_T = jnp.linspace(-1.0, 2.0, NUM_TOKENS)
+
+    def total(function, hidden_TD, weight_DV, temperature_T):
+        logprobs_T, entropy_T = function(hidden_TD, weight_DV, targets_T, temperature_T)
+        return jnp.sum(weights_T * logprobs_T) + jnp.sum(entropy_T * weights_T**2)
+
+    chunked = functools.partial(chunked_logprobs, chunk=chunk)
+    args = hidden_TD, weight_DV, temperature_T
+    for actual, expected in zip(
+        jax.jit(chunked)(hidden_TD, weight_DV, targets_T, temperature_T),
+        jax.jit(_plain_logprobs)(hidden_TD, weight_DV, targets_T, temperature_T),
+        strict=True,
+    ):
+        assert actual.dtype == jnp.float32 and actual.shape == (NUM_TOKENS,)
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    actual = jax.jit(jax.grad(functools.partial(total, chunked), (0, 1, 2)))(*args)
+    expected = jax.jit(jax.grad(functools.partial(total, _plain_logprobs), (0, 1, 2)))(*args)
+    for actual_grad, expected_grad in zip(actual, expected, strict=True):
+        _assert_close(actual_grad, expected_grad, 2e-6)
+
+
+def test_chunked_logprobs_at_a_temperature():
+    # Two words with logits 0 and log 3: p = 3/4 at temperature 1, 9/10 at temperature 1/2.
+    logprobs_T, entropy_T = chunked_logprobs(
+        jnp.ones((2, 1)),
+        jnp.array([[0.0, jnp.log(3.0)]]),
+        jnp.array([1, 1]),
+        jnp.array([1.0, 0.5]),
+        chunk=2,
+    )
+    np.testing.assert_allclose(jnp.exp(logprobs_T), [0.75, 0.9], rtol=1e-5)
+    np.testing.assert_allclose(entropy_T, [0.562335, 0.325083], rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_cross_entropy_matches_plain_in_value_and_gradient(chunk):
+    args = _inputs()
+    chunked = functools.partial(cross_entropy, chunk=chunk)
+    plain = jax.jit(jax.value_and_grad(_plain_cross_entropy, (0, 1), has_aux=True))
+    expected, expected_grads = plain(*args)
+    actual, grads = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(*args)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(chunked)(*args), expected, rtol=1e-6)  # no differentiation
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        _assert_close(grad, expected_grad)
+    # A loss that is scaled and added to others scales its gradient.
+    scaled = jax.jit(jax.grad(lambda *args: 3.0 * chunked(*args)[0]))(*args)
+    _assert_close(scaled, 3.0 * expected_grads[0])
+
+
+def test_cross_entropy_divides_by_the_kept_tokens_only():
+    hidden_TD, weight_DV, targets_T, mask_T = _inputs()
+    kept = np.flatnonzero(mask_T)
+    short = cross_entropy(
+        hidden_TD[kept], weight_DV, targets_T[kept], jnp.ones(len(kept), bool), chunk=4
+    )
+    garbage_T = jnp.where(mask_T, targets_T, -100)  # the ignore id of Hugging Face labels
+    masked, grads = jax.value_and_grad(functools.partial(cross_entropy, chunk=4), has_aux=True)(
+        hidden_TD, weight_DV, garbage_T, mask_T
+    )
+    np.testing.assert_allclose(masked, short, rtol=1e-6)
+    np.testing.assert_array_equal(np.any(grads != 0, axis=1), mask_T)
+    nothing = cross_entropy(hidden_TD, weight_DV, targets_T, jnp.zeros_like(mask_T), chunk=4)
+    np.testing.assert_array_equal(nothing, [0.0, 0.0])
+
+
+def test_cross_entropy_typed_out():
+    # Uniform over four words: log 4 nats; argmax takes the first of equals, so one of two is right.
+    loss, accuracy = cross_entropy(
+        jnp.zeros((2, 3)), jnp.ones((3, 4)), jnp.array([0, 3]), jnp.ones(2, bool), chunk=1
+    )
+    np.testing.assert_allclose([loss, accuracy], [np.log(4.0), 0.5], rtol=1e-6)
+
+
+def test_logits_never_exist_whole():
+    hidden_TD, weight_DV = jnp.ones((64, 4)), jnp.ones((4, 100))
+    targets_T, mask_T = jnp.zeros(64, int), jnp.ones(64, bool)
+
+    def loss(hidden_TD, weight_DV):
+        logprobs_T, entropy_T = chunked_logprobs(
+            hidden_TD, weight_DV, targets_T, jnp.ones(64), chunk=8
+        )
+        nats, _ = cross_entropy(hidden_TD, weight_DV, targets_T, mask_T, chunk=8)
+        return nats + jnp.sum(logprobs_T) + jnp.sum(entropy_T)
+
+    # 8 * 100 for a chunk's logits; the whole would be 64 * 100.
+    assert _largest_intermediate(jax.grad(loss, (0, 1)), hidden_TD, weight_DV) == 800
+    plain = jax.grad(lambda *args: _plain_cross_entropy(*args, targets_T, mask_T)[0])
+    assert _largest_intermediate(plain, hidden_TD, weight_DV) == 6400
+
+
+@pytest.mark.parametrize("name", ["chunked_logprobs", "cross_entropy"])
+def test_bfloat16_weight_gradient_is_summed_in_float32(name):
+    # A bfloat16 sum of ones stalls at 256 (256 + 1 rounds to 256). One token per chunk is the worst
+    # case.
+    num_tokens = 1024
+    hidden_TD = jnp.ones((num_tokens, 1), jnp.bfloat16)
+    weight_DV = jnp.zeros((1, 2), jnp.bfloat16)
+    targets_T = jnp.zeros(num_tokens, jnp.int32)
+
+    def loss(weight_DV):
+        if name == "cross_entropy":
+            mask_T = jnp.ones(num_tokens, bool)
+            return num_tokens * cross_entropy(hidden_TD, weight_DV, targets_T, mask_T, chunk=1)[0]
+        ones_T = jnp.ones(num_tokens)
+        return -jnp.sum(chunked_logprobs(hidden_TD, weight_DV, targets_T, ones_T, chunk=1)[0])
+
+    gradient = jax.jit(jax.grad(loss))(weight_DV)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), [[-512.0, 512.0]])
+
+
+def test_bfloat16_close_to_float32():
+    args = _inputs(jnp.bfloat16)
+    wide = args[0].astype(jnp.float32), args[1].astype(jnp.float32), *args[2:]
+    chunked = functools.partial(cross_entropy, chunk=5)
+    both = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))
+    (loss, grads), (wide_loss, wide_grads) = both(*args), both(*wide)
+    np.testing.assert_allclose(loss, wide_loss, rtol=1e-5)
+    for grad, wide_grad in zip(grads, wide_grads, strict=True):
+        _assert_close(grad.astype(jnp.float32), wide_grad, 1e-2)
+
+
+def test_chunk_must_be_positive():
+    hidden_TD, weight_DV, targets_T, mask_T = _inputs()
+    with pytest.raises(ValueError, match="chunk must be at least 1 token; got 0"):
+        cross_entropy(hidden_TD, weight_DV, targets_T, mask_T, chunk=0)
+    with pytest.raises(ValueError, match="chunk must be at least 1 token; got -1"):
+        chunked_logprobs(hidden_TD, weight_DV, targets_T, jnp.ones(NUM_TOKENS), chunk=-1)

@@ -1,0 +1,79 @@
+"""Small real parts for tests: a byte-level tokenizer with the tags, a two-layer Qwen2, a dictionary retriever."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.decoder import Decoder
+from r3rag_jax.protocol import TAGS
+from r3rag_jax.retrieval.base import Hit, RetrievalError
+from r3rag_jax.text import Tokenizer
+from r3rag_jax.types import Passage
+
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
+
+
+def tokenizer(path: Path) -> Tokenizer:
+    """Bytes and special tokens, ChatML: 267 ids."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=267, special_tokens=list(SPECIALS), initial_alphabet=alphabet)
+    backend.train_from_iterator([], trainer)
+    path.mkdir(parents=True, exist_ok=True)
+    backend.save(str(path / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": template}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokenizer(path)
+
+
+def decoder(vocab_size: int = 267, seed: int = 0, scale: float = 8.0) -> Decoder:
+    """Two layers of width 32; embeddings scaled up so that its distributions are far from uniform."""
+    config = DecoderConfig.from_hf(
+        {
+            "model_type": "qwen2",
+            "vocab_size": vocab_size,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "max_position_embeddings": 512,
+            "rope_theta": 10000.0,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+        }
+    )
+    model = Decoder(config, rngs=nnx.Rngs(seed))
+    model.embed[...] = model.embed[...] * jnp.float32(scale)
+    return model
+
+
+class DictRetriever:
+    """Finds a passage by the query's words; `fails_on` raises as a broken server would."""
+
+    def __init__(self, passages: list[Passage], fails_on: str | None = None):
+        self.passages, self.fails_on = passages, fails_on
+
+    def search(self, queries: list[str], k: int) -> list[list[Hit]]:
+        if self.fails_on is not None and any(self.fails_on in query for query in queries):
+            raise RetrievalError(f"no search for {self.fails_on!r}")
+        return [self._rank(set(query.lower().split()))[:k] for query in queries]
+
+    def _rank(self, words: set[str]) -> list[Hit]:
+        hits = [Hit(p, float(len(words & set(p.contents.lower().split())))) for p in self.passages]
+        return sorted((hit for hit in hits if hit.score > 0), key=lambda hit: (-hit.score, hit.passage.id))
