@@ -19,7 +19,6 @@ from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluator import fingerprint, play_greedy, summarise
 from r3rag_jax.metrics import Bar
 from r3rag_jax.retrieval.faiss_index import FaissIndex
-from r3rag_jax.retrieval.hash_encoder import HashEncoder
 from r3rag_jax.session import Session, use_compile_cache
 from r3rag_jax.view import results_table
 
@@ -71,10 +70,7 @@ def open_session(args: argparse.Namespace) -> tuple[Session, str]:
     if phase not in trained:
         raise UserError(f"{args.checkpoint} has no trained policy{f' of phase {phase}' if phase else ''}")
     if args.corpus is not None:
-        passages = read_passages(args.corpus)
-        encoder = HashEncoder(dim=config.retrieval.dim)
-        encoder.fit([passage.contents for passage in passages])
-        session.retriever = FaissIndex.build(encoder, passages)
+        session.retriever = FaissIndex.build(read_passages(args.corpus), dim=config.retrieval.dim)
     return session, phase
 
 

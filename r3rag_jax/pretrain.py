@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import tokenizers
 from flax import nnx
@@ -23,6 +24,7 @@ from flax import nnx
 from r3rag_jax import learner
 from r3rag_jax.config import MeshConfig, ModelConfig, SFTConfig
 from r3rag_jax.data.pretraining import documents, make_world
+from r3rag_jax.data.vocabulary import FIRST_NAMES, LAST_NAMES, ROOTS, TITLE_ADJECTIVES, TITLE_NOUNS
 from r3rag_jax.errors import main_guard
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder
@@ -32,7 +34,7 @@ from r3rag_jax.sharding import make_mesh, put_batch
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.types import SFTBatch
 
-VOCAB_SIZE = 1408
+VOCAB_SIZE = 2176
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -59,11 +61,13 @@ CONFIG = DecoderConfig.from_hf(
 def make_tokenizer(out: Path) -> Tokenizer:
     """Train a byte-level BPE tokenizer on `base` worlds and write its Hugging Face files.
 
-    Every year is written out often enough to become one token, as common numbers are in large vocabularies.
+    Years, names and roots of places are written out often enough to become one token each, as common
+    numbers and names are in large vocabularies.
     """
     worlds = ((make_world(number), random.Random(number)) for number in range(24))
     texts = ["".join(text for text, _ in document) for world in worlds for document in documents(*world, 100, 50)]
-    texts += ["".join(f" {year}" for year in range(1800, 2000))] * 2000
+    words = (*map(str, range(1800, 2000)), *FIRST_NAMES, *LAST_NAMES, *ROOTS, *TITLE_ADJECTIVES, *TITLE_NOUNS)
+    texts += ["".join(f" {word}" for word in words)] * 2000
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -130,13 +134,15 @@ def main(argv: list[str] | None = None) -> int:
     tx = learner.sft_optimizer(schedule, args.steps)
     state = learner.init_state(mesh, params, tx)
     step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
+    history: list[tuple[jax.Array, jax.Array]] = []
     rows, started = token_rows(tokenizer, 1 + args.seed * 100_000, 512), time.time()
     for number in range(args.steps):
         fields = (np.stack(column) for column in zip(*itertools.islice(rows, 8), strict=True))
         state, metrics = step(state, put_batch(mesh, SFTBatch(*fields)))
-        if number % 50 == 0 or number == args.steps - 1:
-            loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
-            print(f"{number:6d}  loss {loss:.4f}  accuracy {accuracy:.4f}  {time.time() - started:.0f} s", flush=True)
+        history.append((metrics["loss"], metrics["accuracy"]))
+        if number % 50 == 49 or number == args.steps - 1:
+            loss, accuracy = np.mean(np.asarray(history[-50:]), axis=0)
+            print(f"{number + 1:6d}  loss {loss:.4f}  accuracy {accuracy:.4f}  {time.time() - started:.0f} s", flush=True)
         if number % 500 == 499 or number == args.steps - 1:
             save_decoder(nnx.merge(graphdef, state.params), args.out, dtype="bfloat16")
             tokenizer.save(args.out)

@@ -144,8 +144,7 @@ class Roller:
         depth = self.top_k + max(len(row.seen) for row in rows)
         hits = self.retriever.search([row.steps[-1].query or "" for row in rows], depth)
         for row, found in zip(rows, hits, strict=True):
-            k = min(self.top_k, self.max_passages - len(row.seen))
-            passages = tuple(hit.passage for hit in select_passages(found, row.seen, k)) if k > 0 else ()
+            passages = select_passages(found, row.seen, self.top_k, max_passages=self.max_passages)
             row.seen |= {passage.id for passage in passages}
             row.steps[-1] = dataclasses.replace(row.steps[-1], passages=passages)
             row.transcript.splice(passages)

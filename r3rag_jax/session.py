@@ -31,7 +31,6 @@ from r3rag_jax.models.hf import load_config as load_decoder_config
 from r3rag_jax.models.hf import load_decoder, save_decoder
 from r3rag_jax.protocol import make_protocol
 from r3rag_jax.retrieval.faiss_index import FaissIndex
-from r3rag_jax.retrieval.hash_encoder import HashEncoder
 from r3rag_jax.rollout import Roller
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sharding import make_mesh, replicated, tree_shardings
@@ -212,9 +211,7 @@ class Session:
                 world = World.generate(self.config.world.seed, num_people=self.config.world.num_people)
                 write_world(world, self.config, self.run_dir / "data")
             passages = read_passages(self.path_of("corpus"))
-            encoder = HashEncoder(dim=self.config.retrieval.dim)
-            encoder.fit([passage.contents for passage in passages])
-            index = FaissIndex.build(encoder, passages)
+            index = FaissIndex.build(passages, dim=self.config.retrieval.dim)
             if self.config.data.source == "world":
                 write_teacher(world, self.config, index, self.run_dir / "data")
             index.save(self.index_dir)

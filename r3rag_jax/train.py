@@ -22,7 +22,7 @@ from r3rag_jax.checkpoint import Checkpoints
 from r3rag_jax.config import Config
 from r3rag_jax.configio import parse_args
 from r3rag_jax.data.qa import read_trajectories, trajectory_to_dict
-from r3rag_jax.data.sft import SFTBatches
+from r3rag_jax.data.sft import SFTBatches, SFTSample
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluator import fingerprint, play_greedy, read_answers, summarise
 from r3rag_jax.metrics import Bar
@@ -88,7 +88,8 @@ def sft_phase(session: Session) -> bool:
         return False
     corpus = {passage.id: passage for passage in session.retriever.passages}
     trajectories = read_trajectories(session.path_of("sft"), corpus, session.config.retrieval.top_k)
-    samples = [sample for t in trajectories for sample in teacher_samples(session.codec, t)]
+    written = [sample for t in trajectories for sample in teacher_samples(session.codec, t)]
+    samples = [SFTSample(sample.ids, sample.loss_mask) for sample in written]
     batches = SFTBatches(samples, row_length=config.row_length, batch_rows=config.batch_rows,
                          epochs=config.epochs, seed=session.config.seed)  # fmt: skip
     tx = learner.sft_optimizer(config, batches.num_steps)

@@ -1,10 +1,12 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from r3rag_jax.models.attention import attention
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
@@ -17,7 +19,7 @@ from r3rag_jax.models.decoder import (
 )
 
 TINY = DecoderConfig(
-    vocab_size=61,
+    vocab_size=64,
     hidden_size=16,
     num_layers=2,
     num_heads=4,
@@ -30,6 +32,7 @@ TINY = DecoderConfig(
 )
 
 
+@functools.cache
 def make(config: DecoderConfig = TINY, **kwargs) -> Decoder:
     """A decoder whose biases and norms are random too, so that each of them matters."""
     model = Decoder(config, rngs=nnx.Rngs(0), **kwargs)
@@ -78,8 +81,9 @@ def test_split_jit_merge_equals_eager():
     np.testing.assert_allclose(hidden, model(tokens, positions(2, 7)), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("chunks", [(12,), (1,) * 12, (5, 1, 4, 2)])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(
+    ("chunks", "qk_norm"), [((12,), False), ((1,) * 12, False), ((5, 1, 1, 5), True)]
+)
 def test_extend_equals_full_forward(chunks, qk_norm):
     model = make(dataclasses.replace(TINY, qk_norm=qk_norm))
     tokens = random_tokens((3, 12))
@@ -232,23 +236,33 @@ def test_bfloat16_compute_stays_near_float32():
 
 
 def test_llama3_frequencies():
-    # theta 16, H 8: wavelengths 2 pi (1, 2, 4, 8) = 6.28, 12.57, 25.13, 50.27 positions. With an
-    # original context of 32 * 2 pi / 4 = 50.265 they turn 8, 4, 2, 1 times: kept, kept, blended by
-    # (2-1)/(4-1) = 1/3, divided by 8.
-    scaling = RopeScaling(8.0, 1.0, 4.0, 8 * 2 * np.pi)
+    # theta 16, H 8: plain frequencies 1, 1/2, 1/4, 1/8. Over 100 positions the first turns t = 100
+    # / 2 pi times. High is t/2 turns or more, low t/8 or fewer: kept, kept, a blend with (1/4 -
+    # 1/8) / (1/2 - 1/8) = 1/3, divided.
+    t = 100 / (2 * np.pi)
+    scaling = RopeScaling(8.0, t / 8, t / 2, 100)
     config = dataclasses.replace(TINY, rope_theta=16.0, rope_scaling=scaling)
     want = [1.0, 0.5, 0.25 / 3 + 0.25 / 8 * 2 / 3, 0.125 / 8]
     np.testing.assert_allclose(rope_frequencies(config), want, rtol=1e-6)
 
 
-def test_builds_and_runs_sharded_under_a_mesh():
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+def test_sharded_equals_single():
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    to_mesh = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor"}
+    tokens = random_tokens((8, 4))
+    want = make()(tokens, positions(8, 4))
     with jax.set_mesh(mesh):
-        model = make()
-        hidden = model(random_tokens((2, 4)), positions(2, 4))
-    np.testing.assert_allclose(
-        hidden, make()(random_tokens((2, 4)), positions(2, 4)), rtol=1e-5, atol=1e-5
-    )
+        model = Decoder(TINY, rngs=nnx.Rngs(0))
+    for name in param_shapes(TINY):
+        axes = PartitionSpec(*(to_mesh.get(axis) for axis in PARAM_AXES[name]))
+        model.param(name).set_value(
+            jax.device_put(make().param(name)[...], NamedSharding(mesh, axes))
+        )
+    graphdef, params = nnx.split(model)
+    tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("fsdp")))
+    hidden = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t, positions(8, 4)))(params, tokens)
+    assert len(hidden.sharding.device_set) == 8
+    np.testing.assert_allclose(hidden, want, rtol=1e-4, atol=1e-4)
 
 
 def test_unknown_names_are_refused():

@@ -1,14 +1,16 @@
 import json
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
-from r3rag_jax.models.decoder import Decoder
+from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shapes
 from r3rag_jax.models.hf import load_config, load_decoder, save_decoder
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -126,21 +128,25 @@ def test_bfloat16_export_is_what_transformers_reads(llama_dir, tmp_path):
 
 
 def test_sharded_files_and_shardings(llama_dir, tmp_path):
-    import jax
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
     theirs = transformers.AutoModelForCausalLM.from_pretrained(llama_dir)
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
-    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    shards = load_decoder(tmp_path / "shards", dtype=jnp.float32, shardings=lambda name: sharding)
-    assert shards.lm_head[...].sharding == sharding
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+
+    def sharding(name: str) -> NamedSharding:
+        axes = ("fsdp" if axis == "embed" else None for axis in PARAM_AXES[name])
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    sharded = load_decoder(tmp_path / "shards", dtype=jnp.float32, shardings=sharding)
+    assert sharded.param("q_proj")[...].sharding == sharding("q_proj")
+    assert sharded.param("q_proj")[...].addressable_shards[0].data.shape == (2, 4, 32)
     whole = load_decoder(llama_dir, dtype=jnp.float32)
-    for a, b in zip(
-        jax.tree.leaves(nnx.state(shards)), jax.tree.leaves(nnx.state(whole)), strict=True
-    ):
-        np.testing.assert_array_equal(a, b)
+    for name in param_shapes(whole.config):
+        np.testing.assert_array_equal(sharded.param(name)[...], whole.param(name)[...])
+    save_decoder(sharded, tmp_path / "out", dtype="float32")
+    again = load_file(tmp_path / "out/model.safetensors")
+    for name, array in load_file(llama_dir / "model.safetensors").items():
+        np.testing.assert_array_equal(again[name], array)
 
 
 def rewrite(directory, edit) -> None:
@@ -208,7 +214,7 @@ def test_both_spellings_of_rope_are_read():
     old = DecoderConfig.from_hf({**base, "rope_theta": 500_000.0, "rope_scaling": scaling})
     new = DecoderConfig.from_hf({**base, "rope_parameters": LLAMA3})
     assert old == new
-    assert new.rope_theta == 500_000.0 and new.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64.0)
+    assert new.rope_theta == 500_000.0 and new.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
     plain = DecoderConfig.from_hf(
         {**base, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     )

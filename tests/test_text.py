@@ -53,7 +53,7 @@ def directory(tmp_path):
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
-        "pad_token": {"content": "<|endoftext|>", "special": True},
+        "pad_token": {"__type": "AddedToken", "content": "<|endoftext|>", "special": True},
         "chat_template": CHATML,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(config))

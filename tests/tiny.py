@@ -40,7 +40,7 @@ def tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def decoder(vocab_size: int = 267, seed: int = 0, scale: float = 8.0) -> Decoder:
+def decoder(vocab_size: int = 267, seed: int = 0, scale: float = 2.0) -> Decoder:
     """Two layers of width 32; embeddings scaled up so that its distributions are far from uniform."""
     config = DecoderConfig.from_hf(
         {

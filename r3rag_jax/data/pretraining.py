@@ -21,52 +21,62 @@ def make_world(seed: int) -> World:
     return World.generate(seed, num_people=240, realm="base")
 
 
-def documents(
-    world: World, rng: random.Random, num_reading: int = 400, num_text: int = 200
-) -> Iterator[Document]:
+def documents(world: World, rng: random.Random, num_reading: int = 400, num_text: int = 100) -> Iterator[Document]:
     """Documents of one world in random order: passages to read with questions, and plain passages."""
     questions = world.questions(SPLIT, num_reading * 2)
+    facts = _facts_by_passage(world)
     kinds = ["reading"] * num_reading + ["text"] * num_text
     rng.shuffle(kinds)
     for kind in kinds:
-        yield (
-            _reading(world, rng, rng.sample(questions, 2))
-            if kind == "reading"
-            else _text(world, rng)
-        )
+        yield _reading(world, rng, rng.sample(questions, 2), facts) if kind == "reading" else _text(world, rng)
 
 
-def _reading(world: World, rng: random.Random, questions: list[Question]) -> Document:
-    """Evidence of two questions among other passages, then these questions and their parts, with answers."""
+def _facts_by_passage(world: World) -> dict[str, list[tuple[str, str, str]]]:
+    """Passage id -> (entity, relation, value) of every fact that it tells."""
+    facts: dict[str, list[tuple[str, str, str]]] = {}
+    for region in world.regions.values():
+        for (entity, relation), passage_id in region.told_in.items():
+            facts.setdefault(passage_id, []).append((entity, relation, region.facts[entity, relation]))
+    return facts
+
+
+def _reading(
+    world: World, rng: random.Random, questions: list[Question], facts: dict[str, list[tuple[str, str, str]]]
+) -> Document:
+    """Evidence of two questions among other passages, then these questions and simple ones, with answers."""
     ids = {int(i) for question in questions for i in question.supporting_ids}
     while len(ids) < rng.randint(4, 9):
         ids.add(rng.randrange(len(world.passages)))
     order = sorted(ids)
     rng.shuffle(order)
     asked = [(q.question, q.golden_answers[0]) for q in questions]
-    for question in questions:
-        for hop in question.metadata["decomposition"]:
-            text = rng.choice(RELATIONS[hop["relation"]].questions).format(x=hop["entity"])
-            asked.append((text, hop["answer"]))
+    told = [fact for i in order for fact in facts.get(str(i), ())]
+    for entity, relation, value in rng.sample(told, min(8, len(told))):
+        asked.append((rng.choice(RELATIONS[relation].questions).format(x=entity), value))
     rng.shuffle(asked)
-    passages = [world.passages[i] for i in order]
     document: Document = []
-    for number, (text, answer) in enumerate(asked):
-        document.append((reading_prompt(text, passages if number == 0 else ()), False))
+    for i in order:
+        document += _page(world.passages[i].title, world.passages[i].text)
+    for text, answer in asked:
+        document.append((reading_prompt(text, ()), False))
         document.append((f" {answer}\n", True))
     return document
 
 
 def _text(world: World, rng: random.Random) -> Document:
-    """A page of passages about linked entities, some facts told twice in other words."""
+    """Passages about linked entities, each fact told twice in other words."""
     region = world.regions[SPLIT]
-    told = [_about(rng, region) for _ in range(6)]
-    lines = [
-        f'"{entity}"\n{tell(rng, region, kind, entity, about)[0]}'
-        for kind, entity, about in told * 2
-    ]
-    rng.shuffle(lines)
-    return [("".join(f"{line}\n" for line in lines), True)]
+    told = [_about(rng, region) for _ in range(6)] * 2
+    rng.shuffle(told)
+    document: Document = []
+    for kind, entity, about in told:
+        document += _page(entity, tell(rng, region, kind, entity, about)[0])
+    return document
+
+
+def _page(title: str, text: str) -> Document:
+    """A passage as the retriever shows it; titles are drawn at random, so the loss leaves them out."""
+    return [(f'"{title}"\n', False), (f"{text}\n", True)]
 
 
 def _about(rng: random.Random, region: Region) -> tuple[str, str, int]:

@@ -14,10 +14,10 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-import jax
 import numpy as np
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.types import SFTBatch
 
 # Samples packed together: enough for first-fit-decreasing to fill rows, few enough that the
 # neighbours of a sample in its row change from epoch to epoch.
@@ -56,17 +56,6 @@ class SampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> SFTSample: ...
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SFTBatch:
-    """This process's rows of a batch, all [B, L]; each row holds whole samples, then padding."""
-
-    tokens: np.ndarray  # int32
-    positions: np.ndarray  # int32, restarts at 0 with each sample
-    segment_ids: np.ndarray  # int32, 1.. per sample, 0 = padding
-    loss_mask: np.ndarray  # bool, True where the loss counts the prediction of tokens[t]
 
 
 def first_fit_decreasing(lengths: Sequence[int] | np.ndarray, row_length: int) -> list[list[int]]:

@@ -28,8 +28,8 @@ from r3rag_jax.data.vocabulary import (
     CITY_ENDS,
     COMPANY_KINDS,
     COUNTRY_ENDS,
-    FIRST_ENDS,
-    LAST_ENDS,
+    FIRST_NAMES,
+    LAST_NAMES,
     RIVER_ENDS,
     ROOTS,
     SCHOOL_KINDS,
@@ -93,53 +93,54 @@ RELATIONS: dict[str, Relation] = {
                      ("Where is {x} based?", "In which city is {x} based?")),
 }  # fmt: skip
 
-# kind of entity -> passages: (relations told, wordings)
+# kind of entity -> passages: (relations told, wordings). A sentence never opens with a name: words inside a sentence
+# are other tokens than words that open a line.
 PASSAGES: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
     "novel": (
-        (("author", "release"), ("{x} is a novel by {author} that came out in {release}.",
-                                 "The novel {x}, written by {author}, came out in {release}.",
+        (("author", "release"), ("The novel {x} by {author} came out in {release}.",
+                                 "In {release}, the novel {x} came out. It was written by {author}.",
                                  "The author of {x} is {author}. The release year of {x} is {release}.")),
         (("setting", "publisher"), ("The story of {x} is set in {setting}. It was brought out by {publisher}.",
                                     "The publisher of {x} is {publisher}. The setting of {x} is {setting}.",
                                     "Set in {setting}, {x} was brought out by {publisher}.")),
     ),
     "film": (
-        (("director", "release"), ("{x} is a film directed by {director} that came out in {release}.",
-                                   "The film {x}, made by the director {director}, came out in {release}.",
+        (("director", "release"), ("The film {x} directed by {director} came out in {release}.",
+                                   "In {release}, the film {x} came out. It was made by the director {director}.",
                                    "The director of {x} is {director}. The release year of {x} is {release}.")),
         (("setting", "publisher"), ("The plot of {x} is set in {setting}. It was brought out by {publisher}.",
                                     "The publisher of {x} is {publisher}. The setting of {x} is {setting}.",
                                     "Set in {setting}, {x} was brought out by {publisher}.")),
     ),
     "opera": (
-        (("composer", "release"), ("{x} is an opera composed by {composer} that came out in {release}.",
-                                   "The opera {x}, by the composer {composer}, came out in {release}.",
+        (("composer", "release"), ("The opera {x} composed by {composer} came out in {release}.",
+                                   "In {release}, the opera {x} came out. It is by the composer {composer}.",
                                    "The composer of {x} is {composer}. The release year of {x} is {release}.")),
         (("setting", "publisher"), ("The plot of {x} is set in {setting}. It was brought out by {publisher}.",
                                     "The publisher of {x} is {publisher}. The setting of {x} is {setting}.",
                                     "Set in {setting}, {x} was brought out by {publisher}.")),
     ),
     "person": (
-        (("birthplace", "birthyear"), ("{x} was born in {birthplace} in {birthyear}.",
+        (("birthplace", "birthyear"), ("Born in {birthplace} in {birthyear}, {x} grew up there.",
                                        "In {birthyear}, {x} was born in {birthplace}.",
                                        "The birthplace of {x} is {birthplace}. The birth year of {x} is {birthyear}.")),
-        (("school", "spouse"), ("{x} studied at {school} and married {spouse}.",
+        (("school", "spouse"), ("As a student, {x} went to {school}. Later {x} married {spouse}.",
                                 "The spouse of {x} is {spouse}. The school of {x} is {school}.",
                                 "After studying at {school}, {x} married {spouse}.")),
     ),
     "city": (
-        (("country", "river"), ("{x} is a city in {country} on the river {river}.",
+        (("country", "river"), ("The city {x} in {country} is on the river {river}.",
                                 "The river {river} flows through {x}, a city in {country}.",
                                 "The country of {x} is {country}. The river of {x} is the {river}.")),
-        (("mayor",), ("The mayor of {x} is {mayor}.", "{mayor} governs {x} as its mayor.")),
+        (("mayor",), ("The mayor of {x} is {mayor}.", "The city {x} is governed by {mayor}.")),
     ),
     "company": (
-        (("founder", "seat"), ("{x} is a company based in {seat}. It was founded by {founder}.",
+        (("founder", "seat"), ("The company {x} is based in {seat}. It was founded by {founder}.",
                                "The founder of {x} is {founder}. The seat of {x} is {seat}.",
-                               "{founder} founded {x}, a company based in {seat}.")),
+                               "Founded by {founder}, {x} is a company based in {seat}.")),
     ),
     "school": (
-        (("seat",), ("{x} is a school based in {seat}.", "The seat of {x} is {seat}.",
+        (("seat",), ("In {seat} there is a school, {x}.", "The seat of {x} is {seat}.",
                      "The school {x} is based in {seat}.")),
     ),
 }  # fmt: skip
@@ -205,21 +206,22 @@ class Names:
             if name not in self._used and realm_of(name) == self._realm:
                 self._used.add(name)
                 return name
-        raise ValueError(
-            f"the vocabulary has no unused name left for {kind!r} after {len(self._used)} entities"
+        raise UserError(
+            "world.num_people must leave every entity a name of its own; "
+            f"got none for a {kind} after {len(self._used)} entities"
         )
 
     def _candidate(self, kind: str) -> str:
         pick = self._rng.choice
         match kind:
             case "person":
-                return f"{pick(ROOTS)}{pick(FIRST_ENDS)} {pick(ROOTS)}{pick(LAST_ENDS)}"
+                return f"{pick(FIRST_NAMES)} {pick(LAST_NAMES)}"
             case "novel" | "film" | "opera":
                 return f"The {pick(TITLE_ADJECTIVES)} {pick(TITLE_NOUNS)}"
             case "company":
-                return f"{pick(ROOTS)}{pick(CITY_ENDS)} {pick(COMPANY_KINDS)}"
+                return f"{pick(ROOTS)} {pick(COMPANY_KINDS)}"
             case "school":
-                return f"{pick(ROOTS)}{pick(CITY_ENDS)} {pick(SCHOOL_KINDS)}"
+                return f"{pick(ROOTS)} {pick(SCHOOL_KINDS)}"
             case "city":
                 return f"{pick(ROOTS)}{pick(CITY_ENDS)}"
             case "country":
@@ -298,8 +300,9 @@ class World:
             if question is not None and question.question not in seen:
                 seen.add(question.question)
                 questions.append(question)
-        raise ValueError(
-            f"the world's split {split!r} holds fewer than {count} questions; raise world.num_people"
+        raise UserError(
+            f"world.num_{split} must be at most what the split holds; got {count}, "
+            f"and only {len(questions)} were found: raise world.num_people"
         )
 
 

@@ -59,13 +59,18 @@ def _chunked(
     for start in range(0, L, QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, L)
         scores = jnp.einsum(
-            "blkgh,bmkh->bkglm", q_BLKGH[:, start:end], k_BLKH[:, :end], preferred_element_type=jnp.float32
+            "blkgh,bmkh->bkglm",
+            q_BLKGH[:, start:end],
+            k_BLKH[:, :end],
+            preferred_element_type=jnp.float32,
         )
         mask = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
         if segment_ids_BL is not None:
             mask = mask & (segment_ids_BL[:, start:end, None] == segment_ids_BL[:, None, :end])
         scores = jnp.where(mask[:, None, None], scores * H**-0.5, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(v_BLKH.dtype)
-        out = jnp.einsum("bkglm,bmkh->blkgh", weights, v_BLKH[:, :end], preferred_element_type=jnp.float32)
+        out = jnp.einsum(
+            "bkglm,bmkh->blkgh", weights, v_BLKH[:, :end], preferred_element_type=jnp.float32
+        )
         chunks.append(out.reshape(B, end - start, N, H).astype(q_BLNH.dtype))
     return jnp.concatenate(chunks, axis=1)

@@ -24,7 +24,7 @@ class RopeScaling:
     factor: float  # low frequencies are divided by it
     low_freq_factor: float  # fewer turns than this over the original context: a low frequency
     high_freq_factor: float  # more turns than this: a high frequency, kept as it is
-    original_max_position_embeddings: float  # context length before scaling, in tokens
+    original_max_position_embeddings: int  # context length before scaling, in tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,7 @@ class DecoderConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"num_heads must be divisible by num_kv_heads {self.num_kv_heads}; "
-                f"got {self.num_heads}"
+                f"num_heads must be divisible by num_kv_heads {self.num_kv_heads}; got {self.num_heads}"
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even and positive for RoPE; got {self.head_dim}")
@@ -169,4 +168,9 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     missing = [key for key in keys if key not in rope]
     if missing:
         raise ValueError(f"llama3 rope scaling must hold {keys}; {missing} missing")
-    return float(theta), RopeScaling(**{key: float(rope[key]) for key in keys})
+    return float(theta), RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    )

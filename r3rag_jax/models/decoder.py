@@ -44,7 +44,6 @@ _REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-_INIT_STD = 0.02
 
 
 def param_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -137,7 +136,10 @@ class Decoder(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.float32,
         attention_implementation: str = "xla",
     ):
-        """Draw parameters: normal with standard deviation 0.02, norms one, biases zero.
+        """Draw parameters: normal with variance 1 / fan-in, norms one, biases zero.
+
+        What writes to the residual stream is smaller by sqrt(2 Ly), so that depth does not add up. (Not the
+        fixed 0.02 of large models: at width 128 attention then starts uniform, and learns to copy late.)
 
         Args:
             rngs: its `params` stream is used. param_dtype: of the stored parameters. dtype: of
@@ -161,7 +163,12 @@ class Decoder(nnx.Module):
                 return jnp.ones(shape, param_dtype)
             if name.endswith("_bias"):
                 return jnp.zeros(shape, param_dtype)
-            return (_INIT_STD * jax.random.normal(rngs.params(), shape)).astype(param_dtype)
+            return (init_std(name) * jax.random.normal(rngs.params(), shape)).astype(param_dtype)
+
+        def init_std(name: str) -> float:
+            fan_in = config.hidden_size if name == "embed" else param_shapes(config)[name][-2]
+            is_residual = name in ("o_proj", "down_proj")
+            return (fan_in * (2 * config.num_layers if is_residual else 1)) ** -0.5
 
         params = {name: draw(name, shape) for name, shape in param_shapes(config).items()}
         stacked = {n: params.pop(n) for n in list(params) if PARAM_AXES[n][0] == "layers"}

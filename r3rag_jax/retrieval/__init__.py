@@ -1,1 +1,1 @@
-"""Retrievers: one protocol, text encoders, a FAISS index, and the choice of the passages that a step shows."""
+"""Retrievers: one protocol, text encoders, a FAISS index, and the choice of what a step shows."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from r3rag_jax.types import Passage
+
+TextKind = Literal["query", "passage"]
 
 
 class RetrievalError(RuntimeError):
@@ -37,7 +39,7 @@ class Retriever(Protocol):
 
 
 class Encoder(Protocol):
-    """Whatever turns texts (queries and FlashRAG passages alike) into vectors."""
+    """Whatever turns texts into vectors."""
 
     @property
     def dim(self) -> int:
@@ -46,9 +48,13 @@ class Encoder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of everything that the vectors depend on; an index is valid for one fingerprint."""
+        """Hex digest of all that the vectors depend on; an index is valid for one fingerprint."""
         ...
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [len(texts), D], each row of L2 norm 1, or all zero for a text without a known feature."""
+    def encode(self, texts: Sequence[str], *, kind: TextKind = "query") -> np.ndarray:
+        """float32 [len(texts), D], each row of L2 norm 1, or 0 for a text without a known feature.
+
+        `kind` is the side of the search that the texts are on; E5, for one, prefixes the two
+        differently.
+        """
         ...

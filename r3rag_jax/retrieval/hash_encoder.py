@@ -1,28 +1,31 @@
-"""A dense text encoder that needs no download: TF-IDF over hashed words and letter trigrams.
+"""A dense text encoder that needs no download: TF-IDF over hashed words, stems and letter trigrams.
 
-Feature hashing with signs (Weinberger et al., arXiv 0902.2206): feature f adds its weight to a few of the D coordinates
-that a stable hash of f names, with signs from the same hash, so that inner products of the D-vectors estimate the inner
-products of the sparse TF-IDF vectors without bias. Left out on purpose: meaning. Synonyms do not match; inflections do, by
-their trigrams.
+Feature hashing with signs (Weinberger et al., arXiv 0902.2206): a feature adds its weight to a few
+of the D coordinates that a stable hash names, with signs from the same hash, so that inner products
+of the D-vectors estimate those of the sparse TF-IDF vectors without bias. Left out on purpose:
+meaning. "director" finds "directed" by its stem, but "spouse" does not find "married".
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import unicodedata
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.retrieval.base import TextKind
 
 _WORD = re.compile(r"\w+")
+_SUFFIX = re.compile(r"(?<=\w{4})(?:ations?|ators?|ings?|ers?|ors?|ied|ies|ed|es|e|s|y)$")
 _CHUNK = 1024  # texts scattered at once: bounds the float64 scratch to 8 * D * 1024 bytes
 _MAX_CACHED_WORDS = 200_000  # a policy in training invents words without end
 
@@ -35,6 +38,11 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
+def stem_of(word: str) -> str:
+    """A word without a common suffix, if four letters stay: "directed", "director" -> "direct"."""
+    return _SUFFIX.sub("", word)
+
+
 def trigrams_of(word: str) -> list[str]:
     """Letter trigrams with word ends marked: "ann" -> ["<an", "ann", "nn>"]."""
     marked = f"<{word}>"
@@ -42,7 +50,7 @@ def trigrams_of(word: str) -> list[str]:
 
 
 def split_title(text: str) -> tuple[str, str]:
-    """(title, rest) of FlashRAG contents, whose first line is a title in quotes; ("", text) of any other text."""
+    """(title, rest) of contents whose first line is a title in quotes; ("", text) of others."""
     first, newline, rest = text.partition("\n")
     if newline and len(first) > 1 and first[0] == first[-1] == '"':
         return first, rest
@@ -50,39 +58,55 @@ def split_title(text: str) -> tuple[str, str]:
 
 
 class HashEncoder:
-    """Texts -> float32 [n, dim]: hashed words and trigrams, weighted by (1 + log tf) * idf, then normalised.
+    """Texts -> float32 [n, dim]: hashed features weighted by (1 + log tf) * sqrt(idf), of norm 1.
+
+    The square root sits on both sides of the search, so that a shared feature counts its idf once,
+    as in BM25; with the whole idf on both, names drown the words that say what is asked about them.
+
+    A passage also gets a constant in the last coordinate, which no feature and no query uses,
+    before its norm becomes 1: dividing by sqrt(|x|^2 + constant^2) instead of |x| takes away the
+    advantage of very short passages.
 
     Args:
         dim: size of the vectors, floats.
+        stem_weight: weight of a word's stem, relative to the word itself.
         trigram_weight: weight of a word's trigrams together, relative to the word itself.
         title_weight: factor on the words of a passage's title.
-        hashes: coordinates per feature; more of them turn rare full collisions into frequent small ones.
+        smoothing: square of the passages' constant, relative to their words' mean squared norm.
+        hashes: coordinates per feature; more turn rare full collisions into frequent small ones.
     """
 
     def __init__(
         self,
         dim: int = 1024,
         *,
+        stem_weight: float = 1.0,
         trigram_weight: float = 0.5,
-        title_weight: float = 1.5,
-        hashes: int = 4,
-        idf_power: float = 0.5,
+        title_weight: float = 2.0,
         smoothing: float = 1.0,
+        hashes: int = 4,
     ) -> None:
-        self._smoothing=smoothing
-        self._idf_power = idf_power
-        if dim < 1 or hashes < 1:
-            raise ValueError(f"dim and hashes must be positive; got dim={dim}, hashes={hashes}")
-        if trigram_weight < 0 or title_weight <= 0:
+        if dim < 2 or hashes < 1:
             raise ValueError(
-                "trigram_weight must not be negative and title_weight must be positive; "
-                f"got {trigram_weight} and {title_weight}"
+                f"dim must be at least 2 and hashes at least 1; got {dim} and {hashes}"
             )
-        self._dim = dim
-        self._trigram_weight = float(trigram_weight)
-        self._title_weight = float(title_weight)
-        self._hashes = hashes
-        self._set_counts(0, {}, {})
+        if min(stem_weight, trigram_weight, title_weight, smoothing) < 0:
+            raise ValueError(
+                "weights must not be negative; "
+                f"got {stem_weight=}, {trigram_weight=}, {title_weight=}, {smoothing=}"
+            )
+        self._settings = {
+            "dim": dim,
+            "stem_weight": stem_weight,
+            "trigram_weight": trigram_weight,
+            "title_weight": title_weight,
+            "smoothing": smoothing,
+            "hashes": hashes,
+        }
+        self._dim, self._hashes = dim, hashes
+        self._stem_weight, self._trigram_weight = stem_weight, trigram_weight
+        self._title_weight, self._smoothing = title_weight, smoothing
+        self._set_counts(0, {})
 
     @property
     def dim(self) -> int:
@@ -95,45 +119,51 @@ class HashEncoder:
         return self._fingerprint
 
     def fit(self, texts: Iterable[str]) -> HashEncoder:
-        """Count in how many texts each word and each trigram occurs; returns the encoder itself."""
+        """Count in how many texts each feature occurs; returns the encoder itself."""
         num_texts = 0
-        word_counts: Counter[str] = Counter()
-        trigram_counts: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
+        features_of: dict[str, list[str]] = {}
         for text in texts:
             num_texts += 1
-            words = set(words_of(text))
-            word_counts.update(words)
-            trigram_counts.update({gram for word in words for gram in trigrams_of(word)})
+            features: set[str] = set()
+            for word in set(words_of(text)):
+                if word not in features_of:
+                    features_of[word] = [feature for feature, _ in self._features(word)]
+                features.update(features_of[word])
+            counts.update(features)
         if num_texts == 0:
             raise ValueError("an encoder is fitted on at least one text; got none")
-        self._set_counts(num_texts, word_counts, trigram_counts)
+        self._set_counts(num_texts, counts)
         return self
 
-    def encode(self, texts: Sequence[str], *, kind: str = "query") -> np.ndarray:
-        """float32 [len(texts), dim] of L2 norm 1; all zero where no feature occurs in the fitted corpus.
+    def encode(self, texts: Sequence[str], *, kind: TextKind = "query") -> np.ndarray:
+        """float32 [len(texts), dim] of L2 norm 1; 0 for a query without a feature of the corpus.
 
-        Each row depends on its own text alone, to the last bit. Before `fit` every feature weighs the same.
+        Each row depends on its own text alone, to the last bit. Before `fit` all idf are 1.
         """
         if isinstance(texts, str):
             raise TypeError(f"encode takes a list of texts; got the single text {texts!r}")
+        if kind not in ("query", "passage"):
+            raise ValueError(f"kind must be 'query' or 'passage'; got {kind!r}")
         out_ND = np.zeros((len(texts), self._dim), np.float32)
         for start in range(0, len(texts), _CHUNK):
             chunk = texts[start : start + _CHUNK]
-            out_ND[start : start + len(chunk)] = self._encode_chunk(chunk, kind == "passage")
+            vectors_ND = self._scatter(*self._weighted_words(chunk, kind), len(chunk))
+            if kind == "passage":
+                vectors_ND[:, -1] = self._passage_constant
+            norms_N1 = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND))[:, None]
+            out_ND[start : start + len(chunk)] = vectors_ND / np.where(norms_N1 > 0, norms_N1, 1.0)
         return out_ND
 
     def save(self, path: str | Path) -> None:
-        """Write settings and document frequencies to `path`, a compressed .npz file without pickles."""
-        words, word_counts = _to_arrays(self._word_counts)
-        trigrams, trigram_counts = _to_arrays(self._trigram_counts)
+        """Write settings and document frequencies to `path`, a compressed .npz without pickles."""
+        header = json.dumps({"settings": self._settings, "num_texts": self._num_texts})
         with open(path, "wb") as file:
             np.savez_compressed(
                 file,
-                settings=np.frombuffer(self._settings_json().encode(), np.uint8),
-                words=words,
-                word_counts=word_counts,
-                trigrams=trigrams,
-                trigram_counts=trigram_counts,
+                header=np.frombuffer(header.encode(), np.uint8),
+                features=np.frombuffer("\n".join(self._counts).encode(), np.uint8),
+                counts=np.fromiter(self._counts.values(), np.int64, len(self._counts)),
             )
 
     @classmethod
@@ -145,60 +175,63 @@ class HashEncoder:
         """
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                settings = json.loads(arrays["settings"].tobytes())
-                num_texts = settings.pop("num_texts")
-                encoder = cls(**settings)
-                encoder._set_counts(
-                    num_texts,
-                    _from_arrays(arrays["words"], arrays["word_counts"]),
-                    _from_arrays(arrays["trigrams"], arrays["trigram_counts"]),
-                )
+                header = json.loads(arrays["header"].tobytes())
+                features = arrays["features"].tobytes().decode()
+                counts = arrays["counts"].tolist()
+            encoder = cls(**header["settings"])
+            names = features.split("\n") if features else []
+            encoder._set_counts(header["num_texts"], dict(zip(names, counts, strict=True)))
         except FileNotFoundError as error:
-            raise UserError(f"an encoder is read from an existing file; {path} is missing") from error
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(f"an encoder file is a .npz written by HashEncoder.save; {path}: {error}") from error
+            raise UserError(
+                f"an encoder is read from an existing file; {path} is missing"
+            ) from error
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            TypeError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
+            raise UserError(
+                f"an encoder file is a .npz written by HashEncoder.save; {path}: {error}"
+            ) from error
         return encoder
 
     # ---- features ----
 
-    def _set_counts(
-        self, num_texts: int, word_counts: Mapping[str, int], trigram_counts: Mapping[str, int]
-    ) -> None:
-        self._num_texts = num_texts
-        self._word_counts = dict(sorted(word_counts.items()))
-        self._trigram_counts = dict(sorted(trigram_counts.items()))
-        digest = hashlib.sha256(self._settings_json().encode())
-        for counts in (self._word_counts, self._trigram_counts):
-            digest.update(json.dumps(counts).encode())
-        self._fingerprint = digest.hexdigest()
-        total = sum(c * self._idf(self._word_counts, w) ** 2 for w, c in self._word_counts.items())
-        self._pad = np.sqrt(self._smoothing * total / max(num_texts, 1))
-        self._clear_cache()
+    def _features(self, word: str) -> list[tuple[str, float]]:
+        """(feature, weight) of a word: itself, its stem, and trigrams sharing trigram_weight."""
+        trigrams = trigrams_of(word)
+        share = self._trigram_weight / math.sqrt(len(trigrams))
+        return [
+            (f"w:{word}", 1.0),
+            (f"s:{stem_of(word)}", self._stem_weight),
+            *((f"g:{trigram}", share) for trigram in trigrams),
+        ]
 
-    def _settings_json(self) -> str:
-        settings: dict[str, Any] = {
-            "dim": self._dim,
-            "trigram_weight": self._trigram_weight,
-            "title_weight": self._title_weight,
-            "hashes": self._hashes,
-            "num_texts": self._num_texts,
-        }
-        return json.dumps(settings)
-
-    def _idf(self, counts: Mapping[str, int], feature: str) -> float:
-        """log((N + 1) / (df + 1/2)): near 0 for stop words; 0 for unseen features, which can match nothing but noise."""
+    def _idf(self, feature: str) -> float:
+        """log((N + 1) / (df + 1/2)); 0 for unseen features, which could match by collision only."""
         if self._num_texts == 0:
             return 1.0
-        count = counts.get(feature, 0)
-        return float(np.log((self._num_texts + 1) / (count + 0.5)) ** self._idf_power) if count else 0.0
+        count = self._counts.get(feature, 0)
+        return math.log((self._num_texts + 1) / (count + 0.5)) if count else 0.0
 
-    def _coordinates(self, feature: str) -> tuple[np.ndarray, np.ndarray]:
-        """(columns int64, signs float64) of a feature, both [hashes], from one stable digest."""
-        digest = hashlib.shake_128(feature.encode()).digest(4 * self._hashes)
-        draws = np.frombuffer(digest, "<u4").astype(np.int64)
-        return (draws >> 1) % (self._dim - 1), 1.0 - 2.0 * (draws & 1)
+    def _set_counts(self, num_texts: int, counts: Mapping[str, int]) -> None:
+        """Everything that follows from the document frequencies."""
+        self._num_texts = num_texts
+        self._counts = dict(sorted(counts.items()))
+        header = json.dumps([self._settings, num_texts])
+        self._fingerprint = hashlib.sha256((header + json.dumps(self._counts)).encode()).hexdigest()
+        words = [feature for feature in self._counts if feature.startswith("w:")]
+        mean_squared_norm = sum(self._counts[word] * self._idf(word) for word in words) / max(
+            num_texts, 1
+        )
+        self._passage_constant = math.sqrt(self._smoothing * mean_squared_norm)
+        self._clear_cache()
 
-    # ---- cached rows: word i owns entries [_starts[i], _starts[i + 1]) of _columns and _values ----
+    # ---- cached rows: word i owns entries [_starts[i], _starts[i + 1]) of _columns, _values ----
 
     def _clear_cache(self) -> None:
         self._word_ids: dict[str, int] = {}
@@ -207,22 +240,20 @@ class HashEncoder:
         self._values = np.zeros(0, np.float64)
 
     def _word_row(self, word: str) -> tuple[np.ndarray, np.ndarray]:
-        """(columns, values) of a word: its own feature, and its trigrams sharing trigram_weight."""
-        grams = trigrams_of(word)
-        gram_scale = self._trigram_weight / np.sqrt(len(grams))
-        weights = [self._idf(self._word_counts, word)]
-        weights += [gram_scale * self._idf(self._trigram_counts, gram) for gram in grams]
-        columns, values = [], []
-        for feature, weight in zip([f"w:{word}", *(f"g:{g}" for g in grams)], weights, strict=True):
-            if weight > 0:
-                feature_columns, signs = self._coordinates(feature)
-                columns.append(feature_columns)
-                values.append(signs * (weight / np.sqrt(self._hashes)))
-        if not columns:
-            return np.zeros(0, np.int64), np.zeros(0, np.float64)
+        """(columns int64, values float64) of a word, both [features * hashes]."""
+        columns, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float64)]
+        for feature, weight in self._features(word):
+            value = weight * math.sqrt(self._idf(feature) / self._hashes)
+            if value > 0:
+                digest = hashlib.shake_128(feature.encode()).digest(4 * self._hashes)
+                draws = np.frombuffer(digest, "<u4").astype(np.int64)
+                columns.append(
+                    (draws >> 1) % (self._dim - 1)
+                )  # the last coordinate is the passages' constant
+                values.append(value * (1.0 - 2.0 * (draws & 1)))
         return np.concatenate(columns), np.concatenate(values)
 
-    def _cache_words(self, words: Iterable[str]) -> None:
+    def _cache(self, words: Iterable[str]) -> None:
         """Give every new word its row."""
         new = [word for word in dict.fromkeys(words) if word not in self._word_ids]
         if not new:
@@ -235,65 +266,55 @@ class HashEncoder:
         self._columns = np.concatenate([self._columns, *(columns for columns, _ in rows)])
         self._values = np.concatenate([self._values, *(values for _, values in rows)])
 
-    def _encode_chunk(self, texts: Sequence[str], is_passage: bool) -> np.ndarray:
-        """float32 [n, dim]; everything after the splitting into words is vectorised."""
+    def _weighted_words(
+        self, texts: Sequence[str], kind: TextKind
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(text, word id, weight) of each text's distinct words, [pairs], by first occurrence."""
         if len(self._word_ids) > _MAX_CACHED_WORDS:
             self._clear_cache()
         tokens: list[str] = []
         lengths, title_lengths = [], []
         for text in texts:
-            title, body = split_title(text) if is_passage else ("", text)
-            title_words = words_of(title) if title else []
-            body_words = words_of(body)
+            title, body = split_title(text) if kind == "passage" else ("", text)
+            title_words, body_words = words_of(title), words_of(body)
             tokens += title_words
             tokens += body_words
             title_lengths.append(len(title_words))
             lengths.append(len(title_words) + len(body_words))
-        self._cache_words(tokens)
+        self._cache(tokens)
         token_words = np.array([self._word_ids[token] for token in tokens], np.int64)
         token_texts = np.repeat(np.arange(len(texts)), lengths)
-        place = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        in_title = place < np.repeat(title_lengths, lengths)
-
-        # One pair per (text, distinct word), in order of first occurrence: so a text's sums do not depend on the cache.
-        keys, first, inverse, counts = np.unique(
-            token_texts * np.int64(len(self._word_ids) + 1) + token_words,
+        is_title = _places(lengths) < np.repeat(title_lengths, lengths)
+        _, first, inverse, tf = np.unique(
+            token_texts * max(len(self._word_ids), 1) + token_words,
             return_index=True,
             return_inverse=True,
             return_counts=True,
         )
-        pair_weights = 1.0 + np.log(counts)
-        has_title = np.bincount(inverse, in_title, len(keys)) > 0
-        pair_weights[has_title] *= self._title_weight
-        order = np.argsort(first)
-        pair_weights, first = pair_weights[order], first[order]
-        pair_texts, pair_words = token_texts[first], token_words[first]
+        weights = 1.0 + np.log(tf)
+        weights[np.bincount(inverse, is_title, len(first)) > 0] *= self._title_weight
+        order = np.argsort(
+            first
+        )  # word ids depend on what the cache saw before, first occurrences do not
+        first = first[order]
+        return token_texts[first], token_words[first], weights[order]
 
-        sizes = self._starts[pair_words + 1] - self._starts[pair_words]
-        entry_pairs = np.repeat(np.arange(len(keys)), sizes)
-        offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        entries = self._starts[pair_words][entry_pairs] + offsets
+    def _scatter(
+        self, texts: np.ndarray, words: np.ndarray, weights: np.ndarray, num_texts: int
+    ) -> np.ndarray:
+        """float64 [num_texts, dim]: the sum of the weighted rows of each text's words."""
+        starts = self._starts[words]
+        sizes = self._starts[words + 1] - starts
+        entries = np.repeat(starts, sizes) + _places(sizes)
         flat = np.bincount(
-            pair_texts[entry_pairs] * self._dim + self._columns[entries],
-            self._values[entries] * pair_weights[entry_pairs],
-            len(texts) * self._dim,
+            np.repeat(texts * self._dim, sizes) + self._columns[entries],
+            np.repeat(weights, sizes) * self._values[entries],
+            num_texts * self._dim,
         )
-        vectors_ND = flat.reshape(len(texts), self._dim)
-        if is_passage:
-            vectors_ND[:, -1] = self._pad
-        norms_N1 = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND))[:, None]
-        return np.divide(vectors_ND, norms_N1, out=np.zeros_like(vectors_ND), where=norms_N1 > 0)
+        return flat.reshape(num_texts, self._dim)
 
 
-def _to_arrays(counts: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(names as newline-joined UTF-8 bytes, counts int64)."""
-    return (
-        np.frombuffer("\n".join(counts).encode(), np.uint8),
-        np.fromiter(counts.values(), np.int64, len(counts)),
-    )
-
-
-def _from_arrays(names: np.ndarray, counts: np.ndarray) -> dict[str, int]:
-    """The inverse of `_to_arrays`."""
-    keys = names.tobytes().decode().split("\n") if len(counts) else []
-    return dict(zip(keys, counts.tolist(), strict=True))
+def _places(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Running place inside each group: [2, 3] -> [0, 1, 0, 1, 2]."""
+    sizes = np.asarray(sizes, np.int64)
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)

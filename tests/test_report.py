@@ -1,0 +1,236 @@
+"""report.py: one self-contained page from a whole run, and from half a one."""
+
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+import synthetic_run
+from test_view import Tags
+
+from r3rag_jax.errors import UserError
+from r3rag_jax.report import (
+    MAX_POINTS,
+    Curve,
+    Frame,
+    Plot,
+    draw,
+    gallery,
+    headline,
+    load_run,
+    main,
+    milestones,
+    moving_mean,
+    nice_ticks,
+    read_curve,
+    tick_label,
+    write_report,
+)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    return synthetic_run.build(tmp_path_factory.mktemp("runs") / "synthetic")
+
+
+@pytest.fixture(scope="module")
+def html(run_dir):
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_page_is_well_formed_and_self_contained(html):
+    tags = Tags(html.removeprefix("<!doctype html>")).seen
+    assert {tag for tag, _ in tags}.isdisjoint({"script", "img", "iframe", "object"})
+    links = [attrs[name] for _, attrs in tags for name in ("src", "href") if name in attrs]
+    assert links and all(link.startswith("#") or link == "data:," for link in links)
+    assert "url(" not in html and "@import" not in html
+    assert not re.findall(r"https?://", html)
+
+
+def test_page_has_dark_colours_and_fits_a_phone(html):
+    assert "@media (prefers-color-scheme: dark)" in html
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
+
+
+def test_page_shows_every_part(html):
+    assert "<h1>synthetic</h1>" in html
+    assert html.count('<figure class="plot">') == 10
+    assert html.count('<details class="card"') == 4 * 4 + 3 + 1  # types x cases, milestones, config
+    assert "iterations: 40" in html
+    assert 'class="missing"' not in html
+
+
+def test_plots_are_drawings_with_finite_places(html):
+    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        root = ET.fromstring(svg)
+        numbers = [n for p in root.iter("path") for n in re.findall(r"[-\d.e]+", p.attrib["d"])]
+        assert len(numbers) >= 2 and all(0 <= float(n) <= Frame.width for n in numbers)
+        assert root.find("./g/title") is not None
+
+
+@pytest.mark.parametrize(
+    ("phases", "missing"),
+    [(("sft",), 3), (("sft", "rl"), 2), ((), 4), (("eval",), 2)],
+)
+def test_half_a_run_says_what_is_missing(tmp_path, phases, missing):
+    html = write_report(synthetic_run.build(tmp_path / "half", phases)).read_text(encoding="utf-8")
+    assert html.count('class="missing"') == missing
+    Tags(html.removeprefix("<!doctype html>"))
+
+
+def test_a_line_cut_off_by_a_crash_is_named_and_left_out(tmp_path):
+    run_dir = synthetic_run.build(tmp_path / "cut")
+    for name in ("metrics.jsonl", "trajectories/r3rag.jsonl"):
+        with (run_dir / name).open("a") as file:
+            file.write('{"phase": "rl", "st')
+    with (run_dir / "trajectories" / "r3rag.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"id": "q"}) + "\n")
+    (run_dir / "eval" / "r3rag.json").write_text("{")
+    run = load_run(run_dir)
+    assert (
+        len(run.metrics["rl"]) == 40
+        and len(run.trajectories["r3rag"]) == 16
+        and len(run.evals) == 3
+    )
+    assert len(run.notices) == 4
+    assert "metrics.jsonl: line 441 is not JSON and was left out." in run.notices
+    assert "eval/r3rag.json is not JSON and was left out." in run.notices
+    assert "metrics.jsonl: line 441" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+def test_command_line(run_dir, tmp_path, capsys):
+    assert main([str(run_dir)]) == 0
+    assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
+    assert main([str(tmp_path)]) == 2
+    expected = (
+        f"error: expected a run directory with config.yaml or metrics.jsonl; got {tmp_path}\n"
+    )
+    assert capsys.readouterr().err == expected
+    with pytest.raises(UserError):
+        load_run(tmp_path / "nowhere")
+
+
+def test_evaluations_come_in_order_baselines_first(run_dir):
+    assert [e["system"] for e in load_run(run_dir).evals] == [
+        "closed_book",
+        "oneshot_rag",
+        "cold_start",
+        "r3rag",
+    ]
+
+
+def test_headline():
+    evals = [synthetic_run.evaluation(system) for system in ("oneshot_rag", "cold_start", "r3rag")]
+    assert headline(evals) == (
+        "R3-RAG answers 73.0 % of 200 test questions exactly: "
+        "+17.5 points against Cold start, +51.5 points against One-shot RAG."
+    )
+    assert headline(evals[:2]) == "" and headline([]) == ""
+
+
+# ------------------------------------------------------------------------------------------ curves
+
+
+def test_read_curve_scales_and_leaves_out_what_is_not_finite():
+    rows = [{"step": i, "em": v} for i, v in enumerate((0.1, math.nan, 0.3, None))] + [{"step": 4}]
+    curve = read_curve(rows, "em", "train", 100)
+    assert curve.steps == [0, 2] and curve.values == pytest.approx([10, 30])
+    assert (curve.block, curve.num_broken, curve.is_smoothed) == (1, 1, False)
+
+
+def test_long_curves_become_block_means():
+    curve = read_curve(
+        [{"step": i, "loss": float(i % 2)} for i in range(4 * MAX_POINTS)], "loss", "loss"
+    )
+    assert len(curve.values) == MAX_POINTS and set(curve.values) == {0.5}
+    assert curve.steps[:2] == [1.5, 5.5] and curve.block == 4
+
+
+def test_moving_mean_keeps_the_start_and_calms_the_end():
+    values = [0.0] * 10 + [2.0, 0.0] * 5  # reach 20 // 20 + 2 = 3
+    smooth = moving_mean(values)
+    assert smooth[:7] == [0.0] * 7
+    assert smooth[10] == pytest.approx(4 / 7)  # 0 0 0 2 0 2 0
+    assert smooth[-1] == 1.0  # 2 0 2 0
+    assert moving_mean([3.0, 1.0]) == [3.0, 1.0]
+    straight = [float(i) for i in range(30)]
+    assert moving_mean(straight)[:26] == straight[:26]  # not delayed
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 85, ["0", "20", "40", "60", "80", "100"]),
+        (0, 0.0288, ["0.00", "0.01", "0.02", "0.03"]),
+        (-0.04, 0.65, ["-0.2", "0.0", "0.2", "0.4", "0.6", "0.8"]),
+        (0, 0, ["-0.6", "-0.4", "-0.2", "0.0", "0.2", "0.4", "0.6"]),
+        (1000, 5000, ["1,000", "2,000", "3,000", "4,000", "5,000"]),
+    ],
+)
+def test_ticks_are_round_and_enclose(low, high, expected):
+    ticks = nice_ticks(low, high, 5)
+    assert [tick_label(tick, ticks) for tick in ticks] == expected
+    assert ticks[0] <= low and ticks[-1] >= high
+
+
+def test_step_ticks_are_whole():
+    assert nice_ticks(0, 2, 5, is_whole=True) == [0, 1, 2]
+
+
+def test_frame_places_values_upwards_and_from_the_left():
+    frame = Frame([Curve("c", [0, 10], [0.0, 5.0], [0.0, 5.0], 1, 0)], from_zero=True)
+    assert (frame.x(0), frame.x(10)) == (frame.left, frame.right)
+    assert (frame.y(0), frame.y(5)) == (frame.bottom, frame.top)
+    bands = frame.bands([Curve("c", [0, 10], [0.0, 5.0], [0.0, 5.0], 1, 0)])
+    assert [band[3] for band in bands] == ["0: c 0", "10: c 5"]
+    assert bands[0][0] + bands[0][1] == bands[1][0] == (frame.left + frame.right) / 2
+
+
+def test_draw_names_broken_values_and_draws_nothing_from_nothing():
+    plot = Plot("KL", "nats", (("kl", "KL"),))
+    assert draw(plot, [{"step": 0, "loss": 1.0}], "step") is None
+    html = draw(plot, [{"step": 0, "kl": 1.0}, {"step": 1, "kl": math.inf}], "step")
+    assert html is not None and "1 values of KL are not finite." in html
+
+
+# ----------------------------------------------------------------------------------------- gallery
+
+
+def test_gallery_pairs_systems_and_shows_every_case(run_dir):
+    main_system, other, exhibits = gallery(load_run(run_dir))
+    assert (main_system, other, list(exhibits)) == (
+        "r3rag",
+        "cold_start",
+        list(synthetic_run.TYPES),
+    )
+    for shown in exhibits.values():
+        assert [exhibit.title for exhibit in shown] == [
+            "newly right",
+            "right both times",
+            "newly wrong",
+            "wrong both times",
+        ]
+        assert all(
+            e.other and e.other.question.id == e.main.question.id and e.num == 1 for e in shown
+        )
+
+
+def test_gallery_of_a_cold_start_alone_shows_right_and_wrong(run_dir, tmp_path):
+    run = load_run(synthetic_run.build(tmp_path / "cold"))
+    del run.trajectories["r3rag"]
+    main_system, other, exhibits = gallery(run)
+    assert (main_system, other) == ("cold_start", "")
+    shown = [(e.title, e.num, e.other) for e in exhibits["single"]]
+    assert shown == [("right", 2, None), ("wrong", 2, None)]
+
+
+def test_milestones(run_dir):
+    chosen = milestones(load_run(run_dir))
+    assert [(iteration, reward) for iteration, reward, _ in chosen] == [
+        (0, 0.0),
+        (20, 1.0),
+        (39, 1.95),
+    ]

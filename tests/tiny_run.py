@@ -1,0 +1,99 @@
+"""A whole run in miniature: a small world, a two-layer policy with random weights, a handful of updates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tiny
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from r3rag_jax.config import Config
+from r3rag_jax.configio import load_config
+from r3rag_jax.data.world import World
+from r3rag_jax.models.hf import save_decoder
+from r3rag_jax.text import Tokenizer
+
+VOCAB_SIZE = 1024
+PHRASES = (
+    "<think> I need the author of </think><query> Who wrote </query><answer>",
+    "Step 1:\nThe problem analysis: I need\nThe retrieval query: Who is the\nThe final answer:",
+    "The retrieval documents: The question: user assistant\nQuestion:\nAnswer:",
+)
+SETTINGS: dict[str, Any] = {
+    "world.num_people": 60,
+    "world.num_sft": 24,
+    "world.num_rl": 12,
+    "world.num_dev": 2,
+    "world.num_test": 4,
+    "retrieval.dim": 256,
+    "retrieval.passage_tokens": 24,
+    "retrieval.oneshot_top_k": 2,
+    "rollout.max_new_tokens": 48,
+    "rollout.max_steps": 3,
+    "rollout.max_length": 512,
+    "rollout.slots": 8,
+    "rollout.samples": 2,
+    "sft.epochs": 2,
+    "sft.batch_rows": 8,
+    "sft.row_length": 512,
+    "sft.lr": 1e-2,
+    "sft.checkpoint_every": 2,
+    "rl.iterations": 2,
+    "rl.questions": 4,
+    "rl.batch_rows": 8,
+    "rl.row_length": 512,
+    "rl.lr": 1e-3,
+    "rl.critic_lr": 1e-3,
+    "rl.critic": "head",
+    "rl.eval_every": 2,
+    "rl.checkpoint_every": 1,
+    "log.progress": "false",
+}
+
+
+def write_tokenizer(path: Path) -> Tokenizer:
+    """Byte-level BPE over a small world's text, with tags and ChatML; about four letters a token."""
+    tiny.tokenizer(path)  # its settings and template
+    world = World.generate(0, num_people=60)
+    texts = [p.contents for p in world.passages] + [q.question for q in world.questions("rl", 40)] + [*PHRASES] * 50
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=list(tiny.SPECIALS), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.save(str(path / "tokenizer.json"))
+    return Tokenizer(path)
+
+
+def write_base(path: Path) -> Path:
+    """A Hugging Face directory that `model.path` takes."""
+    write_tokenizer(path)
+    save_decoder(tiny.decoder(VOCAB_SIZE, scale=1.0), path, dtype="float32")
+    return path
+
+
+def write_recipe(directory: Path, base: Path, **settings: Any) -> Path:
+    """`recipe.yaml` with the settings above; a keyword's `__` stands for the dot of a key."""
+    values = {"run_dir": directory / "run", "model.path": base} | SETTINGS
+    values |= {name.replace("__", "."): value for name, value in settings.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = (f"{name}: {json.dumps(str(value)) if isinstance(value, Path) else value}\n" for name, value in values.items())
+    (directory / "recipe.yaml").write_text("".join(lines))
+    return directory / "recipe.yaml"
+
+
+def config(directory: Path, base: Path, **settings: Any) -> Config:
+    return load_config(write_recipe(directory, base, **settings))
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    clocked = ("time_s", "tokens_per_s", "rollout_s")
+    return [{name: value for name, value in row.items() if name not in clocked} for row in rows]
