@@ -38,6 +38,7 @@ CORE = [
     "pyyaml>=6.0",
     "rich>=13.9",
     "jinja2>=3.1",
+    "markupsafe>=2.1",
 ]
 NOTEBOOK = ["matplotlib>=3.10", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=7.0"]
 TEST = [

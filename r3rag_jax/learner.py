@@ -78,31 +78,36 @@ def new_critic(policy: Decoder, kind: str) -> Critic:
     return Critic(policy.config.hidden_size, decoder)
 
 
-def adamw(lr: float, num_steps: int, warmup: float, final: float, *, weight_decay: float, grad_norm: float,
-          betas: tuple[float, float]) -> optax.GradientTransformation:  # fmt: skip
-    """AdamW behind global-norm clipping; linear warm-up, then cosine down to `final` x lr."""
-    warmup_steps = max(1, round(warmup * num_steps))
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=lr / warmup_steps, peak_value=lr, warmup_steps=warmup_steps,
-        decay_steps=max(num_steps, warmup_steps + 1), end_value=final * lr,
-    )  # fmt: skip
-    return optax.chain(
-        optax.clip_by_global_norm(grad_norm),
-        optax.adamw(schedule, b1=betas[0], b2=betas[1], weight_decay=weight_decay),
-    )
+def schedule(progress: Any, warmup: float, final: float) -> Any:
+    """Share of the peak learning rate at `progress` in [0, 1]: linear warm-up, then cosine down to `final`."""
+    rising = progress / max(warmup, 1e-9)
+    falling = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * (progress - warmup) / max(1 - warmup, 1e-9)))
+    return jnp.where(progress < warmup, rising, falling)
 
 
 def sft_optimizer(config: SFTConfig, num_steps: int) -> optax.GradientTransformation:
-    return adamw(config.lr, num_steps, config.warmup, 0.0, weight_decay=config.weight_decay,
-                 grad_norm=config.grad_norm, betas=(0.9, 0.999))  # fmt: skip
+    """AdamW behind global-norm clipping; the schedule runs over the known number of steps."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_norm),
+        optax.adamw(
+            lambda count: config.lr * schedule((count + 1) / (num_steps + 1), config.warmup, 0.0),
+            weight_decay=config.weight_decay,
+        ),
+    )
 
 
-def rl_optimizer(config: RLConfig, num_steps: int) -> optax.GradientTransformation:
-    """Policy and critic each have a learning rate and a clipped gradient of their own."""
-    make = functools.partial(adamw, num_steps=num_steps, warmup=config.warmup, final=0.1, weight_decay=0.0,
-                             grad_norm=config.grad_norm, betas=(0.9, 0.95))  # fmt: skip
+def rl_optimizer(config: RLConfig) -> optax.GradientTransformation:
+    """Policy and critic each have a peak learning rate and a clipped gradient of their own.
+
+    The schedule comes with each update (`lr_scale`): how many updates an iteration holds depends on how long
+    its trajectories are.
+    """
+
+    def one(lr: float) -> optax.GradientTransformation:
+        return optax.chain(optax.clip_by_global_norm(config.grad_norm), optax.adamw(lr, b1=0.9, b2=0.95, weight_decay=0.0))
+
     return optax.multi_transform(
-        {"policy": make(config.lr), "critic": make(config.critic_lr)},
+        {"policy": one(config.lr), "critic": one(config.critic_lr)},
         lambda params: {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()},
     )
 
@@ -148,7 +153,7 @@ def make_sft_step(
 
     def step(state: TrainState, batch: SFTBatch) -> tuple[TrainState, Metrics]:
         loss = functools.partial(sft_loss, graphdef, batch=batch, remat=model.remat)
-        return _update(loss, tx, state)
+        return _update(loss, tx, state, 1.0)
 
     return _jit_step(mesh, step, state)
 
@@ -160,14 +165,16 @@ def make_rl_step(
     model: ModelConfig,
     config: RLConfig,
     state: TrainState,
-) -> Callable[[TrainState, TrainBatch, Targets], tuple[TrainState, Metrics]]:
-    """The jitted PPO update, (state, batch, targets) -> (state, metrics); the state is donated."""
+) -> Callable[[TrainState, TrainBatch, Targets, jax.Array], tuple[TrainState, Metrics]]:
+    """The jitted PPO update, (state, batch, targets, lr_scale) -> (state, metrics); the state is donated."""
 
-    def step(state: TrainState, batch: TrainBatch, targets: Targets) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         loss = functools.partial(
             rl_loss, graphdefs, batch=batch, targets=targets, config=config, remat=model.remat
         )
-        return _update(loss, tx, state)
+        return _update(loss, tx, state, lr_scale)
 
     return _jit_step(mesh, step, state)
 
@@ -228,9 +235,12 @@ def _logprobs(policy: Decoder, batch: TrainBatch, remat: str) -> tuple[jax.Array
     return logprobs.reshape(shape), entropy.reshape(shape), hidden
 
 
-def _update(loss: Callable[[Any], Any], tx: optax.GradientTransformation, state: TrainState) -> Any:
+def _update(
+    loss: Callable[[Any], Any], tx: optax.GradientTransformation, state: TrainState, lr_scale: Any
+) -> tuple[TrainState, Metrics]:
     (_, metrics), grads = jax.value_and_grad(lambda params: loss(params=params), has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda update: update * lr_scale, updates)  # Adam's update is linear in its rate
     metrics["grad_norm"] = optax.global_norm(grads)
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 

@@ -198,13 +198,14 @@ def _mean(values: Sequence[float]) -> float:
 
 def nice_ticks(low: float, high: float, count: int, *, is_whole: bool = False) -> list[float]:
     """About `count` numbers, 1, 2 or 5 times a power of ten apart, that enclose [low, high]."""
-    if high <= low:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    if high <= low:  # a constant: from 0 to 1, or half its size to both sides
+        low, high = (low - abs(low) / 2, low + abs(low) / 2) if low else (0.0, 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     width = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     width = max(1.0, width) if is_whole else width
-    first, last = math.floor(low / width + 1e-9), math.ceil(high / width - 1e-9)
+    slack = 1e-3  # of a tick, too little to see: -1e-9 needs no tick below 0
+    first, last = math.floor(low / width + slack), math.ceil(high / width - slack)
     return [place * width for place in range(first, last + 1)]
 
 

@@ -70,6 +70,7 @@ def open_run(config: Config) -> Path:
             )
     elif run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and holds no run: choose another name=… or run_dir=…")
+    barrier("run directory checked")  # before process 0 changes what the others look at
     if jax.process_index() == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         path.write_text(to_yaml(config))

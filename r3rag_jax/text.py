@@ -40,9 +40,7 @@ class Tokenizer:
         self._path = Path(path)
         file = self._path / TOKENIZER_FILE
         if not file.is_file():
-            raise FileNotFoundError(
-                f"a tokenizer directory must hold {TOKENIZER_FILE}; {path} has none"
-            )
+            raise FileNotFoundError(f"a tokenizer directory must hold {TOKENIZER_FILE}; {path} has none")
         self._backend = _Backend.from_file(str(file))
         # A file may ask for truncation and padding; both would silently change the ids.
         self._backend.no_truncation()
@@ -116,9 +114,7 @@ class Tokenizer:
         added = [AddedToken(token, special=True, normalized=False) for token in tokens]
         return self._backend.add_special_tokens(added)
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Return the text of a conversation under the model's chat template.
 
         Args:
@@ -130,9 +126,7 @@ class Tokenizer:
         """
         if self._template_text is None:
             raise ValueError(f"chat needs a chat_template; {self._path} has none")
-        specials = {
-            key: token for key in _SPECIAL_KEYS if (token := self._special(key)) is not None
-        }
+        specials = {key: token for key in _SPECIAL_KEYS if (token := self._special(key)) is not None}
         try:
             if self._template is None:
                 self._template = _environment().from_string(self._template_text)
@@ -146,9 +140,7 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise ValueError(f"chat template of {self._path}: {error}") from error
 
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
-    ) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Return the ids of a conversation under the model's chat template; see render_chat."""
         return self.encode(self.render_chat(messages, add_generation_prompt))
 

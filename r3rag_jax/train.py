@@ -33,7 +33,7 @@ from r3rag_jax.session import Session, barrier, open_run, use_compile_cache
 from r3rag_jax.sharding import put_batch, start_distributed
 from r3rag_jax.transcript import teacher_samples
 from r3rag_jax.types import Question, Status, TrainBatch, Trajectory
-from r3rag_jax.view import results_table
+from r3rag_jax.view import groups_table, results_table
 
 
 @main_guard
@@ -62,6 +62,7 @@ def run(config: Config, console: Console | None = None) -> Session:
         evals = load_evals(session)
         if evals:
             say(results_table(evals))
+            say(groups_table(evals))
         say(f"{'Report' if did_work else 'All is done. Report'}: {write_report(session.run_dir)}", highlight=False)
     return session
 
@@ -127,6 +128,7 @@ def rl_phase(session: Session) -> bool:
     if session.policy_dir("rl").exists():
         return False
     trainer = PPO(session)
+    rewind_trajectories(session, trainer.iteration)
     questions, dev = session.questions("rl"), session.questions("dev")
     roller = session.roller()
     bar = Bar("RL", config.iterations, console=session.console, live=session.config.log.progress,
@@ -164,8 +166,7 @@ class PPO:
         critic = learner.new_critic(nnx.merge(session.graphdef, start), self._config.critic)
         graphdef, critic_params = nnx.split(critic)
         graphdefs = {"policy": session.graphdef, "critic": graphdef}
-        # An iteration's trajectories fill about this many batches; the schedule needs no exact number.
-        tx = learner.rl_optimizer(self._config, self._config.iterations * self._config.epochs)
+        tx = learner.rl_optimizer(self._config)
         self.state = learner.init_state(session.mesh, {"policy": start, "critic": critic_params}, tx)
         self.iteration = 0
         self.checkpoints = Checkpoints(session.run_dir, "rl")
@@ -194,10 +195,12 @@ class PPO:
         scored = [self._score(self.state.params, self._ref_params, batch) for batch in batches]
         targets, stats = learner.whiten_all([t for t, _ in scored], [b.loss_mask for b in batches])
         logs = [metrics for _, metrics in scored]
-        for _ in range(config.epochs):
-            for i in rng.permutation(len(batches)):
-                self.state, metrics = self._step(self.state, batches[i], targets[i])
-                logs.append(metrics)
+        order = [i for _ in range(config.epochs) for i in rng.permutation(len(batches))]
+        for number, i in enumerate(order):
+            progress = (self.iteration + (number + 1) / len(order)) / config.iterations
+            lr_scale = learner.schedule(progress, config.warmup, 0.1)
+            self.state, metrics = self._step(self.state, batches[i], targets[i], lr_scale)
+            logs.append(metrics)
         self.iteration += 1
         values: dict[str, list[float]] = {}
         for metrics in [*jax.device_get(logs), jax.device_get(stats)]:
@@ -248,6 +251,14 @@ def keep_trajectories(session: Session, trajectories: Sequence[Trajectory], scor
             row = trajectory_to_dict(trajectories[i])
             row |= {"reward": float(scores.rewards[i].sum()), "iteration": iteration}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def rewind_trajectories(session: Session, iteration: int) -> None:
+    """Forget the kept trajectories of iterations that a resumed phase plays again, and a half-written line."""
+    path = session.run_dir / "trajectories" / "rl.jsonl"
+    if jax.process_index() == 0 and path.exists():
+        lines = path.read_text().split("\n")[:-1]
+        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["iteration"] < iteration))
 
 
 # ------------------------------------------------------------------------------------------- eval

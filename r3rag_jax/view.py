@@ -195,7 +195,7 @@ def result_rows(evals: Sequence[Eval]) -> list[Row]:
 
 def group_rows(evals: Sequence[Eval]) -> tuple[list[str], list[Row]]:
     """Group titles with their number of questions, and EM of each system in each group."""
-    names = list(dict.fromkeys(name for e in evals for name in e["groups"]))
+    names = sorted({name: 0 for e in evals for name in e["groups"]}, key=_group_place)
     titles, columns = [], []
     for name in names:
         groups = [evaluation["groups"].get(name, {}) for evaluation in evals]
@@ -203,6 +203,11 @@ def group_rows(evals: Sequence[Eval]) -> tuple[list[str], list[Row]]:
         titles.append(f"{pretty(name)}\n{'-'.join(map(str, sizes))}")
         columns.append(_column([group.get("em") for group in groups], 1, True, None))
     return titles, _rows(evals, columns)
+
+
+def _group_place(name: str) -> int:
+    """All questions first, then types in the order they came, then unseen and seen compositions."""
+    return {"all": 0, "unseen": 2, "seen": 3}.get(name, 1)
 
 
 def _column(
@@ -228,7 +233,7 @@ def _rows(evals: Sequence[Eval], columns: Sequence[list[Cell]]) -> list[Row]:
 
 
 def half_width(percent: float, num: int) -> float:
-    """Half the width, in points, of the 95 % Agresti-Coull interval of a share of `num` questions."""
+    """Half the width, in points, of the 95 % Agresti-Coull interval of a share of `num`."""
     num_shifted = num + Z_95**2
     share = (percent / 100 * num + Z_95**2 / 2) / num_shifted
     return 100 * Z_95 * math.sqrt(share * (1 - share) / num_shifted)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -28,3 +30,25 @@ def pytest_configure(config: pytest.Config) -> None:
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")  # two writers of one entry could meet
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir(f"xla-{worker}"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory with a tiny random policy."""
+    import tiny_run
+
+    return tiny_run.write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Protocol -> directory of a finished tiny run; each is trained once, and tests only read it or add files."""
+    from tiny_run import train
+
+    @functools.cache
+    def run_dir(protocol: str) -> Path:
+        directory = tmp_path_factory.mktemp(f"finished-{protocol}")
+        train(directory, base, rollout__protocol=protocol)
+        return directory / "run"
+
+    return run_dir

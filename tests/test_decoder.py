@@ -46,6 +46,11 @@ def make(config: DecoderConfig = TINY, **kwargs) -> Decoder:
     return model
 
 
+# Jitted: an eager call compiles every operation by itself, which takes longer.
+extend = nnx.jit(lambda model, cache, tokens, starts: model.extend(cache, tokens, starts))
+forward = nnx.jit(lambda model, tokens, positions, segments=None: model(tokens, positions, segments))
+
+
 def random_tokens(shape: tuple[int, ...], seed: int = 1) -> jax.Array:
     return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
 
@@ -81,15 +86,12 @@ def test_split_jit_merge_equals_eager():
     np.testing.assert_allclose(hidden, model(tokens, positions(2, 7)), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    ("chunks", "qk_norm"), [((12,), False), ((1,) * 12, False), ((5, 1, 1, 5), True)]
-)
+@pytest.mark.parametrize(("chunks", "qk_norm"), [((12,), False), ((1,) * 12, False), ((5, 1, 1, 5), True)])
 def test_extend_equals_full_forward(chunks, qk_norm):
     model = make(dataclasses.replace(TINY, qk_norm=qk_norm))
     tokens = random_tokens((3, 12))
-    full = model(tokens, positions(3, 12))
+    full = forward(model, tokens, positions(3, 12))
     cache = KVCache.init(model.config, 3, 16, jnp.float32)
-    extend = nnx.jit(lambda model, cache, tokens, starts: model.extend(cache, tokens, starts))
     start = 0
     for size in chunks:
         chunk = tokens[:, start : start + size]
@@ -103,18 +105,18 @@ def test_extend_with_ragged_starts_and_padded_tails():
     # must never be seen.
     model = make()
     tokens = random_tokens((3, 10))
-    full = model(tokens, positions(3, 10))
+    full = forward(model, tokens, positions(3, 10))
     lengths = jnp.array([3, 6, 1])
     junk = random_tokens((3, 6), seed=9)
     chunk = jnp.where(jnp.arange(6) < lengths[:, None], tokens[:, :6], junk)
     cache = KVCache.init(TINY, 3, 16, jnp.float32)
-    cache, hidden = model.extend(cache, chunk, jnp.zeros(3, jnp.int32))
+    cache, hidden = extend(model, cache, chunk, jnp.zeros(3, jnp.int32))
     for row, length in enumerate((3, 6, 1)):
         np.testing.assert_allclose(hidden[row, :length], full[row, :length], rtol=1e-4, atol=1e-4)
     for step in range(4):
         at = lengths + step
         token = jnp.take_along_axis(tokens, at[:, None], axis=1)
-        cache, hidden = model.extend(cache, token, at)
+        cache, hidden = extend(model, cache, token, at)
         want = full[jnp.arange(3), at]
         np.testing.assert_allclose(hidden[:, 0], want, rtol=1e-4, atol=1e-4)
 
@@ -122,9 +124,9 @@ def test_extend_with_ragged_starts_and_padded_tails():
 def test_extend_drops_positions_beyond_the_cache():
     model = make()
     cache = KVCache.init(TINY, 2, 8, jnp.float32)
-    cache, _ = model.extend(cache, random_tokens((2, 8)), jnp.zeros(2, jnp.int32))
+    cache, _ = extend(model, cache, random_tokens((2, 8)), jnp.zeros(2, jnp.int32))
     # Row 0 writes 6, 7 and drops 8, 9; row 1 starts past the end and writes nothing.
-    after, hidden = model.extend(cache, random_tokens((2, 4), seed=3), jnp.array([6, 8]))
+    after, hidden = extend(model, cache, random_tokens((2, 4), seed=3), jnp.array([6, 8]))
     assert bool(jnp.isfinite(hidden).all())
     for k, new_k, v, new_v in zip(cache.k, after.k, cache.v, after.v, strict=True):
         np.testing.assert_array_equal(new_k[0, :, :, :6], k[0, :, :, :6])
@@ -138,7 +140,7 @@ def test_extend_drops_positions_beyond_the_cache():
 def test_cache_take_and_put():
     model = make()
     cache = KVCache.init(TINY, 4, 8, jnp.float32)
-    cache, _ = model.extend(cache, random_tokens((4, 5)), jnp.zeros(4, jnp.int32))
+    cache, _ = extend(model, cache, random_tokens((4, 5)), jnp.zeros(4, jnp.int32))
     assert cache.slots == 8
     sub = cache.take(jnp.array([2, 0]))
     np.testing.assert_array_equal(sub.k[1], cache.k[1][jnp.array([2, 0])])
@@ -165,7 +167,7 @@ def test_donated_decode_loop_runs_on_device():
     cache = KVCache.init(TINY, 2, 8, jnp.float32)
     _, out = jax.jit(decode, donate_argnums=1)(params, cache)
     assert cache.k[0].is_deleted()
-    np.testing.assert_allclose(out, model(tokens, positions(2, 6)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out, forward(model, tokens, positions(2, 6)), rtol=1e-4, atol=1e-4)
 
 
 def test_packed_segments_equal_separate_rows():
@@ -174,9 +176,9 @@ def test_packed_segments_equal_separate_rows():
     packed = jnp.concatenate([a, b, jnp.zeros((1, 3), a.dtype)], axis=1)
     segments = jnp.array([[1] * 5 + [2] * 4 + [0] * 3])
     packed_positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 0]])
-    hidden = model(packed, packed_positions, segments)
-    np.testing.assert_allclose(hidden[:, :5], model(a, positions(1, 5)), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(hidden[:, 5:9], model(b, positions(1, 4)), rtol=1e-4, atol=1e-5)
+    hidden = forward(model, packed, packed_positions, segments)
+    np.testing.assert_allclose(hidden[:, :5], forward(model, a, positions(1, 5)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(hidden[:, 5:9], forward(model, b, positions(1, 4)), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_is_finite_and_has_no_gradient():
@@ -189,7 +191,7 @@ def test_padding_is_finite_and_has_no_gradient():
         hidden = nnx.merge(graphdef, params)(tokens, positions(1, 6), segments, remat=remat)
         return jnp.sum(jnp.square(hidden[:, :3]))
 
-    grads = {r: jax.grad(loss)(params, r) for r in ("none", "full", "dots")}
+    grads = {r: jax.jit(jax.grad(loss), static_argnums=1)(params, r) for r in ("none", "full", "dots")}
     embed = grads["none"]["embed"][...]
     assert bool(jnp.isfinite(embed).all())
     used = np.unique(tokens[0, :3])
@@ -205,7 +207,7 @@ def test_future_tokens_do_not_change_the_past():
     model = make()
     tokens = random_tokens((1, 8))
     changed = tokens.at[0, 5].set((tokens[0, 5] + 1) % TINY.vocab_size)
-    before, after = model(tokens, positions(1, 8)), model(changed, positions(1, 8))
+    before, after = forward(model, tokens, positions(1, 8)), forward(model, changed, positions(1, 8))
     np.testing.assert_array_equal(before[:, :5], after[:, :5])
     assert np.all(np.abs(before - after)[0, 5:].max(axis=-1) > 1e-4)
 
@@ -223,14 +225,14 @@ def test_logits_of_a_tied_and_an_untied_model():
 
 def test_bfloat16_compute_stays_near_float32():
     tokens = random_tokens((2, 9))
-    full = make()(tokens, positions(2, 9))
+    full = forward(make(), tokens, positions(2, 9))
     model = make(dtype=jnp.bfloat16)
-    half = model(tokens, positions(2, 9))
+    half = forward(model, tokens, positions(2, 9))
     assert half.dtype == jnp.bfloat16 and model.logits(half).dtype == jnp.float32
     error = jnp.abs(half.astype(jnp.float32) - full)
     assert float(error.mean()) < 0.03 * float(jnp.abs(full).mean())
     cache = KVCache.init(TINY, 2, 16, jnp.bfloat16)
-    _, cached = model.extend(cache, tokens, jnp.zeros(2, jnp.int32))
+    _, cached = extend(model, cache, tokens, jnp.zeros(2, jnp.int32))
     error = jnp.abs(cached.astype(jnp.float32) - full)
     assert float(error.mean()) < 0.03 * float(jnp.abs(full).mean())
 
@@ -250,14 +252,12 @@ def test_sharded_equals_single():
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     to_mesh = {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor"}
     tokens = random_tokens((8, 4))
-    want = make()(tokens, positions(8, 4))
+    want = forward(make(), tokens, positions(8, 4))
     with jax.set_mesh(mesh):
         model = Decoder(TINY, rngs=nnx.Rngs(0))
     for name in param_shapes(TINY):
         axes = PartitionSpec(*(to_mesh.get(axis) for axis in PARAM_AXES[name]))
-        model.param(name).set_value(
-            jax.device_put(make().param(name)[...], NamedSharding(mesh, axes))
-        )
+        model.param(name).set_value(jax.device_put(make().param(name)[...], NamedSharding(mesh, axes)))
     graphdef, params = nnx.split(model)
     tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("fsdp")))
     hidden = jax.jit(lambda p, t: nnx.merge(graphdef, p)(t, positions(8, 4)))(params, tokens)

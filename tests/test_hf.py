@@ -122,9 +122,7 @@ def test_bfloat16_export_is_what_transformers_reads(llama_dir, tmp_path):
     assert half.embed[...].dtype == jnp.bfloat16
     q_proj = theirs.model.layers[1].self_attn.q_proj.weight.detach().float().numpy()
     np.testing.assert_array_equal(half.layers.q_proj[...][1].astype(jnp.float32), q_proj.T)
-    np.testing.assert_array_equal(
-        half.layers.q_proj[...], ours.layers.q_proj[...].astype(jnp.bfloat16)
-    )
+    np.testing.assert_array_equal(half.layers.q_proj[...], ours.layers.q_proj[...].astype(jnp.bfloat16))
 
 
 def test_sharded_files_and_shardings(llama_dir, tmp_path):
@@ -215,9 +213,7 @@ def test_both_spellings_of_rope_are_read():
     new = DecoderConfig.from_hf({**base, "rope_parameters": LLAMA3})
     assert old == new
     assert new.rope_theta == 500_000.0 and new.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 64)
-    plain = DecoderConfig.from_hf(
-        {**base, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    )
+    plain = DecoderConfig.from_hf({**base, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
     assert plain.rope_theta == 1e6 and plain.rope_scaling is None
 
 

@@ -166,14 +166,16 @@ def test_moving_mean_keeps_the_start_and_calms_the_end():
         (0, 85, ["0", "20", "40", "60", "80", "100"]),
         (0, 0.0288, ["0.00", "0.01", "0.02", "0.03"]),
         (-0.04, 0.65, ["-0.2", "0.0", "0.2", "0.4", "0.6", "0.8"]),
-        (0, 0, ["-0.6", "-0.4", "-0.2", "0.0", "0.2", "0.4", "0.6"]),
+        (0, 0, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (-1, -1, ["-1.6", "-1.4", "-1.2", "-1.0", "-0.8", "-0.6", "-0.4"]),
+        (-1e-8, 0.0006, ["0.0000", "0.0002", "0.0004", "0.0006"]),
         (1000, 5000, ["1,000", "2,000", "3,000", "4,000", "5,000"]),
     ],
 )
 def test_ticks_are_round_and_enclose(low, high, expected):
     ticks = nice_ticks(low, high, 5)
     assert [tick_label(tick, ticks) for tick in ticks] == expected
-    assert ticks[0] <= low and ticks[-1] >= high
+    assert ticks[0] <= low + 1e-6 and ticks[-1] >= high
 
 
 def test_step_ticks_are_whole():

@@ -117,12 +117,8 @@ def test_chat_equals_transformers(directory, add_generation_prompt):
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
     ours = Tokenizer(directory)
     for messages in (MESSAGES, [{"role": "system", "content": "Be brief."}, *MESSAGES]):
-        text = theirs.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-        ids = theirs.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, return_dict=False
-        )
+        text = theirs.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=False)
         assert ours.render_chat(messages, add_generation_prompt) == text
         assert ours.chat(messages, add_generation_prompt) == ids
 

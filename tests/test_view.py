@@ -14,6 +14,7 @@ from r3rag_jax.view import (
     Outcome,
     environment,
     facts,
+    group_rows,
     groups_table,
     half_width,
     is_correct,
@@ -196,6 +197,12 @@ def test_groups_that_only_some_systems_have():
     lines = printed(groups_table([EVALS[2], other])).splitlines()
     assert lines[2].split()[0] == "7-200"
     assert lines[4].split() == ["R3-RAG", "10.0", *["—"] * 6]
+
+
+def test_groups_start_with_all_and_end_with_unseen_and_seen():
+    groups = {name: {"num": 1, "em": 0.0} for name in ("seen", "single", "all", "unseen", "bridge")}
+    titles, _ = group_rows([EVALS[3] | {"groups": groups}])
+    assert titles == ["all\n1", "single\n1", "bridge\n1", "unseen\n1", "seen\n1"]
 
 
 def test_different_questions_are_called_out():

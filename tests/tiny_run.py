@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import tiny
+from rich.console import Console
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -15,6 +17,7 @@ from r3rag_jax.configio import load_config
 from r3rag_jax.data.world import World
 from r3rag_jax.models.hf import save_decoder
 from r3rag_jax.text import Tokenizer
+from r3rag_jax.train import run
 
 VOCAB_SIZE = 1024
 PHRASES = (
@@ -41,14 +44,14 @@ SETTINGS: dict[str, Any] = {
     "sft.row_length": 512,
     "sft.lr": 1e-2,
     "sft.checkpoint_every": 2,
-    "rl.iterations": 2,
+    "rl.iterations": 3,
     "rl.questions": 4,
     "rl.batch_rows": 8,
     "rl.row_length": 512,
     "rl.lr": 1e-3,
     "rl.critic_lr": 1e-3,
     "rl.critic": "head",
-    "rl.eval_every": 2,
+    "rl.eval_every": 3,
     "rl.checkpoint_every": 1,
     "log.progress": "false",
 }
@@ -83,13 +86,25 @@ def write_recipe(directory: Path, base: Path, **settings: Any) -> Path:
     values = {"run_dir": directory / "run", "model.path": base} | SETTINGS
     values |= {name.replace("__", "."): value for name, value in settings.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    lines = (f"{name}: {json.dumps(str(value)) if isinstance(value, Path) else value}\n" for name, value in values.items())
-    (directory / "recipe.yaml").write_text("".join(lines))
+    shown = {name: json.dumps(str(value)) if isinstance(value, Path) else value for name, value in values.items()}
+    (directory / "recipe.yaml").write_text("".join(f"{name}: {value}\n" for name, value in shown.items()))
     return directory / "recipe.yaml"
 
 
 def config(directory: Path, base: Path, **settings: Any) -> Config:
     return load_config(write_recipe(directory, base, **settings))
+
+
+def train(directory: Path, base: Path, **settings: Any) -> str:
+    """All phases in this process, over all its devices; returns what the run said."""
+    console = Console(file=io.StringIO(), width=200)
+    run(config(directory, base, **settings), console)
+    return console.file.getvalue()
+
+
+def files(run_dir: Path) -> dict[str, bytes]:
+    """Every file of a run by its relative path."""
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

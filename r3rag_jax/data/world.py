@@ -36,6 +36,7 @@ from r3rag_jax.data.vocabulary import (
     TITLE_ADJECTIVES,
     TITLE_NOUNS,
 )
+from r3rag_jax.errors import UserError
 from r3rag_jax.types import Passage, Question
 
 Split = Literal["sft", "rl", "dev", "test"]

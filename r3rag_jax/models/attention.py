@@ -37,16 +37,12 @@ def attention(
         mask = None
         if segment_ids_BL is not None:
             mask = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
-        return jax.nn.dot_product_attention(
-            q_BLNH, k_BLKH, v_BLKH, mask=mask, is_causal=True, implementation="cudnn"
-        )
+        return jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, mask=mask, is_causal=True, implementation="cudnn")
     return _chunked(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL)
 
 
 @jax.checkpoint
-def _chunked(
-    q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, segment_ids_BL: jax.Array | None
-) -> jax.Array:
+def _chunked(q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, segment_ids_BL: jax.Array | None) -> jax.Array:
     """Exact attention, QUERY_CHUNK queries at a time against the keys up to theirs.
 
     Skips the masked half above the diagonal, and recomputes the weights in the backward pass: 2 x faster
@@ -69,8 +65,6 @@ def _chunked(
             mask = mask & (segment_ids_BL[:, start:end, None] == segment_ids_BL[:, None, :end])
         scores = jnp.where(mask[:, None, None], scores * H**-0.5, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(v_BLKH.dtype)
-        out = jnp.einsum(
-            "bkglm,bmkh->blkgh", weights, v_BLKH[:, :end], preferred_element_type=jnp.float32
-        )
+        out = jnp.einsum("bkglm,bmkh->blkgh", weights, v_BLKH[:, :end], preferred_element_type=jnp.float32)
         chunks.append(out.reshape(B, end - start, N, H).astype(q_BLNH.dtype))
     return jnp.concatenate(chunks, axis=1)

@@ -54,16 +54,12 @@ class DecoderConfig:
             ValueError: a relation does not hold.
         """
         if self.model_type not in ARCHITECTURES:
-            raise ValueError(
-                f"model_type must be one of {sorted(ARCHITECTURES)}; got {self.model_type!r}"
-            )
+            raise ValueError(f"model_type must be one of {sorted(ARCHITECTURES)}; got {self.model_type!r}")
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads must be divisible by num_kv_heads {self.num_kv_heads}; got {self.num_heads}"
-            )
+            raise ValueError(f"num_heads must be divisible by num_kv_heads {self.num_kv_heads}; got {self.num_heads}")
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even and positive for RoPE; got {self.head_dim}")
 
@@ -79,9 +75,7 @@ class DecoderConfig:
         """
         model_type = hf.get("model_type")
         if model_type not in ARCHITECTURES:
-            raise ValueError(
-                f"model_type must be one of {sorted(ARCHITECTURES)}; got {model_type!r}"
-            )
+            raise ValueError(f"model_type must be one of {sorted(ARCHITECTURES)}; got {model_type!r}")
         _refuse_unsupported(hf, model_type)
         for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if key not in hf:

@@ -91,9 +91,7 @@ class KVCache:
     v: tuple[jax.Array, ...]  # Ly x [B, K, S, H]
 
     @classmethod
-    def init(
-        cls, config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike
-    ) -> KVCache:
+    def init(cls, config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
         """Return zeros for `batch` rows of `slots` positions."""
         K, H = config.num_kv_heads, config.head_dim
         # Distinct buffers: a donated pytree may not hold one array twice.
@@ -151,8 +149,7 @@ class Decoder(nnx.Module):
         """
         if attention_implementation not in IMPLEMENTATIONS:
             raise ValueError(
-                f"attention_implementation must be one of {IMPLEMENTATIONS}; "
-                f"got {attention_implementation!r}"
+                f"attention_implementation must be one of {IMPLEMENTATIONS}; got {attention_implementation!r}"
             )
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -226,9 +223,7 @@ class Decoder(nnx.Module):
             preferred_element_type=jnp.float32,
         )
 
-    def extend(
-        self, cache: KVCache, tokens_BC: jax.Array, starts_B: jax.Array
-    ) -> tuple[KVCache, jax.Array]:
+    def extend(self, cache: KVCache, tokens_BC: jax.Array, starts_B: jax.Array) -> tuple[KVCache, jax.Array]:
         """Append C tokens to every row; returns the new cache and their hidden states [B, C, D].
 
         Row b's tokens take positions starts_B[b] .. starts_B[b] + C - 1. Their keys and values are
@@ -344,9 +339,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _cached_attention(
-    q_BCNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, positions_BC: jax.Array
-) -> jax.Array:
+def _cached_attention(q_BCNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, positions_BC: jax.Array) -> jax.Array:
     """Attend to cache slots <= each query's position; returns [B, C, N, H].
 
     The G query heads of a kv head and the C tokens are rows of one matmul, so the cache is read

@@ -126,10 +126,7 @@ def save_decoder(decoder: Decoder, path: str | Path, *, dtype: str = "bfloat16")
     """
     if dtype not in _EXPORT_DTYPES:
         raise ValueError(f"dtype must be one of {sorted(_EXPORT_DTYPES)}; got {dtype!r}")
-    tensors = {
-        name: np.ascontiguousarray(array.astype(_EXPORT_DTYPES[dtype]))
-        for name, array in hf_tensors(decoder)
-    }
+    tensors = {name: np.ascontiguousarray(array.astype(_EXPORT_DTYPES[dtype])) for name, array in hf_tensors(decoder)}
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -174,9 +171,7 @@ class TensorFiles:
         elif (self._directory / WEIGHTS_FILE).is_file():
             self.file_of = dict.fromkeys(self._file(WEIGHTS_FILE).keys(), WEIGHTS_FILE)
         else:
-            raise FileNotFoundError(
-                f"a model directory must hold {WEIGHTS_FILE} or {INDEX_FILE}; {path} has neither"
-            )
+            raise FileNotFoundError(f"a model directory must hold {WEIGHTS_FILE} or {INDEX_FILE}; {path} has neither")
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -200,8 +195,7 @@ class TensorFiles:
             raise ValueError(f"{self.where(name)}: cannot read tensor {name}: {error}") from error
         if array.shape != shape:
             raise ValueError(
-                f"{self.where(name)}: tensor {name} must have shape {shape} by config.json; "
-                f"got {array.shape}"
+                f"{self.where(name)}: tensor {name} must have shape {shape} by config.json; got {array.shape}"
             )
         return array
 
@@ -242,9 +236,7 @@ def _check_names(config: DecoderConfig, files: TensorFiles) -> None:
             )
 
 
-def _read_param(
-    files: TensorFiles, name: str, shape: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
+def _read_param(files: TensorFiles, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Read one parameter in our layout: transposed, cast, and stacked over layers."""
     is_stacked = "{i}" in HF_NAMES[name]
     out = np.empty(shape, dtype)

@@ -26,6 +26,7 @@ from r3rag_jax.retrieval.base import TextKind
 
 _WORD = re.compile(r"\w+")
 _SUFFIX = re.compile(r"(?<=\w{4})(?:ations?|ators?|ings?|ers?|ors?|ied|ies|ed|es|e|s|y)$")
+_MIN_IDF = 0.01
 _CHUNK = 1024  # texts scattered at once: bounds the float64 scratch to 8 * D * 1024 bytes
 _MAX_CACHED_WORDS = 200_000  # a policy in training invents words without end
 
@@ -174,7 +175,7 @@ class HashEncoder:
             UserError: the file is missing, or is not an encoder file.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 header = json.loads(arrays["header"].tobytes())
                 features = arrays["features"].tobytes().decode()
                 counts = arrays["counts"].tolist()
@@ -212,11 +213,17 @@ class HashEncoder:
         ]
 
     def _idf(self, feature: str) -> float:
-        """log((N + 1) / (df + 1/2)); 0 for unseen features, which could match by collision only."""
+        """log((N - df + 1/2) / (df + 1/2)), BM25's: stop words, in over half of the texts, fall out.
+
+        At least _MIN_IDF, lest a corpus of a passage or two be all stop words; 0 for features that
+        the corpus lacks, since they could match by collision only.
+        """
         if self._num_texts == 0:
             return 1.0
         count = self._counts.get(feature, 0)
-        return math.log((self._num_texts + 1) / (count + 0.5)) if count else 0.0
+        if count == 0:
+            return 0.0
+        return max(math.log((self._num_texts - count + 0.5) / (count + 0.5)), _MIN_IDF)
 
     def _set_counts(self, num_texts: int, counts: Mapping[str, int]) -> None:
         """Everything that follows from the document frequencies."""

@@ -1,0 +1,451 @@
+"""The training steps: one answer on every mesh, gradients where they belong, the sampler's own log-probabilities."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+from r3rag_jax import learner
+from r3rag_jax.batch import minibatches, pack
+from r3rag_jax.config import MeshConfig, ModelConfig, RLConfig, RolloutConfig, SFTConfig
+from r3rag_jax.models.decoder import PARAM_AXES
+from r3rag_jax.protocol import make_protocol
+from r3rag_jax.rollout import Job, Roller
+from r3rag_jax.sampler import engine as engine_module
+from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.sharding import AXES, make_mesh, put, put_batch, tree_shardings
+from r3rag_jax.transcript import Codec, Transcript, teacher_samples
+from r3rag_jax.types import Passage, Question, Sample, SFTBatch, Status, Step, TrainBatch, Trajectory
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+
+VOCAB = 272  # divides by the tensor axis, so that the embedding is really cut
+MESHES = ((8, 1, 1), (2, 2, 2), (1, 4, 2))
+RL = RLConfig(lr=1e-3, critic_lr=1e-3, critic="head", kl=0.05, entropy=0.01, lam=0.9, warmup=0.0)
+
+
+def one_device() -> Mesh:
+    return jax.make_mesh((1, 1, 1), AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
+
+
+def samples(count: int = 14) -> list[Sample]:
+    """Trajectories of one to three steps: prompt, then written spans with passages in between."""
+    rng, made = np.random.default_rng(0), []
+    for _ in range(count):
+        step_ids = [-1] * int(rng.integers(2, 6))
+        for step in range(int(rng.integers(1, 4))):
+            step_ids += [-1] * int(rng.integers(0, 4)) * (step > 0) + [step] * int(rng.integers(2, 6))
+        ids, steps = rng.integers(0, VOCAB, len(step_ids)).astype(np.int32), np.asarray(step_ids, np.int32)
+        logprobs = np.where(steps >= 0, -rng.uniform(1, 8, len(steps)), 0).astype(np.float32)
+        made.append(Sample(ids, steps >= 0, logprobs, steps, float(rng.choice([0.0, 0.7, 1.0]))))
+    return made
+
+
+def rewards_of(made: list[Sample]) -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [rng.uniform(-1, 2, sample.step_ids.max() + 1).astype(np.float32) for sample in made]
+
+
+def rl_batch(row_length: int = 40, num_rows: int | None = 8, credit: str = "trajectory") -> TrainBatch:
+    made = samples()
+    return pack(made, rewards_of(made), row_length=row_length, num_rows=num_rows, credit=credit)
+
+
+def sft_batch(**options: Any) -> SFTBatch:
+    batch = rl_batch(**options)
+    return SFTBatch(batch.tokens, batch.positions, batch.segment_ids, batch.loss_mask)
+
+
+def targets_like(batch: TrainBatch) -> learner.Targets:
+    rng = np.random.default_rng(2)
+    return learner.Targets(*(rng.normal(size=batch.tokens.shape).astype(np.float32) for _ in range(3)))
+
+
+@functools.cache
+def parts(critic: str = "head") -> tuple[dict[str, Any], dict[str, Any]]:
+    """(graphdefs, params) of a policy and a critic whose head is not zero."""
+    policy = tiny.decoder(VOCAB)
+    value_model = learner.new_critic(policy, critic)
+    value_model.head[...] = 0.1 * jax.random.normal(jax.random.key(5), value_model.head.shape)
+    split = {"policy": nnx.split(policy), "critic": nnx.split(value_model)}
+    return {name: graphdef for name, (graphdef, _) in split.items()}, {name: p for name, (_, p) in split.items()}
+
+
+def sft_grads(mesh: Mesh, batch: SFTBatch, remat: str = "none") -> tuple[dict[str, Any], Any]:
+    """(metrics, gradients) of the SFT loss, on the host."""
+    graphdefs, params = parts()
+    loss = functools.partial(learner.sft_loss, graphdefs["policy"], remat=remat)
+    return grads_on(mesh, lambda p, b: loss(p, batch=b), params["policy"], batch)
+
+
+def rl_grads(mesh: Mesh, batch: TrainBatch, targets: learner.Targets | None = None, critic: str = "head",
+             config: RLConfig = RL) -> tuple[dict[str, Any], Any]:  # fmt: skip
+    """(metrics, gradients) of the RL loss, on the host."""
+    graphdefs, params = parts(critic)
+    loss = functools.partial(learner.rl_loss, graphdefs, config=config, remat="none")
+    targets = targets_like(batch) if targets is None else targets
+    return grads_on(mesh, lambda p, bt: loss(p, batch=bt[0], targets=bt[1]), params, (batch, targets))
+
+
+def grads_on(mesh: Mesh, loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> tuple[dict[str, Any], Any]:
+    params = put(params, tree_shardings(mesh, params, PARAM_AXES))
+    (_, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, put_batch(mesh, batch))
+    return jax.device_get((metrics, grads))
+
+
+def assert_close(got: Any, want: Any, rtol: float = 1e-5) -> None:
+    """Every leaf within rtol of the largest size of its counterpart."""
+
+    def one(path: Any, a: Any, b: Any) -> None:
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.isfinite(a).all()
+        assert np.abs(a - b).max() <= rtol * np.abs(b).max(), jax.tree_util.keystr(path)
+
+    jax.tree_util.tree_map_with_path(one, got, want)
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(tree))])
+
+
+# ----------------------------------------------------------------------------- one answer on every mesh
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_sft_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
+    assert_close(sft_grads(make_mesh(MeshConfig(*sizes)), sft_batch()), sft_grads(one_device(), sft_batch()))
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_rl_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
+    batch = rl_batch()
+    assert_close(rl_grads(make_mesh(MeshConfig(*sizes)), batch), rl_grads(one_device(), batch))
+
+
+def two_sft_updates(mesh: Mesh) -> tuple[Any, Any]:
+    graphdefs, params = parts()
+    tx = learner.sft_optimizer(SFTConfig(lr=1e-3, warmup=0.0), 4)
+    state = learner.init_state(mesh, params["policy"], tx)
+    step = learner.make_sft_step(mesh, graphdefs["policy"], tx, ModelConfig(), state)
+    logs = []
+    for _ in range(2):
+        state, metrics = step(state, put_batch(mesh, sft_batch()))
+        logs.append(metrics)
+    return state, logs
+
+
+def two_rl_updates(mesh: Mesh, config: RLConfig = RL, lr_scale: float = 1.0) -> tuple[Any, Any]:
+    graphdefs, params = parts(config.critic)
+    tx = learner.rl_optimizer(config)
+    state = learner.init_state(mesh, params, tx)
+    score = learner.make_scorer(mesh, graphdefs, ModelConfig(), config)
+    step = learner.make_rl_step(mesh, graphdefs, tx, ModelConfig(), config, state)
+    batch = put_batch(mesh, rl_batch())
+    targets, logs = score(state.params, params["policy"], batch)
+    [targets], stats = learner.whiten_all([targets], [batch.loss_mask])
+    logs = [logs, stats]
+    for _ in range(2):
+        state, metrics = step(state, batch, targets, jnp.float32(lr_scale))
+        logs.append(metrics)
+    return state, logs
+
+
+@pytest.mark.parametrize("updates", [two_sft_updates, two_rl_updates], ids=["sft", "rl"])
+def test_updates_on_a_mesh(updates: Callable[[Mesh], tuple[Any, Any]]) -> None:
+    """Whole updates: state laid out by the table, metrics and parameters those of one device."""
+    want_state, want_logs = jax.device_get(updates(one_device()))
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    state, logs = updates(mesh)
+    assert jax.tree.map(lambda x: x.sharding, state) == tree_shardings(mesh, state, PARAM_AXES)
+    assert int(state.step) == 2
+    assert_close(jax.device_get(logs), want_logs, rtol=1e-4)
+    # Adam divides by the gradient's size: where that is rounding, so is the update. All but a few agree.
+    difference, moved = np.abs(flat(state.params) - flat(want_state.params)), 2e-3
+    assert np.mean(difference > 1e-2 * moved) < 1e-3
+
+
+# ------------------------------------------------------------------------- who gets a gradient, who none
+
+
+def hidden_grads(monkeypatch: pytest.MonkeyPatch, loss: Callable[[Any], Any], shape: tuple[int, ...]) -> np.ndarray:
+    """d loss / d (the hidden state that predicts token t), [B, L, D]."""
+    previous = learner._previous
+
+    def from_delta(delta: jax.Array) -> jax.Array:
+        with monkeypatch.context() as patch:
+            patch.setattr(learner, "_previous", lambda hidden: previous(hidden) + delta)
+            return loss(None)[0]
+
+    return np.asarray(jax.jit(jax.grad(from_delta))(jnp.zeros(shape, jnp.float32)))
+
+
+@pytest.mark.parametrize("phase", ["sft", "rl"])
+def test_only_the_policys_tokens_are_trained(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphdefs, params = parts()
+    batch = rl_batch()
+
+    def loss(_: Any) -> Any:
+        if phase == "sft":
+            return learner.sft_loss(graphdefs["policy"], params["policy"], sft_batch(), "none")
+        return learner.rl_loss(graphdefs, params, batch, targets_like(batch), RL, "none")
+
+    grads_BL = np.abs(hidden_grads(monkeypatch, loss, (*batch.tokens.shape, 32))).max(axis=-1)
+    assert (grads_BL[~batch.loss_mask] == 0).all()  # prompts, passages, padding: exactly
+    assert (grads_BL[batch.loss_mask] > 0).all()
+
+
+def test_what_stands_at_masked_tokens_changes_nothing() -> None:
+    batch, mask = rl_batch(), rl_batch().loss_mask
+    targets = targets_like(batch)
+    spoil = functools.partial(jax.tree.map, lambda x: np.where(mask, x, np.nan).astype(np.float32))
+    spoilt = dataclasses.replace(batch, behaviour_logprobs=spoil(batch.behaviour_logprobs))
+    assert_close(rl_grads(one_device(), spoilt, spoil(targets)), rl_grads(one_device(), batch, targets), rtol=0)
+
+
+def test_a_batch_without_policy_tokens_trains_nothing() -> None:
+    batch = rl_batch()
+    empty = dataclasses.replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
+    for metrics, grads in (
+        sft_grads(one_device(), SFTBatch(empty.tokens, empty.positions, empty.segment_ids, empty.loss_mask)),
+        rl_grads(one_device(), empty),
+    ):
+        assert metrics["loss"] == 0
+        assert (flat(grads) == 0).all()
+
+
+def test_packed_rows_are_separate_rows() -> None:
+    packed, made = rl_batch(num_rows=None), samples()
+    each = [pack([s], [r], row_length=40, credit="trajectory") for s, r in zip(made, rewards_of(made), strict=True)]
+    separate = jax.tree.map(lambda *rows: np.concatenate(rows), *each)
+    assert len(packed.tokens) < len(separate.tokens) == len(made)
+    mesh = one_device()
+    sft_of = lambda b: SFTBatch(b.tokens, b.positions, b.segment_ids, b.loss_mask)  # noqa: E731
+    assert_close(sft_grads(mesh, sft_of(packed)), sft_grads(mesh, sft_of(separate)))
+    graphdefs, params = parts()
+    score = learner.make_scorer(mesh, graphdefs, ModelConfig(), RL)
+    results = []
+    for batch in (packed, separate):
+        batch = put_batch(mesh, batch)
+        targets, metrics = score(params, params["policy"], batch)
+        [targets], stats = learner.whiten_all([targets], [batch.loss_mask])
+        results.append((jax.device_get((metrics, stats)), rl_grads(mesh, batch, targets)))
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_memory_and_not_gradients(remat: str) -> None:
+    assert_close(sft_grads(one_device(), sft_batch(), remat), sft_grads(one_device(), sft_batch()))
+
+
+# -------------------------------------------------------------------------- the sampler and the learner
+
+PASSAGES = [
+    Passage("a", '"Origin"\nOrigin is by Charles Darwin.'),
+    Passage("b", '"Darwin"\nCharles Darwin was born in Shrewsbury.'),
+]
+QUESTION = Question("q", "Where was the author of Origin born?", ("Shrewsbury",))
+STEPS = (
+    Step("Who wrote it?", query="author Origin"),
+    Step("It is Charles Darwin.", query="Charles Darwin born"),
+    Step("He is of Shrewsbury.", answer="Shrewsbury"),
+)
+JOBS = [Job(QUESTION, sample, temperature, seed=3) for sample, temperature in enumerate((0.7, 1.0, 0.0, 1.0))]
+MAX_LENGTH = 512
+
+
+@pytest.fixture(scope="module", params=["tags", "steps"])
+def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Codec:
+    tokenizer = tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return Codec(tokenizer, make_protocol(request.param), passage_tokens=60)
+
+
+def play(codec: Codec, jobs: list[Job]) -> list[Trajectory]:
+    """Trajectories of the tiny policy, sampled by the real engine."""
+    graphdefs, params = parts()
+    engine = Engine(graphdefs["policy"], tiny.decoder(VOCAB).config, one_device(), slots=4, max_length=MAX_LENGTH)
+    pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
+    engine.stop_at(pauses, {codec.eos_id} - set(pauses))
+    config = RolloutConfig(max_length=MAX_LENGTH, max_new_tokens=90, max_steps=3)
+    roller = Roller(engine, codec, tiny.DictRetriever(PASSAGES), config, top_k=1, max_passages=4)
+    return roller.play(params["policy"], jobs)
+
+
+def force(monkeypatch: pytest.MonkeyPatch, codec: Codec, jobs: list[Job]) -> None:
+    """Make the engine sample the scripted steps, found by row key and position; all else stays as it is."""
+    transcript, keys, table = Transcript(codec, QUESTION.question), [], []
+    for number, (step, passage) in enumerate(zip(STEPS, [*PASSAGES, None], strict=True)):
+        start, ids = len(transcript.context), codec.step_ids(step, number + 1)
+        row = np.full(MAX_LENGTH, -1, np.int32)
+        row[start : start + len(ids)] = ids
+        keys += [job.key(number) for job in jobs]
+        table += [row] * len(jobs)
+        transcript.write(ids)
+        if passage is not None:
+            transcript.splice([passage])
+    keys_K2, table_KS = np.asarray(keys), np.asarray(table)
+    original = engine_module.sample
+
+    def scripted(logits_BV: jax.Array, rows: Any) -> Any:
+        script_B = jnp.argmax((rows.keys[:, None] == keys_K2).all(axis=-1), axis=1)
+        token = jnp.asarray(table_KS)[script_B, rows.lengths]
+        certain_BV = jnp.where(jnp.arange(VOCAB) == token[:, None], 1e9, -1e9)
+        temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+        assert original(certain_BV, rows)[0].shape == token.shape
+        score = lambda x: jnp.take_along_axis(jax.nn.log_softmax(x), token[:, None], axis=1)[:, 0]  # noqa: E731
+        return token, score(logits_BV / temperature), score(logits_BV)
+
+    monkeypatch.setattr(engine_module, "sample", scripted)
+
+
+def sampler_gap(trajectories: list[Trajectory], change: Callable[[TrainBatch], TrainBatch] = lambda b: b) -> float:
+    """Largest difference between recorded and recomputed log-probabilities, as the RL phase logs it."""
+    graphdefs, params = parts()
+    score = learner.make_scorer(one_device(), graphdefs, ModelConfig(), RL)
+    rewards = [np.zeros(len(t.steps), np.float32) for t in trajectories]
+    options = {"row_length": MAX_LENGTH, "batch_rows": 4, "credit": "trajectory", "rng": np.random.default_rng(0)}
+    batches = minibatches(trajectories, rewards, **options)
+    logs = [score(params, params["policy"], put_batch(one_device(), change(batch)))[1] for batch in batches]
+    return max(float(metrics["sampler_gap"]) for metrics in logs)
+
+
+def test_recomputed_logprobs_are_the_samplers(codec: Codec) -> None:
+    """Whatever a random policy writes, at three temperatures in one batch."""
+    trajectories = play(codec, JOBS)
+    assert sum(sample.loss_mask.sum() for t in trajectories for sample in t.samples) > 100
+    assert sampler_gap(trajectories) < 1e-4
+    cold = lambda b: dataclasses.replace(b, temperature=np.ones_like(b.temperature))  # noqa: E731
+    assert sampler_gap(trajectories, cold) > 0.1  # the bug of sampling at T and training at 1 would show
+
+
+def test_they_are_also_across_retrievals(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole well-formed trajectories: passages spliced in, the cache kept, and the same ids as the cold start's."""
+    force(monkeypatch, codec, JOBS)
+    trajectories = play(codec, JOBS)
+    for trajectory in trajectories:
+        assert trajectory.status == Status.ANSWERED
+        assert trajectory.retrieved_ids == ("a", "b")
+        taught = teacher_samples(codec, trajectory)
+        for sample, teacher in zip(trajectory.samples, taught, strict=True):
+            np.testing.assert_array_equal(sample.ids, teacher.ids)
+            np.testing.assert_array_equal(sample.step_ids, teacher.step_ids)
+    assert sampler_gap(trajectories) < 1e-4
+    blind = lambda b: dataclasses.replace(b, segment_ids=np.where(b.loss_mask, 1, 2))  # noqa: E731
+    assert sampler_gap(trajectories, blind) > 0.1
+
+
+# ------------------------------------------------------------------------ state, critics, credit, targets
+
+
+def test_the_state_is_donated_and_its_source_is_not() -> None:
+    mesh = one_device()
+    graphdefs, params = parts()
+    tx = learner.sft_optimizer(SFTConfig(), 4)
+    state = learner.init_state(mesh, params["policy"], tx)
+    step = learner.make_sft_step(mesh, graphdefs["policy"], tx, ModelConfig(), state)
+    step(state, put_batch(mesh, sft_batch()))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params["policy"]))
+
+
+def test_a_new_critic_values_everything_at_zero_and_owns_its_model() -> None:
+    policy, batch = tiny.decoder(VOCAB), rl_batch()
+    for kind in ("head", "separate"):
+        critic = learner.new_critic(policy, kind)
+        assert (critic.decoder is None) is (kind == "head")
+        values = critic(batch, jnp.ones((*batch.tokens.shape, 32)), "none")
+        assert values.shape == batch.tokens.shape and not values.any()
+    assert critic.decoder is not policy
+    np.testing.assert_array_equal(critic.decoder.embed[...], policy.embed[...])
+
+
+@pytest.mark.parametrize(("critic", "is_shared"), [("head", True), ("separate", False)])
+def test_the_value_loss_reaches_the_policy_only_through_a_shared_trunk(critic: str, is_shared: bool) -> None:
+    with_value = rl_grads(one_device(), rl_batch(), critic=critic)[1]
+    without = rl_grads(one_device(), rl_batch(), critic=critic, config=dataclasses.replace(RL, value_coef=0.0))[1]
+    assert np.array_equal(flat(with_value["policy"]), flat(without["policy"])) is not is_shared
+    assert (flat(without["critic"]) == 0).all()
+    assert np.abs(flat(with_value["critic"])).max() > 0
+
+
+def test_policy_and_critic_have_rates_of_their_own() -> None:
+    for critic in ("head", "separate"):
+        params = parts(critic)[1]
+        config = dataclasses.replace(RL, critic=critic, critic_lr=0.0)
+        state, _ = two_rl_updates(one_device(), config)
+        assert np.array_equal(flat(state.params["critic"]), flat(params["critic"]))
+        assert np.abs(flat(state.params["policy"]) - flat(params["policy"])).max() > 1e-4
+    still, _ = two_rl_updates(one_device(), RL, lr_scale=0.0)
+    assert np.array_equal(flat(still.params), flat(parts()[1]))
+
+
+def two_steps() -> tuple[Sample, np.ndarray]:
+    step_ids = np.asarray([-1, 0, 0, -1, 1, 1], np.int32)
+    logprobs = np.where(step_ids >= 0, -2.0, 0).astype(np.float32)
+    return Sample(np.arange(6, dtype=np.int32), step_ids >= 0, logprobs, step_ids), np.asarray([0.5, 2.0], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("credit", "returns"),
+    [("trajectory", [0, 2.5, 2.5, 0, 2, 2]), ("step", [0, 0.5, 0.5, 0, 2, 2])],
+)
+def test_credit_flows_within_an_episode(credit: str, returns: list[float]) -> None:
+    sample, rewards = two_steps()
+    batch = pack([sample], [rewards], row_length=6, credit=credit)
+    graphdefs, params = parts()
+    critic_params = jax.tree.map(jnp.zeros_like, params["critic"])
+    config = dataclasses.replace(RL, kl=0.0, gamma=1.0, lam=1.0)
+    score = learner.make_scorer(one_device(), graphdefs, ModelConfig(), config)
+    targets, _ = score({"policy": params["policy"], "critic": critic_params}, params["policy"], batch)
+    np.testing.assert_allclose(targets.returns, [returns], atol=1e-6)
+    np.testing.assert_allclose(targets.advantages, [returns], atol=1e-6)
+    assert not np.asarray(targets.old_values).any()
+
+
+def test_the_kl_penalty_sits_on_every_token() -> None:
+    """return of the last token = its reward - kl * (behaviour - reference log-probability)."""
+    sample, rewards = two_steps()
+    batch = pack([sample], [rewards], row_length=6, credit="trajectory")
+    graphdefs, params = parts()
+    reference = jax.tree.map(lambda x: 0.9 * x, params["policy"])
+    policy = nnx.merge(graphdefs["policy"], reference)
+    logits = policy.logits(policy(batch.tokens, batch.positions, batch.segment_ids))
+    logprobs = jax.nn.log_softmax(logits)[0, np.arange(5), batch.tokens[0, 1:]]  # of tokens 1..5
+    config = dataclasses.replace(RL, kl=0.1, gamma=1.0, lam=1.0)
+    score = learner.make_scorer(one_device(), graphdefs, ModelConfig(), config)
+    critic_params = jax.tree.map(jnp.zeros_like, params["critic"])
+    targets, metrics = score({"policy": params["policy"], "critic": critic_params}, reference, batch)
+    kl = -2.0 - np.asarray(logprobs)
+    np.testing.assert_allclose(targets.returns[0, 5], 2.0 - 0.1 * kl[4], rtol=1e-5)
+    np.testing.assert_allclose(targets.returns[0, 1], 2.5 - 0.1 * kl[[0, 1, 3, 4]].sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl"], kl[[0, 1, 3, 4]].mean(), rtol=1e-5)
+
+
+def test_whitening_runs_over_all_batches() -> None:
+    mask = jnp.asarray([[True, True, False]])
+    make = lambda *a: learner.Targets(*(jnp.asarray([x], jnp.float32) for x in a))  # noqa: E731
+    first, second = make([1, 3, 9], [1, 2, 9], [0, 0, 9]), make([5, 7, 9], [3, 4, 9], [0, 0, 9])
+    white, stats = learner.whiten_all([first, second], [mask, mask])
+    spread = 5**0.5  # of 1 3 5 7 around 4
+    np.testing.assert_allclose(white[0].advantages, [[-3 / spread, -1 / spread, 0]], rtol=1e-6)
+    np.testing.assert_allclose(white[1].advantages, [[1 / spread, 3 / spread, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(white[1].returns, second.returns)
+    assert float(stats["explained_variance"]) == pytest.approx(0.0, abs=1e-6)  # a constant explains nothing
+    _, perfect = learner.whiten_all([dataclasses.replace(first, old_values=first.returns)], [mask])
+    assert float(perfect["explained_variance"]) == pytest.approx(1.0)
+    assert float(perfect["value"]) == pytest.approx(1.5)
+
+
+def test_the_schedule_rises_and_falls() -> None:
+    at = jnp.asarray([0.0, 0.1, 0.2, 0.6, 1.0])  # warm-up 0.2: half way down at 0.6
+    np.testing.assert_allclose(learner.schedule(at, 0.2, 0.1), [0.0, 0.5, 1.0, 0.55, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(learner.schedule(at, 0.0, 0.0), 0.5 * (1 + np.cos(np.pi * at)), atol=1e-6)

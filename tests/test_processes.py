@@ -1,0 +1,65 @@
+"""Two processes with four devices each train the run that one process with eight devices trains."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from safetensors.numpy import load_file
+
+from r3rag_jax import train
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(recipe: Path, port: int, rank: int) -> subprocess.Popen[str]:
+    mesh = {"distributed": "true", "coordinator": f"127.0.0.1:{port}", "num_processes": 2, "process_id": rank}
+    overrides = [f"mesh.{name}={value}" for name, value in mesh.items()]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(Path(train.__file__).parent.parent),
+    }
+    command = [sys.executable, "-m", "r3rag_jax.train", "--config", str(recipe), *overrides]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=recipe.parent
+    )
+
+
+def test_two_processes_train_the_same_run(finished: Callable[[str], Path], base: Path, tmp_path: Path) -> None:
+    recipe, port = tiny_run.write_recipe(tmp_path, base, rollout__protocol="tags"), free_port()
+    processes = [start(recipe, port, rank) for rank in range(2)]
+    try:
+        said = [process.communicate()[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)
+    assert "Report" in said[0]
+    assert "Report" not in said[1]  # one process speaks, writes and exports
+
+    one, two = finished("tags"), tmp_path / "run"
+    assert tiny_run.files(two).keys() >= {name for name in tiny_run.files(one) if not name.startswith("checkpoints")}
+    for want, got in zip(tiny_run.metrics(one), tiny_run.metrics(two), strict=True):
+        assert want.keys() == got.keys()
+        for name in want.keys() - {"phase"}:
+            assert got[name] == pytest.approx(want[name], rel=1e-3, abs=1e-5), (want["phase"], want["step"], name)
+    for phase in ("sft", "rl"):
+        want, got = (load_file(run / "policy" / phase / "model.safetensors") for run in (one, two))
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], atol=1e-5, err_msg=f"{phase} {name}")
+    for name in ("data/sft.jsonl", "trajectories/rl.jsonl", "trajectories/r3rag.jsonl"):
+        assert tiny_run.files(two)[name] == tiny_run.files(one)[name]  # the sampled words, too

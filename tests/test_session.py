@@ -1,0 +1,178 @@
+"""The run directory's protection, and the parts that every entry point builds from a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from flax import nnx
+
+from r3rag_jax.config import Config, ConfigError, DataConfig, EvalConfig, LogConfig, MeshConfig, RLConfig
+from r3rag_jax.configio import load_config
+from r3rag_jax.data.qa import read_passages, read_questions, read_trajectories
+from r3rag_jax.errors import UserError
+from r3rag_jax.models.hf import load_decoder
+from r3rag_jax.session import Session, open_run, use_compile_cache
+from r3rag_jax.types import Status
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+
+
+def flat(params: Any) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(params))]
+
+
+# ---------------------------------------------------------------------------------- run directory
+
+
+def test_a_new_directory_records_its_configuration(tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path / "deep" / "run"), rl=RLConfig(lr=3e-6))
+    assert open_run(config) == tmp_path / "deep" / "run"
+    assert load_config(tmp_path / "deep" / "run" / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"phases": ("eval",)},
+        {"eval": EvalConfig(max_questions=3)},
+        {"mesh": MeshConfig(fsdp=2)},
+        {"log": LogConfig(progress=False)},
+    ],
+    ids=str,
+)
+def test_what_computes_the_same_may_change(change: dict[str, Any], tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path / "run"))
+    open_run(config)
+    (tmp_path / "run" / "metrics.jsonl").write_text("kept")
+    open_run(dataclasses.replace(config, **change))
+    assert load_config(tmp_path / "run" / "config.yaml") == dataclasses.replace(config, **change)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"rl": RLConfig(kl=0.5)}, "rl.kl was 0.01, now 0.5"),
+        ({"rl": RLConfig(critic="head")}, "rl.critic was 'separate', now 'head'"),
+        ({"name": "other"}, "name was 'run', now 'other'"),
+    ],
+)
+def test_other_settings_are_refused_and_nothing_is_touched(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    config = Config(run_dir=str(tmp_path / "run"))
+    open_run(config)
+    before = tiny_run.files(tmp_path)
+    with pytest.raises(UserError) as caught:
+        open_run(dataclasses.replace(config, **change))
+    assert words in str(caught.value) and str(tmp_path / "run") in str(caught.value)
+    assert tiny_run.files(tmp_path) == before
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        open_run(Config(run_dir=str(tmp_path)))
+    assert tiny_run.files(tmp_path) == {"thesis.tex": b"mine"}
+
+
+def test_the_compile_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        use_compile_cache()
+        assert jax.config.jax_compilation_cache_dir == before  # JAX_COMPILATION_CACHE_DIR wins
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        use_compile_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "r3rag_jax" / "xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+@pytest.fixture
+def config(base: Path, tmp_path: Path) -> Config:
+    return tiny_run.config(tmp_path, base)
+
+
+def session(config: Config, *sizes: int, **model: str) -> Session:
+    mesh = MeshConfig(*sizes) if sizes else config.mesh
+    changed = dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, **model))
+    return Session(changed, config.run_directory)
+
+
+def test_the_base_is_what_the_file_holds_on_every_mesh(config: Config, base: Path) -> None:
+    want = flat(nnx.split(load_decoder(base, dtype="float32"))[1])
+    for sizes in ((8, 1, 1), (1, 4, 2)):
+        params = session(config, *sizes).base_params()
+        for got, leaf in zip(flat(params), want, strict=True):
+            np.testing.assert_array_equal(got, leaf)
+    shapes = {shard.data.shape for shard in params["layers"]["q_proj"][...].addressable_shards}
+    assert shapes == {(2, 8, 16)}  # [2, 32, 32] over fsdp 4 and tensor 2
+
+
+def test_random_parameters_depend_on_the_seed_and_not_on_the_mesh(config: Config) -> None:
+    one, other = (flat(session(config, *sizes, init="random").base_params()) for sizes in ((8, 1, 1), (1, 4, 2)))
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+    reseeded = flat(session(dataclasses.replace(config, seed=1), init="random").base_params())
+    pretrained = flat(session(config).base_params())
+    for different in (reseeded, pretrained):
+        assert any(not np.array_equal(a, b) for a, b in zip(one, different, strict=True))
+
+
+def test_a_phases_policy_is_exported_whole_and_read_back_on_another_mesh(config: Config) -> None:
+    run_dir = open_run(config)
+    writer = session(config, 1, 4, 2)
+    params = jax.tree.map(lambda x: x + 0.123456789, writer.base_params())
+    writer.save_policy("sft", params)
+    assert [path.name for path in (run_dir / "policy").iterdir()] == ["sft"]
+    read = session(config, 8, 1, 1).phase_params("sft")
+    for a, b in zip(flat(read), flat(params), strict=True):
+        np.testing.assert_array_equal(a, b)  # float32: nothing is rounded
+    whole = tiny_run.files(run_dir / "policy" / "sft")
+    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= whole.keys()
+
+
+def test_a_model_path_without_a_model_is_the_users_to_fix(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path must be a Hugging Face directory .* got .*/nothing"):
+        _ = session(config, path=str(tmp_path / "nothing")).base_path
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def test_the_worlds_files_fit_together(config: Config) -> None:
+    writer = Session(config, open_run(config))
+    writer.write_data()
+    data = config.run_directory / "data"
+    corpus = {passage.id: passage for passage in read_passages(data / "corpus.jsonl")}
+    for split in ("rl", "dev", "test"):
+        assert writer.questions(split) == read_questions(data / f"{split}.jsonl")
+        assert len(writer.questions(split)) == getattr(config.world, f"num_{split}")
+    trajectories = read_trajectories(data / "sft.jsonl", corpus, config.retrieval.top_k)
+    assert len(trajectories) == config.world.num_sft
+    for trajectory in trajectories:
+        assert trajectory.status == Status.ANSWERED
+        assert set(trajectory.question.supporting_ids) <= set(trajectory.retrieved_ids)
+    reader = Session(config, config.run_directory)
+    [hits] = reader.retriever.search([corpus["5"].contents], 3)
+    assert hits[0].passage == corpus["5"] and len(hits) == 3
+    assert reader.retriever.fingerprint == Session(config, config.run_directory).retriever.fingerprint
+
+
+def test_files_need_not_be_given_for_what_is_only_watched(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"id": 7, "question": "Who?", "golden_answers": ["x"]}\n')
+    data = DataConfig(source="files", corpus="c.jsonl", test=str(tmp_path / "test.jsonl"))
+    files = dataclasses.replace(config, phases=("eval",), data=data)
+    assert Session(files, tmp_path).questions("dev") == []
+    assert [question.id for question in Session(files, tmp_path).questions("test")] == ["7"]
+    assert Session(files, tmp_path).path_of("corpus") == Path("c.jsonl")

@@ -1,0 +1,202 @@
+"""A whole run in miniature, in both protocols: its files, its resuming, what the entry points do with it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from safetensors.numpy import load_file
+
+from r3rag_jax import ask, evaluate, learner, train
+from r3rag_jax.config import Config, RLConfig, RolloutConfig
+from r3rag_jax.configio import load_config
+from r3rag_jax.data.qa import read_passages, read_questions, read_rows, trajectory_from_dict
+from r3rag_jax.types import Question
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+PROTOCOLS = ("tags", "steps")
+SYSTEMS = ("closed_book", "oneshot_rag", "cold_start", "r3rag")
+
+
+@pytest.fixture(params=PROTOCOLS)
+def protocol(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def weights(run_dir: Path, phase: str) -> dict[str, np.ndarray]:
+    return load_file(run_dir / "policy" / phase / "model.safetensors")
+
+
+# ----------------------------------------------------------------------------------- a finished run
+
+
+def test_a_run_leaves_all_its_files(protocol: str, finished: Callable[[str], Path]) -> None:
+    run_dir = finished(protocol)
+    assert load_config(run_dir / "config.yaml").rollout.protocol == protocol
+    assert (run_dir / "report.html").stat().st_size > 1000
+    corpus = {passage.id for passage in read_passages(run_dir / "data" / "corpus.jsonl")}
+    for split, count in (("rl", 12), ("dev", 2), ("test", 4)):
+        questions = read_questions(run_dir / "data" / f"{split}.jsonl")
+        assert len(questions) == count
+        assert all(set(question.supporting_ids) <= corpus for question in questions)
+    for phase in ("sft", "rl"):
+        assert {p.name for p in (run_dir / "policy" / phase).iterdir()} >= {
+            "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        }  # fmt: skip
+        assert all(np.isfinite(array).all() for array in weights(run_dir, phase).values())
+        assert any((run_dir / "checkpoints" / phase).iterdir())
+    assert not list((run_dir / "policy").glob(".*"))  # no half-written export
+
+
+def test_metrics_have_one_finite_line_a_step(protocol: str, finished: Callable[[str], Path]) -> None:
+    rows = [json.loads(line) for line in (finished(protocol) / "metrics.jsonl").read_text().splitlines()]
+    for phase, names in (
+        ("sft", {"loss", "accuracy", "grad_norm", "tokens_per_s"}),
+        ("rl", {"reward", "em", "f1", "kl", "entropy", "policy_loss", "value_loss", "clip_fraction", "sampler_gap",
+                "explained_variance", "mean_retrievals", "format_error_rate", "no_answer_rate", "tokens_per_s"}),
+    ):  # fmt: skip
+        mine = [row for row in rows if row["phase"] == phase]
+        assert [row["step"] for row in mine] == list(range(len(mine)))
+        for row in mine:
+            assert names <= row.keys()
+            assert all(math.isfinite(value) for name, value in row.items() if name != "phase")
+    assert [row["phase"] for row in rows] == sorted((row["phase"] for row in rows), reverse=True)  # sft, then rl
+    sft = [row["loss"] for row in rows if row["phase"] == "sft"]
+    assert sft[-1] < 0.8 * sft[0]
+    rl = [row for row in rows if row["phase"] == "rl"]
+    assert len(rl) == 3
+    assert all(row["sampler_gap"] < 1e-3 for row in rl)
+    assert rl[0]["kl"] == pytest.approx(0, abs=1e-5)  # the first rollouts are the reference's own
+    assert ["dev_em" in row for row in rl] == [False, False, True]
+
+
+def test_evaluations_and_trajectories(protocol: str, finished: Callable[[str], Path]) -> None:
+    run_dir = finished(protocol)
+    marks = []
+    for system in SYSTEMS:
+        summary = json.loads((run_dir / "eval" / f"{system}.json").read_text())
+        assert (summary["system"], summary["num_questions"], summary["groups"]["all"]["num"]) == (system, 4, 4)
+        marks.append(summary["fingerprint"])
+        rows = [row for _, row in read_rows(run_dir / "trajectories" / f"{system}.jsonl")]
+        played = [trajectory_from_dict(row) for row in rows]
+        asked = read_questions(run_dir / "data" / "test.jsonl")
+        assert [t.question for t in played] == asked
+        assert max(t.num_retrievals for t in played) <= {"closed_book": 0, "oneshot_rag": 1}.get(system, 3)
+    assert all(mark == marks[0] for mark in marks)
+    rows = [row for _, row in read_rows(run_dir / "trajectories" / "rl.jsonl")]
+    assert [row["iteration"] for row in rows] == [0] * 8 + [1] * 8 + [2] * 8
+    assert all(math.isfinite(row["reward"]) for row in rows)
+
+
+def test_the_same_command_again_changes_nothing(protocol: str, finished: Callable[[str], Path], base: Path) -> None:
+    run_dir = finished(protocol)
+    before = tiny_run.files(run_dir)
+    said = tiny_run.train(run_dir.parent, base, rollout__protocol=protocol)
+    for phase in ("index", "sft", "rl", "eval"):
+        assert f"{phase}  done before" in said
+    assert "All is done" in said and "report.html" in said
+    assert tiny_run.files(run_dir).keys() == before.keys()
+    assert {name for name, content in tiny_run.files(run_dir).items() if content != before[name]} <= {"report.html"}
+
+
+# --------------------------------------------------------------------------------------- resuming
+
+
+class Killed(Exception):
+    """Stands for a preempted machine."""
+
+
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(
+    protocol: str, finished: Callable[[str], Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between two checkpoints of each phase: parameters and metrics are the same bits in the end."""
+    make_sft_step, save = learner.make_sft_step, train.PPO.save
+
+    def make_mortal_step(*args):
+        step, calls = make_sft_step(*args), itertools.count()
+
+        def mortal(state, batch):
+            if next(calls) == 3:  # the checkpoint at 2 is behind, and one more step is logged
+                raise Killed
+            return step(state, batch)
+
+        return mortal
+
+    def mortal_save(trainer):
+        if trainer.iteration == 2:  # the iteration is trained and logged, but its checkpoint is lost
+            raise Killed
+        save(trainer)
+
+    again = {"rollout__protocol": protocol}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(learner, "make_sft_step", make_mortal_step)
+        tiny_run.train(tmp_path, base, **again)
+    assert not (tmp_path / "run" / "policy").exists()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.PPO, "save", mortal_save)
+        tiny_run.train(tmp_path, base, **again)
+    assert [p.name for p in (tmp_path / "run" / "policy").iterdir()] == ["sft"]
+    said = tiny_run.train(tmp_path, base, **again)
+    assert "sft  done before" in said and "rl  done before" not in said
+
+    whole, resumed = finished(protocol), tmp_path / "run"
+    assert tiny_run.metrics(resumed) == tiny_run.metrics(whole)
+    one, other = tiny_run.files(whole), tiny_run.files(resumed)
+    same = [name for name in one if name.split("/")[0] in ("data", "policy", "trajectories", "eval")]
+    assert len(same) > 20
+    assert [name for name in same if other.get(name) != one[name]] == []
+
+
+# ---------------------------------------------------------------------------- jobs of an iteration
+
+
+def test_every_question_comes_once_before_any_comes_again() -> None:
+    questions = [Question(str(i), f"q{i}", ("x",)) for i in range(10)]
+    config = Config(rl=RLConfig(questions=4), rollout=RolloutConfig(samples=3, temperatures=(0.4, 1.0)))
+    jobs = [train.iteration_jobs(config, questions, iteration) for iteration in range(5)]
+    ids = [job.question.id for iteration in jobs for job in iteration[::3]]
+    assert sorted(ids[:10]) == sorted(ids[10:]) == sorted(str(i) for i in range(10))
+    assert ids[:10] != ids[10:] and ids[:10] != sorted(ids[:10])
+    assert [(job.sample_index, job.temperature) for job in jobs[0][:3]] == [(0, 0.4), (1, 1.0), (2, 0.4)]
+    assert jobs[2] == train.iteration_jobs(config, questions, 2)
+    assert len({job.seed for iteration in jobs for job in iteration}) == 5
+    assert {job.seed for job in jobs[0]}.isdisjoint({job.seed for job in train.iteration_jobs(
+        Config(seed=1, rl=config.rl, rollout=config.rollout), questions, 0)})  # fmt: skip
+
+
+# ------------------------------------------------------------------------ entry points on the result
+
+
+def test_evaluate_on_other_questions_and_passages(
+    finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = finished("tags")
+    questions, corpus = tmp_path / "mine.jsonl", tmp_path / "corpus.jsonl"
+    questions.write_text('{"id": "1", "question": "Who wrote The Red Door?", "golden_answers": ["Bala Sen"]}\n')
+    corpus.write_text('{"id": "p", "contents": "\\"The Red Door\\"\\nThe Red Door is by Bala Sen."}\n')
+    argv = ["--checkpoint", str(run_dir), "--questions", str(questions), "--corpus", str(corpus), "retrieval.top_k=1"]
+    assert evaluate.main(argv) == 0
+    summary = json.loads((run_dir / "eval" / "mine.json").read_text())
+    assert summary["num_questions"] == 1
+    test_mark = json.loads((run_dir / "eval" / "r3rag.json").read_text())["fingerprint"]
+    assert all(summary["fingerprint"][name] != test_mark[name] for name in ("questions", "index", "top_k"))
+    [row] = [row for _, row in read_rows(run_dir / "trajectories" / "mine.jsonl")]
+    assert {passage["id"] for step in row["steps"] for passage in step.get("passages", ())} <= {"p"}
+    assert "EM" in capsys.readouterr().out
+    for name in ("eval/mine.json", "trajectories/mine.jsonl"):
+        (run_dir / name).unlink()
+
+
+@pytest.mark.parametrize("flags", [[], ["--phase", "sft"]])
+def test_ask_shows_a_trajectory(
+    flags: list[str], finished: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ask.main(["--checkpoint", str(finished("tags")), *flags, "Who wrote The Red Door?"]) == 0
+    assert "Who wrote The Red Door?" in capsys.readouterr().out
