@@ -78,9 +78,7 @@ class WorldConfig:
 
     seed: int = key(0, "which world; any integer gives a new one")
     num_people: int = key(600, "people in the encyclopedia", "entities")
-    num_sft: int = key(
-        500, "questions with a teacher's trajectory, for the cold start", "questions"
-    )
+    num_sft: int = key(500, "questions with a teacher's trajectory, for the cold start", "questions")
     num_rl: int = key(3000, "questions without trajectories, for RL", "questions")
     num_dev: int = key(64, "questions to watch while training", "questions")
     num_test: int = key(400, "questions for the final tables", "questions")
@@ -96,13 +94,9 @@ class WorldConfig:
 class DataConfig:
     """Where questions, trajectories and passages come from."""
 
-    source: Literal["world", "files"] = key(
-        "world", "`world` writes the embedded one; `files` reads the paths below"
-    )
+    source: Literal["world", "files"] = key("world", "`world` writes the embedded one; `files` reads the paths below")
     corpus: str = key("", "passages, FlashRAG JSONL {id, contents}", "path")
-    sft: str = key(
-        "", "trajectories for the cold start, JSONL {question, golden_answers, steps}", "path"
-    )
+    sft: str = key("", "trajectories for the cold start, JSONL {question, golden_answers, steps}", "path")
     rl: str = key("", "questions for RL, FlashRAG JSONL", "path")
     dev: str = key("", "questions to watch while training, FlashRAG JSONL", "path")
     test: str = key("", "questions for the final tables, FlashRAG JSONL", "path")
@@ -125,28 +119,20 @@ class ModelConfig:
         "a Hugging Face directory, or `bundled`: the small Qwen2 base in the package",
         "path",
     )
-    init: Literal["pretrained", "random"] = key(
-        "pretrained", "`random` keeps architecture and tokenizer only"
-    )
-    dtype: Literal["float32", "bfloat16"] = key(
-        "float32", "compute type; parameters are float32 masters"
-    )
+    init: Literal["pretrained", "random"] = key("pretrained", "`random` keeps architecture and tokenizer only")
+    dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters are float32 masters")
     remat: Literal["none", "full", "dots"] = key("none", "what the backward pass recomputes")
     attention: Literal["xla", "cudnn"] = key("xla", "attention implementation")
 
     def __post_init__(self) -> None:
-        _require(
-            self.path != "", "model.path must be a directory or bundled; got none", "model.path"
-        )
+        _require(self.path != "", "model.path must be a directory or bundled; got none", "model.path")
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalConfig:
     """The retriever."""
 
-    encoder: Literal["hash"] = key(
-        "hash", "`hash`: TF-IDF of hashed words and letter n-grams, needs no download"
-    )
+    encoder: Literal["hash"] = key("hash", "`hash`: TF-IDF of hashed words and letter n-grams, needs no download")
     dim: int = key(1024, "embedding size of the hash encoder", "floats")
     index: Literal["flat"] = key("flat", "FAISS index type")
     top_k: int = key(2, "passages per retrieval", "passages")
@@ -163,8 +149,7 @@ class RetrievalConfig:
         )
         _require(
             self.max_passages >= self.top_k,
-            f"retrieval.max_passages must be at least retrieval.top_k={self.top_k};"
-            f" got {self.max_passages}",
+            f"retrieval.max_passages must be at least retrieval.top_k={self.top_k}; got {self.max_passages}",
             "retrieval.max_passages",
             "retrieval.top_k",
         )
@@ -192,8 +177,7 @@ class RolloutConfig:
         )
         _require(
             self.max_new_tokens < self.max_length,
-            f"rollout.max_new_tokens must be less than rollout.max_length={self.max_length};"
-            f" got {self.max_new_tokens}",
+            f"rollout.max_new_tokens must be less than rollout.max_length={self.max_length}; got {self.max_new_tokens}",
             "rollout.max_new_tokens",
             "rollout.max_length",
         )
@@ -236,9 +220,7 @@ class RLConfig:
     row_length: int = key(512, "length of a packed row", "tokens")
     lr: float = key(5e-7, "peak learning rate of the policy, cosine to 10 %")
     critic_lr: float = key(9e-6, "peak learning rate of the critic")
-    critic: Literal["separate", "head"] = key(
-        "separate", "a value model of its own, or a head on the policy's trunk"
-    )
+    critic: Literal["separate", "head"] = key("separate", "a value model of its own, or a head on the policy's trunk")
     value_coef: float = key(1.0, "weight of the value loss")
     warmup: float = key(0.03, "share of the updates with rising learning rate", "fraction")
     grad_norm: float = key(1.0, "gradient clipping, global norm")
@@ -248,9 +230,7 @@ class RLConfig:
     lam: float = key(1.0, "GAE lambda")
     kl: float = key(0.01, "weight of the per-token KL penalty to the cold-start policy")
     entropy: float = key(0.0, "weight of the entropy bonus")
-    credit: Literal["trajectory", "step"] = key(
-        "trajectory", "`step`: each step is its own episode, as released"
-    )
+    credit: Literal["trajectory", "step"] = key("trajectory", "`step`: each step is its own episode, as released")
     eval_every: int = key(10, "iterations between evaluations on dev", "iterations")
     checkpoint_every: int = key(10, "iterations between checkpoints", "iterations")
 
@@ -267,28 +247,20 @@ class RewardConfig:
     """R3 shaping (arXiv 2505.23794)."""
 
     outcome: Literal["em", "f1", "cover_em"] = key("em", "what makes an answer correct")
-    process: Literal["gold", "embedding"] = key(
-        "gold", "relevance of a retrieval: gold passage found, or similarity"
-    )
+    process: Literal["gold", "embedding"] = key("gold", "relevance of a retrieval: gold passage found, or similarity")
     use_outcome: bool = key(True, "False: process rewards only")
     use_process: bool = key(True, "False: outcome reward only")
     outcome_weight: float = key(2.0, "reward of a correct answer")
     malformed: float = key(-1.0, "reward of a malformed step")
-    no_answer: float = key(
-        0.5, "penalty on the last step of a trajectory without answer (not in compat: paper)"
-    )
+    no_answer: float = key(0.5, "penalty on the last step of a trajectory without answer (not in compat: paper)")
     factor_correct: float = key(1.6, "process factor of a correct trajectory")
     factor_wrong: float = key(0.8, "process factor of a wrong answer")
     factor_no_answer: float = key(0.9, "process factor without an answer")
-    compat: Literal["r3", "paper"] = key(
-        "r3", "`paper` keeps the released shaping with its incentive inversion"
-    )
+    compat: Literal["r3", "paper"] = key("r3", "`paper` keeps the released shaping with its incentive inversion")
     clip: float = key(10.0, "rewards are clipped to plus or minus this")
 
     def __post_init__(self) -> None:
-        _each(
-            self, "rewards.", AT_LEAST_0, "no_answer factor_correct factor_wrong factor_no_answer"
-        )
+        _each(self, "rewards.", AT_LEAST_0, "no_answer factor_correct factor_wrong factor_no_answer")
         _each(self, "rewards.", ABOVE_0, "clip")
         _require(
             self.use_outcome or self.use_process,
@@ -319,9 +291,7 @@ class MeshConfig:
     data: int = key(-1, "data parallel size; -1 takes what the others leave", "devices")
     fsdp: int = key(1, "parameter sharding", "devices")
     tensor: int = key(1, "tensor parallel size", "devices")
-    distributed: bool = key(
-        False, "start jax.distributed; its coordinator is detected on TPU pods and Slurm"
-    )
+    distributed: bool = key(False, "start jax.distributed; its coordinator is detected on TPU pods and Slurm")
     coordinator: str = key("", "host:port of process 0 where detection does not work")
     num_processes: int = key(0, "number of processes with an explicit coordinator", "processes")
     process_id: int = key(-1, "rank of this process with an explicit coordinator")
@@ -343,8 +313,7 @@ class MeshConfig:
     def _check_coordinator(self) -> None:
         _require(
             self.distributed,
-            "mesh.coordinator must be empty unless mesh.distributed is true;"
-            f" got {self.coordinator!r}",
+            f"mesh.coordinator must be empty unless mesh.distributed is true; got {self.coordinator!r}",
             "mesh.coordinator",
             "mesh.distributed",
         )
@@ -356,8 +325,7 @@ class MeshConfig:
         _each(self, "mesh.", AT_LEAST_1, "num_processes")
         _require(
             0 <= self.process_id < self.num_processes,
-            f"mesh.process_id must be in [0, {self.num_processes}), one of mesh.num_processes;"
-            f" got {self.process_id}",
+            f"mesh.process_id must be in [0, {self.num_processes}), one of mesh.num_processes; got {self.process_id}",
             "mesh.process_id",
             "mesh.num_processes",
         )
@@ -397,8 +365,7 @@ class Config:
     def __post_init__(self) -> None:
         _require(
             re.fullmatch(r"[\w][\w.+-]*", self.name) is not None,
-            "name must be one directory name of letters, digits and _.+-, not led by a sign;"
-            f" got {self.name!r}",
+            f"name must be one directory name of letters, digits and _.+-, not led by a sign; got {self.name!r}",
             "name",
         )
         _each(self, "", SEED, "seed")
@@ -410,11 +377,8 @@ class Config:
         )
         for phase, name in (("sft", "sft"), ("rl", "rl"), ("eval", "test")):
             _require(
-                self.data.source != "files"
-                or phase not in self.phases
-                or getattr(self.data, name) != "",
-                f"data.{name} must be given when data.source is files and phases has {phase};"
-                " got none",
+                self.data.source != "files" or phase not in self.phases or getattr(self.data, name) != "",
+                f"data.{name} must be given when data.source is files and phases has {phase}; got none",
                 f"data.{name}",
                 "data.source",
             )

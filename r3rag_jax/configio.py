@@ -115,11 +115,7 @@ def _build(values: dict[str, Any]) -> Config:
     hints = typing.get_type_hints(Config)
     top: dict[str, Any] = {}
     for section, fields in _sections():
-        chosen = {
-            field.name.rpartition(".")[2]: values[field.name]
-            for field in fields
-            if field.name in values
-        }
+        chosen = {field.name.rpartition(".")[2]: values[field.name] for field in fields if field.name in values}
         top.update({section: hints[section](**chosen)} if section else chosen)
     return Config(**top)
 
@@ -185,9 +181,7 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path) -> Iterator[tuple[str
         seen[name] = place
         if _is_section(name):
             if not isinstance(value, yaml.MappingNode):
-                raise ConfigError(
-                    f"{place}: {name} is a section and takes keys and values; got {_show(value)}"
-                )
+                raise ConfigError(f"{place}: {name} is a section and takes keys and values; got {_show(value)}")
             yield from _walk(value, name + ".", path)
         elif name in schema():
             yield name, Given(value, place)
@@ -239,12 +233,8 @@ def _convert(field: Field, item: Given) -> Any:
     elif isinstance(node, yaml.ScalarNode) and node.tag != NULL_TAG:
         nodes = [node]  # `phases: eval` is a list of one
     else:
-        raise ConfigError(
-            f"{item.place}: {field.name} must be {_type_words(kind)}; got {_show(node)}"
-        )
-    return tuple(
-        _scalar(element, child, f"{item.place}: {field.name}[{i}]") for i, child in enumerate(nodes)
-    )
+        raise ConfigError(f"{item.place}: {field.name} must be {_type_words(kind)}; got {_show(node)}")
+    return tuple(_scalar(element, child, f"{item.place}: {field.name}[{i}]") for i, child in enumerate(nodes))
 
 
 def _scalar(kind: Any, node: yaml.Node, subject: str) -> Any:
@@ -353,16 +343,10 @@ def help_text() -> str:
     blocks = []
     for section, fields in _sections():
         rows = [("key", "type", "unit", "default", "")]
-        rows += [
-            (f.name, _type_name(f.type), f.unit or "-", _default(f.default), f.help) for f in fields
-        ]
+        rows += [(f.name, _type_name(f.type), f.unit or "-", _default(f.default), f.help) for f in fields]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  " + "  ".join([*map(str.ljust, row[:4], widths), row[4]]).rstrip() for row in rows
-        ]
-        title = (
-            f"{section}: {hints[section].__doc__}" if section else f"top level: {Config.__doc__}"
-        )
+        lines = ["  " + "  ".join([*map(str.ljust, row[:4], widths), row[4]]).rstrip() for row in rows]
+        title = f"{section}: {hints[section].__doc__}" if section else f"top level: {Config.__doc__}"
         blocks.append("\n".join([title, *lines]))
     return "\n\n".join(blocks) + "\n"
 
@@ -424,9 +408,7 @@ def parse_args(
     parser.add_argument("--config", metavar="FILE", required=True, help="a YAML recipe")
     if extra is not None:
         extra(parser)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="a configuration key to change"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a configuration key to change")
     options, unknown = parser.parse_known_intermixed_args(argv)
     for word in unknown:
         parser.error(_unknown_flag(word, parser.flags()))

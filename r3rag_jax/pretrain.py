@@ -50,7 +50,7 @@ CONFIG = DecoderConfig.from_hf(
         "num_key_value_heads": 2,
         "intermediate_size": 384,
         "max_position_embeddings": 2048,
-        "rope_theta": 10000.0,
+        "rope_theta": 1000000.0,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
         "hidden_act": "silu",
@@ -58,23 +58,47 @@ CONFIG = DecoderConfig.from_hf(
 )
 
 
-def look_back(decoder: Decoder, sharpness: float = 6.0) -> None:
-    """Start head 0 of the first layer as one that looks at the previous token.
+def start_copying(decoder: Decoder, seed: int) -> None:
+    """Start two heads as an induction circuit (arXiv 2209.11895), which so small a model is slow to find.
 
-    Copying a name from a passage takes two heads, one that tells each token what stood before it and one that
-    searches for that (induction, arXiv 2209.11895); so small a model waits long for the first. Under RoPE the
-    biases alone make it: with q = a (1, 0) and k = a (cos f, sin f) in the plane of frequency f, the score of
-    distance d is the sum over f of a^2 cos((d - 1) f), which peaks at d = 1.
+    What reading a passage takes most is to copy what once followed the words at hand. Head 0 of layer 0 looks
+    at the previous token: under RoPE its biases alone do that, for with q = a (1, 0) and k = a (cos f, sin f)
+    in the plane of frequency f the score of distance d is sum_f a^2 cos((d - 1) f), highest at d = 1. It writes that
+    token, seen through R, into the subspace of S. Head 0 of layer 1 searches for places whose *previous* token
+    is the token at hand, R x against S x, in planes that RoPE hardly turns, and copies the token it finds through T.
+    All heads of the later layers start out copying whatever they look at; where to look is theirs to learn.
     """
-    frequencies, H = rope_frequencies(decoder.config), decoder.config.head_dim
-    layers, zeros = decoder.layers, np.zeros_like(frequencies)
-    for name, bias in (
-        ("q", np.concatenate([np.ones_like(frequencies), zeros])),
-        ("k", np.concatenate([np.cos(frequencies), np.sin(frequencies)])),
-    ):
-        weight, offset = getattr(layers, f"{name}_proj"), getattr(layers, f"{name}_bias")
-        weight[...] = weight[...].at[0, :, :H].set(0.0)
-        offset[...] = offset[...].at[0, :H].set(sharpness * bias)
+    c, layers = decoder.config, decoder.layers
+    D, H = c.hidden_size, c.head_dim
+    frequencies = rope_frequencies(c)
+    basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(D, D)))[0].astype(np.float32)
+    R, S, T = basis[:, :H], basis[:, H : 2 * H], basis[:, 2 * H : 3 * H]
+    slow = np.tile(frequencies < 1e-2, 2).astype(np.float32)  # head dimensions of planes that keep still
+    flat = np.zeros_like(frequencies)
+
+    def write(name: str, layer: int, value: np.ndarray) -> None:
+        param = getattr(layers, name)
+        index = (layer, slice(H)) if value.ndim == 1 or name == "o_proj" else (layer, slice(None), slice(H))
+        param[...] = param[...].at[index].set(value)
+
+    for param in (layers.o_proj, layers.down_proj):
+        param[...] = 0.2 * param[...]  # lest the circuit drowns in what the other heads write at random
+    write("q_proj", 0, np.zeros((D, H), np.float32))
+    write("k_proj", 0, np.zeros((D, H), np.float32))
+    write("q_bias", 0, 6 * np.concatenate([flat + 1, flat]))
+    write("k_bias", 0, 6 * np.concatenate([np.cos(frequencies), np.sin(frequencies)]))
+    write("v_proj", 0, R * slow)
+    write("o_proj", 0, 0.25 * S.T)
+    write("q_proj", 1, 5 * R * slow)
+    write("k_proj", 1, S)
+    write("v_proj", 1, T)
+    write("o_proj", 1, T.T)
+    G = c.num_heads // c.num_kv_heads
+    for layer in range(2, c.num_layers):
+        for head in range(c.num_heads):
+            part = basis[:, (head // G) * H : (head // G + 1) * H]
+            layers.v_proj[...] = layers.v_proj[...].at[layer, :, (head // G) * H : (head // G + 1) * H].set(part)
+            layers.o_proj[...] = layers.o_proj[...].at[layer, head * H : (head + 1) * H].set(0.5 * part.T)
 
 
 def make_tokenizer(out: Path) -> Tokenizer:
@@ -83,8 +107,8 @@ def make_tokenizer(out: Path) -> Tokenizer:
     Years, names and roots of places are written out often enough to become one token each, as common
     numbers and names are in large vocabularies.
     """
-    worlds = ((make_world(number), random.Random(number)) for number in range(24))
-    texts = ["".join(text for text, _ in document) for world in worlds for document in documents(*world, 100, 50)]
+    worlds = ((make_world(number), random.Random(number)) for number in range(240))
+    texts = ["".join(text for text, _ in document) for world in worlds for document in documents(*world)]
     words = (*map(str, range(1800, 2000)), *FIRST_NAMES, *LAST_NAMES, *ROOTS, *TITLE_ADJECTIVES, *TITLE_NOUNS)
     texts += ["".join(f" {word}" for word in words)] * 2000
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -149,14 +173,14 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = make_tokenizer(args.out)
     mesh = make_mesh(MeshConfig())
     decoder = Decoder(CONFIG, rngs=nnx.Rngs(args.seed))
-    look_back(decoder)
+    start_copying(decoder, args.seed)
     graphdef, params = nnx.split(decoder)
     schedule = SFTConfig(lr=args.lr, warmup=0.03, weight_decay=0.01)
     tx = learner.sft_optimizer(schedule, args.steps)
     state = learner.init_state(mesh, params, tx)
     step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
     history: list[tuple[jax.Array, jax.Array]] = []
-    rows, started = token_rows(tokenizer, 1 + args.seed * 100_000, 512), time.time()
+    rows, started = token_rows(tokenizer, 1_000 + args.seed * 1_000_000, 512), time.time()
     for number in range(args.steps):
         fields = (np.stack(column) for column in zip(*itertools.islice(rows, 8), strict=True))
         state, metrics = step(state, put_batch(mesh, SFTBatch(*fields)))

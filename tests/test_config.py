@@ -66,9 +66,7 @@ def test_overrides_win_over_the_file_and_the_last_wins_over_the_first(write: Wri
     ("text", "value"),
     [("1e-4", 1e-4), ("1E+2", 100.0), ("3", 3.0), (".5", 0.5), ("-0.0", 0.0), ("2.", 2.0)],
 )
-def test_numbers_read_as_they_look_in_files_and_overrides(
-    write: Write, text: str, value: float
-) -> None:
+def test_numbers_read_as_they_look_in_files_and_overrides(write: Write, text: str, value: float) -> None:
     # YAML 1.1 reads 1e-4, without a dot, as text; a learning rate must not need the dot.
     from_file = load_config(write(f"rl: {{lr: {text}}}\n")).rl.lr
     from_override = load_config(write("seed: 0\n"), [f"rl.lr={text}"]).rl.lr
@@ -147,9 +145,7 @@ def test_run_directory() -> None:
         ("seed: *a\n", "x.yaml:1: expected YAML; found undefined alias 'a'"),
     ],
 )  # fmt: skip
-def test_errors_in_a_file_name_line_key_rule_and_what_came(
-    write: Write, text: str, message: str
-) -> None:
+def test_errors_in_a_file_name_line_key_rule_and_what_came(write: Write, text: str, message: str) -> None:
     assert error_of(write(text)) == message
 
 
@@ -230,9 +226,7 @@ def test_files_that_cannot_be_read(write: Write) -> None:
         (["data.source=files"], "data.corpus must be given when data.source is files; got none"),
     ],
 )  # fmt: skip
-def test_broken_relations_name_the_key_and_the_override(
-    write: Write, overrides: list[str], rule: str
-) -> None:
+def test_broken_relations_name_the_key_and_the_override(write: Write, overrides: list[str], rule: str) -> None:
     # An override is blamed before a line of the file, even where both have a part in the relation.
     path = write("rollout: {max_length: 512}\nretrieval: {top_k: 2}\n")
     assert error_of(path, *overrides) == f"override '{overrides[-1]}': {rule}"

@@ -146,7 +146,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 QUESTIONS = [
-    Question("1", "Who wrote Origin?", ("Charles Darwin",)),
+    Question("1", "Who wrote Origin then?", ("Charles Darwin",)),
     Question("2", "Where was Charles Darwin born?", ("Shrewsbury",)),
     Question("3", "Nothing at all?", ("x",)),
 ]

@@ -18,17 +18,21 @@ SPLIT = "rl"  # no composition that is reserved for test questions
 
 
 def make_world(seed: int) -> World:
-    return World.generate(seed, num_people=240, realm="base")
+    """A small world, left after a few pages: what is true in it is not worth remembering, only reading is."""
+    return World.generate(seed, num_people=80, realm="base")
 
 
-def documents(world: World, rng: random.Random, num_reading: int = 400, num_text: int = 100) -> Iterator[Document]:
-    """Documents of one world in random order: passages to read with questions, and plain passages."""
-    questions = world.questions(SPLIT, num_reading * 2)
+def documents(world: World, rng: random.Random, num_pages: int = 13) -> Iterator[Document]:
+    """Documents of one world: a few passages and the facts in them, passages for multi-hop questions, plain text."""
+    questions = world.questions(SPLIT, 2 * num_pages)
     facts = _facts_by_passage(world)
-    kinds = ["reading"] * num_reading + ["text"] * num_text
-    rng.shuffle(kinds)
-    for kind in kinds:
-        yield _reading(world, rng, rng.sample(questions, 2), facts) if kind == "reading" else _text(world, rng)
+    for _ in range(num_pages):
+        kind = rng.choices(("facts", "reading", "text"), weights=(6, 5, 2))[0]
+        if kind == "text":
+            yield _text(world, rng)
+        else:
+            asked = rng.sample(questions, 2) if kind == "reading" else []
+            yield _reading(world, rng, asked, facts)
 
 
 def _facts_by_passage(world: World) -> dict[str, list[tuple[str, str, str]]]:
@@ -43,23 +47,28 @@ def _facts_by_passage(world: World) -> dict[str, list[tuple[str, str, str]]]:
 def _reading(
     world: World, rng: random.Random, questions: list[Question], facts: dict[str, list[tuple[str, str, str]]]
 ) -> Document:
-    """Evidence of two questions among other passages, then these questions and simple ones, with answers."""
+    """Passages, then facts told in them: asked for, or said again in other words; and the given questions.
+
+    The loss counts what can be read: answers, and the ends of the sentences that say a fact again.
+    """
     ids = {int(i) for question in questions for i in question.supporting_ids}
-    while len(ids) < rng.randint(4, 9):
+    target = rng.randint(5, 9) if questions else rng.randint(1, 6)
+    while len(ids) < target:
         ids.add(rng.randrange(len(world.passages)))
     order = sorted(ids)
     rng.shuffle(order)
-    asked = [(q.question, q.golden_answers[0]) for q in questions]
+    items = [(reading_prompt(q.question, ()), q.golden_answers[0]) for q in questions]
     told = [fact for i in order for fact in facts.get(str(i), ())]
-    for entity, relation, value in rng.sample(told, min(8, len(told))):
-        asked.append((rng.choice(RELATIONS[relation].questions).format(x=entity), value))
-    rng.shuffle(asked)
-    document: Document = []
-    for i in order:
-        document += _page(world.passages[i].title, world.passages[i].text)
-    for text, answer in asked:
-        document.append((reading_prompt(text, ()), False))
-        document.append((f" {answer}\n", True))
+    for entity, relation, value in rng.sample(told, min(10, len(told))):
+        if rng.random() < 0.5:
+            items.append((reading_prompt(rng.choice(RELATIONS[relation].questions).format(x=entity), ()), value))
+        else:
+            phrase = RELATIONS[relation].phrases[0].format(x=entity)
+            items.append((f"{phrase[0].upper()}{phrase[1:]} is", f"{value}."))
+    rng.shuffle(items)
+    document: Document = [(f"{world.passages[i].contents}\n", False) for i in order]
+    for prompt, answer in items:
+        document += [(prompt, False), (f" {answer}\n", True)]
     return document
 
 

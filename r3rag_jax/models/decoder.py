@@ -348,9 +348,25 @@ def _cached_attention(q_BCNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, p
     B, C, N, H = q_BCNH.shape
     K, S = k_BKHS.shape[1], k_BKHS.shape[3]
     q_BCKGH = q_BCNH.reshape(B, C, K, N // K, H).astype(k_BKHS.dtype)
-    scores = jnp.einsum("bckgh,bkhs->bkgcs", q_BCKGH, k_BKHS, preferred_element_type=jnp.float32)
+    scores = _einsum32("bckgh,bkhs->bkgcs", q_BCKGH, k_BKHS)
     mask = jnp.arange(S) <= positions_BC[:, :, None]
     scores = jnp.where(mask[:, None, None], scores * H**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    out = jnp.einsum("bkgcs,bksh->bckgh", weights, v_BKSH, preferred_element_type=jnp.float32)
+    out = _einsum32("bkgcs,bksh->bckgh", weights, v_BKSH)
     return out.reshape(B, C, N, H).astype(q_BCNH.dtype)
+
+
+def _einsum32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Contract two arrays of one dtype into float32.
+
+    XLA's CPU backend (seen in jaxlib 0.10.2) cannot run a bfloat16 product of two batch dimensions with a
+    float32 result ("Unsupported element type for DotThunk"); there the inputs are widened first.
+    """
+
+    def native(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+    def widened(x: jax.Array, y: jax.Array) -> jax.Array:
+        return native(x.astype(jnp.float32), y.astype(jnp.float32))
+
+    return jax.lax.platform_dependent(x, y, cpu=widened, default=native)

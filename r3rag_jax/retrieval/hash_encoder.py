@@ -66,7 +66,8 @@ class HashEncoder:
 
     A passage also gets a constant in the last coordinate, which no feature and no query uses,
     before its norm becomes 1: dividing by sqrt(|x|^2 + constant^2) instead of |x| takes away the
-    advantage of very short passages.
+    advantage of passages with few rare words, so that among the passages of one title the words of
+    the query decide.
 
     Args:
         dim: size of the vectors, floats.
@@ -83,8 +84,8 @@ class HashEncoder:
         *,
         stem_weight: float = 1.0,
         trigram_weight: float = 0.5,
-        title_weight: float = 2.0,
-        smoothing: float = 1.0,
+        title_weight: float = 3.0,
+        smoothing: float = 16.0,
         hashes: int = 4,
     ) -> None:
         if dim < 2 or hashes < 1:
@@ -213,7 +214,7 @@ class HashEncoder:
         ]
 
     def _idf(self, feature: str) -> float:
-        """log((N - df + 1/2) / (df + 1/2)), BM25's: stop words, in over half of the texts, fall out.
+        """log((N - df + 1/2) / (df + 1/2)), BM25's: words in over half of the texts fall out.
 
         At least _MIN_IDF, lest a corpus of a passage or two be all stop words; 0 for features that
         the corpus lacks, since they could match by collision only.
@@ -248,15 +249,15 @@ class HashEncoder:
 
     def _word_row(self, word: str) -> tuple[np.ndarray, np.ndarray]:
         """(columns int64, values float64) of a word, both [features * hashes]."""
-        columns, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float64)]
+        columns: list[np.ndarray] = [np.zeros(0, np.int64)]
+        values: list[np.ndarray] = [np.zeros(0, np.float64)]
         for feature, weight in self._features(word):
             value = weight * math.sqrt(self._idf(feature) / self._hashes)
             if value > 0:
                 digest = hashlib.shake_128(feature.encode()).digest(4 * self._hashes)
                 draws = np.frombuffer(digest, "<u4").astype(np.int64)
-                columns.append(
-                    (draws >> 1) % (self._dim - 1)
-                )  # the last coordinate is the passages' constant
+                # All coordinates but the last, which is the passages' constant.
+                columns.append((draws >> 1) % (self._dim - 1))
                 values.append(value * (1.0 - 2.0 * (draws & 1)))
         return np.concatenate(columns), np.concatenate(values)
 

@@ -42,12 +42,12 @@ def shape_rewards(
     | any other                  | process * factor                                                |
 
     The factor is that of the trajectory: `factor_correct` or `factor_wrong` when ANSWERED (correct
-    from 0.5 on), `factor_no_answer` when NO_ANSWER, 1 on a FORMAT_ERROR.
+    from 0.5 on), `factor_no_answer` when NO_ANSWER; on a FORMAT_ERROR that of a wrong answer (compat paper: 1).
 
     The paper scales by 0.9 without an answer and by 0.8 with a wrong one, which itself earns 0: at
     the last step, searching on beats answering wrongly. compat r3 takes the smaller of the two
     factors, and the penalty instead of the last step's process reward: after the same steps, never
-    answering always totals less.
+    answering always totals less, and breaking the format less still.
 
     Ablations: without `use_process` only the outcome and the format count (compat paper: a correct
     answer's reward goes to *every* step of its trajectory, as released). Without `use_outcome` the
@@ -89,7 +89,7 @@ def shape_rewards(
         factor_B = jnp.select(
             [is_right_B, is_answered_B, is_no_answer_B],
             [factor_correct, factor_wrong, factor_missing],
-            1.0,
+            factor_wrong if compat == "r3" else 1.0,
         )
         rewards_BK = rewards_BK * factor_B[:, None]
     outcome_B = outcome_weight * correct_B if use_outcome else jnp.zeros_like(correct_B)
