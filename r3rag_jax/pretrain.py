@@ -39,6 +39,9 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TOKENS_PER_STEP = 4096
+# Until which share of the steps, tokens of a row, most passages of a document.
+STAGES = ((0.15, 128, 1), (0.4, 256, 3), (1.0, 512, 9))
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
 CONFIG = DecoderConfig.from_hf(
     {
@@ -108,7 +111,7 @@ def make_tokenizer(out: Path) -> Tokenizer:
     numbers and names are in large vocabularies.
     """
     worlds = ((make_world(number), random.Random(number)) for number in range(240))
-    texts = ["".join(text for text, _ in document) for world in worlds for document in documents(*world)]
+    texts = ["".join(text for text, _ in document) for world in worlds for document in documents(*world, 9)]
     words = (*map(str, range(1800, 2000)), *FIRST_NAMES, *LAST_NAMES, *ROOTS, *TITLE_ADJECTIVES, *TITLE_NOUNS)
     texts += ["".join(f" {word}" for word in words)] * 2000
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -133,12 +136,14 @@ def make_tokenizer(out: Path) -> Tokenizer:
     return Tokenizer(out)
 
 
-def token_rows(tokenizer: Tokenizer, seed: int, row_length: int) -> Iterator[tuple[np.ndarray, ...]]:
+def token_rows(
+    tokenizer: Tokenizer, seed: int, row_length: int, max_passages: int
+) -> Iterator[tuple[np.ndarray, ...]]:
     """Endless rows (tokens, positions, segment_ids, loss_mask), each int32 / bool [row_length]."""
     row: list[tuple[list[int], list[bool]]] = []
     for number in itertools.count(seed):
         rng = random.Random(f"pretraining {number}")
-        for document in documents(make_world(number), rng):
+        for document in documents(make_world(number), rng, max_passages):
             ids, mask = [], []
             for text, counts in document:
                 piece = tokenizer.encode(text)
@@ -166,7 +171,7 @@ def _row(documents: list[tuple[list[int], list[bool]]], row_length: int) -> tupl
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m r3rag_jax.pretrain", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
-    parser.add_argument("--steps", type=int, default=4000, help="updates of 8 x 512 tokens")
+    parser.add_argument("--steps", type=int, default=4000, help="updates of 4096 tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -180,10 +185,14 @@ def main(argv: list[str] | None = None) -> int:
     state = learner.init_state(mesh, params, tx)
     step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
     history: list[tuple[jax.Array, jax.Array]] = []
-    rows, started = token_rows(tokenizer, 1_000 + args.seed * 1_000_000, 512), time.time()
+    started, ends = time.time(), [round(share * args.steps) for share, _, _ in STAGES]
     for number in range(args.steps):
-        fields = (np.stack(column) for column in zip(*itertools.islice(rows, 8), strict=True))
-        state, metrics = step(state, put_batch(mesh, SFTBatch(*fields)))
+        if number in (0, *ends):
+            stage = sum(number >= end for end in ends)
+            _, row_length, max_passages = STAGES[stage]
+            rows = token_rows(tokenizer, 1_000_000 * (1 + args.seed * len(STAGES) + stage), row_length, max_passages)
+        columns = zip(*itertools.islice(rows, TOKENS_PER_STEP // row_length), strict=True)
+        state, metrics = step(state, put_batch(mesh, SFTBatch(*map(np.stack, columns))))
         history.append((metrics["loss"], metrics["accuracy"]))
         if number % 50 == 49 or number == args.steps - 1:
             loss, accuracy = np.mean(np.asarray(history[-50:]), axis=0)

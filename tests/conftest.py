@@ -18,6 +18,7 @@ DEVICES = "--xla_force_host_platform_device_count"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # tiny programs: compiling is what takes the time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # helpers such as tiny.py; the package, installed or not
 

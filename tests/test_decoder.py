@@ -223,18 +223,23 @@ def test_logits_of_a_tied_and_an_untied_model():
     np.testing.assert_allclose(untied.logits(hidden), want, rtol=1e-5, atol=1e-6)
 
 
-def test_bfloat16_compute_stays_near_float32():
+def test_bfloat16_forward_and_cache():
+    # One step of bfloat16 is 0.4 %. The median token is compared with float32, because a random model has tokens
+    # that amplify rounding; the cached path, which rounds at the same places, must follow the full one throughout.
+    # XLA's CPU backend once refused the cached products of this dtype (BF16 x BF16 = F32 with two batch dimensions).
     tokens = random_tokens((2, 9))
     full = forward(make(), tokens, positions(2, 9))
+    scale = float(jnp.abs(full).mean())
     model = make(dtype=jnp.bfloat16)
     half = forward(model, tokens, positions(2, 9))
     assert half.dtype == jnp.bfloat16 and model.logits(half).dtype == jnp.float32
-    error = jnp.abs(half.astype(jnp.float32) - full)
-    assert float(error.mean()) < 0.03 * float(jnp.abs(full).mean())
+    error = jnp.abs(half.astype(jnp.float32) - full).mean(axis=-1)
+    assert 0 < float(jnp.median(error)) < 0.03 * scale
     cache = KVCache.init(TINY, 2, 16, jnp.bfloat16)
     _, cached = extend(model, cache, tokens, jnp.zeros(2, jnp.int32))
-    error = jnp.abs(cached.astype(jnp.float32) - full)
-    assert float(error.mean()) < 0.03 * float(jnp.abs(full).mean())
+    assert cached.dtype == jnp.bfloat16
+    difference = jnp.abs(cached.astype(jnp.float32) - half.astype(jnp.float32))
+    assert float(difference.mean()) < 0.02 * scale
 
 
 def test_llama3_frequencies():

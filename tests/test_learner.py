@@ -103,6 +103,12 @@ def grads_on(mesh: Mesh, loss: Callable[[Any, Any], Any], params: Any, batch: An
     return jax.device_get((metrics, grads))
 
 
+@functools.cache
+def on_one_device(phase: str) -> tuple[dict[str, Any], Any]:
+    """What one device makes of the usual batch."""
+    return sft_grads(one_device(), sft_batch()) if phase == "sft" else rl_grads(one_device(), rl_batch())
+
+
 def assert_close(got: Any, want: Any, rtol: float = 1e-5) -> None:
     """Every leaf within rtol of the largest size of its counterpart."""
 
@@ -123,13 +129,12 @@ def flat(tree: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_sft_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
-    assert_close(sft_grads(make_mesh(MeshConfig(*sizes)), sft_batch()), sft_grads(one_device(), sft_batch()))
+    assert_close(sft_grads(make_mesh(MeshConfig(*sizes)), sft_batch()), on_one_device("sft"))
 
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_rl_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
-    batch = rl_batch()
-    assert_close(rl_grads(make_mesh(MeshConfig(*sizes)), batch), rl_grads(one_device(), batch))
+    assert_close(rl_grads(make_mesh(MeshConfig(*sizes)), rl_batch()), on_one_device("rl"))
 
 
 def two_sft_updates(mesh: Mesh) -> tuple[Any, Any]:
@@ -205,11 +210,11 @@ def test_only_the_policys_tokens_are_trained(phase: str, monkeypatch: pytest.Mon
 
 
 def test_what_stands_at_masked_tokens_changes_nothing() -> None:
-    batch, mask = rl_batch(), rl_batch().loss_mask
-    targets = targets_like(batch)
+    batch = rl_batch()
+    targets, mask = targets_like(batch), batch.loss_mask
     spoil = functools.partial(jax.tree.map, lambda x: np.where(mask, x, np.nan).astype(np.float32))
     spoilt = dataclasses.replace(batch, behaviour_logprobs=spoil(batch.behaviour_logprobs))
-    assert_close(rl_grads(one_device(), spoilt, spoil(targets)), rl_grads(one_device(), batch, targets), rtol=0)
+    assert_close(rl_grads(one_device(), spoilt, spoil(targets)), on_one_device("rl"), rtol=0)
 
 
 def test_a_batch_without_policy_tokens_trains_nothing() -> None:
@@ -244,7 +249,7 @@ def test_packed_rows_are_separate_rows() -> None:
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_memory_and_not_gradients(remat: str) -> None:
-    assert_close(sft_grads(one_device(), sft_batch(), remat), sft_grads(one_device(), sft_batch()))
+    assert_close(sft_grads(one_device(), sft_batch(), remat), on_one_device("sft"))
 
 
 # -------------------------------------------------------------------------- the sampler and the learner

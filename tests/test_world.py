@@ -98,7 +98,7 @@ def test_a_seed_is_a_world_in_every_process() -> None:
 
 def test_settings_that_no_world_can_meet_are_the_users_to_fix() -> None:
     with pytest.raises(UserError, match=r"world\.num_people must leave every entity a name"):
-        World.generate(0, num_people=8_000)
+        World.generate(0, num_people=20_000)
     with pytest.raises(UserError, match=r"world\.num_dev must be at most .* got 5000, .* raise world\.num_people"):
         World.generate(0, num_people=40).questions("dev", 5000)
 

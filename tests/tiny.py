@@ -40,8 +40,8 @@ def tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
-def decoder(vocab_size: int = 267, seed: int = 0, scale: float = 2.0) -> Decoder:
-    """Two layers of width 32; embeddings scaled up so that its distributions are far from uniform."""
+def decoder(vocab_size: int = 267, seed: int = 0, scale: float = 0.7) -> Decoder:
+    """Two layers of width 32; embeddings scaled so that its distributions are neither uniform nor peaked."""
     config = DecoderConfig.from_hf(
         {
             "model_type": "qwen2",

@@ -22,17 +22,25 @@ def make_world(seed: int) -> World:
     return World.generate(seed, num_people=80, realm="base")
 
 
-def documents(world: World, rng: random.Random, num_pages: int = 13) -> Iterator[Document]:
-    """Documents of one world: a few passages and the facts in them, passages for multi-hop questions, plain text."""
+def documents(world: World, rng: random.Random, max_passages: int, num_pages: int = 13) -> Iterator[Document]:
+    """Documents of one world that hold up to `max_passages` passages.
+
+    Short ones are passages and facts told in them; from four passages on there are also plain text and passages
+    with multi-hop questions. (A model this small learns to look things up from one passage within minutes, from nine
+    passages hardly at all: pretraining goes from short to long.)
+    """
     questions = world.questions(SPLIT, 2 * num_pages)
     facts = _facts_by_passage(world)
+    weights = (6, 5, 2) if max_passages >= 4 else (1, 0, 0)
     for _ in range(num_pages):
-        kind = rng.choices(("facts", "reading", "text"), weights=(6, 5, 2))[0]
+        kind = rng.choices(("facts", "reading", "text"), weights)[0]
         if kind == "text":
             yield _text(world, rng)
+        elif kind == "facts":
+            yield _reading(world, rng, rng.randint(1, max_passages), [], facts)
         else:
-            asked = rng.sample(questions, 2) if kind == "reading" else []
-            yield _reading(world, rng, asked, facts)
+            asked = rng.sample(questions, 2)
+            yield _reading(world, rng, rng.randint(5, max(5, max_passages)), asked, facts)
 
 
 def _facts_by_passage(world: World) -> dict[str, list[tuple[str, str, str]]]:
@@ -45,21 +53,24 @@ def _facts_by_passage(world: World) -> dict[str, list[tuple[str, str, str]]]:
 
 
 def _reading(
-    world: World, rng: random.Random, questions: list[Question], facts: dict[str, list[tuple[str, str, str]]]
+    world: World,
+    rng: random.Random,
+    num_passages: int,
+    questions: list[Question],
+    facts: dict[str, list[tuple[str, str, str]]],
 ) -> Document:
     """Passages, then facts told in them: asked for, or said again in other words; and the given questions.
 
     The loss counts what can be read: answers, and the ends of the sentences that say a fact again.
     """
     ids = {int(i) for question in questions for i in question.supporting_ids}
-    target = rng.randint(5, 9) if questions else rng.randint(1, 6)
-    while len(ids) < target:
+    while len(ids) < num_passages:
         ids.add(rng.randrange(len(world.passages)))
     order = sorted(ids)
     rng.shuffle(order)
     items = [(reading_prompt(q.question, ()), q.golden_answers[0]) for q in questions]
     told = [fact for i in order for fact in facts.get(str(i), ())]
-    for entity, relation, value in rng.sample(told, min(10, len(told))):
+    for entity, relation, value in rng.choices(told, k=min(10, 3 + 2 * len(told))) if told else ():
         if rng.random() < 0.5:
             items.append((reading_prompt(rng.choice(RELATIONS[relation].questions).format(x=entity), ()), value))
         else:

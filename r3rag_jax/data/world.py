@@ -39,6 +39,7 @@ from r3rag_jax.data.vocabulary import (
 from r3rag_jax.errors import UserError
 from r3rag_jax.types import Passage, Question
 
+MAX_MISSES = 2000  # draws without a new question after which a split is taken to be exhausted
 Split = Literal["sft", "rl", "dev", "test"]
 Realm = Literal["user", "base"]
 SHARES: dict[Split, float] = {"sft": 0.25, "rl": 0.45, "dev": 0.08, "test": 0.22}
@@ -291,9 +292,9 @@ class World:
         region, seen = self.regions[split], set[str]()
         shares = {name: share for name, share in TYPES.items() if allowed[name]}
         questions: list[Question] = []
-        for _ in range(200 * count):
-            if len(questions) == count:
-                return questions
+        misses = 0  # in a row
+        while len(questions) < count and misses < MAX_MISSES:
+            misses += 1
             kind = rng.choices(list(shares), weights=list(shares.values()))[0]
             question = _ask(
                 rng, region, kind, rng.choice(allowed[kind]), f"{split}-{len(questions)}"
@@ -301,10 +302,13 @@ class World:
             if question is not None and question.question not in seen:
                 seen.add(question.question)
                 questions.append(question)
-        raise UserError(
-            f"world.num_{split} must be at most what the split holds; got {count}, "
-            f"and only {len(questions)} were found: raise world.num_people"
-        )
+                misses = 0
+        if len(questions) < count:
+            raise UserError(
+                f"world.num_{split} must be at most what the split holds; got {count}, "
+                f"and only {len(questions)} were found: raise world.num_people"
+            )
+        return questions
 
 
 def _link(rng: random.Random, names: Names, num_people: int) -> Region:

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from r3rag_jax.data.qa import read_passages, write_jsonl
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import Encoder, Hit, RetrievalError, TextKind
 from r3rag_jax.retrieval.hash_encoder import HashEncoder
-from r3rag_jax.retrieval.passages import corpus_fingerprint, digest, read_passages, write_passages
+from r3rag_jax.retrieval.passages import corpus_fingerprint, digest
 from r3rag_jax.types import Passage
 
 INDEX_FILE = "index.faiss"
@@ -149,7 +150,7 @@ class FaissIndex:
             new = Path(scratch) / "new"
             new.mkdir()
             faiss.write_index(self._index, str(new / INDEX_FILE))
-            write_passages(self.passages, new / PASSAGES_FILE)
+            write_jsonl(new / PASSAGES_FILE, ({"id": p.id, "contents": p.contents} for p in self.passages))
             if isinstance(self.encoder, HashEncoder):
                 self.encoder.save(new / ENCODER_FILE)
             fingerprint = {

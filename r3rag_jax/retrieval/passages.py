@@ -1,13 +1,10 @@
-"""Passages: their files, their fingerprint, and which of those found a step shows."""
+"""Passages: their fingerprint, and which of those found a step shows."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
 
-from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import Hit
 from r3rag_jax.types import Passage
 
@@ -46,56 +43,9 @@ def select_passages(
     return tuple(chosen)
 
 
-def write_passages(passages: Iterable[Passage], path: str | Path) -> None:
-    """Write passages as FlashRAG JSONL, one {"id", "contents"} per line."""
-    with open(path, "w", encoding="utf-8") as file:
-        for passage in passages:
-            line = {"id": passage.id, "contents": passage.contents}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def read_passages(path: str | Path) -> tuple[Passage, ...]:
-    """Passages of a FlashRAG JSONL file, one {"id", "contents"} per line; blank lines are skipped.
-
-    Raises:
-        UserError: the file is missing, or a line is no such object; it names file and line.
-    """
-    passages = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    passages.append(_parse_passage(line, f"{path}:{number}"))
-    except FileNotFoundError as error:
-        raise UserError(
-            f"passages are read from an existing JSONL file; {path} is missing"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"passages are UTF-8 text; {path}: {error}") from error
-    return tuple(passages)
-
-
 def corpus_fingerprint(passages: Iterable[Passage]) -> str:
     """Hex sha256 over ids and contents, in order."""
     return digest(part for passage in passages for part in (passage.id, passage.contents))
-
-
-def _parse_passage(line: str, place: str) -> Passage:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{place}: a line is one JSON object; got {line[:80]!r} ({error})"
-        ) from error
-    if (
-        not isinstance(record, dict)
-        or not isinstance(record.get("contents"), str)
-        or "id" not in record
-    ):
-        raise UserError(
-            f'{place}: a passage is {{"id": ..., "contents": "..."}}; got {line[:80]!r}'
-        )
-    return Passage(str(record["id"]), record["contents"])
 
 
 def digest(parts: Iterable[str]) -> str:
