@@ -138,13 +138,9 @@ def minibatches(
 def _check_rewards(trajectory: Trajectory, rewards_T: np.ndarray) -> None:
     """Each step must have a reward, and each reward exactly one sample to sit in."""
     if len(rewards_T) != len(trajectory.steps):
-        raise ValueError(
-            f"each of the {len(trajectory.steps)} steps must have a reward; got {len(rewards_T)}"
-        )
+        raise ValueError(f"each of the {len(trajectory.steps)} steps must have a reward; got {len(rewards_T)}")
     carried = [np.unique(sample.step_ids[sample.loss_mask]) for sample in trajectory.samples]
-    counts = np.bincount(np.concatenate([*carried, np.arange(0)]), minlength=len(rewards_T))[
-        : len(rewards_T)
-    ]
+    counts = np.bincount(np.concatenate([*carried, np.arange(0)]), minlength=len(rewards_T))[: len(rewards_T)]
     wrong = np.flatnonzero((counts > 1) | ((counts == 0) & (rewards_T != 0)))
     if len(wrong):
         step = wrong[0]

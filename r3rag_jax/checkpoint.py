@@ -40,7 +40,9 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=items)
         except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(f"checkpoint {self.directory / str(step)} does not fit this configuration: {error}") from error
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} does not fit this configuration: {error}"
+            ) from error
         return restored["state"], restored["note"]
 
     def note(self) -> dict[str, Any] | None:

@@ -29,7 +29,9 @@ PHASES = ("rl", "sft")  # best first
 def main(argv: Sequence[str] | None = None) -> int:
     parser = FlagParser(prog="python -m r3rag_jax.evaluate", description=(__doc__ or "").splitlines()[0])
     add_checkpoint_flags(parser)
-    parser.add_argument("--questions", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the run's test questions")
+    parser.add_argument(
+        "--questions", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the run's test questions"
+    )
     parser.add_argument("--name", default="", help="name of the result files; default: the questions' file name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
     args = parser.parse_intermixed_args(argv)
@@ -42,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             session.roller(), session.phase_params(phase), questions, lambda t: bar.advance(steps=len(t.steps))
         )
     name = args.name or path.stem
-    mark = fingerprint(questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k, phase=phase)
+    mark = fingerprint(
+        questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k, phase=phase
+    )
     summary = summarise(name, trajectories, mark)
     (session.run_dir / "eval").mkdir(exist_ok=True)
     (session.run_dir / "eval" / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")

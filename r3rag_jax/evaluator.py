@@ -80,9 +80,7 @@ def reading_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple({*newlines, tokenizer.eos_id, tokenizer.pad_id})
 
 
-def _reading_ids(
-    tokenizer: Tokenizer, question: Question, passages: tuple[Passage, ...], max_length: int
-) -> list[int]:
+def _reading_ids(tokenizer: Tokenizer, question: Question, passages: tuple[Passage, ...], max_length: int) -> list[int]:
     for count in range(len(passages), -1, -1):
         prompt = reading_prompt(question.question, passages[:count])
         ids = tokenizer.encode(prompt, allow_special=False)

@@ -104,7 +104,9 @@ def rl_optimizer(config: RLConfig) -> optax.GradientTransformation:
     """
 
     def one(lr: float) -> optax.GradientTransformation:
-        return optax.chain(optax.clip_by_global_norm(config.grad_norm), optax.adamw(lr, b1=0.9, b2=0.95, weight_decay=0.0))
+        return optax.chain(
+            optax.clip_by_global_norm(config.grad_norm), optax.adamw(lr, b1=0.9, b2=0.95, weight_decay=0.0)
+        )
 
     return optax.multi_transform(
         {"policy": one(config.lr), "critic": one(config.critic_lr)},
@@ -152,8 +154,7 @@ def make_sft_step(
     """The jitted SFT update, (state, batch) -> (state, metrics); the state is donated."""
 
     def step(state: TrainState, batch: SFTBatch) -> tuple[TrainState, Metrics]:
-        loss = functools.partial(sft_loss, graphdef, batch=batch, remat=model.remat)
-        return _update(loss, tx, state, 1.0)
+        return _update(lambda params: sft_loss(graphdef, params, batch, model.remat), tx, state, 1.0)
 
     return _jit_step(mesh, step, state)
 
@@ -168,12 +169,10 @@ def make_rl_step(
 ) -> Callable[[TrainState, TrainBatch, Targets, jax.Array], tuple[TrainState, Metrics]]:
     """The jitted PPO update, (state, batch, targets, lr_scale) -> (state, metrics); the state is donated."""
 
-    def step(
-        state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        loss = functools.partial(
-            rl_loss, graphdefs, batch=batch, targets=targets, config=config, remat=model.remat
-        )
+    def step(state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array) -> tuple[TrainState, Metrics]:
+        def loss(params: Any) -> tuple[jax.Array, Metrics]:
+            return rl_loss(graphdefs, params, batch, targets, config, model.remat)
+
         return _update(loss, tx, state, lr_scale)
 
     return _jit_step(mesh, step, state)
@@ -238,10 +237,10 @@ def _logprobs(policy: Decoder, batch: TrainBatch, remat: str) -> tuple[jax.Array
 def _update(
     loss: Callable[[Any], Any], tx: optax.GradientTransformation, state: TrainState, lr_scale: Any
 ) -> tuple[TrainState, Metrics]:
-    (_, metrics), grads = jax.value_and_grad(lambda params: loss(params=params), has_aux=True)(state.params)
+    (_, metrics), grads = jax.value_and_grad(lambda params: loss(params), has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda update: update * lr_scale, updates)  # Adam's update is linear in its rate
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
 
@@ -252,7 +251,7 @@ def _jit_step(mesh: Mesh, step: Callable[..., Any], state: TrainState) -> Callab
 
 def _output_weight(policy: Decoder) -> jax.Array:
     """[D, V] in the compute type."""
-    weight = policy.embed[...].T if policy.config.tie_embeddings else policy.lm_head[...]
+    weight = policy.param("embed")[...].T if policy.config.tie_embeddings else policy.param("lm_head")[...]
     return weight.astype(policy.dtype)
 
 

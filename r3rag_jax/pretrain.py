@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,7 +72,7 @@ def start_copying(decoder: Decoder, seed: int) -> None:
     is the token at hand, R x against S x, in planes that RoPE hardly turns, and copies the token it finds through T.
     All heads of the later layers start out copying whatever they look at; where to look is theirs to learn.
     """
-    c, layers = decoder.config, decoder.layers
+    c = decoder.config
     D, H = c.hidden_size, c.head_dim
     frequencies = rope_frequencies(c)
     basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(D, D)))[0].astype(np.float32)
@@ -80,11 +81,12 @@ def start_copying(decoder: Decoder, seed: int) -> None:
     flat = np.zeros_like(frequencies)
 
     def write(name: str, layer: int, value: np.ndarray) -> None:
-        param = getattr(layers, name)
+        param = decoder.param(name)
         index = (layer, slice(H)) if value.ndim == 1 or name == "o_proj" else (layer, slice(None), slice(H))
         param[...] = param[...].at[index].set(value)
 
-    for param in (layers.o_proj, layers.down_proj):
+    for name in ("o_proj", "down_proj"):
+        param = decoder.param(name)
         param[...] = 0.2 * param[...]  # lest the circuit drowns in what the other heads write at random
     write("q_proj", 0, np.zeros((D, H), np.float32))
     write("k_proj", 0, np.zeros((D, H), np.float32))
@@ -100,8 +102,9 @@ def start_copying(decoder: Decoder, seed: int) -> None:
     for layer in range(2, c.num_layers):
         for head in range(c.num_heads):
             part = basis[:, (head // G) * H : (head // G + 1) * H]
-            layers.v_proj[...] = layers.v_proj[...].at[layer, :, (head // G) * H : (head // G + 1) * H].set(part)
-            layers.o_proj[...] = layers.o_proj[...].at[layer, head * H : (head + 1) * H].set(0.5 * part.T)
+            v_proj, o_proj = decoder.param("v_proj"), decoder.param("o_proj")
+            v_proj[...] = v_proj[...].at[layer, :, (head // G) * H : (head // G + 1) * H].set(part)
+            o_proj[...] = o_proj[...].at[layer, head * H : (head + 1) * H].set(0.5 * part.T)
 
 
 def make_tokenizer(out: Path) -> Tokenizer:
@@ -136,9 +139,7 @@ def make_tokenizer(out: Path) -> Tokenizer:
     return Tokenizer(out)
 
 
-def token_rows(
-    tokenizer: Tokenizer, seed: int, row_length: int, max_passages: int
-) -> Iterator[tuple[np.ndarray, ...]]:
+def token_rows(tokenizer: Tokenizer, seed: int, row_length: int, max_passages: int) -> Iterator[tuple[np.ndarray, ...]]:
     """Endless rows (tokens, positions, segment_ids, loss_mask), each int32 / bool [row_length]."""
     row: list[tuple[list[int], list[bool]]] = []
     for number in itertools.count(seed):
@@ -149,7 +150,7 @@ def token_rows(
                 piece = tokenizer.encode(text)
                 ids += piece
                 mask += [counts] * len(piece)
-            ids, mask = ids[: row_length - 1] + [tokenizer.pad_id], mask[: row_length - 1] + [False]
+            ids, mask = [*ids[: row_length - 1], tokenizer.pad_id], [*mask[: row_length - 1], False]
             if sum(len(i) for i, _ in row) + len(ids) > row_length:
                 yield _row(row, row_length)
                 row = []
@@ -191,12 +192,15 @@ def main(argv: list[str] | None = None) -> int:
             stage = sum(number >= end for end in ends)
             _, row_length, max_passages = STAGES[stage]
             rows = token_rows(tokenizer, 1_000_000 * (1 + args.seed * len(STAGES) + stage), row_length, max_passages)
-        columns = zip(*itertools.islice(rows, TOKENS_PER_STEP // row_length), strict=True)
-        state, metrics = step(state, put_batch(mesh, SFTBatch(*map(np.stack, columns))))
+        chosen = itertools.islice(rows, TOKENS_PER_STEP // row_length)
+        columns: list[Any] = [np.stack(column) for column in zip(*chosen, strict=True)]
+        state, metrics = step(state, put_batch(mesh, SFTBatch(*columns)))
         history.append((metrics["loss"], metrics["accuracy"]))
         if number % 50 == 49 or number == args.steps - 1:
             loss, accuracy = np.mean(np.asarray(history[-50:]), axis=0)
-            print(f"{number + 1:6d}  loss {loss:.4f}  accuracy {accuracy:.4f}  {time.time() - started:.0f} s", flush=True)
+            print(
+                f"{number + 1:6d}  loss {loss:.4f}  accuracy {accuracy:.4f}  {time.time() - started:.0f} s", flush=True
+            )
         if number % 200 == 199 or number == args.steps - 1:
             save_decoder(nnx.merge(graphdef, state.params), args.out, dtype="bfloat16")
             tokenizer.save(args.out)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 from r3rag_jax.types import Passage, Question, Step
 
@@ -31,9 +31,20 @@ class Turn:
 class TextProtocol(Protocol):
     """What the rollout, the cold start and the viewers need from a protocol."""
 
-    name: Literal["tags", "steps"]
-    is_one_sequence: bool  # True: documents are spliced into one sequence; False: a new turn a step
-    stop_strings: tuple[str, ...]  # special tokens that end a step, beside the end of turn
+    @property
+    def name(self) -> str:
+        """`tags` or `steps`."""
+        ...
+
+    @property
+    def is_one_sequence(self) -> bool:
+        """True: documents are spliced into one sequence; False: each step is a new turn."""
+        ...
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Special tokens that end a step, beside the end of turn."""
+        ...
 
     def turn(self, question: str, steps: Sequence[Step]) -> Turn:
         """The context from which step len(steps) + 1 is written."""
@@ -63,7 +74,7 @@ class TagsProtocol:
     they have inside a sentence. Passages are joined by newlines.
     """
 
-    name: Literal["tags"] = "tags"
+    name = "tags"
     is_one_sequence = True
     stop_strings = ("</query>", "</answer>")
     _step = re.compile(
@@ -95,15 +106,15 @@ class TagsProtocol:
         nested = any(tag in value for value in fields.values() for tag in TAGS)
         if nested or not all(fields.values()):
             return _malformed(text)
-        return Step(**fields)
+        return Step(fields["analysis"], query=fields.get("query"), answer=fields.get("answer"))
 
 
 class StepsProtocol:
     """The published checkpoints' layout: `Step k:\\nThe problem analysis: …\\nThe retrieval query: …`."""
 
-    name: Literal["steps"] = "steps"
+    name = "steps"
     is_one_sequence = False
-    stop_strings = ()
+    stop_strings: tuple[str, ...] = ()
     _query = "The retrieval query:"
     _answer = "The final answer:"
     _analysis = "The problem analysis:"

@@ -55,9 +55,7 @@ def load_run(run_dir: Path | str) -> Run:
     run_dir = Path(run_dir)
     config, metrics_path = run_dir / "config.yaml", run_dir / "metrics.jsonl"
     if not (config.is_file() or metrics_path.is_file()):
-        raise UserError(
-            f"expected a run directory with config.yaml or metrics.jsonl; got {run_dir}"
-        )
+        raise UserError(f"expected a run directory with config.yaml or metrics.jsonl; got {run_dir}")
     notices: list[str] = []
     metrics: dict[str, list[dict[str, Any]]] = {}
     for row in _rows(metrics_path, notices):
@@ -86,9 +84,7 @@ def _rows(path: Path, notices: list[str]) -> Iterable[dict[str, Any]]:
     """The lines of a JSONL file that is perhaps still being written; a missing file has none."""
     if not path.is_file():
         return
-    for number, line in enumerate(
-        path.read_text(encoding="utf-8", errors="replace").splitlines(), 1
-    ):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             yield json.loads(line)
         except ValueError:
@@ -106,9 +102,7 @@ def _trajectories(path: Path, notices: list[str]) -> Iterable[tuple[dict[str, An
 def _evals(folder: Path, notices: list[str]) -> list[dict[str, Any]]:
     order = {system: place for place, system in enumerate(SYSTEMS)}
     evals = []
-    for path in sorted(
-        folder.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem)
-    ):
+    for path in sorted(folder.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem)):
         try:
             evals.append(json.loads(path.read_text(encoding="utf-8")))
         except ValueError:
@@ -144,9 +138,7 @@ PLOTS = {
         Plot("KL to the reference policy", "nats per token", (("kl", "KL"),)),
         Plot("Entropy", "nats per token", (("entropy", "entropy"),)),
         Plot("Clip fraction", "% of tokens", (("clip_fraction", "clipped"),), 100),
-        Plot(
-            "Critic", "explained variance", (("explained_variance", "explained"),), from_zero=False
-        ),
+        Plot("Critic", "explained variance", (("explained_variance", "explained"),), from_zero=False),
     ),
     "sft": (
         Plot("Loss", "nats per token", (("loss", "loss"),)),
@@ -272,11 +264,7 @@ def draw(plot: Plot, rows: Sequence[dict[str, Any]], step_name: str) -> Markup |
         return None
     frame = Frame(curves, plot.from_zero)
     template = environment().get_template("plot.html.j2")
-    return Markup(
-        template.render(
-            plot=plot, curves=curves, frame=frame, step_name=step_name, tick_label=tick_label
-        )
-    )
+    return Markup(template.render(plot=plot, curves=curves, frame=frame, step_name=step_name, tick_label=tick_label))
 
 
 # ----------------------------------------------------------------------------------------- gallery
@@ -304,15 +292,10 @@ def gallery(run: Run) -> tuple[str, str, dict[str, list[Exhibit]]]:
     beside = {} if main == other else {t.question.id: t for t in run.trajectories.get(other, ())}
     cases: dict[str, dict[str, list[Trajectory]]] = {}
     for trajectory in run.trajectories[main]:
-        of_type = cases.setdefault(
-            str(trajectory.question.metadata.get("type", "all questions")), {}
-        )
-        of_type.setdefault(_case(trajectory, beside.get(trajectory.question.id)), []).append(
-            trajectory
-        )
+        of_type = cases.setdefault(str(trajectory.question.metadata.get("type", "all questions")), {})
+        of_type.setdefault(_case(trajectory, beside.get(trajectory.question.id)), []).append(trajectory)
     exhibits = {
-        kind: [_exhibit(case, found[case], beside) for case in CASES if case in found]
-        for kind, found in cases.items()
+        kind: [_exhibit(case, found[case], beside) for case in CASES if case in found] for kind, found in cases.items()
     }
     return main, other if beside else "", exhibits
 
@@ -385,26 +368,20 @@ def headline(evals: Sequence[dict[str, Any]]) -> str:
         for system in reversed(SYSTEMS[:-1])
         if system in scores
     ]
-    sentence = (
-        f"{titles['r3rag']} answers {scores['r3rag']:.1f} % of {count:,} test questions exactly"
-    )
+    sentence = f"{titles['r3rag']} answers {scores['r3rag']:.1f} % of {count:,} test questions exactly"
     return f"{sentence}: {', '.join(gaps)}." if gaps else f"{sentence}."
 
 
 def _phase_facts(rows: Sequence[dict[str, Any]]) -> str:
     """Number of logged steps and median throughput, e.g. `40 steps · 5,400 tokens/s`."""
     rates = sorted(row["tokens_per_s"] for row in rows if row.get("tokens_per_s") is not None)
-    facts = [f"{len(rows):,} steps"] + [
-        f"{r:,.0f} tokens/s (median)" for r in rates[len(rates) // 2 :][:1]
-    ]
+    facts = [f"{len(rows):,} steps"] + [f"{r:,.0f} tokens/s (median)" for r in rates[len(rates) // 2 :][:1]]
     return " · ".join(facts)
 
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = FlagParser(
-        prog="python -m r3rag_jax.report", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = FlagParser(prog="python -m r3rag_jax.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="e.g. runs/quickstart")
     print(write_report(parser.parse_args(argv).run_dir))
     return 0

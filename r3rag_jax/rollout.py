@@ -100,7 +100,9 @@ class Roller:
 
     def _context(self, row: _Row) -> Context:
         """What the row is to continue. A prompt that does not fit the context at all is an error of the setting."""
-        return Context(row.transcript.context, self.config.max_new_tokens, row.job.temperature, row.job.key(len(row.steps)))
+        return Context(
+            row.transcript.context, self.config.max_new_tokens, row.job.temperature, row.job.key(len(row.steps))
+        )
 
     def _after_decode(self, params: Any, rows: dict[int, _Row]) -> dict[int, Trajectory]:
         """Read what the waiting rows wrote, retrieve for those that ask, and end those that are through."""

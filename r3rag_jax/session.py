@@ -160,9 +160,7 @@ class Session:
             str(getattr(p[-2], "key", getattr(p[-2], "name", ""))) if len(p) > 1 else "": sharding
             for p, sharding in jax.tree_util.tree_flatten_with_path(self._param_shardings())[0]
         }
-        decoder = load_decoder(
-            path, dtype=jnp.dtype(self.config.model.dtype), param_dtype=jnp.float32, shardings=flat
-        )
+        decoder = load_decoder(path, dtype=jnp.dtype(self.config.model.dtype), param_dtype=jnp.float32, shardings=flat)
         return nnx.split(decoder)[1]
 
     def _param_shardings(self) -> Any:
@@ -232,7 +230,7 @@ class Session:
         """The engine set up for trajectories of the configured protocol."""
         codec, retrieval = self.codec, self.config.retrieval
         pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
-        self.engine.stop_at(pauses, {codec.eos_id} - set(pauses))
+        self.engine.stop_at(pauses, [i for i in (codec.eos_id,) if i not in pauses])
         return Roller(
             self.engine, codec, self.retriever, self.config.rollout,
             top_k=top_k or retrieval.top_k, max_passages=retrieval.max_passages,

@@ -108,10 +108,10 @@ def sft_phase(session: Session) -> bool:
             started, number = time.monotonic(), batches.step
             batch = next(batches)
             state, metrics = step(state, put_batch(session.mesh, batch))
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            metrics["tokens_per_s"] = np.sum(batch.segment_ids > 0) / (time.monotonic() - started)
-            session.log.write("sft", number, metrics)
-            bar.advance(loss=metrics["loss"], accuracy=metrics["accuracy"], tokens_per_s=metrics["tokens_per_s"])
+            numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            numbers["tokens_per_s"] = float(np.sum(batch.segment_ids > 0)) / (time.monotonic() - started)
+            session.log.write("sft", number, numbers)
+            bar.advance(**{name: numbers[name] for name in ("loss", "accuracy", "tokens_per_s")})
             if batches.step % config.checkpoint_every == 0 and batches.step < batches.num_steps:
                 checkpoints.save(batches.step, state, {"batches": batches.get_state()})
     session.save_policy("sft", state.params)

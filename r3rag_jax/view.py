@@ -144,9 +144,7 @@ def _add(grid: Table, part: str, text: str, *, mark: bool = False, weight: str =
 
 
 def _short(passage: Passage) -> str:
-    text = (
-        passage.contents if passage.text == passage.title else f"{passage.title} — {passage.text}"
-    )
+    text = passage.contents if passage.text == passage.title else f"{passage.title} — {passage.text}"
     text = " ".join(text.split())
     return text if len(text) <= TERMINAL_PASSAGE else f"{text[: TERMINAL_PASSAGE - 1]}…"
 
@@ -210,9 +208,7 @@ def _group_place(name: str) -> int:
     return {"all": 0, "unseen": 2, "seen": 3}.get(name, 1)
 
 
-def _column(
-    values: Sequence[float | None], decimals: int, largest_is_best: bool, nums: list[int] | None
-) -> list[Cell]:
+def _column(values: Sequence[float | None], decimals: int, largest_is_best: bool, nums: list[int] | None) -> list[Cell]:
     known = [value for value in values if value is not None]
     best = max(known) if largest_is_best and len(set(known)) > 1 else None
     cells = []
@@ -227,9 +223,7 @@ def _column(
 
 
 def _rows(evals: Sequence[Eval], columns: Sequence[list[Cell]]) -> list[Row]:
-    return [
-        Row(title_of(e), [column[place] for column in columns]) for place, e in enumerate(evals)
-    ]
+    return [Row(title_of(e), [column[place] for column in columns]) for place, e in enumerate(evals)]
 
 
 def half_width(percent: float, num: int) -> float:
@@ -268,9 +262,7 @@ def groups_table(evals: Sequence[Eval]) -> Table:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Row], caption: str | None) -> Table:
-    table = Table(
-        title=title, caption=caption, title_justify="left", caption_justify="left", box=None
-    )
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None)
     table.add_column("")
     for name in columns:
         table.add_column(name, justify="right")

@@ -23,9 +23,7 @@ TYPES = ("single", "bridge", "comparison", "bridge_comparison")
 NUM_QUESTIONS = 200
 CONFIG = "name: synthetic\nseed: 0\nrl:\n  iterations: 40\n  lr: 0.0001\n"
 
-MALTHEN = Passage(
-    "p1", '"The Glass Harbour"\nThe Glass Harbour is a novel by Ilse Malthen that came out in 1931.'
-)
+MALTHEN = Passage("p1", '"The Glass Harbour"\nThe Glass Harbour is a novel by Ilse Malthen that came out in 1931.')
 TOWN = Passage(
     "p2",
     '"Ilse Malthen"\nIlse Malthen was born in Orvessa. She studied at the Lyceum of Tarn and later '
@@ -88,10 +86,7 @@ def malformed(asked: Question) -> Trajectory:
 
 def no_answer(asked: Question) -> Trajectory:
     """The step budget ran out."""
-    steps = tuple(
-        Step("I look again.", query="Who wrote The Glass Harbour?", passages=(MALTHEN,))
-        for _ in range(2)
-    )
+    steps = tuple(Step("I look again.", query="Who wrote The Glass Harbour?", passages=(MALTHEN,)) for _ in range(2))
     return Trajectory(asked, steps, Status.NO_ANSWER)
 
 

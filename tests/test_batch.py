@@ -122,9 +122,7 @@ def many(count: int = 23) -> tuple[list[Trajectory], list[np.ndarray]]:
 def test_minibatches_hold_every_sample_once() -> None:
     trajectories, rewards = many()
     rng = np.random.default_rng(1)
-    batches = minibatches(
-        trajectories, rewards, row_length=48, batch_rows=4, credit="step", rng=rng
-    )
+    batches = minibatches(trajectories, rewards, row_length=48, batch_rows=4, credit="step", rng=rng)
     assert {batch.tokens.shape for batch in batches} == {(4, 48)}
     tokens = np.concatenate([batch.tokens[batch.segment_ids > 0] for batch in batches])
     expected = np.concatenate([t.samples[0].ids for t in trajectories])
@@ -182,12 +180,8 @@ def test_no_trajectories_give_no_batch() -> None:
         ),
     ],
 )
-def test_a_reward_is_neither_lost_nor_doubled(
-    samples: list[list[int]], rewards: list[float], expected: str
-) -> None:
+def test_a_reward_is_neither_lost_nor_doubled(samples: list[list[int]], rewards: list[float], expected: str) -> None:
     attempt = trajectory(0, *[sample(1, step_ids) for step_ids in samples])
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=expected):
-        minibatches(
-            [attempt], [np.asarray(rewards)], row_length=8, batch_rows=1, credit="step", rng=rng
-        )
+        minibatches([attempt], [np.asarray(rewards)], row_length=8, batch_rows=1, credit="step", rng=rng)

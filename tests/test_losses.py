@@ -103,16 +103,12 @@ def test_ppo_gradient_is_policy_gradient_on_policy_and_stops_at_the_clip():
     np.testing.assert_allclose(
         jax.grad(loss)(behaviour), [-1 / 3, 2 / 3, -1.0, 0.0], rtol=1e-6
     )  # - A / count at ratio 1
-    np.testing.assert_allclose(
-        jax.grad(loss)(behaviour + jnp.array([0.5, -0.5, 0.0, 0.0])), [0.0, 0.0, -1.0, 0.0]
-    )
+    np.testing.assert_allclose(jax.grad(loss)(behaviour + jnp.array([0.5, -0.5, 0.0, 0.0])), [0.0, 0.0, -1.0, 0.0])
 
 
 def test_ppo_stays_finite_when_one_token_explodes():
     loss = functools.partial(ppo_policy_loss, mask=jnp.ones(1, bool), clip=0.2)
-    value, gradient = jax.value_and_grad(
-        lambda x: loss(x, jnp.array([-200.0]), jnp.array([-1.0]))[0]
-    )(jnp.array([0.0]))
+    value, gradient = jax.value_and_grad(lambda x: loss(x, jnp.array([-200.0]), jnp.array([-1.0]))[0])(jnp.array([0.0]))
     assert jnp.isfinite(value) and jnp.all(jnp.isfinite(gradient))
 
 
@@ -132,18 +128,14 @@ def test_value_loss_typed_out():
 def test_kl_penalty():
     logprobs, ref_logprobs = jnp.array([-1.0, -1.0]), jnp.array([-1.0, -2.0])
     for kind, second in [("k1", 1.0), ("k2", 0.5), ("k3", np.exp(-1.0))]:
-        np.testing.assert_allclose(
-            kl_penalty(logprobs, ref_logprobs, kind), [0.0, second], rtol=1e-6
-        )
+        np.testing.assert_allclose(kl_penalty(logprobs, ref_logprobs, kind), [0.0, second], rtol=1e-6)
     with pytest.raises(ValueError, match=r"k1, k2, k3; got 'k4'"):
         kl_penalty(logprobs, ref_logprobs, "k4")
 
 
 def test_kl_estimates_are_unbiased():
     # Averaged over the policy's own distribution, k1 and k3 are the divergence itself.
-    policy_V, ref_V = (
-        jax.nn.log_softmax(jax.random.normal(jax.random.key(seed), (VOCAB,))) for seed in (1, 2)
-    )
+    policy_V, ref_V = (jax.nn.log_softmax(jax.random.normal(jax.random.key(seed), (VOCAB,))) for seed in (1, 2))
     divergence = jnp.sum(jnp.exp(policy_V) * (policy_V - ref_V))
     for kind in ("k1", "k3"):
         estimate = jnp.sum(jnp.exp(policy_V) * kl_penalty(policy_V, ref_V, kind))
@@ -207,9 +199,7 @@ def test_cross_entropy_matches_plain_in_value_and_gradient(chunk):
 def test_cross_entropy_divides_by_the_kept_tokens_only():
     hidden_TD, weight_DV, targets_T, mask_T = _inputs()
     kept = np.flatnonzero(mask_T)
-    short = cross_entropy(
-        hidden_TD[kept], weight_DV, targets_T[kept], jnp.ones(len(kept), bool), chunk=4
-    )
+    short = cross_entropy(hidden_TD[kept], weight_DV, targets_T[kept], jnp.ones(len(kept), bool), chunk=4)
     garbage_T = jnp.where(mask_T, targets_T, -100)  # the ignore id of Hugging Face labels
     masked, grads = jax.value_and_grad(functools.partial(cross_entropy, chunk=4), has_aux=True)(
         hidden_TD, weight_DV, garbage_T, mask_T
@@ -222,9 +212,7 @@ def test_cross_entropy_divides_by_the_kept_tokens_only():
 
 def test_cross_entropy_typed_out():
     # Uniform over four words: log 4 nats; argmax takes the first of equals, so one of two is right.
-    loss, accuracy = cross_entropy(
-        jnp.zeros((2, 3)), jnp.ones((3, 4)), jnp.array([0, 3]), jnp.ones(2, bool), chunk=1
-    )
+    loss, accuracy = cross_entropy(jnp.zeros((2, 3)), jnp.ones((3, 4)), jnp.array([0, 3]), jnp.ones(2, bool), chunk=1)
     np.testing.assert_allclose([loss, accuracy], [np.log(4.0), 0.5], rtol=1e-6)
 
 
@@ -233,9 +221,7 @@ def test_logits_never_exist_whole():
     targets_T, mask_T = jnp.zeros(64, int), jnp.ones(64, bool)
 
     def loss(hidden_TD, weight_DV):
-        logprobs_T, entropy_T = chunked_logprobs(
-            hidden_TD, weight_DV, targets_T, jnp.ones(64), chunk=8
-        )
+        logprobs_T, entropy_T = chunked_logprobs(hidden_TD, weight_DV, targets_T, jnp.ones(64), chunk=8)
         nats, _ = cross_entropy(hidden_TD, weight_DV, targets_T, mask_T, chunk=8)
         return nats + jnp.sum(logprobs_T) + jnp.sum(entropy_T)
 

@@ -43,9 +43,7 @@ def test_committed_without_outputs():
 
 
 def test_runs_on_a_finished_run(tmp_path, monkeypatch):
-    load, results, rl, sft, trajectories, change = execute(
-        synthetic_run.build(tmp_path / "synthetic"), monkeypatch
-    )
+    load, results, rl, sft, trajectories, change = execute(synthetic_run.build(tmp_path / "synthetic"), monkeypatch)
     assert "text/markdown" in kinds(load) and "stderr" not in kinds(load)
     assert kinds(results).count("text/html") == 1
     assert "image/png" in kinds(rl) and "image/png" in kinds(sft)
@@ -56,9 +54,7 @@ def test_runs_on_a_finished_run(tmp_path, monkeypatch):
 
 
 def test_runs_on_half_a_run(tmp_path, monkeypatch):
-    _, results, rl, sft, trajectories, change = execute(
-        synthetic_run.build(tmp_path / "half", ("sft",)), monkeypatch
-    )
+    _, results, rl, sft, trajectories, change = execute(synthetic_run.build(tmp_path / "half", ("sft",)), monkeypatch)
     assert results.outputs[0].text == "no system has been evaluated yet\n"
     assert rl.outputs[0].text == "nothing of phase rl has been logged yet\n"
     assert "image/png" in kinds(sft)

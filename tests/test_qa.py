@@ -92,9 +92,7 @@ def test_an_escaped_emoji_is_text(tmp_path: Path) -> None:
 
 
 def test_teacher_trajectory(tmp_path: Path) -> None:
-    (trajectory,) = qa.read_trajectories(
-        write(tmp_path, teacher({"retrieved_ids": ["a"]})), CORPUS, 2
-    )
+    (trajectory,) = qa.read_trajectories(write(tmp_path, teacher({"retrieved_ids": ["a"]})), CORPUS, 2)
     assert trajectory == Trajectory(
         question=Question("q0", "Who wrote Ulysses?", ("James Joyce",), {}),
         steps=(
@@ -153,9 +151,7 @@ def test_repeated_passages_are_dropped_and_the_next_ones_fill_up(tmp_path: Path)
         (teacher(steps=[{"analysis": "x", "answer": "y"}] * 2), "steps must end with the only one"),
     ],
 )
-def test_fault_of_a_trajectory_names_its_step(
-    tmp_path: Path, row: dict[str, object], expected: str
-) -> None:
+def test_fault_of_a_trajectory_names_its_step(tmp_path: Path, row: dict[str, object], expected: str) -> None:
     path = write(tmp_path, row)
     with pytest.raises(UserError) as error:
         qa.read_trajectories(path, CORPUS, 2)
@@ -193,9 +189,7 @@ def recorded() -> Trajectory:
     ],
 )
 def test_trajectory_survives_its_dict(last: tuple[Step, Status]) -> None:
-    trajectory = Trajectory(
-        recorded().question, (recorded().steps[0], last[0]), last[1], sample_index=3
-    )
+    trajectory = Trajectory(recorded().question, (recorded().steps[0], last[0]), last[1], sample_index=3)
     row = json.loads(json.dumps(qa.trajectory_to_dict(trajectory)))
     assert qa.trajectory_from_dict(row) == trajectory
 

@@ -90,11 +90,7 @@ def test_a_line_cut_off_by_a_crash_is_named_and_left_out(tmp_path):
         file.write("\n" + json.dumps({"id": "q"}) + "\n")
     (run_dir / "eval" / "r3rag.json").write_text("{")
     run = load_run(run_dir)
-    assert (
-        len(run.metrics["rl"]) == 40
-        and len(run.trajectories["r3rag"]) == 16
-        and len(run.evals) == 3
-    )
+    assert len(run.metrics["rl"]) == 40 and len(run.trajectories["r3rag"]) == 16 and len(run.evals) == 3
     assert len(run.notices) == 4
     assert "metrics.jsonl: line 441 is not JSON and was left out." in run.notices
     assert "eval/r3rag.json is not JSON and was left out." in run.notices
@@ -105,9 +101,7 @@ def test_command_line(run_dir, tmp_path, capsys):
     assert main([str(run_dir)]) == 0
     assert capsys.readouterr().out.strip() == str(run_dir / "report.html")
     assert main([str(tmp_path)]) == 2
-    expected = (
-        f"error: expected a run directory with config.yaml or metrics.jsonl; got {tmp_path}\n"
-    )
+    expected = f"error: expected a run directory with config.yaml or metrics.jsonl; got {tmp_path}\n"
     assert capsys.readouterr().err == expected
     with pytest.raises(UserError):
         load_run(tmp_path / "nowhere")
@@ -142,9 +136,7 @@ def test_read_curve_scales_and_leaves_out_what_is_not_finite():
 
 
 def test_long_curves_become_block_means():
-    curve = read_curve(
-        [{"step": i, "loss": float(i % 2)} for i in range(4 * MAX_POINTS)], "loss", "loss"
-    )
+    curve = read_curve([{"step": i, "loss": float(i % 2)} for i in range(4 * MAX_POINTS)], "loss", "loss")
     assert len(curve.values) == MAX_POINTS and set(curve.values) == {0.5}
     assert curve.steps[:2] == [1.5, 5.5] and curve.block == 4
 
@@ -215,9 +207,7 @@ def test_gallery_pairs_systems_and_shows_every_case(run_dir):
             "newly wrong",
             "wrong both times",
         ]
-        assert all(
-            e.other and e.other.question.id == e.main.question.id and e.num == 1 for e in shown
-        )
+        assert all(e.other and e.other.question.id == e.main.question.id and e.num == 1 for e in shown)
 
 
 def test_gallery_of_a_cold_start_alone_shows_right_and_wrong(run_dir, tmp_path):

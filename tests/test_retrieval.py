@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -342,9 +341,7 @@ def test_failed_save_keeps_the_former_index(index, saved, monkeypatch):
     assert [path.name for path in saved.parent.iterdir()] == ["index"]
 
 
-@pytest.mark.parametrize(
-    "name", ["encoder.npz", "fingerprint.json", "index.faiss", "passages.jsonl"]
-)
+@pytest.mark.parametrize("name", ["encoder.npz", "fingerprint.json", "index.faiss", "passages.jsonl"])
 def test_missing_or_corrupt_file_is_named(saved, name):
     path = saved / name
     data = path.read_bytes()

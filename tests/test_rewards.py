@@ -93,9 +93,7 @@ def test_answer_scores_match_squad_on_random_texts():
     predictions = [text(9) if rng.random() > 0.1 else None for _ in range(500)]
     golds = [[text(4) for _ in range(rng.randint(1, 5))] for _ in predictions]
     scores = answer_scores(encode_answers(predictions, golds))
-    expected = np.array(
-        [_reference_scores(p, g) for p, g in zip(predictions, golds, strict=True)], np.float32
-    )
+    expected = np.array([_reference_scores(p, g) for p, g in zip(predictions, golds, strict=True)], np.float32)
     for column, name in enumerate(("em", "f1", "cover_em")):
         assert scores[name].shape == (500,) and scores[name].dtype == jnp.float32
         np.testing.assert_allclose(scores[name], expected[:, column], rtol=1e-6, err_msg=name)
@@ -209,8 +207,7 @@ INPUTS = {
         Status.ANSWERED,
     ],
     "step_mask_BK": [[True] * 3] * 4 + [[True, True, False], [True] * 3],
-    "malformed_BK": [[False] * 3] * 3
-    + [[False, False, True], [False, False, True], [False, True, False]],
+    "malformed_BK": [[False] * 3] * 3 + [[False, False, True], [False, False, True], [False, True, False]],
 }
 TABLE = {
     "r3": [
@@ -316,9 +313,7 @@ def test_f1_as_outcome():
 
 
 def test_rewards_are_clipped():
-    rewards_BK = shape_rewards(
-        **_inputs(), outcome_weight=50.0, malformed_reward=-30.0, no_answer_penalty=20.0
-    )
+    rewards_BK = shape_rewards(**_inputs(), outcome_weight=50.0, malformed_reward=-30.0, no_answer_penalty=20.0)
     assert rewards_BK[0, 2] == 10.0 and rewards_BK[3, 2] == -10.0 and rewards_BK[2, 2] == -10.0
     assert shape_rewards(**_inputs(), clip=0.25)[0, 0] == 0.25
 

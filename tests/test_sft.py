@@ -64,9 +64,7 @@ def test_every_sample_is_whole_and_once_an_epoch() -> None:
                 cells = batch.segment_ids[row] == segment
                 index = int(batch.tokens[row][cells][0]) // 1000
                 np.testing.assert_array_equal(batch.tokens[row][cells], data[index - 1].ids)
-                np.testing.assert_array_equal(
-                    batch.loss_mask[row][cells], data[index - 1].loss_mask
-                )
+                np.testing.assert_array_equal(batch.loss_mask[row][cells], data[index - 1].loss_mask)
                 seen[index] += 1
         total += 1
     assert seen == {index: 2 for index in range(1, 61)}
@@ -159,9 +157,7 @@ def test_another_plan_is_refused(change: dict[str, int]) -> None:
 
 def test_long_samples_are_an_error_or_counted() -> None:
     data = [*samples(10), sample(11, 65), sample(12, 99)]
-    with pytest.raises(
-        UserError, match=r"row_length=64 tokens; 2 of 12 do not, the longest has 99"
-    ):
+    with pytest.raises(UserError, match=r"row_length=64 tokens; 2 of 12 do not, the longest has 99"):
         batches(data)
     stream = batches(data, too_long="drop")
     assert (stream.plan.num_dropped, stream.plan.num_samples) == (2, 10)

@@ -118,10 +118,7 @@ def test_html_escapes_and_colours():
     text += "&lt;/query&gt;␛[31m"
     block = '<div class="block malformed"><span class="label">malformed</span><div class="text">'
     assert f"{block}{text}</div></div>" in html
-    classes = [
-        attrs.get("class", "")
-        for _, attrs in Tags(trajectory_html(synthetic_run.right(ASKED))).seen
-    ]
+    classes = [attrs.get("class", "") for _, attrs in Tags(trajectory_html(synthetic_run.right(ASKED))).seen]
     parts = [name.removeprefix("block ") for name in classes if name.startswith("block ")]
     assert parts == ["analysis", "query", "passages"] * 2 + ["analysis", "answer"]
     assert "badge right" in classes
@@ -129,9 +126,7 @@ def test_html_escapes_and_colours():
 
 def test_html_marks_supporting_passages_only():
     html = trajectory_html(synthetic_run.right(ASKED))
-    marked = re.findall(
-        r'<span class="mark" title="supporting passage">★</span> <span class="title">(.*?)<', html
-    )
+    marked = re.findall(r'<span class="mark" title="supporting passage">★</span> <span class="title">(.*?)<', html)
     assert marked == ["The Glass Harbour", "Ilse Malthen"]
     assert "river Ane &lt;&amp; its &#34;old&#34; bridge&gt;." in html
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from r3rag_jax.data.world import PASSAGES, RELATIONS, Region, World, tell
+from r3rag_jax.data.world import PASSAGES, RELATIONS, Region, Split, World, tell
 from r3rag_jax.protocol import reading_prompt
 from r3rag_jax.types import Question
 
 # A document: pieces of text, and whether the loss counts each.
 Document = list[tuple[str, bool]]
-SPLIT = "rl"  # no composition that is reserved for test questions
+SPLIT: Split = "rl"  # no composition that is reserved for test questions
 
 
 def make_world(seed: int) -> World:

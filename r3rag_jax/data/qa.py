@@ -32,9 +32,7 @@ def read_passages(path: str | Path) -> list[Passage]:
     return _read(path, passage_from_dict)
 
 
-def read_trajectories(
-    path: str | Path, corpus: Mapping[str, Passage], passages_per_step: int
-) -> list[Trajectory]:
+def read_trajectories(path: str | Path, corpus: Mapping[str, Passage], passages_per_step: int) -> list[Trajectory]:
     """Reads a teacher's trajectories, without samples, with the documents a rollout would show.
 
     A line is `{id, question, golden_answers, metadata?, steps}`; a step is `{analysis, query, …}`,
@@ -64,19 +62,13 @@ def _read(path: str | Path, parse: Callable[[Mapping[str, Any]], Item]) -> list[
             item = parse(row)
         except _Fault as fault:
             raise UserError(f"{path}:{number}: {fault}") from fault
-        key = (
-            (item.question.id, item.sample_index) if isinstance(item, Trajectory) else (item.id, 0)
-        )
+        key = (item.question.id, item.sample_index) if isinstance(item, Trajectory) else (item.id, 0)
         if key in first_seen:
-            raise UserError(
-                f"{path}:{number}: ids must be unique; {key[0]!r} is also on line {first_seen[key]}"
-            )
+            raise UserError(f"{path}:{number}: ids must be unique; {key[0]!r} is also on line {first_seen[key]}")
         first_seen[key] = number
         items.append(item)
     if not items:
-        raise UserError(
-            f"{path}: expected at least one JSON object, one per line; the file holds none"
-        )
+        raise UserError(f"{path}: expected at least one JSON object, one per line; the file holds none")
     return items
 
 
@@ -98,13 +90,10 @@ def _object(path: str | Path, number: int, line: bytes) -> Mapping[str, Any]:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}:{number}: expected UTF-8; got byte {line[error.start]:#04x} "
-            f"at column {error.start + 1}"
+            f"{path}:{number}: expected UTF-8; got byte {line[error.start]:#04x} at column {error.start + 1}"
         ) from error
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{path}:{number}: expected Unicode text; got a lone surrogate escape"
-        ) from error
+        raise UserError(f"{path}:{number}: expected Unicode text; got a lone surrogate escape") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}:{number}: expected one JSON object per line; {error}") from error
     if not isinstance(row, dict):
@@ -185,9 +174,7 @@ def teacher_trajectory_from_dict(
         return Step(analysis=analysis, query=_text(step, "query"), passages=passages)
 
     steps = tuple(_each_step(row, read_step))
-    if not steps or [step.answer is not None for step in steps] != [False] * (len(steps) - 1) + [
-        True
-    ]:
+    if not steps or [step.answer is not None for step in steps] != [False] * (len(steps) - 1) + [True]:
         raise _Fault("steps must end with the only one that holds an answer")
     return Trajectory(
         question=question_from_dict(row),
@@ -197,36 +184,23 @@ def teacher_trajectory_from_dict(
     )
 
 
-def _documents(
-    step: Mapping[str, Any], corpus: Mapping[str, Passage]
-) -> tuple[list[Passage], set[str]]:
+def _documents(step: Mapping[str, Any], corpus: Mapping[str, Passage]) -> tuple[list[Passage], set[str]]:
     """The passages of a query step, best first, and the ids that must stay among them."""
     if not {"passages", "retrieved_ids", "passage_ids"} & step.keys():
-        raise _Fault(
-            "a query step must hold passages, retrieved_ids or passage_ids; got none of them"
-        )
-    inline = {
-        passage.id: passage
-        for passage in _passages(_field(step, "passages", list, default=None) or [])
-    }
+        raise _Fault("a query step must hold passages, retrieved_ids or passage_ids; got none of them")
+    inline = {passage.id: passage for passage in _passages(_field(step, "passages", list, default=None) or [])}
     needed = _ids(step, "passage_ids")
-    order = dict.fromkeys(
-        [*inline, *_ids(step, "retrieved_ids"), *needed]
-    )  # keeps the first of equals
+    order = dict.fromkeys([*inline, *_ids(step, "retrieved_ids"), *needed])  # keeps the first of equals
     found = []
     for passage_id in order:
         try:
             found.append(inline.get(passage_id) or corpus[passage_id])
         except KeyError:
-            raise _Fault(
-                f"passage ids must be in the corpus of {len(corpus)} passages; got {passage_id!r}"
-            ) from None
+            raise _Fault(f"passage ids must be in the corpus of {len(corpus)} passages; got {passage_id!r}") from None
     return found, set(needed)
 
 
-def _choose(
-    ranked: Sequence[Passage], needed: set[str], shown: set[str], limit: int
-) -> tuple[Passage, ...]:
+def _choose(ranked: Sequence[Passage], needed: set[str], shown: set[str], limit: int) -> tuple[Passage, ...]:
     """The best `limit` passages not yet shown, in rank order, with room made for every needed one.
 
     With limit 2:  ranked a b c d, needed {c}, shown {}   ->  a c

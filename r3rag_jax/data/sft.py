@@ -40,8 +40,7 @@ class SFTSample:
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.loss_mask) or not len(self.ids):
             raise ValueError(
-                "ids and loss_mask must have one length, at least 1; "
-                f"got {len(self.ids)} and {len(self.loss_mask)}"
+                f"ids and loss_mask must have one length, at least 1; got {len(self.ids)} and {len(self.loss_mask)}"
             )
         if self.loss_mask[0]:
             raise ValueError("loss_mask must be False for the first token: nothing predicts it")
@@ -142,8 +141,7 @@ def plan_rows(
     kept = np.flatnonzero(lengths <= row_length) if too_long == "drop" else np.arange(len(lengths))
     if not len(kept):
         raise UserError(
-            f"the cold start needs samples of at most row_length={row_length} tokens; "
-            f"got none among {len(lengths)}"
+            f"the cold start needs samples of at most row_length={row_length} tokens; got none among {len(lengths)}"
         )
     rows: list[tuple[int, ...]] = []
     for epoch in range(epochs):
@@ -167,9 +165,7 @@ def plan_rows(
 class _RowSource:
     """Random access to the plan's rows from `start` on, as dicts of [L] arrays."""
 
-    def __init__(
-        self, samples: SampleSource, plan: Plan, row_length: int, batch_rows: int, start: int
-    ) -> None:
+    def __init__(self, samples: SampleSource, plan: Plan, row_length: int, batch_rows: int, start: int) -> None:
         self._samples, self._plan, self._row_length, self._start = samples, plan, row_length, start
         self._len = -(-(len(plan.rows) - start) // batch_rows) * batch_rows
 
@@ -228,8 +224,7 @@ class SFTBatches(Iterator[SFTBatch]):
         """
         if batch_rows < 1 or batch_rows % process_count:
             raise UserError(
-                f"sft.batch_rows must be a positive multiple of {process_count} processes; "
-                f"got {batch_rows}"
+                f"sft.batch_rows must be a positive multiple of {process_count} processes; got {batch_rows}"
             )
         if epochs < 1:
             raise UserError(f"sft.epochs must be at least 1; got {epochs}")
@@ -238,9 +233,7 @@ class SFTBatches(Iterator[SFTBatch]):
         self._local_rows = batch_rows // process_count
         self._num_threads = num_threads
         lengths = [len(samples[i]) for i in range(len(samples))]
-        self.plan = plan_rows(
-            lengths, row_length=row_length, epochs=epochs, seed=seed, too_long=too_long
-        )
+        self.plan = plan_rows(lengths, row_length=row_length, epochs=epochs, seed=seed, too_long=too_long)
         self.num_steps = -(-len(self.plan.rows) // batch_rows)
         self._seek(0)
 
@@ -251,9 +244,7 @@ class SFTBatches(Iterator[SFTBatch]):
         self._next_row = row
         source = _RowSource(self._samples, self.plan, self._row_length, self._batch_rows, row)
         dataset = grain.MapDataset.source(source)[self._shard].batch(self._local_rows)
-        options = grain.ReadOptions(
-            num_threads=self._num_threads, prefetch_buffer_size=2 * self._num_threads
-        )
+        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=2 * self._num_threads)
         self._iterator = iter(dataset.to_iter_dataset(options))
 
     def __next__(self) -> SFTBatch:

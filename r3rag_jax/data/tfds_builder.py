@@ -47,9 +47,7 @@ def build(files: Mapping[str, str | Path], data_dir: str | Path, kind: Kind) -> 
     builder.download_and_prepare()
     for split, count in counts.items():
         if (written := len(data_source(builder, split))) != count:
-            raise RuntimeError(
-                f"split {split!r} must hold its {count} rows; {written} were written"
-            )
+            raise RuntimeError(f"split {split!r} must hold its {count} rows; {written} were written")
     return builder
 
 

@@ -283,9 +283,7 @@ class World:
                 region.told_in[name, relation] = str(number)
         return cls(tuple(passages), regions, split_of, seed)
 
-    def questions(
-        self, split: Split, count: int, *, with_trajectories: bool = False
-    ) -> list[Question]:
+    def questions(self, split: Split, count: int, *, with_trajectories: bool = False) -> list[Question]:
         """`count` different questions of a split; `with_trajectories` keeps to what a teacher covers."""
         rng = random.Random(f"questions {self.seed} {split} {count}")
         allowed = _allowed(split, with_trajectories)
@@ -296,9 +294,7 @@ class World:
         while len(questions) < count and misses < MAX_MISSES:
             misses += 1
             kind = rng.choices(list(shares), weights=list(shares.values()))[0]
-            question = _ask(
-                rng, region, kind, rng.choice(allowed[kind]), f"{split}-{len(questions)}"
-            )
+            question = _ask(rng, region, kind, rng.choice(allowed[kind]), f"{split}-{len(questions)}")
             if question is not None and question.question not in seen:
                 seen.add(question.question)
                 questions.append(question)
@@ -321,9 +317,7 @@ def _link(rng: random.Random, names: Names, num_people: int) -> Region:
     couples = rng.sample(people, len(people))
     spouses = dict(zip(couples, couples[1:] + couples[:1], strict=True))
     for kind, passages in PASSAGES.items():
-        for name, relation in itertools.product(
-            region.entities[kind], [r for rs, _ in passages for r in rs]
-        ):
+        for name, relation in itertools.product(region.entities[kind], [r for rs, _ in passages for r in rs]):
             tail = RELATIONS[relation].tail
             if relation == "spouse":
                 value = spouses[name]
@@ -335,18 +329,14 @@ def _link(rng: random.Random, names: Names, num_people: int) -> Region:
     return region
 
 
-def tell(
-    rng: random.Random, region: Region, kind: str, entity: str, about: int
-) -> tuple[str, tuple[str, ...]]:
+def tell(rng: random.Random, region: Region, kind: str, entity: str, about: int) -> tuple[str, tuple[str, ...]]:
     """One wording of the entity's passage number `about` (see PASSAGES), and the relations it tells."""
     relations, wordings = PASSAGES[kind][about]
     values = {relation: region.facts[entity, relation] for relation in relations}
     return rng.choice(wordings).format(x=entity, **values), relations
 
 
-def _write(
-    rng: random.Random, region: Region
-) -> Iterator[tuple[str, str, Region, tuple[str, ...]]]:
+def _write(rng: random.Random, region: Region) -> Iterator[tuple[str, str, Region, tuple[str, ...]]]:
     """Passages of a region: (title, text, region, relations told: none for a distractor)."""
     for kind, templates in PASSAGES.items():
         for name in region.entities[kind]:
@@ -361,12 +351,9 @@ def _write(
 
 def _chains(length: int) -> list[tuple[str, tuple[str, ...]]]:
     """All (kind of start, relations) of a length; people, cities … start a chain as works do."""
-    relations_of = {
-        kind: [r for rs, _ in passages for r in rs] for kind, passages in PASSAGES.items()
-    }
-    chains = [
-        (kind, (relation,)) for kind, relations in relations_of.items() for relation in relations
-    ]
+    relations_of = {kind: [r for rs, _ in passages for r in rs] for kind, passages in PASSAGES.items()}
+    chains: list[tuple[str, tuple[str, ...]]]
+    chains = [(kind, (relation,)) for kind, relations in relations_of.items() for relation in relations]
     for _ in range(length - 1):
         chains = [(kind, (*path, step)) for kind, path in chains
                   for step in relations_of.get(RELATIONS[path[-1]].tail, ())
@@ -380,7 +367,11 @@ def _contains(path: tuple[str, ...], parts: tuple[tuple[str, str], ...]) -> bool
 
 def _allowed(split: Split, with_trajectories: bool) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
     """Question type -> compositions that the split may ask."""
-    options = {"single": _chains(1), "bridge2": _chains(2), "bridge3": _chains(3)}
+    options: dict[str, list[tuple[str, tuple[str, ...]]]] = {
+        "single": _chains(1),
+        "bridge2": _chains(2),
+        "bridge3": _chains(3),
+    }
     # Three hops start at a work or a company, as people ask; the rest would be near duplicates.
     options["bridge3"] = [(k, p) for k, p in options["bridge3"] if k in (*WORKS, "company")]
     options["comparison"] = [
@@ -390,10 +381,7 @@ def _allowed(split: Split, with_trajectories: bool) -> dict[str, list[tuple[str,
     options["bridge_comparison"] = [("work", ("bridge_comparison", "creator")),
                                     ("company", ("bridge_comparison", "founder"))]  # fmt: skip
     banned = () if split == "test" else UNSEEN + (RL_ONLY if with_trajectories else ())
-    return {
-        kind: [(k, p) for k, p in chains if not _contains(p, banned)]
-        for kind, chains in options.items()
-    }
+    return {kind: [(k, p) for k, p in chains if not _contains(p, banned)] for kind, chains in options.items()}
 
 
 def _ask(
@@ -414,9 +402,7 @@ def _ask(
     return _question(id, text, hops[-1].answer, kind, path, hops)
 
 
-def _compare(
-    rng: random.Random, region: Region, start: str, path: tuple[str, ...], id: str
-) -> Question | None:
+def _compare(rng: random.Random, region: Region, start: str, path: tuple[str, ...], id: str) -> Question | None:
     """Two entities by year. The bridge's answer is a person whom the question does not name."""
     kinds = rng.choices(WORKS, k=2) if start == "work" else [start, start]
     pair = [rng.choice(region.entities[kind]) for kind in kinds]
@@ -424,9 +410,7 @@ def _compare(
     hops, names = [], pair
     if is_bridge:
         relations = [CREATOR.get(kind, "founder") for kind in kinds]
-        hops = [
-            region.hop(entity, relation) for entity, relation in zip(pair, relations, strict=True)
-        ]
+        hops = [region.hop(entity, relation) for entity, relation in zip(pair, relations, strict=True)]
         names = [hop.answer for hop in hops]
     year = "release" if path[1] == "release" else "birthyear"
     last = [region.hop(name, year) for name in names]
@@ -446,9 +430,7 @@ def _compare(
     return _question(id, text, answer, path[0], path, hops + last)
 
 
-def _question(
-    id: str, text: str, answer: str, kind: str, path: tuple[str, ...], hops: list[Hop]
-) -> Question:
+def _question(id: str, text: str, answer: str, kind: str, path: tuple[str, ...], hops: list[Hop]) -> Question:
     is_unseen = _contains(path, UNSEEN)
     metadata: dict[str, Any] = {
         "type": kind,
@@ -461,9 +443,7 @@ def _question(
     return Question(id, text, (answer,), metadata)
 
 
-def teach(
-    question: Question, rng: random.Random, *, waste: float, max_steps: int = 5
-) -> list[dict[str, Any]]:
+def teach(question: Question, rng: random.Random, *, waste: float, max_steps: int = 5) -> list[dict[str, Any]]:
     """The teacher's steps for a question: {analysis, query, passage_ids} … {analysis, answer}.
 
     A share `waste` of the trajectories holds one needless retrieval, as a real teacher's do: it asks
@@ -472,15 +452,11 @@ def teach(
     hops = [Hop(**hop) for hop in question.metadata["decomposition"]]
     steps: list[dict[str, Any]] = []
     known = ""
-    wasteful_at = (
-        rng.randrange(len(hops)) if len(hops) + 2 <= max_steps and rng.random() < waste else -1
-    )
+    wasteful_at = rng.randrange(len(hops)) if len(hops) + 2 <= max_steps and rng.random() < waste else -1
     for number, hop in enumerate(hops):
         lead = f"{known} Now I need" if known else "I need"
         query = rng.choice(RELATIONS[hop.relation].questions).format(x=hop.entity)
-        steps.append(
-            {"analysis": f"{lead} {hop.need()}.", "query": query, "passage_ids": [hop.passage_id]}
-        )
+        steps.append({"analysis": f"{lead} {hop.need()}.", "query": query, "passage_ids": [hop.passage_id]})
         known = hop.fact()
         if number == wasteful_at:
             query = f"What is known about {hop.entity}?"

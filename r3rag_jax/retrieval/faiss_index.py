@@ -69,9 +69,7 @@ class FaissIndex:
         self._index = index
 
     @classmethod
-    def build(
-        cls, passages: Iterable[Passage], *, dim: int = 1024, num_threads: int | None = None
-    ) -> FaissIndex:
+    def build(cls, passages: Iterable[Passage], *, dim: int = 1024, num_threads: int | None = None) -> FaissIndex:
         """Fit a HashEncoder of `dim` floats on the passages and index them: nothing to download."""
         passages = tuple(passages)
         if not passages:
@@ -105,14 +103,10 @@ class FaissIndex:
         except Exception as error:  # whatever broke must not look like an empty result
             shown = ", ".join(repr(query) for query in queries[:3])
             more = f" and {len(queries) - 3} more" if len(queries) > 3 else ""
-            raise RetrievalError(
-                f"search failed for {shown}{more}: {type(error).__name__}: {error}"
-            ) from error
+            raise RetrievalError(f"search failed for {shown}{more}: {type(error).__name__}: {error}") from error
         hits: list[list[Hit]] = [[] for _ in queries]
         for row, (positions_K, scores_K) in zip(rows, found, strict=True):
-            hits[row] = [
-                Hit(self.passages[p], float(s)) for p, s in zip(positions_K, scores_K, strict=True)
-            ]
+            hits[row] = [Hit(self.passages[p], float(s)) for p, s in zip(positions_K, scores_K, strict=True)]
         return hits
 
     def _nearest(self, vectors_QD: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -144,9 +138,7 @@ class FaissIndex:
         faiss = _import_faiss()
         directory = Path(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{directory.name}-", dir=directory.parent
-        ) as scratch:
+        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
             faiss.write_index(self._index, str(new / INDEX_FILE))
@@ -192,9 +184,7 @@ class FaissIndex:
         if not index_path.is_file():
             raise UserError(f"an index directory holds {INDEX_FILE}; {index_path} is missing")
         _check(index_path, "index", expected, _file_digest(index_path))
-        return cls(
-            encoder, passages, index=faiss.read_index(str(index_path)), num_threads=num_threads
-        )
+        return cls(encoder, passages, index=faiss.read_index(str(index_path)), num_threads=num_threads)
 
 
 def _import_faiss() -> Any:
@@ -205,9 +195,7 @@ def _import_faiss() -> Any:
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             import faiss
     except ImportError as error:
-        raise UserError(
-            f"a FAISS index needs the package faiss-cpu: pip install faiss-cpu ({error})"
-        ) from error
+        raise UserError(f"a FAISS index needs the package faiss-cpu: pip install faiss-cpu ({error})") from error
     return faiss
 
 
@@ -215,14 +203,10 @@ def _encode(encoder: Encoder, texts: Sequence[str], kind: TextKind) -> np.ndarra
     """float32 [N, D], C-contiguous as FAISS wants it, checked to be finite and of that shape."""
     vectors_ND = np.ascontiguousarray(encoder.encode(texts, kind=kind), np.float32)
     if vectors_ND.shape != (len(texts), encoder.dim):
-        raise ValueError(
-            f"an encoder returns {(len(texts), encoder.dim)} floats; got {vectors_ND.shape}"
-        )
+        raise ValueError(f"an encoder returns {(len(texts), encoder.dim)} floats; got {vectors_ND.shape}")
     if not np.isfinite(vectors_ND).all():
         bad = int(np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1))[0])
-        raise ValueError(
-            f"an encoder returns finite vectors; got NaN or infinity for {texts[bad]!r}"
-        )
+        raise ValueError(f"an encoder returns finite vectors; got NaN or infinity for {texts[bad]!r}")
     return vectors_ND
 
 

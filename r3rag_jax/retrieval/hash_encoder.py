@@ -89,13 +89,10 @@ class HashEncoder:
         hashes: int = 4,
     ) -> None:
         if dim < 2 or hashes < 1:
-            raise ValueError(
-                f"dim must be at least 2 and hashes at least 1; got {dim} and {hashes}"
-            )
+            raise ValueError(f"dim must be at least 2 and hashes at least 1; got {dim} and {hashes}")
         if min(stem_weight, trigram_weight, title_weight, smoothing) < 0:
             raise ValueError(
-                "weights must not be negative; "
-                f"got {stem_weight=}, {trigram_weight=}, {title_weight=}, {smoothing=}"
+                f"weights must not be negative; got {stem_weight=}, {trigram_weight=}, {title_weight=}, {smoothing=}"
             )
         self._settings = {
             "dim": dim,
@@ -184,9 +181,7 @@ class HashEncoder:
             names = features.split("\n") if features else []
             encoder._set_counts(header["num_texts"], dict(zip(names, counts, strict=True)))
         except FileNotFoundError as error:
-            raise UserError(
-                f"an encoder is read from an existing file; {path} is missing"
-            ) from error
+            raise UserError(f"an encoder is read from an existing file; {path} is missing") from error
         except (
             OSError,
             EOFError,
@@ -196,9 +191,7 @@ class HashEncoder:
             zipfile.BadZipFile,
             zlib.error,
         ) as error:
-            raise UserError(
-                f"an encoder file is a .npz written by HashEncoder.save; {path}: {error}"
-            ) from error
+            raise UserError(f"an encoder file is a .npz written by HashEncoder.save; {path}: {error}") from error
         return encoder
 
     # ---- features ----
@@ -233,9 +226,7 @@ class HashEncoder:
         header = json.dumps([self._settings, num_texts])
         self._fingerprint = hashlib.sha256((header + json.dumps(self._counts)).encode()).hexdigest()
         words = [feature for feature in self._counts if feature.startswith("w:")]
-        mean_squared_norm = sum(self._counts[word] * self._idf(word) for word in words) / max(
-            num_texts, 1
-        )
+        mean_squared_norm = sum(self._counts[word] * self._idf(word) for word in words) / max(num_texts, 1)
         self._passage_constant = math.sqrt(self._smoothing * mean_squared_norm)
         self._clear_cache()
 
@@ -274,9 +265,7 @@ class HashEncoder:
         self._columns = np.concatenate([self._columns, *(columns for columns, _ in rows)])
         self._values = np.concatenate([self._values, *(values for _, values in rows)])
 
-    def _weighted_words(
-        self, texts: Sequence[str], kind: TextKind
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _weighted_words(self, texts: Sequence[str], kind: TextKind) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(text, word id, weight) of each text's distinct words, [pairs], by first occurrence."""
         if len(self._word_ids) > _MAX_CACHED_WORDS:
             self._clear_cache()
@@ -301,15 +290,11 @@ class HashEncoder:
         )
         weights = 1.0 + np.log(tf)
         weights[np.bincount(inverse, is_title, len(first)) > 0] *= self._title_weight
-        order = np.argsort(
-            first
-        )  # word ids depend on what the cache saw before, first occurrences do not
+        order = np.argsort(first)  # word ids depend on what the cache saw before, first occurrences do not
         first = first[order]
         return token_texts[first], token_words[first], weights[order]
 
-    def _scatter(
-        self, texts: np.ndarray, words: np.ndarray, weights: np.ndarray, num_texts: int
-    ) -> np.ndarray:
+    def _scatter(self, texts: np.ndarray, words: np.ndarray, weights: np.ndarray, num_texts: int) -> np.ndarray:
         """float64 [num_texts, dim]: the sum of the weighted rows of each text's words."""
         starts = self._starts[words]
         sizes = self._starts[words + 1] - starts

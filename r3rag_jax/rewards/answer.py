@@ -17,9 +17,7 @@ from jax import lax
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PREDICTION_PAD, _GOLD_PAD = -1, -2  # unequal, so that padding never matches padding
-_NO_ANSWER = (
-    -1
-)  # length of a missing prediction or gold answer; 0 is a text without words, such as "The"
+_NO_ANSWER = -1  # length of a missing prediction or gold answer; 0 is a text without words, such as "The"
 
 
 @jax.tree_util.register_dataclass
@@ -65,10 +63,7 @@ def encode_answers(
             is too small: nothing is cut.
     """
     if len(predictions) != len(golds):
-        raise ValueError(
-            "predictions and golds must have equal lengths; "
-            f"got {len(predictions)} and {len(golds)}"
-        )
+        raise ValueError(f"predictions and golds must have equal lengths; got {len(predictions)} and {len(golds)}")
     vocabulary: dict[str, int] = {}
     cache: dict[str, list[int]] = {}  # samples of one question share their gold answers
 

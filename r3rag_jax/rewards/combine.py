@@ -79,13 +79,9 @@ def shape_rewards(
     is_last_BK = step_mask_BK & (taken_after_BK == 1)
     is_answer_BK = is_last_BK & is_answered_B[:, None]
 
-    rewards_BK = (
-        process_BK.astype(jnp.float32) if use_process else jnp.zeros_like(process_BK, jnp.float32)
-    )
+    rewards_BK = process_BK.astype(jnp.float32) if use_process else jnp.zeros_like(process_BK, jnp.float32)
     if use_outcome:
-        factor_missing = (
-            jnp.minimum(factor_no_answer, factor_wrong) if compat == "r3" else factor_no_answer
-        )
+        factor_missing = jnp.minimum(factor_no_answer, factor_wrong) if compat == "r3" else factor_no_answer
         factor_B = jnp.select(
             [is_right_B, is_answered_B, is_no_answer_B],
             [factor_correct, factor_wrong, factor_missing],

@@ -29,9 +29,7 @@ def gold_recall(retrieved_BKP: jax.Array, gold_BG: jax.Array, step_mask_BK: jax.
 
 
 @jax.jit
-def embedding_similarity(
-    query_BKD: jax.Array, docs_BKPD: jax.Array, doc_mask_BKP: jax.Array
-) -> jax.Array:
+def embedding_similarity(query_BKD: jax.Array, docs_BKPD: jax.Array, doc_mask_BKP: jax.Array) -> jax.Array:
     """Cosine of the query and its best passage, clipped to [0, 1] and in tenths like the paper's.
 
     Args:
@@ -44,9 +42,7 @@ def embedding_similarity(
     """
     query_BKD, docs_BKPD = query_BKD.astype(jnp.float32), docs_BKPD.astype(jnp.float32)
     dot_BKP = jnp.sum(query_BKD[:, :, None, :] * docs_BKPD, axis=-1)
-    norms_BKP = jnp.linalg.norm(query_BKD, axis=-1)[:, :, None] * jnp.linalg.norm(
-        docs_BKPD, axis=-1
-    )
+    norms_BKP = jnp.linalg.norm(query_BKD, axis=-1)[:, :, None] * jnp.linalg.norm(docs_BKPD, axis=-1)
     cosine_BKP = jnp.where(doc_mask_BKP, dot_BKP / jnp.maximum(norms_BKP, 1e-12), 0.0)
     return jnp.round(jnp.clip(jnp.max(cosine_BKP, axis=-1, initial=0.0), 0.0, 1.0) * 10) / 10
 

@@ -24,9 +24,7 @@ class Scores:
     answers: dict[str, np.ndarray]  # em, f1, cover_em: float32 [B]
 
 
-def score(
-    trajectories: Sequence[Trajectory], config: RewardConfig, encoder: Encoder, *, max_steps: int
-) -> Scores:
+def score(trajectories: Sequence[Trajectory], config: RewardConfig, encoder: Encoder, *, max_steps: int) -> Scores:
     """R3 rewards of every step (arXiv 2505.23794, section 3.3).
 
     Raises:

@@ -90,9 +90,7 @@ def group_advantages(
         float32 [G, N], 0 where not kept and in groups with a single kept sample.
     """
     if normalize_std:
-        return jax.vmap(lambda x_N, mask_N: whiten(x_N, mask_N, std_floor=std_floor))(
-            returns_GN, mask_GN
-        )
+        return jax.vmap(lambda x_N, mask_N: whiten(x_N, mask_N, std_floor=std_floor))(returns_GN, mask_GN)
     returns_GN = returns_GN.astype(jnp.float32)
     count_G1 = jnp.maximum(jnp.sum(mask_GN, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
     mean_G1 = jnp.sum(jnp.where(mask_GN, returns_GN, 0.0), axis=1, keepdims=True) / count_G1

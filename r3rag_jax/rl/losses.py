@@ -75,18 +75,14 @@ def value_loss(
     Returns:
         The scalar loss.
     """
-    values, old_values, returns = (
-        jnp.where(mask, x.astype(jnp.float32), 0.0) for x in (values, old_values, returns)
-    )
+    values, old_values, returns = (jnp.where(mask, x.astype(jnp.float32), 0.0) for x in (values, old_values, returns))
     old_values, returns = lax.stop_gradient((old_values, returns))
     clipped = old_values + jnp.clip(values - old_values, -clip, clip)
     error = jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
     return 0.5 * masked_mean(error, mask)
 
 
-def kl_penalty(
-    logprobs: jax.Array, ref_logprobs: jax.Array, kind: Literal["k1", "k2", "k3"]
-) -> jax.Array:
+def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, kind: Literal["k1", "k2", "k3"]) -> jax.Array:
     """Per-token estimate of KL(policy, reference) in nats, from tokens the policy sampled.
 
     With d = logprobs - ref_logprobs: k1 = d (unbiased, noisy; the penalty of PPO), k2 = d^2 / 2
@@ -225,12 +221,8 @@ def _cross_entropy_forward(num_chunks, hidden_TD, weight_DV, targets_T, mask_T):
         probs_CV = jnp.exp(logits_CV - lse_C[:, None])
         grad_CV = jnp.where(_is_target(logits_CV, targets_C), probs_CV - 1.0, probs_CV)
         grad_CV = jnp.where(mask_C[:, None], grad_CV * scale, 0.0).astype(weight_DV.dtype)
-        grad_weight_DV += jnp.einsum(
-            "CD,CV->DV", hidden_CD, grad_CV, preferred_element_type=jnp.float32
-        )
-        grad_hidden_CD = jnp.einsum(
-            "CV,DV->CD", grad_CV, weight_DV, preferred_element_type=jnp.float32
-        )
+        grad_weight_DV += jnp.einsum("CD,CV->DV", hidden_CD, grad_CV, preferred_element_type=jnp.float32)
+        grad_hidden_CD = jnp.einsum("CV,DV->CD", grad_CV, weight_DV, preferred_element_type=jnp.float32)
         return (sums + chunk_sums, grad_weight_DV), grad_hidden_CD.astype(hidden_CD.dtype)
 
     inputs = jax.tree.map(lambda x: _split(x, num_chunks), (hidden_TD, targets_T, mask_T))

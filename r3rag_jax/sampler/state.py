@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,16 +24,16 @@ class RowStatus(enum.IntEnum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The control part of the state; the host reads and rewrites it between device calls."""
+    """The control part of the state: numpy on the host, which rewrites it, jax.Array inside device calls."""
 
-    tokens: jax.Array | np.ndarray  # int32 [B, S], ids of the row, right-padded
-    lengths: jax.Array | np.ndarray  # int32 [B], tokens known; the cache holds tokens[: length - 1] at least
-    status: jax.Array | np.ndarray  # int32 [B], RowStatus
-    budgets: jax.Array | np.ndarray  # int32 [B], tokens that may still be sampled
-    keys: jax.Array | np.ndarray  # uint32 [B, 2], the row's own PRNG key, folded with the position
-    temperature: jax.Array | np.ndarray  # float32 [B], 0 = greedy
-    logprobs: jax.Array | np.ndarray  # float32 [B, S], of sampled tokens, at the sampling temperature
-    logprobs_t1: jax.Array | np.ndarray  # float32 [B, S], the same at temperature 1
+    tokens: Any  # int32 [B, S], ids of the row, right-padded
+    lengths: Any  # int32 [B], tokens known; the cache holds tokens[: length - 1] at least
+    status: Any  # int32 [B], RowStatus
+    budgets: Any  # int32 [B], tokens that may still be sampled
+    keys: Any  # uint32 [B, 2], the row's own PRNG key, folded with the position
+    temperature: Any  # float32 [B], 0 = greedy
+    logprobs: Any  # float32 [B, S], of sampled tokens, at the sampling temperature
+    logprobs_t1: Any  # float32 [B, S], the same at temperature 1
 
     @classmethod
     def empty(cls, num_rows: int, max_length: int) -> Rows:
