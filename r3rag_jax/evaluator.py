@@ -105,7 +105,7 @@ def _read_trajectory(
 def measure(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """One row of a table; percentages are 0..100."""
     scores = {name: float(100 * values.mean()) for name, values in answers_of(trajectories).items()}
-    correct = int(round(scores["em"] / 100 * len(trajectories)))
+    correct = round(scores["em"] / 100 * len(trajectories))
     found = [
         len(set(t.question.supporting_ids) & set(t.retrieved_ids)) / len(set(t.question.supporting_ids))
         for t in trajectories

@@ -1,6 +1,6 @@
 """Make the bundled base: a byte-level BPE tokenizer and a small Qwen2, trained on `base` worlds alone.
 
-    python -m r3rag_jax.pretrain --out r3rag_jax/assets/base --steps 4000
+    python -m r3rag_jax.pretrain --out r3rag_jax/assets/base
 
 Hardware and time: see the README's table. Left out on purpose: resuming; the script runs once per release.
 """
@@ -172,7 +172,7 @@ def _row(documents: list[tuple[list[int], list[bool]]], row_length: int) -> tupl
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m r3rag_jax.pretrain", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
-    parser.add_argument("--steps", type=int, default=4000, help="updates of 4096 tokens")
+    parser.add_argument("--steps", type=int, default=1800, help="updates of 4096 tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

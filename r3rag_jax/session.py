@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 
 from r3rag_jax.config import Config, ConfigError
@@ -26,14 +26,14 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.evaluator import reading_stops
 from r3rag_jax.metrics import MetricsLog
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.models.decoder import PARAM_AXES, Decoder
+from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shapes
 from r3rag_jax.models.hf import load_config as load_decoder_config
 from r3rag_jax.models.hf import load_decoder, save_decoder
 from r3rag_jax.protocol import make_protocol
 from r3rag_jax.retrieval.faiss_index import FaissIndex
 from r3rag_jax.rollout import Roller
 from r3rag_jax.sampler.engine import Engine
-from r3rag_jax.sharding import make_mesh, replicated, tree_shardings
+from r3rag_jax.sharding import make_mesh, partition_spec, replicated, tree_shardings
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.transcript import Codec
 from r3rag_jax.types import Question
@@ -156,11 +156,17 @@ class Session:
         return self._load(self.policy_dir(phase))
 
     def _load(self, path: Path) -> Any:
-        flat = {
-            str(getattr(p[-2], "key", getattr(p[-2], "name", ""))) if len(p) > 1 else "": sharding
-            for p, sharding in jax.tree_util.tree_flatten_with_path(self._param_shardings())[0]
+        shardings = {
+            name: NamedSharding(self.mesh, partition_spec(self.mesh, PARAM_AXES[name], shape))
+            for name, shape in param_shapes(self.decoder_config).items()
         }
-        decoder = load_decoder(path, dtype=jnp.dtype(self.config.model.dtype), param_dtype=jnp.float32, shardings=flat)
+        decoder = load_decoder(
+            path,
+            dtype=jnp.dtype(self.config.model.dtype),
+            param_dtype=jnp.float32,
+            shardings=shardings,
+            attention_implementation=self.config.model.attention,
+        )
         return nnx.split(decoder)[1]
 
     def _param_shardings(self) -> Any:
