@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,15 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What is wrong with the files of a model is the user's to fix."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"the model at {path} cannot be read: {error}") from error
+
+
 class Session:
     """Lazily built parts of one run, each made once."""
 
@@ -120,7 +130,8 @@ class Session:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.base_path)
+        with reading(self.base_path):
+            return Tokenizer(self.base_path)
 
     @functools.cached_property
     def codec(self) -> Codec:
@@ -129,7 +140,8 @@ class Session:
 
     @functools.cached_property
     def decoder_config(self) -> DecoderConfig:
-        return load_decoder_config(self.base_path)
+        with reading(self.base_path):
+            return load_decoder_config(self.base_path)
 
     @functools.cached_property
     def graphdef(self) -> Any:
@@ -160,13 +172,14 @@ class Session:
             name: NamedSharding(self.mesh, partition_spec(self.mesh, PARAM_AXES[name], shape))
             for name, shape in param_shapes(self.decoder_config).items()
         }
-        decoder = load_decoder(
-            path,
-            dtype=jnp.dtype(self.config.model.dtype),
-            param_dtype=jnp.float32,
-            shardings=shardings,
-            attention_implementation=self.config.model.attention,
-        )
+        with reading(path):
+            decoder = load_decoder(
+                path,
+                dtype=jnp.dtype(self.config.model.dtype),
+                param_dtype=jnp.float32,
+                shardings=shardings,
+                attention_implementation=self.config.model.attention,
+            )
         return nnx.split(decoder)[1]
 
     def _param_shardings(self) -> Any:

@@ -48,12 +48,12 @@ def recipe(base: Path, tmp_path: Path) -> Path:
 
 def test_a_wrong_key_in_a_real_process(recipe: Path, tmp_path: Path) -> None:
     before = tiny_run.files(tmp_path)
-    done = run_module("train", "--config", str(recipe), "rl.learning_rate=1", "rl.itertions=3", cwd=tmp_path)
+    done = run_module("train", "--config", str(recipe), "rl.itertions=3", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: override 'rl.learning_rate=1'")
-    done = run_module("train", "--config", str(recipe), "rl.itertions=3", cwd=tmp_path)
-    assert "did you mean 'rl.iterations'?" in done.stderr
+    assert done.stderr == (
+        "error: unknown key 'rl.itertions' (override 'rl.itertions=3'); did you mean 'rl.iterations'?\n"
+    )
     assert tiny_run.files(tmp_path) == before
 
 

@@ -280,7 +280,7 @@ def play(codec: Codec, jobs: list[Job]) -> list[Trajectory]:
     engine = Engine(graphdefs["policy"], tiny.decoder(VOCAB).config, one_device(), slots=4, max_length=MAX_LENGTH)
     pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
     engine.stop_at(pauses, {codec.eos_id} - set(pauses))
-    config = RolloutConfig(max_length=MAX_LENGTH, max_new_tokens=90, max_steps=3)
+    config = RolloutConfig(max_length=MAX_LENGTH, max_new_tokens=110, max_steps=3)
     roller = Roller(engine, codec, tiny.DictRetriever(PASSAGES), config, top_k=1, max_passages=4)
     return roller.play(params["policy"], jobs)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from r3rag_jax.data.world import PASSAGES, RELATIONS, Region, Split, World, tell
+from r3rag_jax.data.world import PASSAGES, RELATIONS, Hop, Region, Split, World, tell
 from r3rag_jax.protocol import reading_prompt
 from r3rag_jax.types import Question
 
@@ -61,26 +61,25 @@ def _reading(
 ) -> Document:
     """Passages, then facts told in them: asked for, or said again in other words; and the given questions.
 
-    The loss counts what can be read: answers, and the ends of the sentences that say a fact again.
+    A question's facts are also said one after the other. The loss counts all that follows the passages.
     """
     ids = {int(i) for question in questions for i in question.supporting_ids}
     while len(ids) < num_passages:
         ids.add(rng.randrange(len(world.passages)))
     order = sorted(ids)
     rng.shuffle(order)
-    items = [(reading_prompt(q.question, ()), q.golden_answers[0]) for q in questions]
+    items = [f"{reading_prompt(q.question, ())} {q.golden_answers[0]}" for q in questions]
+    items += [" ".join(Hop(**hop).fact() for hop in q.metadata["decomposition"]) for q in questions]
     told = [fact for i in order for fact in facts.get(str(i), ())]
     for entity, relation, value in rng.choices(told, k=min(10, 3 + 2 * len(told))) if told else ():
         if rng.random() < 0.5:
-            items.append((reading_prompt(rng.choice(RELATIONS[relation].questions).format(x=entity), ()), value))
+            question = rng.choice(RELATIONS[relation].questions).format(x=entity)
+            items.append(f"{reading_prompt(question, ())} {value}")
         else:
-            phrase = RELATIONS[relation].phrases[0].format(x=entity)
-            items.append((f"{phrase[0].upper()}{phrase[1:]} is", f"{value}."))
+            items.append(Hop(entity, relation, value, "").fact())
     rng.shuffle(items)
     document: Document = [(f"{world.passages[i].contents}\n", False) for i in order]
-    for prompt, answer in items:
-        document += [(prompt, False), (f" {answer}\n", True)]
-    return document
+    return document + [(f"{item}\n", True) for item in items]
 
 
 def _text(world: World, rng: random.Random) -> Document:

@@ -66,7 +66,7 @@ class Engine:
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
         self._decode = jax.jit(
             functools.partial(decode, graphdef),
-            donate_argnums=1,
+            donate_argnums=1,  # the cache; rows come back whole, in another layout
             out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
         )
         self._prefill = jax.jit(
@@ -110,8 +110,8 @@ class Engine:
     def decode(self, params: Any, max_tokens: int, leave_at: int) -> None:
         """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended."""
         before = self.rows.lengths.sum()
-        state = DecodeState(cache=self._cache, rows=put(self.rows, self._shardings.rows))
-        state = self._decode(params, state, np.int32(max_tokens), np.int32(leave_at), self._stops, self._pauses)
+        rows = put(self.rows, self._shardings.rows)
+        state = self._decode(params, self._cache, rows, np.int32(max_tokens), np.int32(leave_at), self._stops, self._pauses)
         self._cache = state.cache
         self.rows = jax.tree.map(lambda x: np.array(x), state.rows)
         self.num_sampled += int(self.rows.lengths.sum() - before)
@@ -158,7 +158,8 @@ def prefill(
 def decode(
     graphdef: Any,
     params: Any,
-    state: DecodeState,
+    cache: KVCache,
+    rows: Rows,
     max_tokens: jax.Array,
     leave_at: jax.Array,
     stops: jax.Array,
@@ -166,7 +167,7 @@ def decode(
 ) -> DecodeState:
     """The bounded loop on the device: leaves after max_tokens, when no row is active, or when `leave_at` wait."""
     model = nnx.merge(graphdef, params)
-    num_active = jnp.sum(state.rows.status == RowStatus.ACTIVE)
+    num_active = jnp.sum(rows.status == RowStatus.ACTIVE)
 
     def is_going(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         number, state = carry
@@ -181,7 +182,7 @@ def decode(
         token, logprob, logprob_t1 = sample(model.logits(hidden[:, 0]), rows)
         return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
 
-    return jax.lax.while_loop(is_going, body, (jnp.int32(0), state))[1]
+    return jax.lax.while_loop(is_going, body, (jnp.int32(0), DecodeState(cache, rows)))[1]
 
 
 def sample(logits_BV: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
