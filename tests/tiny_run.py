@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
     "rollout.max_length": 512,
     "rollout.slots": 8,
     "rollout.samples": 2,
-    "sft.epochs": 2,
+    "sft.epochs": 4,
     "sft.batch_rows": 8,
     "sft.row_length": 512,
     "sft.lr": 1e-2,

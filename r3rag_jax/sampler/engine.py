@@ -111,7 +111,8 @@ class Engine:
         """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended."""
         before = self.rows.lengths.sum()
         rows = put(self.rows, self._shardings.rows)
-        state = self._decode(params, self._cache, rows, np.int32(max_tokens), np.int32(leave_at), self._stops, self._pauses)
+        limits = np.int32(max_tokens), np.int32(leave_at)
+        state = self._decode(params, self._cache, rows, *limits, self._stops, self._pauses)
         self._cache = state.cache
         self.rows = jax.tree.map(lambda x: np.array(x), state.rows)
         self.num_sampled += int(self.rows.lengths.sum() - before)
