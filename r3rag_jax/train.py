@@ -17,7 +17,7 @@ from flax import nnx
 from rich.console import Console
 
 from r3rag_jax import learner
-from r3rag_jax.batch import minibatches
+from r3rag_jax.batch import fill_fraction, minibatches
 from r3rag_jax.checkpoint import Checkpoints
 from r3rag_jax.config import Config
 from r3rag_jax.configio import parse_args
@@ -206,8 +206,9 @@ class PPO:
         for metrics in [*jax.device_get(logs), jax.device_get(stats)]:
             for name, value in metrics.items():
                 values.setdefault(name, []).append(float(value))
-        tokens = float(sum(np.sum(batch.segment_ids > 0) for batch in host))
-        return {name: float(np.mean(v)) for name, v in values.items()} | {"tokens": tokens}
+        fill = float(np.mean([fill_fraction(batch) for batch in host]))
+        tokens = fill * sum(batch.tokens.size for batch in host)
+        return {name: float(np.mean(v)) for name, v in values.items()} | {"tokens": tokens, "fill": fill}
 
 
 def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int) -> list[Job]:

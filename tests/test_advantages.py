@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r3rag_jax.rl.advantages import gae, group_advantages, whiten
+from r3rag_jax.rl.advantages import gae, whiten
 
 
 def _reference_gae(rewards, values, continues, mask, gamma, lam):
@@ -131,14 +131,3 @@ def test_whiten():
     np.testing.assert_allclose(whiten(x, mask), [[-1, 0], [1, 0]])
     np.testing.assert_array_equal(whiten(jnp.full((3,), 0.1), jnp.ones(3, bool)), np.zeros(3))
     np.testing.assert_array_equal(whiten(x, jnp.zeros_like(mask)), np.zeros((2, 2)))
-
-
-def test_group_advantages():
-    returns_GN = jnp.array([[2.0, 0.0, 1.0, 50.0], [3.0, 3.0, 3.0, 3.0], [7.0, 0.0, 0.0, 0.0]])
-    mask_GN = jnp.array([[True, True, True, False], [True] * 4, [True, False, False, False]])
-    centred_GN = group_advantages(returns_GN, mask_GN, False)
-    np.testing.assert_allclose(centred_GN, [[1, -1, 0, 0], [0] * 4, [0] * 4])
-    std = np.sqrt(2 / 3)  # of 2, 0, 1
-    np.testing.assert_allclose(
-        group_advantages(returns_GN, mask_GN, True), [[1 / std, -1 / std, 0, 0], [0] * 4, [0] * 4]
-    )

@@ -12,7 +12,7 @@ import pytest
 from r3rag_jax.rewards import relevance
 from r3rag_jax.rewards.answer import answer_scores, encode_answers, normalize_answer
 from r3rag_jax.rewards.combine import shape_rewards
-from r3rag_jax.rewards.format import format_rewards, malformed_fraction
+from r3rag_jax.rewards.format import format_rewards
 from r3rag_jax.types import Status
 
 # --- answers -----------------------------------------------------------------------------------
@@ -130,9 +130,6 @@ def test_format():
     malformed_BK = jnp.array([[False, True, True]])
     rewards_BK = format_rewards(jnp.array([[0.1, 5.0, 0.0]]), malformed_BK, -0.9)
     np.testing.assert_allclose(rewards_BK, [[0.1, -0.9, -0.9]])
-    step_mask_BK = jnp.array([[True, True, False]])
-    assert malformed_fraction(malformed_BK, step_mask_BK) == 0.5
-    assert malformed_fraction(malformed_BK, jnp.zeros((1, 3), bool)) == 0.0
 
 
 def test_gold_recall():
@@ -177,10 +174,6 @@ def test_embedding_similarity_is_in_tenths():
     query_BKD = jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 50, 2))
     process_BK = relevance.embedding_similarity(query_BKD, docs_BKPD, jnp.ones((1, 50, 1), bool))
     np.testing.assert_allclose(np.unique(process_BK), np.arange(11) / 10, rtol=1e-6)
-
-
-def test_no_relevance():
-    np.testing.assert_array_equal(relevance.none(jnp.ones((2, 3), bool)), np.zeros((2, 3)))
 
 
 # --- shaping -----------------------------------------------------------------------------------

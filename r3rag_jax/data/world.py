@@ -169,12 +169,6 @@ RL_ONLY = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Entity:
-    name: str
-    kind: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Hop:
     """One look-up of a question: entity -relation-> answer, told by a passage."""
 

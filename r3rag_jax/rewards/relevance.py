@@ -45,9 +45,3 @@ def embedding_similarity(query_BKD: jax.Array, docs_BKPD: jax.Array, doc_mask_BK
     norms_BKP = jnp.linalg.norm(query_BKD, axis=-1)[:, :, None] * jnp.linalg.norm(docs_BKPD, axis=-1)
     cosine_BKP = jnp.where(doc_mask_BKP, dot_BKP / jnp.maximum(norms_BKP, 1e-12), 0.0)
     return jnp.round(jnp.clip(jnp.max(cosine_BKP, axis=-1, initial=0.0), 0.0, 1.0) * 10) / 10
-
-
-@jax.jit
-def none(step_mask_BK: jax.Array) -> jax.Array:
-    """No process reward: zeros, float32 [B, K]."""
-    return jnp.zeros(step_mask_BK.shape, jnp.float32)

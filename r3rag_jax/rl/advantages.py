@@ -1,7 +1,4 @@
-"""Advantage estimates: generalised advantage estimation on one row, and group-relative advantages.
-
-Shape suffixes: T tokens of one row, G groups (questions), N samples of one question.
-"""
+"""Advantage estimates: generalised advantage estimation on one row (T tokens), and whitening."""
 
 import jax
 import jax.numpy as jnp
@@ -72,26 +69,3 @@ def whiten(x: jax.Array, mask: jax.Array, *, std_floor: float = 1e-4) -> jax.Arr
     centred = jnp.where(mask, x - jnp.sum(jnp.where(mask, x, 0.0)) / count, 0.0)
     std = jnp.sqrt(jnp.sum(jnp.square(centred)) / count)
     return centred / jnp.maximum(std, std_floor)
-
-
-def group_advantages(
-    returns_GN: jax.Array, mask_GN: jax.Array, normalize_std: bool, *, std_floor: float = 1e-4
-) -> jax.Array:
-    """Advantage of each sample over the mean of its group (GRPO, arXiv 2402.03300, section 4.1.2).
-
-    Args:
-        returns_GN: float [G, N], total return of each sample of each question.
-        mask_GN: bool [G, N], True = keep (False: a sample dropped by a failed judge, or padding).
-        normalize_std: also divide by the group's standard deviation, as GRPO does; Dr. GRPO
-            (arXiv 2503.20783) leaves it out because it favours very easy and very hard questions.
-        std_floor: smallest divisor.
-
-    Returns:
-        float32 [G, N], 0 where not kept and in groups with a single kept sample.
-    """
-    if normalize_std:
-        return jax.vmap(lambda x_N, mask_N: whiten(x_N, mask_N, std_floor=std_floor))(returns_GN, mask_GN)
-    returns_GN = returns_GN.astype(jnp.float32)
-    count_G1 = jnp.maximum(jnp.sum(mask_GN, axis=1, keepdims=True, dtype=jnp.float32), 1.0)
-    mean_G1 = jnp.sum(jnp.where(mask_GN, returns_GN, 0.0), axis=1, keepdims=True) / count_G1
-    return jnp.where(mask_GN, returns_GN - mean_G1, 0.0)
