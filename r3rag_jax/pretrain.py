@@ -41,8 +41,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TOKENS_PER_STEP = 4096
+WINDOW = 64  # documents that wait for a row with room
 # Until which share of the steps, tokens of a row, most passages of a document.
-STAGES = ((0.15, 128, 1), (0.4, 256, 3), (1.0, 512, 9))
+STAGES = ((0.1, 128, 1), (0.3, 256, 3), (1.0, 512, 9))
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
 CONFIG = DecoderConfig.from_hf(
     {
@@ -140,8 +141,11 @@ def make_tokenizer(out: Path) -> Tokenizer:
 
 
 def token_rows(tokenizer: Tokenizer, seed: int, row_length: int, max_passages: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """Endless rows (tokens, positions, segment_ids, loss_mask), each int32 / bool [row_length]."""
-    row: list[tuple[list[int], list[bool]]] = []
+    """Endless rows (tokens, positions, segment_ids, loss_mask), each int32 / bool [row_length].
+
+    A row is filled from a window of waiting documents, the longest that still fits first.
+    """
+    waiting: list[tuple[list[int], list[bool]]] = []
     for number in itertools.count(seed):
         rng = random.Random(f"pretraining {number}")
         for document in documents(make_world(number), rng, max_passages):
@@ -150,11 +154,16 @@ def token_rows(tokenizer: Tokenizer, seed: int, row_length: int, max_passages: i
                 piece = tokenizer.encode(text)
                 ids += piece
                 mask += [counts] * len(piece)
-            ids, mask = [*ids[: row_length - 1], tokenizer.pad_id], [*mask[: row_length - 1], False]
-            if sum(len(i) for i, _ in row) + len(ids) > row_length:
-                yield _row(row, row_length)
-                row = []
-            row.append((ids, mask))
+            waiting.append(([*ids[: row_length - 1], tokenizer.pad_id], [*mask[: row_length - 1], False]))
+        while len(waiting) > WINDOW:
+            row, room = [], row_length
+            first = waiting.pop(0)  # so that none waits for ever
+            for ids_mask in (first, *sorted(waiting, key=lambda document: -len(document[0]))):
+                if len(ids_mask[0]) <= room:
+                    row.append(ids_mask)
+                    room -= len(ids_mask[0])
+            waiting = [document for document in waiting if not any(document is chosen for chosen in row)]
+            yield _row(row, row_length)
 
 
 def _row(documents: list[tuple[list[int], list[bool]]], row_length: int) -> tuple[np.ndarray, ...]:
@@ -172,7 +181,7 @@ def _row(documents: list[tuple[list[int], list[bool]]], row_length: int) -> tupl
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m r3rag_jax.pretrain", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
-    parser.add_argument("--steps", type=int, default=1800, help="updates of 4096 tokens")
+    parser.add_argument("--steps", type=int, default=3000, help="updates of 4096 tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

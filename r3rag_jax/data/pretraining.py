@@ -31,7 +31,7 @@ def documents(world: World, rng: random.Random, max_passages: int, num_pages: in
     """
     questions = world.questions(SPLIT, 2 * num_pages)
     facts = _facts_by_passage(world)
-    weights = (6, 5, 2) if max_passages >= 4 else (1, 0, 0)
+    weights = (6, 5, 1) if max_passages >= 4 else (1, 0, 0)
     for _ in range(num_pages):
         kind = rng.choices(("facts", "reading", "text"), weights)[0]
         if kind == "text":
