@@ -230,6 +230,9 @@ class RLConfig:
     lam: float = key(1.0, "GAE lambda")
     kl: float = key(0.01, "weight of the per-token KL penalty to the cold-start policy")
     entropy: float = key(0.0, "weight of the entropy bonus")
+    baseline: Literal["none", "group"] = key(
+        "none", "`group`: rewards are counted from the mean return of the question's other samples"
+    )
     credit: Literal["trajectory", "step"] = key("trajectory", "`step`: each step is its own episode, as released")
     eval_every: int = key(10, "iterations between evaluations on dev", "iterations")
     checkpoint_every: int = key(10, "iterations between checkpoints", "iterations")
@@ -374,6 +377,14 @@ class Config:
             list(self.phases) == sorted(self.phases, key=PHASES.index),
             f"phases must come in the order {', '.join(PHASES)}; got {', '.join(self.phases)}",
             "phases",
+        )
+        _require(
+            self.rl.baseline == "none" or (self.rl.credit == "trajectory" and self.rollout.protocol == "tags"),
+            "rl.baseline must be none unless an episode is a whole trajectory (rl.credit=trajectory, "
+            f"rollout.protocol=tags); got {self.rl.baseline} with {self.rl.credit} and {self.rollout.protocol}",
+            "rl.baseline",
+            "rl.credit",
+            "rollout.protocol",
         )
         for phase, name in (("sft", "sft"), ("rl", "rl"), ("eval", "test")):
             _require(

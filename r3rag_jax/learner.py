@@ -183,22 +183,22 @@ def make_scorer(
 ) -> Callable[[Any, Any, TrainBatch], tuple[Targets, Metrics]]:
     """(params, reference policy's params, batch) -> targets before whitening, and metrics; jitted.
 
-    The KL penalty to the reference sits on every policy token's reward (k1, at the sampling temperature);
-    then generalised advantage estimation runs along each row.
+    The KL penalty to the reference sits on every policy token's reward (k1, at the sampling temperature; without
+    a penalty the reference is not evaluated); then generalised advantage estimation runs along each row.
     """
 
     def score(params: Any, ref_params: Any, batch: TrainBatch) -> tuple[Targets, Metrics]:
         logprobs, _, values = _evaluate(graphdefs, params, batch, "none")
-        ref_logprobs, _ = _logprobs(nnx.merge(graphdefs["policy"], ref_params), batch, "none")[:2]
-        kl = kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1")
-        rewards = batch.rewards - config.kl * kl
+        rewards, metrics = batch.rewards, {}
+        if config.kl > 0:
+            ref_logprobs, _ = _logprobs(nnx.merge(graphdefs["policy"], ref_params), batch, "none")[:2]
+            kl = kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1")
+            rewards = rewards - config.kl * kl
+            metrics["kl"] = masked_mean(kl, batch.loss_mask)
         estimate = functools.partial(gae, gamma=config.gamma, lam=config.lam)
         advantages, returns = jax.vmap(estimate)(rewards, values, batch.continues, batch.loss_mask)
         gap = jnp.abs(logprobs - batch.behaviour_logprobs)
-        metrics = {
-            "kl": masked_mean(kl, batch.loss_mask),
-            "sampler_gap": jnp.max(jnp.where(batch.loss_mask, gap, 0.0)),
-        }
+        metrics["sampler_gap"] = jnp.max(jnp.where(batch.loss_mask, gap, 0.0))
         return Targets(advantages, returns, values), metrics
 
     return jax.jit(score)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from flax import nnx
@@ -29,7 +30,7 @@ from r3rag_jax.data.vocabulary import FIRST_NAMES, LAST_NAMES, ROOTS, TITLE_ADJE
 from r3rag_jax.errors import main_guard
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder, rope_frequencies
-from r3rag_jax.models.hf import save_decoder
+from r3rag_jax.models.hf import load_decoder, save_decoder
 from r3rag_jax.protocol import TAGS
 from r3rag_jax.sharding import make_mesh, put_batch
 from r3rag_jax.text import Tokenizer
@@ -43,7 +44,7 @@ CHAT_TEMPLATE = (
 TOKENS_PER_STEP = 4096
 WINDOW = 64  # documents that wait for a row with room
 # Until which share of the steps, tokens of a row, most passages of a document.
-STAGES = ((0.1, 128, 1), (0.3, 256, 3), (1.0, 512, 9))
+STAGES: tuple[tuple[float, int, int], ...] = ((0.1, 128, 1), (0.3, 256, 3), (1.0, 512, 9))
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
 CONFIG = DecoderConfig.from_hf(
     {
@@ -181,25 +182,30 @@ def _row(documents: list[tuple[list[int], list[bool]]], row_length: int) -> tupl
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m r3rag_jax.pretrain", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
+    parser.add_argument("--start", type=Path, help="go on from the base in this directory, in the last stage alone")
     parser.add_argument("--steps", type=int, default=3000, help="updates of 4096 tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    tokenizer = make_tokenizer(args.out)
+    if args.start is None:
+        tokenizer, stages = make_tokenizer(args.out), STAGES
+        decoder = Decoder(CONFIG, rngs=nnx.Rngs(args.seed))
+        start_copying(decoder, args.seed)
+    else:
+        tokenizer, stages = Tokenizer(args.start), STAGES[-1:]
+        decoder = load_decoder(args.start, dtype=jnp.float32)
     mesh = make_mesh(MeshConfig())
-    decoder = Decoder(CONFIG, rngs=nnx.Rngs(args.seed))
-    start_copying(decoder, args.seed)
     graphdef, params = nnx.split(decoder)
     schedule = SFTConfig(lr=args.lr, warmup=0.03, weight_decay=0.01)
     tx = learner.sft_optimizer(schedule, args.steps)
     state = learner.init_state(mesh, params, tx)
     step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
     history: list[tuple[jax.Array, jax.Array]] = []
-    started, ends = time.time(), [round(share * args.steps) for share, _, _ in STAGES]
+    started, ends = time.time(), [round(share * args.steps) for share, _, _ in stages]
     for number in range(args.steps):
         if number in (0, *ends):
             stage = sum(number >= end for end in ends)
-            _, row_length, max_passages = STAGES[stage]
+            _, row_length, max_passages = stages[stage]
             rows = token_rows(tokenizer, 1_000_000 * (1 + args.seed * len(STAGES) + stage), row_length, max_passages)
         chosen = itertools.islice(rows, TOKENS_PER_STEP // row_length)
         columns: list[Any] = [np.stack(column) for column in zip(*chosen, strict=True)]

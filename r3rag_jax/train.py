@@ -28,6 +28,7 @@ from r3rag_jax.evaluator import fingerprint, play_greedy, read_answers, summaris
 from r3rag_jax.metrics import Bar
 from r3rag_jax.report import write_report
 from r3rag_jax.rewards.score import Scores, score
+from r3rag_jax.rl.advantages import group_baseline
 from r3rag_jax.rollout import Job
 from r3rag_jax.session import Session, barrier, open_run, use_compile_cache
 from r3rag_jax.sharding import put_batch, start_distributed
@@ -145,7 +146,8 @@ def rl_phase(session: Session) -> bool:
             if dev and trainer.iteration % config.eval_every == 0:
                 played = play_greedy(session.roller(), trainer.policy_params, dev)
                 metrics["dev_em"] = summarise("dev", played, {})["groups"]["all"]["em"] / 100
-            metrics["tokens_per_s"] = metrics.pop("tokens") / (time.monotonic() - started)
+            tokens = sum(len(sample) for trajectory in trajectories for sample in trajectory.samples)
+            metrics["tokens_per_s"] = tokens / (time.monotonic() - started)
             session.log.write("rl", number, metrics)
             keep_trajectories(session, trajectories, scores, number)
             bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
@@ -189,7 +191,10 @@ class PPO:
         """One PPO iteration: reference and values, advantages, then an epoch or more of clipped updates."""
         config, mesh = self._config, self._session.mesh
         rng = np.random.default_rng((self._session.config.seed, self.iteration))
-        host = minibatches(trajectories, scores.rewards, row_length=config.row_length,
+        rewards, played = scores.rewards, len(trajectories)
+        if config.baseline == "group":
+            trajectories, rewards = relative_to_group(trajectories, rewards)
+        host = minibatches(trajectories, rewards, row_length=config.row_length,
                            batch_rows=config.batch_rows, credit=config.credit, rng=rng)  # fmt: skip
         batches: list[TrainBatch] = [put_batch(mesh, batch) for batch in host]
         scored = [self._score(self.state.params, self._ref_params, batch) for batch in batches]
@@ -206,9 +211,27 @@ class PPO:
         for metrics in [*jax.device_get(logs), jax.device_get(stats)]:
             for name, value in metrics.items():
                 values.setdefault(name, []).append(float(value))
-        fill = float(np.mean([fill_fraction(batch) for batch in host]))
-        tokens = fill * sum(batch.tokens.size for batch in host)
-        return {name: float(np.mean(v)) for name, v in values.items()} | {"tokens": tokens, "fill": fill}
+        means = {name: float(np.mean(v)) for name, v in values.items()}
+        means["fill"] = float(np.mean([fill_fraction(batch) for batch in host]))
+        return means | {"learnt_from": len(trajectories) / played}
+
+
+def relative_to_group(
+    trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray]
+) -> tuple[list[Trajectory], list[np.ndarray]]:
+    """Trajectories to learn from, and their rewards with the group baseline taken off the last step.
+
+    Where all trajectories of a question earned the same there is nothing to learn: they are left out, unless that
+    leaves none (the dynamic sampling of DAPO, arXiv 2503.14476, without drawing more).
+    """
+    numbers = {id: number for number, id in enumerate(dict.fromkeys(t.question.id for t in trajectories))}
+    groups = np.asarray([numbers[t.question.id] for t in trajectories])
+    returns = np.asarray([r.sum() for r in rewards], np.float32)
+    baselines = np.asarray(group_baseline(returns, groups, num_groups=len(trajectories)))
+    differs = np.asarray([np.ptp(returns[groups == group]) > 1e-6 for group in groups])
+    kept = np.flatnonzero(differs if differs.any() else np.ones_like(differs)).tolist()
+    relative = [np.append(rewards[i][:-1], rewards[i][-1] - baselines[i]).astype(np.float32) for i in kept]
+    return [trajectories[i] for i in kept], relative
 
 
 def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int) -> list[Job]:

@@ -49,7 +49,7 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     @functools.cache
     def run_dir(protocol: str) -> Path:
         directory = tmp_path_factory.mktemp(f"finished-{protocol}")
-        train(directory, base, rollout__protocol=protocol)
+        train(directory, base, protocol)
         return directory / "run"
 
     return run_dir

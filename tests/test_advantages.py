@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r3rag_jax.rl.advantages import gae, whiten
+from r3rag_jax.rl.advantages import gae, group_baseline, whiten
 
 
 def _reference_gae(rewards, values, continues, mask, gamma, lam):
@@ -131,3 +131,11 @@ def test_whiten():
     np.testing.assert_allclose(whiten(x, mask), [[-1, 0], [1, 0]])
     np.testing.assert_array_equal(whiten(jnp.full((3,), 0.1), jnp.ones(3, bool)), np.zeros(3))
     np.testing.assert_array_equal(whiten(x, jnp.zeros_like(mask)), np.zeros((2, 2)))
+
+
+def test_group_baseline_is_the_mean_of_the_others():
+    returns = np.array([1.0, 4.0, 3.0, 2.0, 7.0, 5.0], np.float32)
+    groups = np.array([2, 0, 2, 2, 0, 1])  # 1 stands alone
+    baseline = group_baseline(returns, groups, num_groups=3)
+    np.testing.assert_allclose(baseline, [2.5, 7.0, 1.5, 2.0, 4.0, 0.0])
+    assert baseline.dtype == jnp.float32

@@ -111,7 +111,7 @@ def test_other_settings_for_an_existing_run_change_nothing(
     finished: Callable[[str], Path], base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = finished("tags")
-    recipe = tiny_run.write_recipe(run_dir.parent, base, rollout__protocol="tags")
+    recipe = tiny_run.write_recipe(run_dir.parent, base)
     before = tiny_run.files(run_dir)
     line = error_line(train.main, ["--config", str(recipe), "rl.kl=0.5"], capsys)
     assert "holds a run with other settings (rl.kl was 0.01, now 0.5)" in line

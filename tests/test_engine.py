@@ -8,7 +8,7 @@ import tiny
 from flax import nnx
 
 from r3rag_jax.config import MeshConfig
-from r3rag_jax.sampler.engine import Context, Engine
+from r3rag_jax.sampler.engine import Context, Engine, invert
 from r3rag_jax.sampler.state import RowStatus
 from r3rag_jax.sharding import make_mesh
 
@@ -41,7 +41,10 @@ def naive(model, ids, num, temperature, key):
         logits = forward(tokens, np.arange(MAX_LENGTH)[None])[0, len(ids) - 1]
         if temperature > 0:
             row_key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32)), len(ids))
-            token = int(jax.random.categorical(row_key, logits / temperature))
+            weights = np.exp(np.asarray(logits, np.float64) / temperature)
+            token = int(
+                np.searchsorted(np.cumsum(weights) / weights.sum(), float(jax.random.uniform(row_key)), "right")
+            )
         else:
             token = int(jnp.argmax(logits))
         logprobs.append(float(jax.nn.log_softmax(logits / (temperature or 1.0))[token]))
@@ -63,6 +66,19 @@ def test_engine_equals_naive_loop(model, temperature):
         ids, logprobs = naive(model, context.ids, 12, temperature, context.key)
         assert engine.rows.tokens[row, start : start + 12].tolist() == ids
         np.testing.assert_allclose(engine.rows.logprobs[row, start : start + 12], logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 300])
+def test_sampling_by_inversion(size):
+    rng = np.random.default_rng(size)
+    weights = rng.random(size) * (rng.random(size) < 0.3)
+    weights[rng.integers(size)] = 1e-6  # rare tokens can be drawn, impossible ones never
+    uniforms = np.append(rng.random(2000), [0.0, np.nextafter(np.float32(1), np.float32(0))]).astype(np.float32)
+    drawn = np.asarray(jax.vmap(invert, (None, 0))(jnp.asarray(weights, jnp.float32), uniforms))
+    assert (weights[drawn] > 0).all()
+    share = np.cumsum(weights) / weights.sum()
+    before = np.append(0, share)[drawn]
+    assert ((before <= uniforms + 1e-5) & (uniforms - 1e-5 <= share[drawn])).all()
 
 
 def test_append_then_decode_equals_fresh_prefill(model):

@@ -18,7 +18,7 @@ from r3rag_jax import ask, evaluate, learner, train
 from r3rag_jax.config import Config, RLConfig, RolloutConfig
 from r3rag_jax.configio import load_config
 from r3rag_jax.data.qa import read_passages, read_questions, read_rows, trajectory_from_dict
-from r3rag_jax.types import Question
+from r3rag_jax.types import Question, Status, Trajectory
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 PROTOCOLS = ("tags", "steps")
@@ -69,11 +69,12 @@ def test_metrics_have_one_finite_line_a_step(protocol: str, finished: Callable[[
             assert all(math.isfinite(value) for name, value in row.items() if name != "phase")
     assert [row["phase"] for row in rows] == sorted((row["phase"] for row in rows), reverse=True)  # sft, then rl
     sft = [row["loss"] for row in rows if row["phase"] == "sft"]
-    assert sft[-1] < 0.8 * sft[0]
+    assert sft[-1] < 0.3 * sft[0]
     rl = [row for row in rows if row["phase"] == "rl"]
     assert len(rl) == 3
     assert all(row["sampler_gap"] < 1e-3 for row in rl)
-    assert rl[0]["kl"] == pytest.approx(0, abs=1e-5)  # the first rollouts are the reference's own
+    assert max(row["mean_retrievals"] for row in rl) > 0.2  # so that whole steps and passages are in the batches
+    assert rl[0]["kl"] == pytest.approx(0, abs=1e-4)  # the first rollouts are the reference's own
     assert ["dev_em" in row for row in rl] == [False, False, True]
 
 
@@ -98,7 +99,7 @@ def test_evaluations_and_trajectories(protocol: str, finished: Callable[[str], P
 def test_the_same_command_again_changes_nothing(protocol: str, finished: Callable[[str], Path], base: Path) -> None:
     run_dir = finished(protocol)
     before = tiny_run.files(run_dir)
-    said = tiny_run.train(run_dir.parent, base, rollout__protocol=protocol)
+    said = tiny_run.train(run_dir.parent, base, protocol)
     for phase in ("index", "sft", "rl", "eval"):
         assert f"{phase}  done before" in said
     assert "All is done" in said and "report.html" in said
@@ -123,7 +124,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         step, calls = make_sft_step(*args), itertools.count()
 
         def mortal(state, batch):
-            if next(calls) == 3:  # the checkpoint at 2 is behind, and one more step is logged
+            if next(calls) == 12:  # the checkpoint at 8 is behind, and a few more steps are logged
                 raise Killed
             return step(state, batch)
 
@@ -134,16 +135,15 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
             raise Killed
         save(trainer)
 
-    again = {"rollout__protocol": protocol}
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(learner, "make_sft_step", make_mortal_step)
-        tiny_run.train(tmp_path, base, **again)
+        tiny_run.train(tmp_path, base, protocol)
     assert not (tmp_path / "run" / "policy").exists()
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train.PPO, "save", mortal_save)
-        tiny_run.train(tmp_path, base, **again)
+        tiny_run.train(tmp_path, base, protocol)
     assert [p.name for p in (tmp_path / "run" / "policy").iterdir()] == ["sft"]
-    said = tiny_run.train(tmp_path, base, **again)
+    said = tiny_run.train(tmp_path, base, protocol)
     assert "sft  done before" in said and "rl  done before" not in said
 
     whole, resumed = finished(protocol), tmp_path / "run"
@@ -181,7 +181,7 @@ def test_evaluate_on_other_questions_and_passages(
     questions, corpus = tmp_path / "mine.jsonl", tmp_path / "corpus.jsonl"
     questions.write_text('{"id": "1", "question": "Who wrote The Red Door?", "golden_answers": ["Bala Sen"]}\n')
     corpus.write_text('{"id": "p", "contents": "\\"The Red Door\\"\\nThe Red Door is by Bala Sen."}\n')
-    argv = ["--checkpoint", str(run_dir), "--questions", str(questions), "--corpus", str(corpus), "retrieval.top_k=1"]
+    argv = ["--checkpoint", str(run_dir), "--questions", str(questions), "--corpus", str(corpus), "retrieval.top_k=2"]
     assert evaluate.main(argv) == 0
     summary = json.loads((run_dir / "eval" / "mine.json").read_text())
     assert summary["num_questions"] == 1
@@ -200,3 +200,17 @@ def test_ask_shows_a_trajectory(
 ) -> None:
     assert ask.main(["--checkpoint", str(finished("tags")), *flags, "Who wrote The Red Door?"]) == 0
     assert "Who wrote The Red Door?" in capsys.readouterr().out
+
+
+def test_groups_without_a_difference_teach_nothing() -> None:
+    rewards = [np.array(r, np.float32) for r in ([0.5, 2.0], [0.5, 2.0], [1.0], [0.5, 0.5, 2.0])]
+    trajectories = [
+        Trajectory(Question(id, "q", ("a",), {}), (), Status.ANSWERED, (), sample)
+        for id, sample in (("easy", 0), ("easy", 1), ("hard", 0), ("hard", 1))
+    ]
+    kept, relative = train.relative_to_group(trajectories, rewards)
+    assert [(t.question.id, t.sample_index) for t in kept] == [("hard", 0), ("hard", 1)]
+    np.testing.assert_allclose(relative[0], [1.0 - 3.0])
+    np.testing.assert_allclose(relative[1], [0.5, 0.5, 2.0 - 1.0])
+    kept, relative = train.relative_to_group(trajectories[:2], rewards[:2])  # an iteration is never empty
+    assert len(kept) == 2 and relative[0].sum() == relative[1].sum() == 0

@@ -1,4 +1,7 @@
-"""A whole run in miniature: a small world, a two-layer policy with random weights, a handful of updates."""
+"""A whole run in miniature: a small world, a two-layer policy, and a cold start of a few dozen updates.
+
+They teach the random policy enough of the format that RL rollouts retrieve, and nothing more.
+"""
 
 from __future__ import annotations
 
@@ -27,27 +30,29 @@ PHRASES = (
 )
 SETTINGS: dict[str, Any] = {
     "world.num_people": 60,
-    "world.num_sft": 24,
+    "world.num_sft": 8,
     "world.num_rl": 12,
     "world.num_dev": 2,
     "world.num_test": 4,
+    "world.waste": 0.0,
     "retrieval.dim": 256,
-    "retrieval.passage_tokens": 24,
+    "retrieval.passage_tokens": 12,
+    "retrieval.top_k": 1,
     "retrieval.oneshot_top_k": 2,
     "rollout.max_new_tokens": 48,
     "rollout.max_steps": 3,
-    "rollout.max_length": 512,
+    "rollout.max_length": 320,
     "rollout.slots": 8,
     "rollout.samples": 2,
-    "sft.epochs": 4,
+    "rollout.temperatures": [0.5, 1.0],
     "sft.batch_rows": 8,
-    "sft.row_length": 512,
-    "sft.lr": 1e-2,
-    "sft.checkpoint_every": 2,
+    "sft.row_length": 320,
+    "sft.lr": 2e-2,
+    "sft.checkpoint_every": 8,
     "rl.iterations": 3,
     "rl.questions": 4,
     "rl.batch_rows": 8,
-    "rl.row_length": 512,
+    "rl.row_length": 320,
     "rl.lr": 1e-3,
     "rl.critic_lr": 1e-3,
     "rl.critic": "head",
@@ -55,6 +60,7 @@ SETTINGS: dict[str, Any] = {
     "rl.checkpoint_every": 1,
     "log.progress": "false",
 }
+EPOCHS = {"tags": 70, "steps": 25}  # about as many updates: `steps` has a sample per step
 
 
 def write_tokenizer(path: Path) -> Tokenizer:
@@ -81,9 +87,10 @@ def write_base(path: Path) -> Path:
     return path
 
 
-def write_recipe(directory: Path, base: Path, **settings: Any) -> Path:
+def write_recipe(directory: Path, base: Path, protocol: str = "tags", **settings: Any) -> Path:
     """`recipe.yaml` with the settings above; a keyword's `__` stands for the dot of a key."""
-    values = {"run_dir": directory / "run", "model.path": base} | SETTINGS
+    values = {"run_dir": directory / "run", "model.path": base, "rollout.protocol": protocol} | SETTINGS
+    values |= {"sft.epochs": EPOCHS[protocol]}
     values |= {name.replace("__", "."): value for name, value in settings.items()}
     directory.mkdir(parents=True, exist_ok=True)
     shown = {name: json.dumps(str(value)) if isinstance(value, Path) else value for name, value in values.items()}
@@ -91,14 +98,14 @@ def write_recipe(directory: Path, base: Path, **settings: Any) -> Path:
     return directory / "recipe.yaml"
 
 
-def config(directory: Path, base: Path, **settings: Any) -> Config:
-    return load_config(write_recipe(directory, base, **settings))
+def config(directory: Path, base: Path, protocol: str = "tags", **settings: Any) -> Config:
+    return load_config(write_recipe(directory, base, protocol, **settings))
 
 
-def train(directory: Path, base: Path, **settings: Any) -> str:
+def train(directory: Path, base: Path, protocol: str = "tags", **settings: Any) -> str:
     """All phases in this process, over all its devices; returns what the run said."""
     console = Console(file=io.StringIO(), width=200)
-    run(config(directory, base, **settings), console)
+    run(config(directory, base, protocol, **settings), console)
     return console.file.getvalue()
 
 

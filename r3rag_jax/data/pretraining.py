@@ -26,12 +26,12 @@ def documents(world: World, rng: random.Random, max_passages: int, num_pages: in
     """Documents of one world that hold up to `max_passages` passages.
 
     Short ones are passages and facts told in them; from four passages on there are also plain text and passages
-    with multi-hop questions. (A model this small learns to look things up from one passage within minutes, from nine
-    passages hardly at all: pretraining goes from short to long.)
+    with multi-hop questions, answered at once or behind the facts that they rest on. (A model this small learns to
+    look things up from one passage within minutes, from nine hardly at all: pretraining goes from short to long.)
     """
     questions = world.questions(SPLIT, 2 * num_pages)
     facts = _facts_by_passage(world)
-    weights = (6, 5, 1) if max_passages >= 4 else (1, 0, 0)
+    weights = (4, 8, 1) if max_passages >= 4 else (1, 0, 0)
     for _ in range(num_pages):
         kind = rng.choices(("facts", "reading", "text"), weights)[0]
         if kind == "text":
@@ -61,15 +61,15 @@ def _reading(
 ) -> Document:
     """Passages, then facts told in them: asked for, or said again in other words; and the given questions.
 
-    A question's facts are also said one after the other. The loss counts all that follows the passages.
+    The loss counts all that follows the passages.
     """
     ids = {int(i) for question in questions for i in question.supporting_ids}
     while len(ids) < num_passages:
         ids.add(rng.randrange(len(world.passages)))
     order = sorted(ids)
     rng.shuffle(order)
-    items = [f"{reading_prompt(q.question, ())} {q.golden_answers[0]}" for q in questions]
-    items += [" ".join(Hop(**hop).fact() for hop in q.metadata["decomposition"]) for q in questions]
+    items = [_explained(q) for q in questions]
+    items += [f"{reading_prompt(q.question, ())} {q.golden_answers[0]}" for q in questions if rng.random() < 0.5]
     told = [fact for i in order for fact in facts.get(str(i), ())]
     for entity, relation, value in rng.choices(told, k=min(10, 3 + 2 * len(told))) if told else ():
         if rng.random() < 0.5:
@@ -80,6 +80,12 @@ def _reading(
     rng.shuffle(items)
     document: Document = [(f"{world.passages[i].contents}\n", False) for i in order]
     return document + [(f"{item}\n", True) for item in items]
+
+
+def _explained(question: Question) -> str:
+    """A reading question whose answer comes behind the facts that it rests on."""
+    facts = " ".join(Hop(**hop).fact() for hop in question.metadata["decomposition"])
+    return f"Question: {question.question}\nFacts: {facts}\nAnswer: {question.golden_answers[0]}"
 
 
 def _text(world: World, rng: random.Random) -> Document:

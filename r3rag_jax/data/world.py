@@ -159,12 +159,11 @@ CREATORS = tuple(CREATOR.values())
 UNSEEN = (
     ("composer", "spouse"), ("director", "school"), ("founder", "birthplace"), ("spouse", "birthyear"),
     ("birthplace", "mayor"), ("setting", "river"),
-    ("bridge_comparison", "founder"),
 )  # fmt: skip
 # Compositions without trajectories: the policy meets them first in RL.
 RL_ONLY = (
     ("author", "school"), ("composer", "birthplace"), ("founder", "school"), ("spouse", "birthplace"),
-    ("publisher", "seat"), ("seat", "country"), ("school", "seat"), ("bridge_comparison", "creator"),
+    ("publisher", "seat"), ("seat", "country"), ("school", "seat"), ("bridge_comparison", "founder"),
 )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Advantage estimates: generalised advantage estimation on one row (T tokens), and whitening."""
+"""Advantage estimates: generalised advantage estimation on one row (T tokens), baselines, whitening."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,25 @@ def gae(
     zero = jnp.zeros((), jnp.float32)
     _, advantages_T = lax.scan(backward, (zero, zero), tokens, reverse=True)
     return advantages_T, jnp.where(mask_T, advantages_T + values_T, 0.0)
+
+
+@functools.partial(jax.jit, static_argnames="num_groups")
+def group_baseline(returns_B: jax.Array, groups_B: jax.Array, num_groups: int) -> jax.Array:
+    """Mean return of the *other* trajectories of each one's group (leave-one-out, arXiv 2402.14740).
+
+    It depends on the question, not on what the trajectory itself does, so subtracting it leaves the policy
+    gradient unbiased and takes out how hard the question is.
+
+    Args:
+        returns_B: float [B], a trajectory's sum of rewards. groups_B: int [B], its question, in [0, num_groups).
+
+    Returns:
+        float32 [B]; 0 for a trajectory alone in its group.
+    """
+    returns_B = returns_B.astype(jnp.float32)
+    totals = jax.ops.segment_sum(returns_B, groups_B, num_groups)[groups_B]
+    others = jax.ops.segment_sum(jnp.ones_like(returns_B), groups_B, num_groups)[groups_B] - 1
+    return jnp.where(others > 0, (totals - returns_B) / jnp.maximum(others, 1), 0.0)
 
 
 def whiten(x: jax.Array, mask: jax.Array, *, std_floor: float = 1e-4) -> jax.Array:

@@ -25,8 +25,10 @@ from r3rag_jax.models.decoder import KVCache
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sharding import batch_shardings, put, replicated
 
-PREFILL_LENGTHS = (32, 64, 128)  # tokens of a row per prefill call; few shapes are compiled
+# Tokens of a row and share of the slots (one over this) in a prefill call; few shapes are compiled.
+PREFILL_LENGTHS, PREFILL_SHARES = (32, 64, 128), (8, 4, 2, 1)
 MAX_STOPS = 16
+INVERT_BLOCK = 64  # tokens of the vocabulary per block of `invert`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Engine:
         """One chunk of every row in `todo`; returns what is left."""
         longest = max(len(ids) - 1 - start for _, ids, start in todo)
         width = next((c for c in PREFILL_LENGTHS if c >= longest), PREFILL_LENGTHS[-1])
-        size = self.slots if len(todo) > self.slots // 4 else max(1, self.slots // 4)
+        size = next(n for share in PREFILL_SHARES if (n := max(1, self.slots // share)) >= len(todo))
         rows = np.full(size, self.slots, np.int32)  # row `slots` does not exist: dropped
         tokens, starts = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
         left = []
@@ -195,7 +197,7 @@ def sample(logits_BV: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array, jax.
 
     def draw(key: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
-        return jax.random.categorical(key, logits_V)
+        return invert(jnp.exp(logits_V - jnp.max(logits_V)), jax.random.uniform(key))
 
     drawn = jax.vmap(draw)(rows.keys, rows.lengths, logits_BV / temperature)
     token = jnp.where(rows.temperature > 0, drawn, jnp.argmax(logits_BV, axis=-1))
@@ -204,6 +206,25 @@ def sample(logits_BV: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array, jax.
         return jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
 
     return token.astype(jnp.int32), score(logits_BV / temperature), score(logits_BV)
+
+
+def invert(weights_V: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The index v with sum(weights[:v]) <= uniform * sum(weights) < sum(weights[:v + 1]); never one of weight 0.
+
+    Sums of blocks first, then inside the block: one random number and two short cumulative sums, where the Gumbel
+    trick takes a random number and two logarithms for every token of the vocabulary.
+    """
+    num_blocks = -(-weights_V.shape[0] // INVERT_BLOCK)
+    blocks = jnp.pad(weights_V, (0, num_blocks * INVERT_BLOCK - weights_V.shape[0])).reshape(num_blocks, INVERT_BLOCK)
+
+    def first_above(sums: jax.Array, target: jax.Array) -> jax.Array:
+        return jnp.argmax(sums > jnp.clip(target, 0.0, jnp.nextafter(sums[-1], 0.0)))  # whatever was rounded
+
+    sums = jnp.cumsum(jnp.sum(blocks, axis=1))
+    target = uniform * sums[-1]
+    block = first_above(sums, target)
+    before = jnp.where(block > 0, sums[block - 1], 0.0)
+    return block * INVERT_BLOCK + first_above(jnp.cumsum(blocks[block]), target - before)
 
 
 def append(
