@@ -219,19 +219,24 @@ class PPO:
 def relative_to_group(
     trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray]
 ) -> tuple[list[Trajectory], list[np.ndarray]]:
-    """Trajectories to learn from, and their rewards with the group baseline taken off the last step.
+    """Trajectories to learn from, and rewards whose returns are counted from the group baseline.
 
-    Where all trajectories of a question earned the same there is nothing to learn: they are left out, unless that
-    leaves none (the dynamic sampling of DAPO, arXiv 2503.14476, without drawing more).
+    The return from step k on becomes G_k - b_k if step k earns r_k - b_k + b_(k+1). Where all trajectories of a
+    question earned the same there is nothing to learn: they are left out, unless that leaves none (the dynamic
+    sampling of DAPO, arXiv 2503.14476, without drawing more).
     """
     numbers = {id: number for number, id in enumerate(dict.fromkeys(t.question.id for t in trajectories))}
     groups = np.asarray([numbers[t.question.id] for t in trajectories])
-    returns = np.asarray([r.sum() for r in rewards], np.float32)
-    baselines = np.asarray(group_baseline(returns, groups, num_groups=len(trajectories)))
+    table = np.zeros((len(rewards), max(map(len, rewards))), np.float32)
+    mask = np.zeros_like(table, bool)
+    for row, r in enumerate(rewards):
+        table[row, : len(r)], mask[row, : len(r)] = r, True
+    baselines = np.asarray(group_baseline(table, mask, groups, num_groups=len(trajectories)))
+    relative = table - baselines + np.pad(baselines[:, 1:], ((0, 0), (0, 1)))
+    returns = table.sum(1)
     differs = np.asarray([np.ptp(returns[groups == group]) > 1e-6 for group in groups])
     kept = np.flatnonzero(differs if differs.any() else np.ones_like(differs)).tolist()
-    relative = [np.append(rewards[i][:-1], rewards[i][-1] - baselines[i]).astype(np.float32) for i in kept]
-    return [trajectories[i] for i in kept], relative
+    return [trajectories[i] for i in kept], [relative[i, : len(rewards[i])] for i in kept]
 
 
 def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int) -> list[Job]:

@@ -133,9 +133,12 @@ def test_whiten():
     np.testing.assert_array_equal(whiten(x, jnp.zeros_like(mask)), np.zeros((2, 2)))
 
 
-def test_group_baseline_is_the_mean_of_the_others():
-    returns = np.array([1.0, 4.0, 3.0, 2.0, 7.0, 5.0], np.float32)
-    groups = np.array([2, 0, 2, 2, 0, 1])  # 1 stands alone
-    baseline = group_baseline(returns, groups, num_groups=3)
-    np.testing.assert_allclose(baseline, [2.5, 7.0, 1.5, 2.0, 4.0, 0.0])
+def test_group_baseline_is_the_mean_of_the_others_from_the_same_step_on():
+    # question 0: returns [3, 2], [1, 1, 0], [5]; question 1: [4, 4]
+    rewards = np.array([[1, 2, 9], [0, 1, 0], [5, 9, 9], [0, 4, 9]], np.float32)
+    mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]], bool)
+    baseline = group_baseline(rewards, mask, np.array([0, 0, 0, 1]), num_groups=2)
+    # question 1 has no other: the mean of the batch's others; nobody else has a third step
+    want = [[(1 + 5) / 2, 1, 0], [(3 + 5) / 2, 2, 0], [(3 + 1) / 2, 0, 0], [(3 + 1 + 5) / 3, (2 + 1) / 2, 0]]
+    np.testing.assert_allclose(baseline, want)
     assert baseline.dtype == jnp.float32

@@ -56,22 +56,34 @@ def gae(
 
 
 @functools.partial(jax.jit, static_argnames="num_groups")
-def group_baseline(returns_B: jax.Array, groups_B: jax.Array, num_groups: int) -> jax.Array:
-    """Mean return of the *other* trajectories of each one's group (leave-one-out, arXiv 2402.14740).
+def group_baseline(rewards_BT: jax.Array, mask_BT: jax.Array, groups_B: jax.Array, num_groups: int) -> jax.Array:
+    """What the *other* trajectories of each one's group still earn from the same step on, on average.
 
-    It depends on the question, not on what the trajectory itself does, so subtracting it leaves the policy
-    gradient unbiased and takes out how hard the question is.
+    Leave-one-out (arXiv 2402.14740), step by step: it does not depend on what the trajectory itself does, so
+    subtracting it from the return of a step leaves the policy gradient unbiased, and it takes out how hard the
+    question is and how much of the reward is still to come. (One baseline for the whole trajectory would count
+    against its last steps what the first ones have earned.)
 
     Args:
-        returns_B: float [B], a trajectory's sum of rewards. groups_B: int [B], its question, in [0, num_groups).
+        rewards_BT: float [B, T], of each step. mask_BT: bool [B, T], the steps that a trajectory has.
+        groups_B: int [B], its question, in [0, num_groups).
 
     Returns:
-        float32 [B]; 0 for a trajectory alone in its group.
+        float32 [B, T]; where no other of the group has the step, the mean of all others in the batch; 0 where no
+        other has it, and where mask is False.
     """
-    returns_B = returns_B.astype(jnp.float32)
-    totals = jax.ops.segment_sum(returns_B, groups_B, num_groups)[groups_B]
-    others = jax.ops.segment_sum(jnp.ones_like(returns_B), groups_B, num_groups)[groups_B] - 1
-    return jnp.where(others > 0, (totals - returns_B) / jnp.maximum(others, 1), 0.0)
+    mask_BT = mask_BT.astype(jnp.float32)
+    rewards_BT = jnp.where(mask_BT > 0, rewards_BT.astype(jnp.float32), 0.0)
+    returns_BT = jnp.cumsum(rewards_BT[:, ::-1], axis=1)[:, ::-1]
+
+    def mean_of_others(groups_B: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array]:
+        total = jax.ops.segment_sum(returns_BT * mask_BT, groups_B, num_groups)[groups_B] - returns_BT * mask_BT
+        count = jax.ops.segment_sum(mask_BT, groups_B, num_groups)[groups_B] - mask_BT
+        return total / jnp.maximum(count, 1), count
+
+    of_group, count = mean_of_others(groups_B, num_groups)
+    of_batch, _ = mean_of_others(jnp.zeros_like(groups_B), 1)
+    return mask_BT * jnp.where(count > 0, of_group, of_batch)
 
 
 def whiten(x: jax.Array, mask: jax.Array, *, std_floor: float = 1e-4) -> jax.Array:
