@@ -68,7 +68,9 @@ def test_two_processes_train_the_same_run(finished: Callable[[str], Path], base:
     for want, got in zip(tiny_run.metrics(one), tiny_run.metrics(two), strict=True):
         assert want.keys() == got.keys()
         for name in want.keys() - {"phase"}:
-            rel = 0.1 if name == "explained_variance" else 1e-3  # a ratio of variances that are nearly nothing
+            # Adam makes whole steps of gradients that are rounding: it shows from the second RL iteration on.
+            rel = 1e-2 if want["phase"] == "rl" and want["step"] > 0 else 1e-3
+            rel = 0.1 if name == "explained_variance" else rel  # a ratio of variances that are nearly nothing
             # On the first pass over a batch the policy loss is a sum of terms of size one that cancel to nothing.
             least = 1e-4 if name == "policy_loss" else 1e-5
             assert got[name] == pytest.approx(want[name], rel=rel, abs=least), (want["phase"], want["step"], name)

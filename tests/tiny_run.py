@@ -46,7 +46,7 @@ SETTINGS: dict[str, Any] = {
     "rollout.samples": 2,
     "rollout.temperatures": [0.5, 1.0],
     "sft.batch_rows": 8,
-    "sft.row_length": 320,
+    "sft.row_length": 384,
     "sft.lr": 2e-2,
     "sft.checkpoint_every": 8,
     "rl.iterations": 3,
