@@ -32,7 +32,7 @@ from r3rag_jax.sharding import replicated, tree_shardings
 from r3rag_jax.types import SFTBatch, TrainBatch
 
 Metrics = dict[str, jax.Array]
-LOSS_CHUNK = 1024  # tokens whose logits exist at once, per call
+LOSS_CHUNK = 512  # tokens whose logits exist at once, per call
 
 
 @jax.tree_util.register_dataclass
@@ -128,9 +128,7 @@ def sft_loss(graphdef: Any, params: Any, batch: SFTBatch, remat: str) -> tuple[j
     """Token-mean cross-entropy of the tokens in loss_mask."""
     policy = nnx.merge(graphdef, params)
     hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
-    loss, accuracy = cross_entropy(
-        _flat(hidden), _output_weight(policy), batch.tokens.reshape(-1), batch.loss_mask.reshape(-1), chunk=LOSS_CHUNK
-    )
+    loss, accuracy = cross_entropy(hidden, _output_weight(policy), batch.tokens, batch.loss_mask, chunk=LOSS_CHUNK)
     return loss, {"loss": loss, "accuracy": accuracy}
 
 
@@ -227,11 +225,11 @@ def _evaluate(
 
 def _logprobs(policy: Decoder, batch: TrainBatch, remat: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
+    weight = _output_weight(policy)
     logprobs, entropy = chunked_logprobs(
-        _flat(hidden), _output_weight(policy), batch.tokens.reshape(-1), batch.temperature.reshape(-1), chunk=LOSS_CHUNK
+        hidden, weight, batch.tokens, batch.temperature, batch.loss_mask, chunk=LOSS_CHUNK
     )
-    shape = batch.tokens.shape
-    return logprobs.reshape(shape), entropy.reshape(shape), hidden
+    return logprobs, entropy, hidden
 
 
 def _update(
@@ -259,6 +257,3 @@ def _previous(hidden_BLD: jax.Array) -> jax.Array:
     """At index t the hidden state that predicts token t; index 0 is never trained."""
     return jnp.pad(hidden_BLD[:, :-1], ((0, 0), (1, 0), (0, 0)))
 
-
-def _flat(hidden_BLD: jax.Array) -> jax.Array:
-    return hidden_BLD.reshape(-1, hidden_BLD.shape[-1])

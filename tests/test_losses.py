@@ -16,33 +16,33 @@ from r3rag_jax.rl.losses import (
     value_loss,
 )
 
-NUM_TOKENS, WIDTH, VOCAB = 13, 8, 31
-CHUNKS = [1, 5, 64]  # 13 = 5 + 5 + 3; 64 is more than there is
+NUM_ROWS, NUM_TOKENS, WIDTH, VOCAB = 2, 13, 8, 31
+CHUNKS = [1, 10, 64]  # columns of both rows at once: 1, 5 + 5 + 3, all
 
 
 def _inputs(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 4)
     return (
-        jax.random.normal(keys[0], (NUM_TOKENS, WIDTH), dtype),
+        jax.random.normal(keys[0], (NUM_ROWS, NUM_TOKENS, WIDTH), dtype),
         jax.random.normal(keys[1], (WIDTH, VOCAB), dtype),
-        jax.random.randint(keys[2], (NUM_TOKENS,), 0, VOCAB),
-        jnp.arange(NUM_TOKENS) % 3 != 1,
+        jax.random.randint(keys[2], (NUM_ROWS, NUM_TOKENS), 0, VOCAB),
+        jnp.stack([jnp.arange(NUM_TOKENS) % 3 != 1, jnp.arange(NUM_TOKENS) == 7]),
     )
 
 
 def _plain_cross_entropy(hidden_TD, weight_DV, targets_T, mask_T):
     logits_TV = jnp.dot(hidden_TD, weight_DV, preferred_element_type=jnp.float32)
-    nats_T = -jnp.take_along_axis(jax.nn.log_softmax(logits_TV), targets_T[:, None], 1)[:, 0]
+    nats_T = -jnp.take_along_axis(jax.nn.log_softmax(logits_TV), targets_T[..., None], -1)[..., 0]
     right_T = jnp.argmax(logits_TV, axis=-1) == targets_T
     count = jnp.sum(mask_T)
     return jnp.sum(nats_T * mask_T) / count, jnp.sum(right_T * mask_T) / count
 
 
-def _plain_logprobs(hidden_TD, weight_DV, targets_T, temperature_T):
-    logits_TV = hidden_TD @ weight_DV / temperature_T[:, None]
+def _plain_logprobs(hidden_TD, weight_DV, targets_T, temperature_T, mask_T):
+    logits_TV = hidden_TD @ weight_DV / temperature_T[..., None]
     all_TV = jax.nn.log_softmax(logits_TV)
-    logprobs_T = jnp.take_along_axis(all_TV, targets_T[:, None], 1)[:, 0]
-    return logprobs_T, -jnp.sum(jnp.exp(all_TV) * all_TV, axis=-1)
+    logprobs_T = jnp.take_along_axis(all_TV, targets_T[..., None], -1)[..., 0]
+    return logprobs_T * mask_T, -jnp.sum(jnp.exp(all_TV) * all_TV, axis=-1) * mask_T
 
 
 def _assert_close(actual, expected, tolerance=1e-6):
@@ -144,22 +144,22 @@ def test_kl_estimates_are_unbiased():
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_chunked_logprobs_match_plain_in_value_and_gradient(chunk):
-    hidden_TD, weight_DV, targets_T, _ = _inputs()
-    temperature_T = jnp.linspace(0.4, 1.3, NUM_TOKENS)
-    weights_T = jnp.linspace(-1.0, 2.0, NUM_TOKENS)
+    hidden_TD, weight_DV, targets_T, mask_T = _inputs()
+    temperature_T = jnp.linspace(0.4, 1.3, mask_T.size).reshape(mask_T.shape)
+    weights_T = jnp.linspace(-1.0, 2.0, mask_T.size).reshape(mask_T.shape)
 
     def total(function, hidden_TD, weight_DV, temperature_T):
-        logprobs_T, entropy_T = function(hidden_TD, weight_DV, targets_T, temperature_T)
+        logprobs_T, entropy_T = function(hidden_TD, weight_DV, targets_T, temperature_T, mask_T)
         return jnp.sum(weights_T * logprobs_T) + jnp.sum(entropy_T * weights_T**2)
 
     chunked = functools.partial(chunked_logprobs, chunk=chunk)
     args = hidden_TD, weight_DV, temperature_T
     for actual, expected in zip(
-        jax.jit(chunked)(hidden_TD, weight_DV, targets_T, temperature_T),
-        jax.jit(_plain_logprobs)(hidden_TD, weight_DV, targets_T, temperature_T),
+        jax.jit(chunked)(hidden_TD, weight_DV, targets_T, temperature_T, mask_T),
+        jax.jit(_plain_logprobs)(hidden_TD, weight_DV, targets_T, temperature_T, mask_T),
         strict=True,
     ):
-        assert actual.dtype == jnp.float32 and actual.shape == (NUM_TOKENS,)
+        assert actual.dtype == jnp.float32 and actual.shape == mask_T.shape
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     actual = jax.jit(jax.grad(functools.partial(total, chunked), (0, 1, 2)))(*args)
     expected = jax.jit(jax.grad(functools.partial(total, _plain_logprobs), (0, 1, 2)))(*args)
@@ -170,14 +170,15 @@ def test_chunked_logprobs_match_plain_in_value_and_gradient(chunk):
 def test_chunked_logprobs_at_a_temperature():
     # Two words with logits 0 and log 3: p = 3/4 at temperature 1, 9/10 at temperature 1/2.
     logprobs_T, entropy_T = chunked_logprobs(
-        jnp.ones((2, 1)),
+        jnp.ones((1, 3, 1)),
         jnp.array([[0.0, jnp.log(3.0)]]),
-        jnp.array([1, 1]),
-        jnp.array([1.0, 0.5]),
+        jnp.array([[1, 1, 1]]),
+        jnp.array([[1.0, 0.5, 0.0]]),
+        jnp.array([[True, True, False]]),
         chunk=2,
     )
-    np.testing.assert_allclose(jnp.exp(logprobs_T), [0.75, 0.9], rtol=1e-5)
-    np.testing.assert_allclose(entropy_T, [0.562335, 0.325083], rtol=1e-5)
+    np.testing.assert_allclose(jnp.exp(logprobs_T), [[0.75, 0.9, 1.0]], rtol=1e-5)
+    np.testing.assert_allclose(entropy_T, [[0.562335, 0.325083, 0.0]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -198,30 +199,33 @@ def test_cross_entropy_matches_plain_in_value_and_gradient(chunk):
 
 def test_cross_entropy_divides_by_the_kept_tokens_only():
     hidden_TD, weight_DV, targets_T, mask_T = _inputs()
-    kept = np.flatnonzero(mask_T)
-    short = cross_entropy(hidden_TD[kept], weight_DV, targets_T[kept], jnp.ones(len(kept), bool), chunk=4)
+    short = cross_entropy(
+        hidden_TD[mask_T][None], weight_DV, targets_T[mask_T][None], jnp.ones((1, int(mask_T.sum())), bool), chunk=4
+    )
     garbage_T = jnp.where(mask_T, targets_T, -100)  # the ignore id of Hugging Face labels
     masked, grads = jax.value_and_grad(functools.partial(cross_entropy, chunk=4), has_aux=True)(
         hidden_TD, weight_DV, garbage_T, mask_T
     )
     np.testing.assert_allclose(masked, short, rtol=1e-6)
-    np.testing.assert_array_equal(np.any(grads != 0, axis=1), mask_T)
+    np.testing.assert_array_equal(np.any(grads != 0, axis=-1), mask_T)
     nothing = cross_entropy(hidden_TD, weight_DV, targets_T, jnp.zeros_like(mask_T), chunk=4)
     np.testing.assert_array_equal(nothing, [0.0, 0.0])
 
 
 def test_cross_entropy_typed_out():
     # Uniform over four words: log 4 nats; argmax takes the first of equals, so one of two is right.
-    loss, accuracy = cross_entropy(jnp.zeros((2, 3)), jnp.ones((3, 4)), jnp.array([0, 3]), jnp.ones(2, bool), chunk=1)
+    loss, accuracy = cross_entropy(
+        jnp.zeros((1, 2, 3)), jnp.ones((3, 4)), jnp.array([[0, 3]]), jnp.ones((1, 2), bool), chunk=1
+    )
     np.testing.assert_allclose([loss, accuracy], [np.log(4.0), 0.5], rtol=1e-6)
 
 
 def test_logits_never_exist_whole():
-    hidden_TD, weight_DV = jnp.ones((64, 4)), jnp.ones((4, 100))
-    targets_T, mask_T = jnp.zeros(64, int), jnp.ones(64, bool)
+    hidden_TD, weight_DV = jnp.ones((1, 64, 4)), jnp.ones((4, 100))
+    targets_T, mask_T = jnp.zeros((1, 64), int), jnp.ones((1, 64), bool)
 
     def loss(hidden_TD, weight_DV):
-        logprobs_T, entropy_T = chunked_logprobs(hidden_TD, weight_DV, targets_T, jnp.ones(64), chunk=8)
+        logprobs_T, entropy_T = chunked_logprobs(hidden_TD, weight_DV, targets_T, jnp.ones((1, 64)), mask_T, chunk=8)
         nats, _ = cross_entropy(hidden_TD, weight_DV, targets_T, mask_T, chunk=8)
         return nats + jnp.sum(logprobs_T) + jnp.sum(entropy_T)
 
@@ -236,16 +240,15 @@ def test_bfloat16_weight_gradient_is_summed_in_float32(name):
     # A bfloat16 sum of ones stalls at 256 (256 + 1 rounds to 256). One token per chunk is the worst
     # case.
     num_tokens = 1024
-    hidden_TD = jnp.ones((num_tokens, 1), jnp.bfloat16)
+    hidden_TD = jnp.ones((1, num_tokens, 1), jnp.bfloat16)
     weight_DV = jnp.zeros((1, 2), jnp.bfloat16)
-    targets_T = jnp.zeros(num_tokens, jnp.int32)
+    targets_T, mask_T = jnp.zeros((1, num_tokens), jnp.int32), jnp.ones((1, num_tokens), bool)
 
     def loss(weight_DV):
         if name == "cross_entropy":
-            mask_T = jnp.ones(num_tokens, bool)
             return num_tokens * cross_entropy(hidden_TD, weight_DV, targets_T, mask_T, chunk=1)[0]
-        ones_T = jnp.ones(num_tokens)
-        return -jnp.sum(chunked_logprobs(hidden_TD, weight_DV, targets_T, ones_T, chunk=1)[0])
+        ones_T = jnp.ones((1, num_tokens))
+        return -jnp.sum(chunked_logprobs(hidden_TD, weight_DV, targets_T, ones_T, mask_T, chunk=1)[0])
 
     gradient = jax.jit(jax.grad(loss))(weight_DV)
     assert gradient.dtype == jnp.bfloat16
@@ -255,7 +258,7 @@ def test_bfloat16_weight_gradient_is_summed_in_float32(name):
 def test_bfloat16_close_to_float32():
     args = _inputs(jnp.bfloat16)
     wide = args[0].astype(jnp.float32), args[1].astype(jnp.float32), *args[2:]
-    chunked = functools.partial(cross_entropy, chunk=5)
+    chunked = functools.partial(cross_entropy, chunk=10)
     both = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))
     (loss, grads), (wide_loss, wide_grads) = both(*args), both(*wide)
     np.testing.assert_allclose(loss, wide_loss, rtol=1e-5)
@@ -268,4 +271,4 @@ def test_chunk_must_be_positive():
     with pytest.raises(ValueError, match="chunk must be at least 1 token; got 0"):
         cross_entropy(hidden_TD, weight_DV, targets_T, mask_T, chunk=0)
     with pytest.raises(ValueError, match="chunk must be at least 1 token; got -1"):
-        chunked_logprobs(hidden_TD, weight_DV, targets_T, jnp.ones(NUM_TOKENS), chunk=-1)
+        chunked_logprobs(hidden_TD, weight_DV, targets_T, jnp.ones(mask_T.shape), mask_T, chunk=-1)

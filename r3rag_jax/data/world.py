@@ -437,10 +437,12 @@ def _question(id: str, text: str, answer: str, kind: str, path: tuple[str, ...],
 
 
 def in_order(question: str, hops: list[Hop]) -> str:
-    """How the two years at the end of a comparison compare, the one that the question asks for first."""
-    is_first = " earlier," in question
-    first, second = sorted((int(hop.answer) for hop in hops[-2:]), reverse=not is_first)
-    return f"{first} is {'earlier' if is_first else 'later'} than {second}."
+    """Which of the two years at the end of a comparison is the one that the question asks for."""
+    return earlier_or_later("earlier" if " earlier," in question else "later", *(int(hop.answer) for hop in hops[-2:]))
+
+
+def earlier_or_later(asked: Literal["earlier", "later"], first: int, second: int) -> str:
+    return f"The {asked} of {first} and {second} is {(min if asked == 'earlier' else max)(first, second)}."
 
 
 def teach(question: Question, rng: random.Random, *, waste: float, max_steps: int = 5) -> list[dict[str, Any]]:

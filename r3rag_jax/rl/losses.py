@@ -1,7 +1,7 @@
 """Masked token losses, and log-probabilities that never hold [T, V] at once.
 
-Shape suffixes: T tokens, D width, V vocabulary, C tokens of one chunk, K chunks. Token losses take
-arrays of any one shape; masks are bool, True = keep; sums run in float32.
+Shape suffixes: B rows, L tokens of a row, T tokens, D width, V vocabulary, C tokens of one chunk, K chunks.
+Token losses take arrays of any one shape; masks are bool, True = keep; sums run in float32.
 """
 
 import functools
@@ -112,62 +112,64 @@ def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, kind: Literal["k1",
 
 
 def chunked_logprobs(
-    hidden_TD: jax.Array,
+    hidden_BLD: jax.Array,
     weight_DV: jax.Array,
-    targets_T: jax.Array,
-    temperature_T: jax.Array,
+    targets_BL: jax.Array,
+    temperature_BL: jax.Array,
+    mask_BL: jax.Array,
     *,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of each target and entropy of its distribution, at the given temperatures.
+    """Log-probability of each kept target and entropy of its distribution, at the given temperatures.
 
     p_t = softmax(hidden_t weight / temperature_t). The logits exist for at most `chunk` tokens at a
-    time, in float32, and are recomputed in the backward pass.
+    time, in float32, and are recomputed in the backward pass; tokens that are not kept cost nothing
+    but the fill of a row's last chunk.
 
     Args:
-        hidden_TD: float [T, D], final hidden states.
+        hidden_BLD: float [B, L, D], final hidden states.
         weight_DV: float [D, V], output projection.
-        targets_T: int [T], ids in [0, V).
-        temperature_T: float [T], > 0 (1 where a token is masked later).
-        chunk: most tokens whose logits exist at once; need not divide T.
+        targets_BL: int [B, L], ids in [0, V); anything where not kept.
+        temperature_BL: float [B, L], > 0.
+        mask_BL: bool [B, L], True = keep.
+        chunk: most tokens whose logits exist at once (at least one of each row does).
 
     Returns:
-        logprobs_T and entropy_T in nats, float32 [T], differentiable in hidden, weight and
-        temperature.
+        logprobs_BL and entropy_BL in nats, float32 [B, L], 0 where not kept, differentiable in
+        hidden, weight and temperature.
 
     Raises:
         ValueError: chunk is not positive.
     """
-    num_tokens = targets_T.shape[0]
-    num_chunks = _num_chunks(num_tokens, chunk)
+    chunks = _Chunks(mask_BL.astype(bool), chunk)
     # Round trip through float32: XLA removes it, but the gradient of the weight, which the loop
     # accumulates in the dtype of what it closes over, is then summed in float32. In bfloat16 a sum
     # stalls after 256 chunks.
     wide_DV = weight_DV.astype(jnp.float32)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one_chunk(inputs):
-        hidden_CD, targets_C, temperature_C = inputs
+    def one_chunk(hidden_CD, targets_C, temperature_C, mask_C):
         logits_CV = _logits(hidden_CD, wide_DV.astype(weight_DV.dtype)) / temperature_C[:, None]
         lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
         all_CV = logits_CV - lse_C[:, None]
         entropy_C = -jnp.sum(jnp.exp(all_CV) * all_CV, axis=-1)
-        return _target_logits(logits_CV, targets_C) - lse_C, entropy_C
+        return jnp.where(mask_C, jnp.stack([_target_logits(logits_CV, targets_C) - lse_C, entropy_C]), 0.0)
 
-    inputs = (
-        _split(hidden_TD, num_chunks),
-        _split(targets_T, num_chunks),
-        _split(temperature_T.astype(jnp.float32), num_chunks, fill=1.0),
-    )
-    logprobs_KC, entropy_KC = lax.map(one_chunk, inputs)
-    return _join(logprobs_KC, num_tokens), _join(entropy_KC, num_tokens)
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # around the choice: inside, each chunk would keep the weight
+    def if_kept(inputs):
+        skip = jnp.zeros((2, inputs[0].shape[0]), jnp.float32)
+        return lax.cond(jnp.any(inputs[-1]), lambda: one_chunk(*inputs), lambda: skip)
+
+    temperature_BL = jnp.where(mask_BL, temperature_BL.astype(jnp.float32), 1.0)
+    inputs = tuple(map(chunks.split, (hidden_BLD, targets_BL, temperature_BL))) + (chunks.mask_KC,)
+    found_K2C = lax.map(if_kept, inputs)
+    return chunks.join(found_K2C[:, 0]), chunks.join(found_K2C[:, 1])
 
 
 def cross_entropy(
-    hidden_TD: jax.Array,
+    hidden_BLD: jax.Array,
     weight_DV: jax.Array,
-    targets_T: jax.Array,
-    mask_T: jax.Array,
+    targets_BL: jax.Array,
+    mask_BL: jax.Array,
     *,
     chunk: int,
 ) -> tuple[jax.Array, jax.Array]:
@@ -176,14 +178,14 @@ def cross_entropy(
     While a chunk's logits are at hand, so is d loss / d logits = (softmax - onehot) / count: the
     pullback to hidden and weight is taken there, and the logits are neither kept nor recomputed.
     Without differentiation only the forward part runs. Gradients of the weight are summed in
-    float32.
+    float32. Tokens that are not kept cost nothing but the fill of a row's last chunk.
 
     Args:
-        hidden_TD: float [T, D], final hidden states.
+        hidden_BLD: float [B, L, D], final hidden states.
         weight_DV: float [D, V], output projection.
-        targets_T: int [T], ids in [0, V); anything where not kept.
-        mask_T: bool [T], True = keep.
-        chunk: most tokens whose logits exist at once; need not divide T.
+        targets_BL: int [B, L], ids in [0, V); anything where not kept.
+        mask_BL: bool [B, L], True = keep.
+        chunk: most tokens whose logits exist at once (at least one of each row does).
 
     Returns:
         (loss, accuracy), float32 scalars: mean nats per kept token, and the share of kept tokens
@@ -192,30 +194,28 @@ def cross_entropy(
     Raises:
         ValueError: chunk is not positive.
     """
-    num_chunks = _num_chunks(targets_T.shape[0], chunk)
-    return _cross_entropy(num_chunks, hidden_TD, weight_DV, targets_T, mask_T.astype(bool))
+    chunks = _Chunks(mask_BL.astype(bool), chunk)
+    return _cross_entropy(chunks.split(hidden_BLD), weight_DV, chunks.split(targets_BL), chunks.mask_KC)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(num_chunks, hidden_TD, weight_DV, targets_T, mask_T):
-    def one_chunk(sums, inputs):
-        hidden_CD, targets_C, mask_C = inputs
-        logits_CV = _logits(hidden_CD, weight_DV)
-        chunk_sums, _ = _chunk_sums(logits_CV, targets_C, mask_C)
-        return sums + chunk_sums, None
+@jax.custom_vjp
+def _cross_entropy(hidden_KCD, weight_DV, targets_KC, mask_KC):
+    def one_chunk(hidden_CD, targets_C, mask_C):
+        return _chunk_sums(_logits(hidden_CD, weight_DV), targets_C, mask_C)[0]
 
-    inputs = jax.tree.map(lambda x: _split(x, num_chunks), (hidden_TD, targets_T, mask_T))
-    sums, _ = lax.scan(one_chunk, jnp.zeros(2, jnp.float32), inputs)
-    loss, accuracy = sums / _count(mask_T)
+    def if_kept(sums, inputs):
+        return lax.cond(jnp.any(inputs[-1]), lambda: sums + one_chunk(*inputs), lambda: sums), None
+
+    sums, _ = lax.scan(if_kept, jnp.zeros(2, jnp.float32), (hidden_KCD, targets_KC, mask_KC))
+    loss, accuracy = sums / _count(mask_KC)
     return loss, accuracy
 
 
-def _cross_entropy_forward(num_chunks, hidden_TD, weight_DV, targets_T, mask_T):
-    scale = 1.0 / _count(mask_T)
+def _cross_entropy_forward(hidden_KCD, weight_DV, targets_KC, mask_KC):
+    scale = 1.0 / _count(mask_KC)
 
-    def one_chunk(carry, inputs):
+    def one_chunk(carry, hidden_CD, targets_C, mask_C):
         sums, grad_weight_DV = carry
-        hidden_CD, targets_C, mask_C = inputs
         logits_CV = _logits(hidden_CD, weight_DV)
         chunk_sums, lse_C = _chunk_sums(logits_CV, targets_C, mask_C)
         probs_CV = jnp.exp(logits_CV - lse_C[:, None])
@@ -225,19 +225,20 @@ def _cross_entropy_forward(num_chunks, hidden_TD, weight_DV, targets_T, mask_T):
         grad_hidden_CD = jnp.einsum("CV,DV->CD", grad_CV, weight_DV, preferred_element_type=jnp.float32)
         return (sums + chunk_sums, grad_weight_DV), grad_hidden_CD.astype(hidden_CD.dtype)
 
-    inputs = jax.tree.map(lambda x: _split(x, num_chunks), (hidden_TD, targets_T, mask_T))
+    def if_kept(carry, inputs):
+        skip = jnp.zeros_like(inputs[0])
+        return lax.cond(jnp.any(inputs[-1]), lambda: one_chunk(carry, *inputs), lambda: (carry, skip))
+
     start = jnp.zeros(2, jnp.float32), jnp.zeros(weight_DV.shape, jnp.float32)
-    (sums, grad_weight_DV), grad_hidden_KCD = lax.scan(one_chunk, start, inputs)
+    (sums, grad_weight_DV), grad_hidden_KCD = lax.scan(if_kept, start, (hidden_KCD, targets_KC, mask_KC))
     loss, accuracy = sums * scale
-    grad_hidden_TD = _join(grad_hidden_KCD, hidden_TD.shape[0])
-    return (loss, accuracy), (grad_hidden_TD, grad_weight_DV.astype(weight_DV.dtype))
+    return (loss, accuracy), (grad_hidden_KCD, grad_weight_DV.astype(weight_DV.dtype))
 
 
-def _cross_entropy_backward(num_chunks, grads, cotangents):
-    del num_chunks
+def _cross_entropy_backward(grads, cotangents):
     cotangent, _ = cotangents  # the accuracy is piecewise constant
-    grad_hidden_TD, grad_weight_DV = ((cotangent * g).astype(g.dtype) for g in grads)
-    return grad_hidden_TD, grad_weight_DV, None, None
+    grad_hidden_KCD, grad_weight_DV = ((cotangent * g).astype(g.dtype) for g in grads)
+    return grad_hidden_KCD, grad_weight_DV, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
@@ -265,28 +266,54 @@ def _target_logits(logits_CV, targets_C):
     return jnp.sum(jnp.where(_is_target(logits_CV, targets_C), logits_CV, 0.0), axis=-1)
 
 
-def _count(mask_T):
-    return jnp.maximum(jnp.sum(mask_T, dtype=jnp.float32), 1.0)
+def _count(mask_KC):
+    return jnp.maximum(jnp.sum(mask_KC, dtype=jnp.float32), 1.0)
 
 
-def _num_chunks(num_tokens: int, chunk: int) -> int:
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token; got {chunk}")
-    return max(1, -(-num_tokens // chunk))
+class _Chunks:
+    """Rows of tokens, the kept ones first, cut into K chunks of C tokens: so many columns of every row.
 
-
-def _split(x_T: jax.Array, num_chunks: int, fill: float = 0) -> jax.Array:
-    """Cut [T, ...] into [K, C, ...], padded with `fill`; chunk k holds tokens k, k + K, ...
-
-    Strided, so that a token axis sharded over devices stays where it is and every device works on
-    every chunk: tokens 0..5 in K = 2 chunks are [0 2 4] and [1 3 5].
+    Rows stay whole and in order, so an axis of rows that is sharded over devices stays where it is and every
+    device works on every chunk; the last chunks hold no kept token.
     """
-    size = max(1, -(-x_T.shape[0] // num_chunks))
-    padding = [(0, size * num_chunks - x_T.shape[0])] + [(0, 0)] * (x_T.ndim - 1)
-    x_T = jnp.pad(x_T, padding, constant_values=fill)
-    return x_T.reshape(size, num_chunks, *x_T.shape[1:]).swapaxes(0, 1)
+
+    def __init__(self, mask_BL: jax.Array, chunk: int):
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token; got {chunk}")
+        self._shape = B, L = mask_BL.shape
+        self._columns = min(L, max(1, chunk // B))
+        self._num_chunks = -(-L // self._columns)
+        self._order_BL = jnp.argsort(~mask_BL, axis=1, stable=True)
+        self._inverse_BL = jnp.argsort(self._order_BL, axis=1)
+        self.mask_KC = self.split(mask_BL)
+
+    def split(self, x_BL: jax.Array) -> jax.Array:
+        """[B, L, ...] -> [K, C, ...], padded with zeros."""
+        x_BL = _permute(x_BL, self._order_BL, self._inverse_BL)
+        (B, L), K, columns = self._shape, self._num_chunks, self._columns
+        x_BL = jnp.pad(x_BL, [(0, 0), (0, K * columns - L)] + [(0, 0)] * (x_BL.ndim - 2))
+        return jnp.moveaxis(x_BL.reshape(B, K, columns, *x_BL.shape[2:]), 1, 0).reshape(K, B * columns, *x_BL.shape[2:])
+
+    def join(self, x_KC: jax.Array) -> jax.Array:
+        """Undo `split`."""
+        (B, L), K, columns = self._shape, self._num_chunks, self._columns
+        x_BL = jnp.moveaxis(x_KC.reshape(K, B, columns), 0, 1).reshape(B, K * columns)[:, :L]
+        return _permute(x_BL, self._inverse_BL, self._order_BL)
 
 
-def _join(x_KC: jax.Array, num_tokens: int) -> jax.Array:
-    """Undo `_split`."""
-    return x_KC.swapaxes(0, 1).reshape(-1, *x_KC.shape[2:])[:num_tokens]
+@jax.custom_vjp
+def _permute(x_BL, order_BL, inverse_BL):
+    """Each row in the given order. The gradient is a gather with the inverse, where XLA would scatter."""
+    return _permute_forward(x_BL, order_BL, inverse_BL)[0]
+
+
+def _permute_forward(x_BL, order_BL, inverse_BL):
+    index = order_BL.reshape(order_BL.shape + (1,) * (x_BL.ndim - 2))
+    return jnp.take_along_axis(x_BL, index, axis=1), (order_BL, inverse_BL)
+
+
+def _permute_backward(orders, grad_BL):
+    return _permute_forward(grad_BL, *orders[::-1])[0], None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
