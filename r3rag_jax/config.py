@@ -224,6 +224,7 @@ class RLConfig:
     value_coef: float = key(1.0, "weight of the value loss")
     warmup: float = key(0.03, "share of the updates with rising learning rate", "fraction")
     grad_norm: float = key(1.0, "gradient clipping, global norm")
+    adam_eps: float = key(1e-8, "added to the root of Adam's second moment: gradients well below it make no step")
     clip: float = key(0.2, "PPO ratio clip")
     value_clip: float = key(0.2, "value clip")
     gamma: float = key(1.0, "discount per policy token")
@@ -241,7 +242,7 @@ class RLConfig:
         _each(self, "rl.", AT_LEAST_1, "iterations questions epochs batch_rows row_length")
         _each(self, "rl.", AT_LEAST_1, "eval_every checkpoint_every")
         _each(self, "rl.", AT_LEAST_0, "lr critic_lr value_coef kl entropy")
-        _each(self, "rl.", ABOVE_0, "grad_norm clip value_clip")
+        _each(self, "rl.", ABOVE_0, "grad_norm adam_eps clip value_clip")
         _each(self, "rl.", FRACTION, "warmup gamma lam")
 
 

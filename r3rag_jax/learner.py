@@ -105,7 +105,8 @@ def rl_optimizer(config: RLConfig) -> optax.GradientTransformation:
 
     def one(lr: float) -> optax.GradientTransformation:
         return optax.chain(
-            optax.clip_by_global_norm(config.grad_norm), optax.adamw(lr, b1=0.9, b2=0.95, weight_decay=0.0)
+            optax.clip_by_global_norm(config.grad_norm),
+            optax.adamw(lr, b1=0.9, b2=0.95, eps=config.adam_eps, weight_decay=0.0),
         )
 
     return optax.multi_transform(

@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
     "rollout.temperatures": [0.5, 1.0],
     "sft.batch_rows": 8,
     "sft.row_length": 384,
-    "sft.lr": 2e-2,
+    "sft.lr": 1e-2,
     "sft.checkpoint_every": 8,
     "rl.iterations": 3,
     "rl.questions": 4,
@@ -55,12 +55,13 @@ SETTINGS: dict[str, Any] = {
     "rl.row_length": 320,
     "rl.lr": 1e-3,
     "rl.critic_lr": 1e-3,
+    "rl.adam_eps": 1e-5,  # without, gradients that are rounding make whole steps
     "rl.critic": "head",
     "rl.eval_every": 3,
     "rl.checkpoint_every": 1,
     "log.progress": "false",
 }
-EPOCHS = {"tags": 70, "steps": 25}  # about as many updates: `steps` has a sample per step
+EPOCHS = {"tags": 110, "steps": 40}  # about as many updates: `steps` has a sample per step
 
 
 def write_tokenizer(path: Path) -> Tokenizer:

@@ -78,6 +78,7 @@ def _reading(
 def _told(rng: random.Random, facts: list[tuple[str, str, str]], count: int) -> list[str]:
     """Up to `count` of the facts, asked for or said again in other words, and some years put in order."""
     items = []
+    facts = [fact for fact in facts for _ in range(2 if fact[2].isdigit() else 1)]
     for entity, relation, value in rng.choices(facts, k=min(count, 1 + len(facts))) if facts else ():
         if rng.random() < 0.5:
             question = rng.choice(RELATIONS[relation].questions).format(x=entity)
@@ -93,9 +94,9 @@ def _told(rng: random.Random, facts: list[tuple[str, str, str]], count: int) -> 
 def _asked_first(
     world: World, rng: random.Random, num_passages: int, question: Question, facts: dict[str, list[tuple[str, str, str]]]
 ) -> Document:
-    """A question, passages, what they say to it (in half of the documents not enough for an answer), other facts."""
+    """A question, passages, what they say to it (in some documents not enough for an answer), other facts."""
     hops = [Hop(**hop) for hop in question.metadata["decomposition"]]
-    num_found = rng.randrange(len(hops)) if rng.random() < 0.5 else len(hops)
+    num_found = rng.randrange(len(hops)) if rng.random() < 0.25 else len(hops)
     found = {hop.passage_id for hop in hops[:num_found]}
     while num_found < len(hops) and hops[num_found].passage_id in found:
         num_found += 1
@@ -106,7 +107,7 @@ def _asked_first(
         known = f"Facts: {' '.join(hop.fact() for hop in hops[:num_found])}\n" if num_found else ""
         said = f"{known}Missing: {hops[num_found].need()}."
     asked: Document = [(f"Question: {question.question}\n", False)]
-    items = [said, *_told(rng, [fact for i in order for fact in facts.get(i, ())], 3)]
+    items = [said, *_told(rng, [fact for i in order for fact in facts.get(i, ())], 4)]
     return asked + _passages(world, order) + [(f"{item}\n", True) for item in items]
 
 

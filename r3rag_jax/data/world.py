@@ -177,8 +177,10 @@ class Hop:
     passage_id: str
 
     def fact(self) -> str:
-        phrase = RELATIONS[self.relation].phrases[0].format(x=self.entity)
-        return f"{phrase[0].upper()}{phrase[1:]} is {self.answer}."
+        """The fact in a sentence; a year comes first, as that of a comparison is looked for."""
+        if RELATIONS[self.relation].tail == "year":
+            return f"{self.answer} is {self.need()}."
+        return f"The{self.need().removeprefix('the')} is {self.answer}."
 
     def need(self) -> str:
         return RELATIONS[self.relation].phrases[0].format(x=self.entity)
@@ -437,8 +439,12 @@ def _question(id: str, text: str, answer: str, kind: str, path: tuple[str, ...],
 
 
 def in_order(question: str, hops: list[Hop]) -> str:
-    """Which of the two years at the end of a comparison is the one that the question asks for."""
-    return earlier_or_later("earlier" if " earlier," in question else "later", *(int(hop.answer) for hop in hops[-2:]))
+    """Which of the two years at the end of a comparison the question asks for, and whose it is."""
+    first, second = hops[-2:]
+    asked: Literal["earlier", "later"] = "earlier" if " earlier," in question else "later"
+    is_first = (int(first.answer) < int(second.answer)) == (asked == "earlier")
+    chosen = first if is_first else second
+    return f"{earlier_or_later(asked, int(first.answer), int(second.answer))} {chosen.fact()}"
 
 
 def earlier_or_later(asked: Literal["earlier", "later"], first: int, second: int) -> str:

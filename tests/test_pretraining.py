@@ -1,0 +1,80 @@
+"""Documents of the base model's pretraining: what they say is in their passages, and no trajectory is among them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from r3rag_jax.data.pretraining import SPLIT, documents, make_world
+from r3rag_jax.data.world import Hop
+from r3rag_jax.protocol import TAGS
+from r3rag_jax.types import Question
+
+Parts = tuple[str, list[str]]  # what stands before the counted text, and the counted lines
+
+
+@pytest.fixture(scope="module")
+def questions() -> dict[str, Question]:
+    return {q.question: q for number in range(4) for q in make_world(number).questions(SPLIT, 26)}
+
+
+@pytest.fixture(scope="module")
+def read() -> list[Parts]:
+    worlds = [make_world(number) for number in range(4)]
+    found = [d for number, world in enumerate(worlds) for d in documents(world, random.Random(number), 9)]
+    split = [("".join(t for t, counts in d if not counts), "".join(t for t, counts in d if counts)) for d in found]
+    return [(context, said.splitlines()) for context, said in split]
+
+
+def is_told(hop: Hop, context: str) -> bool:
+    """The passage's title, and the value in its text."""
+    pages = context.split('"')[1:]
+    return any(title == hop.entity and hop.answer in text for title, text in zip(pages[::2], pages[1::2], strict=True))
+
+
+def hops_of(question: Question) -> list[Hop]:
+    return [Hop(**hop) for hop in question.metadata["decomposition"]]
+
+
+def test_a_question_before_passages_is_answered_only_from_them(
+    read: list[Parts], questions: dict[str, Question]
+) -> None:
+    answered, missing = 0, 0
+    for context, said in read:
+        if not context.startswith("Question: "):
+            continue
+        question = questions[context.splitlines()[0].removeprefix("Question: ")]
+        hops = hops_of(question)
+        told = [is_told(hop, context) for hop in hops]
+        if said[0].startswith("Facts: ") and said[1].startswith("Answer: "):
+            answered += 1
+            assert all(told)
+            assert said[1] == f"Answer: {question.golden_answers[0]}"
+            assert all(hop.fact() in said[0] for hop in hops)
+        else:
+            missing += 1
+            line = next(line for line in said if line.startswith("Missing: "))
+            first = told.index(False)
+            assert line == f"Missing: {hops[first].need()}."
+            assert all(hop.fact() in said[0] for hop in hops[:first])
+    assert answered > 5 and missing > 2
+
+
+def test_explained_answers_rest_on_the_passages(read: list[Parts], questions: dict[str, Question]) -> None:
+    found = 0
+    for context, said in read:
+        for at, line in enumerate(said):
+            if line.startswith("Question: ") and said[at + 1].startswith("Facts: "):
+                found += 1
+                question = questions[line.removeprefix("Question: ")]
+                assert all(is_told(hop, context) for hop in hops_of(question))
+                assert said[at + 2] == f"Answer: {question.golden_answers[0]}"
+    assert found > 10
+
+
+def test_documents_hold_no_trajectory(read: list[Parts]) -> None:
+    for context, said in read:
+        text = "\n".join([context, *said])
+        assert not any(tag in text for tag in TAGS)
+        assert "I need" not in text and "problem analysis" not in text
