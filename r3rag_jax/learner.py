@@ -257,4 +257,3 @@ def _output_weight(policy: Decoder) -> jax.Array:
 def _previous(hidden_BLD: jax.Array) -> jax.Array:
     """At index t the hidden state that predicts token t; index 0 is never trained."""
     return jnp.pad(hidden_BLD[:, :-1], ((0, 0), (1, 0), (0, 0)))
-

@@ -92,7 +92,11 @@ def _told(rng: random.Random, facts: list[tuple[str, str, str]], count: int) -> 
 
 
 def _asked_first(
-    world: World, rng: random.Random, num_passages: int, question: Question, facts: dict[str, list[tuple[str, str, str]]]
+    world: World,
+    rng: random.Random,
+    num_passages: int,
+    question: Question,
+    facts: dict[str, list[tuple[str, str, str]]],
 ) -> Document:
     """A question, passages, what they say to it (in some documents not enough for an answer), other facts."""
     hops = [Hop(**hop) for hop in question.metadata["decomposition"]]

@@ -160,7 +160,7 @@ def chunked_logprobs(
         return lax.cond(jnp.any(inputs[-1]), lambda: one_chunk(*inputs), lambda: skip)
 
     temperature_BL = jnp.where(mask_BL, temperature_BL.astype(jnp.float32), 1.0)
-    inputs = tuple(map(chunks.split, (hidden_BLD, targets_BL, temperature_BL))) + (chunks.mask_KC,)
+    inputs = (*map(chunks.split, (hidden_BLD, targets_BL, temperature_BL)), chunks.mask_KC)
     found_K2C = lax.map(if_kept, inputs)
     return chunks.join(found_K2C[:, 0]), chunks.join(found_K2C[:, 1])
 
