@@ -66,7 +66,7 @@ def _reading(
 
     The loss counts all that follows the passages.
     """
-    ids = {question_id for question in questions for question_id in question.supporting_ids}
+    ids = {id for question in questions for id in question.supporting_ids}
     order = _with_others(world, rng, ids, num_passages)
     items = [f"Question: {q.question}\n{_explained(q)}" for q in questions]
     items += [f"{reading_prompt(q.question, ())} {q.golden_answers[0]}" for q in questions if rng.random() < 0.5]

@@ -448,6 +448,7 @@ def in_order(question: str, hops: list[Hop]) -> str:
 
 
 def earlier_or_later(asked: Literal["earlier", "later"], first: int, second: int) -> str:
+    """Which of two years is the one asked for, in a sentence."""
     return f"The {asked} of {first} and {second} is {(min if asked == 'earlier' else max)(first, second)}."
 
 
