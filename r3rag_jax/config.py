@@ -379,14 +379,6 @@ class Config:
             f"phases must come in the order {', '.join(PHASES)}; got {', '.join(self.phases)}",
             "phases",
         )
-        _require(
-            self.rl.baseline == "none" or (self.rl.credit == "trajectory" and self.rollout.protocol == "tags"),
-            "rl.baseline must be none unless an episode is a whole trajectory (rl.credit=trajectory, "
-            f"rollout.protocol=tags); got {self.rl.baseline} with {self.rl.credit} and {self.rollout.protocol}",
-            "rl.baseline",
-            "rl.credit",
-            "rollout.protocol",
-        )
         for phase, name in (("sft", "sft"), ("rl", "rl"), ("eval", "test")):
             _require(
                 self.data.source != "files" or phase not in self.phases or getattr(self.data, name) != "",

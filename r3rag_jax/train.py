@@ -193,7 +193,8 @@ class PPO:
         rng = np.random.default_rng((self._session.config.seed, self.iteration))
         rewards, played = scores.rewards, len(trajectories)
         if config.baseline == "group":
-            trajectories, rewards = relative_to_group(trajectories, rewards)
+            per_step = config.credit == "step" or self._session.config.rollout.protocol == "steps"
+            trajectories, rewards = relative_to_group(trajectories, rewards, per_step=per_step)
         host = minibatches(trajectories, rewards, row_length=config.row_length,
                            batch_rows=config.batch_rows, credit=config.credit, rng=rng)  # fmt: skip
         batches: list[TrainBatch] = [put_batch(mesh, batch) for batch in host]
@@ -217,13 +218,14 @@ class PPO:
 
 
 def relative_to_group(
-    trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray]
+    trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray], *, per_step: bool
 ) -> tuple[list[Trajectory], list[np.ndarray]]:
     """Trajectories to learn from, and rewards whose returns are counted from the group baseline.
 
-    The return from step k on becomes G_k - b_k if step k earns r_k - b_k + b_(k+1). Where all trajectories of a
-    question earned the same there is nothing to learn: they are left out, unless that leaves none (the dynamic
-    sampling of DAPO, arXiv 2503.14476, without drawing more).
+    With `per_step` each step is its own episode and r_k counts from its baseline, as r_k - b_k. Otherwise the return
+    from step k on becomes G_k - b_k if step k earns r_k - b_k + b_(k+1). Where all trajectories of a question earned
+    the same step by step there is nothing to learn: they are left out, unless that leaves none (the dynamic sampling of DAPO,
+    arXiv 2503.14476, without drawing more).
     """
     numbers = {id: number for number, id in enumerate(dict.fromkeys(t.question.id for t in trajectories))}
     groups = np.asarray([numbers[t.question.id] for t in trajectories])
@@ -231,10 +233,12 @@ def relative_to_group(
     mask = np.zeros_like(table, bool)
     for row, r in enumerate(rewards):
         table[row, : len(r)], mask[row, : len(r)] = r, True
-    baselines = np.asarray(group_baseline(table, mask, groups, num_groups=len(trajectories)))
-    relative = table - baselines + np.pad(baselines[:, 1:], ((0, 0), (0, 1)))
-    returns = table.sum(1)
-    differs = np.asarray([np.ptp(returns[groups == group]) > 1e-6 for group in groups])
+    returns = table if per_step else np.cumsum(table[:, ::-1], axis=1)[:, ::-1]
+    baselines = np.asarray(group_baseline(returns, mask, groups, num_groups=len(trajectories)))
+    relative = table - baselines
+    if not per_step:
+        relative[:, :-1] += baselines[:, 1:]
+    differs = np.asarray([np.ptp(table[groups == group], axis=0).max() > 1e-6 for group in groups])
     kept = np.flatnonzero(differs if differs.any() else np.ones_like(differs)).tolist()
     return [trajectories[i] for i in kept], [relative[i, : len(rewards[i])] for i in kept]
 

@@ -134,10 +134,9 @@ def test_whiten():
 
 
 def test_group_baseline_is_the_mean_of_the_others_from_the_same_step_on():
-    # question 0: returns [3, 2], [1, 1, 0], [5]; question 1: [4, 4]
-    rewards = np.array([[1, 2, 9], [0, 1, 0], [5, 9, 9], [0, 4, 9]], np.float32)
+    returns = np.array([[3, 2, 9], [1, 1, 0], [5, 9, 9], [4, 4, 9]], np.float32)
     mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]], bool)
-    baseline = group_baseline(rewards, mask, np.array([0, 0, 0, 1]), num_groups=2)
+    baseline = group_baseline(returns, mask, np.array([0, 0, 0, 1]), num_groups=2)
     # question 1 has no other: the mean of the batch's others; nobody else has a third step
     want = [[(1 + 5) / 2, 1, 0], [(3 + 5) / 2, 2, 0], [(3 + 1) / 2, 0, 0], [(3 + 1 + 5) / 3, (2 + 1) / 2, 0]]
     np.testing.assert_allclose(baseline, want)

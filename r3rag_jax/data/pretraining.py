@@ -87,7 +87,7 @@ def _told(rng: random.Random, facts: list[tuple[str, str, str]], count: int) -> 
             items.append(Hop(entity, relation, value, "").fact())
     for _ in range(rng.randrange(count)):
         first, second = rng.sample(range(1800, 2000), 2)
-        items.append(earlier_or_later(rng.choice(("earlier", "later")), first, second))
+        items.append(f"{earlier_or_later(rng.choice(('earlier', 'later')), first, second)}.")
     return items
 
 

@@ -60,6 +60,7 @@ class Relation:
     tail: str
     phrases: tuple[str, ...]  # noun phrases, the first one is the teacher's
     questions: tuple[str, ...]
+    in_year: str = ""  # of a year: what happened in it
 
 
 RELATIONS: dict[str, Relation] = {
@@ -70,7 +71,8 @@ RELATIONS: dict[str, Relation] = {
     "composer": Relation("person", ("the composer of {x}", "the person who composed {x}"),
                          ("Who composed {x}?", "Who is the composer of {x}?")),
     "release": Relation("year", ("the release year of {x}",),
-                        ("When did {x} come out?", "In which year did {x} come out?")),
+                        ("When did {x} come out?", "In which year did {x} come out?"),
+                        "in {year} {x} came out"),
     "setting": Relation("city", ("the setting of {x}", "the city where {x} is set"),
                         ("Where is {x} set?", "In which city is {x} set?")),
     "publisher": Relation("company", ("the publisher of {x}", "the company that brought out {x}"),
@@ -78,7 +80,8 @@ RELATIONS: dict[str, Relation] = {
     "birthplace": Relation("city", ("the birthplace of {x}", "the city where {x} was born"),
                            ("Where was {x} born?", "In which city was {x} born?")),
     "birthyear": Relation("year", ("the birth year of {x}",),
-                          ("When was {x} born?", "In which year was {x} born?")),
+                          ("When was {x} born?", "In which year was {x} born?"),
+                          "in {year} {x} was born"),
     "spouse": Relation("person", ("the spouse of {x}", "the person who married {x}"),
                        ("Who married {x}?", "Who is the spouse of {x}?")),
     "school": Relation("school", ("the school of {x}", "the place where {x} studied"),
@@ -95,8 +98,8 @@ RELATIONS: dict[str, Relation] = {
                      ("Where is {x} based?", "In which city is {x} based?")),
 }  # fmt: skip
 
-# kind of entity -> passages: (relations told, wordings). A sentence never opens with a name: words inside a sentence
-# are other tokens than words that open a line.
+# kind of entity -> passages: (relations told, wordings). A sentence opens with no name and no year: a word that opens
+# a line is other tokens than the same word within it.
 PASSAGES: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
     "novel": (
         (("author", "release"), ("The novel {x} by {author} came out in {release}.",
@@ -177,10 +180,12 @@ class Hop:
     passage_id: str
 
     def fact(self) -> str:
-        """The fact in a sentence; a year comes first, as that of a comparison is looked for."""
-        if RELATIONS[self.relation].tail == "year":
-            return f"{self.answer} is {self.need()}."
-        return f"The{self.need().removeprefix('the')} is {self.answer}."
+        """The fact in a sentence, a year also before whose it is: a comparison looks that up by the year."""
+        in_year = f": {self.in_year()}" if RELATIONS[self.relation].in_year else ""
+        return f"The{self.need().removeprefix('the')} is {self.answer}{in_year}."
+
+    def in_year(self) -> str:
+        return RELATIONS[self.relation].in_year.format(x=self.entity, year=self.answer)
 
     def need(self) -> str:
         return RELATIONS[self.relation].phrases[0].format(x=self.entity)
@@ -444,12 +449,12 @@ def in_order(question: str, hops: list[Hop]) -> str:
     asked: Literal["earlier", "later"] = "earlier" if " earlier," in question else "later"
     is_first = (int(first.answer) < int(second.answer)) == (asked == "earlier")
     chosen = first if is_first else second
-    return f"{earlier_or_later(asked, int(first.answer), int(second.answer))} {chosen.fact()}"
+    return f"{earlier_or_later(asked, int(first.answer), int(second.answer))}: {chosen.in_year()}."
 
 
 def earlier_or_later(asked: Literal["earlier", "later"], first: int, second: int) -> str:
-    """Which of two years is the one asked for, in a sentence."""
-    return f"The {asked} of {first} and {second} is {(min if asked == 'earlier' else max)(first, second)}."
+    """Which of two years is the one asked for."""
+    return f"The {asked} of {first} and {second} is {(min if asked == 'earlier' else max)(first, second)}"
 
 
 def teach(question: Question, rng: random.Random, *, waste: float, max_steps: int = 5) -> list[dict[str, Any]]:

@@ -56,8 +56,8 @@ def gae(
 
 
 @functools.partial(jax.jit, static_argnames="num_groups")
-def group_baseline(rewards_BT: jax.Array, mask_BT: jax.Array, groups_B: jax.Array, num_groups: int) -> jax.Array:
-    """What the *other* trajectories of each one's group still earn from the same step on, on average.
+def group_baseline(returns_BT: jax.Array, mask_BT: jax.Array, groups_B: jax.Array, num_groups: int) -> jax.Array:
+    """What the *other* trajectories of each one's group earn from the same step on, on average.
 
     Leave-one-out (arXiv 2402.14740), step by step: it does not depend on what the trajectory itself does, so
     subtracting it from the return of a step leaves the policy gradient unbiased, and it takes out how hard the
@@ -65,7 +65,7 @@ def group_baseline(rewards_BT: jax.Array, mask_BT: jax.Array, groups_B: jax.Arra
     against its last steps what the first ones have earned.)
 
     Args:
-        rewards_BT: float [B, T], of each step. mask_BT: bool [B, T], the steps that a trajectory has.
+        returns_BT: float [B, T], from each step on. mask_BT: bool [B, T], the steps that a trajectory has.
         groups_B: int [B], its question, in [0, num_groups).
 
     Returns:
@@ -73,11 +73,10 @@ def group_baseline(rewards_BT: jax.Array, mask_BT: jax.Array, groups_B: jax.Arra
         other has it, and where mask is False.
     """
     mask_BT = mask_BT.astype(jnp.float32)
-    rewards_BT = jnp.where(mask_BT > 0, rewards_BT.astype(jnp.float32), 0.0)
-    returns_BT = jnp.cumsum(rewards_BT[:, ::-1], axis=1)[:, ::-1]
+    returns_BT = jnp.where(mask_BT > 0, returns_BT.astype(jnp.float32), 0.0)
 
     def mean_of_others(groups_B: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array]:
-        total = jax.ops.segment_sum(returns_BT * mask_BT, groups_B, num_groups)[groups_B] - returns_BT * mask_BT
+        total = jax.ops.segment_sum(returns_BT, groups_B, num_groups)[groups_B] - returns_BT
         count = jax.ops.segment_sum(mask_BT, groups_B, num_groups)[groups_B] - mask_BT
         return total / jnp.maximum(count, 1), count
 
