@@ -224,8 +224,8 @@ def relative_to_group(
 
     With `per_step` each step is its own episode and r_k counts from its baseline, as r_k - b_k. Otherwise the return
     from step k on becomes G_k - b_k if step k earns r_k - b_k + b_(k+1). Where all trajectories of a question earned
-    the same step by step there is nothing to learn: they are left out, unless that leaves none (the dynamic sampling of DAPO,
-    arXiv 2503.14476, without drawing more).
+    the same step by step there is nothing to learn: they are left out, unless that leaves none (the dynamic sampling
+    of DAPO, arXiv 2503.14476, without drawing more).
     """
     numbers = {id: number for number, id in enumerate(dict.fromkeys(t.question.id for t in trajectories))}
     groups = np.asarray([numbers[t.question.id] for t in trajectories])

@@ -16,12 +16,12 @@ Parts = tuple[str, list[str]]  # what stands before the counted text, and the co
 
 @pytest.fixture(scope="module")
 def questions() -> dict[str, Question]:
-    return {q.question: q for number in range(4) for q in make_world(number).questions(SPLIT, 26)}
+    return {q.question: q for number in range(8) for q in make_world(number).questions(SPLIT, 26)}
 
 
 @pytest.fixture(scope="module")
 def read() -> list[Parts]:
-    worlds = [make_world(number) for number in range(4)]
+    worlds = [make_world(number) for number in range(8)]
     found = [d for number, world in enumerate(worlds) for d in documents(world, random.Random(number), 9)]
     split = [("".join(t for t, counts in d if not counts), "".join(t for t, counts in d if counts)) for d in found]
     return [(context, said.splitlines()) for context, said in split]

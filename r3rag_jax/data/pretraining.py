@@ -5,16 +5,30 @@ Nothing here is a trajectory, and no name is one that a user's world can hold (s
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 
-from r3rag_jax.data.world import PASSAGES, RELATIONS, Hop, Region, Split, World, earlier_or_later, in_order, tell
+from r3rag_jax.data.world import (
+    PASSAGES,
+    RELATIONS,
+    Hop,
+    Order,
+    Region,
+    Split,
+    World,
+    asked_order,
+    earlier_or_later,
+    in_order,
+    tell,
+)
 from r3rag_jax.protocol import reading_prompt
-from r3rag_jax.types import Question
+from r3rag_jax.types import Passage, Question
 
 # A document: pieces of text, and whether the loss counts each.
 Document = list[tuple[str, bool]]
 SPLIT: Split = "test"  # questions of every composition, as a large model has met them in its pretraining
+ORDERS: tuple[Order, Order] = ("earlier", "later")
 
 
 def make_world(seed: int) -> World:
@@ -31,115 +45,115 @@ def documents(world: World, rng: random.Random, max_passages: int, num_pages: in
     pretraining goes from short to long.)
     """
     questions = world.questions(SPLIT, 2 * num_pages)
-    facts = _facts_by_passage(world)
+    shelf = _Shelf.of(world)
     weights = (2, 4, 7, 1) if max_passages >= 4 else (1, 0, 0, 0)
     for _ in range(num_pages):
         kind = rng.choices(("facts", "reading", "asked first", "text"), weights)[0]
         if kind == "text":
             yield _text(world, rng)
         elif kind == "facts":
-            yield _reading(world, rng, rng.randint(1, max_passages), [], facts)
+            yield _reading(shelf, rng, rng.randint(1, max_passages), [])
         elif kind == "reading":
-            asked = rng.sample(questions, 2)
-            yield _reading(world, rng, rng.randint(5, max(5, max_passages)), asked, facts)
+            yield _reading(shelf, rng, rng.randint(5, max(5, max_passages)), rng.sample(questions, 2))
         else:
-            yield _asked_first(world, rng, rng.randint(2, max(5, max_passages)), rng.choice(questions), facts)
+            yield _asked_first(shelf, rng, rng.randint(2, max(5, max_passages)), rng.choice(questions))
 
 
-def _facts_by_passage(world: World) -> dict[str, list[tuple[str, str, str]]]:
-    """Passage id -> (entity, relation, value) of every fact that it tells."""
-    facts: dict[str, list[tuple[str, str, str]]] = {}
-    for region in world.regions.values():
-        for (entity, relation), passage_id in region.told_in.items():
-            facts.setdefault(passage_id, []).append((entity, relation, region.facts[entity, relation]))
-    return facts
+@dataclasses.dataclass(frozen=True)
+class _Shelf:
+    """The passages of a world, and where to find them."""
+
+    passages: tuple[Passage, ...]  # by id
+    facts: dict[str, list[Hop]]  # passage id -> every fact that it tells
+    about: dict[str, list[str]]  # entity -> ids of the passages about it
+
+    @classmethod
+    def of(cls, world: World) -> _Shelf:
+        facts: dict[str, list[Hop]] = {}
+        about: dict[str, list[str]] = {}
+        for region in world.regions.values():
+            for (entity, relation), passage_id in region.told_in.items():
+                facts.setdefault(passage_id, []).append(region.hop(entity, relation))
+        for passage in world.passages:
+            about.setdefault(passage.title, []).append(passage.id)
+        return cls(world.passages, facts, about)
+
+    def among_others(
+        self, rng: random.Random, ids: set[str], count: int, asked: Question | None = None
+    ) -> tuple[list[str], Document]:
+        """The passages `ids` among others, `count` in all or more, shuffled: (ids, their pieces of a document).
+
+        Some of the others are about an entity of the question or of a passage at hand, as retrieved ones are; none
+        of them supports the question.
+        """
+        ids, banned = set(ids), set[str]()
+        entities = [self.passages[int(i)].title for i in sorted(ids)]
+        if asked is not None:
+            banned = set(asked.supporting_ids) - ids
+            entities += [hop["entity"] for hop in asked.metadata["decomposition"]]
+        while len(ids) < count:
+            if entities and rng.random() < 0.4:
+                other = rng.choice(self.about[rng.choice(entities)])
+            else:
+                other = str(rng.randrange(len(self.passages)))
+            if other not in banned:
+                ids.add(other)
+                entities.append(self.passages[int(other)].title)
+        order = sorted(ids, key=int)
+        rng.shuffle(order)
+        return order, [(f"{self.passages[int(i)].contents}\n", False) for i in order]
 
 
-def _reading(
-    world: World,
-    rng: random.Random,
-    num_passages: int,
-    questions: list[Question],
-    facts: dict[str, list[tuple[str, str, str]]],
-) -> Document:
+def _reading(shelf: _Shelf, rng: random.Random, num_passages: int, questions: list[Question]) -> Document:
     """Passages, then what they tell, and the given questions.
 
     The loss counts all that follows the passages.
     """
     ids = {id for question in questions for id in question.supporting_ids}
-    order = _with_others(world, rng, ids, num_passages)
+    order, document = shelf.among_others(rng, ids, num_passages)
     items = [f"Question: {q.question}\n{_explained(q)}" for q in questions]
     items += [f"{reading_prompt(q.question, ())} {q.golden_answers[0]}" for q in questions if rng.random() < 0.5]
-    items += _told(rng, [fact for i in order for fact in facts.get(i, ())], 5)
+    items += _told(rng, [fact for i in order for fact in shelf.facts.get(i, ())], 5)
     rng.shuffle(items)
-    return _passages(world, order) + [(f"{item}\n", True) for item in items]
+    return document + [(f"{item}\n", True) for item in items]
 
 
-def _told(rng: random.Random, facts: list[tuple[str, str, str]], count: int) -> list[str]:
+def _told(rng: random.Random, facts: list[Hop], count: int) -> list[str]:
     """Up to `count` of the facts, asked for or said again in other words, and some years put in order."""
     items = []
-    facts = [fact for fact in facts for _ in range(2 if fact[2].isdigit() else 1)]
-    for entity, relation, value in rng.choices(facts, k=min(count, 1 + len(facts))) if facts else ():
+    for fact in rng.choices(facts, k=min(count, 1 + len(facts))) if facts else ():
         if rng.random() < 0.5:
-            question = rng.choice(RELATIONS[relation].questions).format(x=entity)
-            items.append(f"{reading_prompt(question, ())} {value}")
+            question = rng.choice(RELATIONS[fact.relation].questions).format(x=fact.entity)
+            items.append(f"{reading_prompt(question, ())} {fact.answer}")
         else:
-            items.append(Hop(entity, relation, value, "").fact())
+            items.append(fact.fact())
     for _ in range(rng.randrange(count)):
+        asked = rng.choice(ORDERS)
         first, second = rng.sample(range(1800, 2000), 2)
-        items.append(f"{earlier_or_later(rng.choice(('earlier', 'later')), first, second)}.")
+        items.append(f"{earlier_or_later(asked, first, second)}.")
+    by_year = {fact.answer: fact for fact in facts if fact.answer.isdigit()}
+    if len(by_year) > 1:
+        pair = rng.sample(list(by_year.values()), 2)
+        items.append(f"{pair[0].fact()} {pair[1].fact()} {in_order(rng.choice(ORDERS), *pair)}")
     return items
 
 
-def _asked_first(
-    world: World,
-    rng: random.Random,
-    num_passages: int,
-    question: Question,
-    facts: dict[str, list[tuple[str, str, str]]],
-) -> Document:
+def _asked_first(shelf: _Shelf, rng: random.Random, num_passages: int, question: Question) -> Document:
     """A question, passages, what they say to it (in some documents not enough for an answer), other facts."""
     hops = [Hop(**hop) for hop in question.metadata["decomposition"]]
     num_found = rng.randrange(len(hops)) if rng.random() < 0.25 else len(hops)
     found = {hop.passage_id for hop in hops[:num_found]}
     while num_found < len(hops) and hops[num_found].passage_id in found:
         num_found += 1
-    order = _with_others(world, rng, found, num_passages, question)
+    order, passages = shelf.among_others(rng, found, num_passages, question)
     if num_found == len(hops):
         said = _explained(question)
     else:
         known = f"Facts: {' '.join(hop.fact() for hop in hops[:num_found])}\n" if num_found else ""
         said = f"{known}Missing: {hops[num_found].need()}."
     asked: Document = [(f"Question: {question.question}\n", False)]
-    items = [said, *_told(rng, [fact for i in order for fact in facts.get(i, ())], 4)]
-    return asked + _passages(world, order) + [(f"{item}\n", True) for item in items]
-
-
-def _with_others(
-    world: World, rng: random.Random, ids: set[str], count: int, question: Question | None = None
-) -> list[str]:
-    """The passages `ids` among others, `count` in all or more, shuffled.
-
-    With a question, some of the others are about its entities, as retrieved ones are; none of them supports it.
-    """
-    ids, banned = set(ids), set[str]()
-    related: list[str] = []
-    if question is not None:
-        banned = set(question.supporting_ids)
-        entities = {hop["entity"] for hop in question.metadata["decomposition"]}
-        told_in = world.regions[SPLIT].told_in
-        related = sorted({i for (entity, _), i in told_in.items() if entity in entities} - banned)
-    while len(ids) < count:
-        other = rng.choice(related) if related and rng.random() < 0.3 else str(rng.randrange(len(world.passages)))
-        if other not in banned:
-            ids.add(other)
-    order = sorted(ids, key=int)
-    rng.shuffle(order)
-    return order
-
-
-def _passages(world: World, ids: list[str]) -> Document:
-    return [(f"{world.passages[int(i)].contents}\n", False) for i in ids]
+    items = [said, *_told(rng, [fact for i in order for fact in shelf.facts.get(i, ())], 4)]
+    return asked + passages + [(f"{item}\n", True) for item in items]
 
 
 def _explained(question: Question) -> str:
@@ -147,7 +161,7 @@ def _explained(question: Question) -> str:
     hops = [Hop(**hop) for hop in question.metadata["decomposition"]]
     facts = [hop.fact() for hop in hops]
     if question.metadata["type"].endswith("comparison"):
-        facts.append(in_order(question.question, hops))
+        facts.append(in_order(asked_order(question.question), *hops[-2:]))
     return f"Facts: {' '.join(facts)}\nAnswer: {question.golden_answers[0]}"
 
 

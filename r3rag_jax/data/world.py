@@ -42,6 +42,7 @@ from r3rag_jax.types import Passage, Question
 MAX_MISSES = 2000  # draws without a new question after which a split is taken to be exhausted
 Split = Literal["sft", "rl", "dev", "test"]
 Realm = Literal["user", "base"]
+Order = Literal["earlier", "later"]
 SHARES: dict[Split, float] = {"sft": 0.25, "rl": 0.45, "dev": 0.08, "test": 0.22}
 # Share of each question type: (type, number of relations in the chain).
 TYPES = {
@@ -443,16 +444,19 @@ def _question(id: str, text: str, answer: str, kind: str, path: tuple[str, ...],
     return Question(id, text, (answer,), metadata)
 
 
-def in_order(question: str, hops: list[Hop]) -> str:
-    """Which of the two years at the end of a comparison the question asks for, and whose it is."""
-    first, second = hops[-2:]
-    asked: Literal["earlier", "later"] = "earlier" if " earlier," in question else "later"
+def asked_order(question: str) -> Order:
+    """Whether a comparison asks for the earlier of its two years or for the later one."""
+    return "earlier" if " earlier," in question else "later"
+
+
+def in_order(asked: Order, first: Hop, second: Hop) -> str:
+    """Which of two years is the one asked for, and what happened in it."""
     is_first = (int(first.answer) < int(second.answer)) == (asked == "earlier")
     chosen = first if is_first else second
     return f"{earlier_or_later(asked, int(first.answer), int(second.answer))}: {chosen.in_year()}."
 
 
-def earlier_or_later(asked: Literal["earlier", "later"], first: int, second: int) -> str:
+def earlier_or_later(asked: Order, first: int, second: int) -> str:
     """Which of two years is the one asked for."""
     return f"The {asked} of {first} and {second} is {(min if asked == 'earlier' else max)(first, second)}"
 
@@ -482,6 +486,6 @@ def teach(question: Question, rng: random.Random, *, waste: float, max_steps: in
                 }
             )
     if question.metadata["type"].endswith("comparison"):
-        known += f" {in_order(question.question, hops)}"
+        known += f" {in_order(asked_order(question.question), *hops[-2:])}"
     steps.append({"analysis": known, "answer": question.golden_answers[0]})
     return steps
