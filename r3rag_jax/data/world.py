@@ -60,7 +60,7 @@ class Relation:
 
     tail: str
     phrases: tuple[str, ...]  # noun phrases, the first one is the teacher's
-    questions: tuple[str, ...]
+    questions: tuple[str, ...]  # as phrases
     in_year: str = ""  # of a year: what happened in it
 
 
@@ -473,7 +473,7 @@ def teach(question: Question, rng: random.Random, *, waste: float, max_steps: in
     wasteful_at = rng.randrange(len(hops)) if len(hops) + 2 <= max_steps and rng.random() < waste else -1
     for number, hop in enumerate(hops):
         lead = f"{known} Now I need" if known else "I need"
-        query = rng.choice(RELATIONS[hop.relation].questions).format(x=hop.entity)
+        query = RELATIONS[hop.relation].questions[0].format(x=hop.entity)
         steps.append({"analysis": f"{lead} {hop.need()}.", "query": query, "passage_ids": [hop.passage_id]})
         known = hop.fact()
         if number == wasteful_at:
