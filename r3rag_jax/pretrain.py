@@ -26,7 +26,16 @@ from flax import nnx
 from r3rag_jax import learner
 from r3rag_jax.config import MeshConfig, ModelConfig, SFTConfig
 from r3rag_jax.data.pretraining import documents, make_world
-from r3rag_jax.data.vocabulary import FIRST_NAMES, LAST_NAMES, ROOTS, TITLE_ADJECTIVES, TITLE_NOUNS
+from r3rag_jax.data.vocabulary import (
+    CITY_ENDS,
+    COUNTRY_ENDS,
+    FIRST_NAMES,
+    LAST_NAMES,
+    RIVER_ENDS,
+    ROOTS,
+    TITLE_ADJECTIVES,
+    TITLE_NOUNS,
+)
 from r3rag_jax.errors import main_guard
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder, rope_frequencies
@@ -113,14 +122,22 @@ def make_tokenizer(out: Path) -> Tokenizer:
     """Train a byte-level BPE tokenizer on `base` worlds and write its Hugging Face files.
 
     Years, names and roots of places are written out often enough to become one token each, as common
-    numbers and names are in large vocabularies.
+    numbers and names are in large vocabularies. The name of a place is cut behind its root, so that the names
+    of every world are made of the same pieces.
     """
     worlds = ((make_world(number), random.Random(number)) for number in range(240))
     texts = ["".join(text for text, _ in document) for world in worlds for document in documents(*world, 9)]
     words = (*map(str, range(1800, 2000)), *FIRST_NAMES, *LAST_NAMES, *ROOTS, *TITLE_ADJECTIVES, *TITLE_NOUNS)
     texts += ["".join(f" {word}" for word in words)] * 2000
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ends = "|".join((*CITY_ENDS, *COUNTRY_ENDS, *RIVER_ENDS))
+    root = tokenizers.Regex(rf" (?:{'|'.join(ROOTS)})(?=(?:{ends})\b)")
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(root, "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     bpe.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,

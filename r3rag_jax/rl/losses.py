@@ -156,11 +156,12 @@ def chunked_logprobs(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # around the choice: inside, each chunk would keep the weight
     def if_kept(inputs):
-        skip = jnp.zeros((2, inputs[0].shape[0]), jnp.float32)
-        return lax.cond(jnp.any(inputs[-1]), lambda: one_chunk(*inputs), lambda: skip)
+        *chunk, any_kept = inputs
+        skip = jnp.zeros((2, chunk[0].shape[0]), jnp.float32)
+        return lax.cond(any_kept, lambda: one_chunk(*chunk), lambda: skip)
 
     temperature_BL = jnp.where(mask_BL, temperature_BL.astype(jnp.float32), 1.0)
-    inputs = (*map(chunks.split, (hidden_BLD, targets_BL, temperature_BL)), chunks.mask_KC)
+    inputs = (*map(chunks.split, (hidden_BLD, targets_BL, temperature_BL)), chunks.mask_KC, chunks.any_K)
     found_K2C = lax.map(if_kept, inputs)
     return chunks.join(found_K2C[:, 0]), chunks.join(found_K2C[:, 1])
 
@@ -195,23 +196,24 @@ def cross_entropy(
         ValueError: chunk is not positive.
     """
     chunks = _Chunks(mask_BL.astype(bool), chunk)
-    return _cross_entropy(chunks.split(hidden_BLD), weight_DV, chunks.split(targets_BL), chunks.mask_KC)
+    return _cross_entropy(chunks.split(hidden_BLD), weight_DV, chunks.split(targets_BL), chunks.mask_KC, chunks.any_K)
 
 
 @jax.custom_vjp
-def _cross_entropy(hidden_KCD, weight_DV, targets_KC, mask_KC):
+def _cross_entropy(hidden_KCD, weight_DV, targets_KC, mask_KC, any_K):
     def one_chunk(hidden_CD, targets_C, mask_C):
         return _chunk_sums(_logits(hidden_CD, weight_DV), targets_C, mask_C)[0]
 
     def if_kept(sums, inputs):
-        return lax.cond(jnp.any(inputs[-1]), lambda: sums + one_chunk(*inputs), lambda: sums), None
+        *chunk, any_kept = inputs
+        return lax.cond(any_kept, lambda: sums + one_chunk(*chunk), lambda: sums), None
 
-    sums, _ = lax.scan(if_kept, jnp.zeros(2, jnp.float32), (hidden_KCD, targets_KC, mask_KC))
+    sums, _ = lax.scan(if_kept, jnp.zeros(2, jnp.float32), (hidden_KCD, targets_KC, mask_KC, any_K))
     loss, accuracy = sums / _count(mask_KC)
     return loss, accuracy
 
 
-def _cross_entropy_forward(hidden_KCD, weight_DV, targets_KC, mask_KC):
+def _cross_entropy_forward(hidden_KCD, weight_DV, targets_KC, mask_KC, any_K):
     scale = 1.0 / _count(mask_KC)
 
     def one_chunk(carry, hidden_CD, targets_C, mask_C):
@@ -226,11 +228,12 @@ def _cross_entropy_forward(hidden_KCD, weight_DV, targets_KC, mask_KC):
         return (sums + chunk_sums, grad_weight_DV), grad_hidden_CD.astype(hidden_CD.dtype)
 
     def if_kept(carry, inputs):
-        skip = jnp.zeros_like(inputs[0])
-        return lax.cond(jnp.any(inputs[-1]), lambda: one_chunk(carry, *inputs), lambda: (carry, skip))
+        *chunk, any_kept = inputs
+        skip = jnp.zeros_like(chunk[0])
+        return lax.cond(any_kept, lambda: one_chunk(carry, *chunk), lambda: (carry, skip))
 
     start = jnp.zeros(2, jnp.float32), jnp.zeros(weight_DV.shape, jnp.float32)
-    (sums, grad_weight_DV), grad_hidden_KCD = lax.scan(if_kept, start, (hidden_KCD, targets_KC, mask_KC))
+    (sums, grad_weight_DV), grad_hidden_KCD = lax.scan(if_kept, start, (hidden_KCD, targets_KC, mask_KC, any_K))
     loss, accuracy = sums * scale
     return (loss, accuracy), (grad_hidden_KCD, grad_weight_DV.astype(weight_DV.dtype))
 
@@ -238,7 +241,7 @@ def _cross_entropy_forward(hidden_KCD, weight_DV, targets_KC, mask_KC):
 def _cross_entropy_backward(grads, cotangents):
     cotangent, _ = cotangents  # the accuracy is piecewise constant
     grad_hidden_KCD, grad_weight_DV = ((cotangent * g).astype(g.dtype) for g in grads)
-    return grad_hidden_KCD, grad_weight_DV, None, None
+    return grad_hidden_KCD, grad_weight_DV, None, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
@@ -286,6 +289,7 @@ class _Chunks:
         self._order_BL = jnp.argsort(~mask_BL, axis=1, stable=True)
         self._inverse_BL = jnp.argsort(self._order_BL, axis=1)
         self.mask_KC = self.split(mask_BL)
+        self.any_K = jnp.any(self.mask_KC, axis=1)  # once: a reduction over devices inside a branch can deadlock
 
     def split(self, x_BL: jax.Array) -> jax.Array:
         """[B, L, ...] -> [K, C, ...], padded with zeros."""
