@@ -158,7 +158,7 @@ def chunked_logprobs(
     def if_kept(inputs):
         *chunk, any_kept = inputs
         skip = jnp.zeros((2, chunk[0].shape[0]), jnp.float32)
-        return lax.cond(any_kept, lambda: one_chunk(*chunk), lambda: skip)
+        return _if_kept(any_kept, lambda: one_chunk(*chunk), lambda: skip)
 
     temperature_BL = jnp.where(mask_BL, temperature_BL.astype(jnp.float32), 1.0)
     inputs = (*map(chunks.split, (hidden_BLD, targets_BL, temperature_BL)), chunks.mask_KC, chunks.any_K)
@@ -206,7 +206,7 @@ def _cross_entropy(hidden_KCD, weight_DV, targets_KC, mask_KC, any_K):
 
     def if_kept(sums, inputs):
         *chunk, any_kept = inputs
-        return lax.cond(any_kept, lambda: sums + one_chunk(*chunk), lambda: sums), None
+        return _if_kept(any_kept, lambda: sums + one_chunk(*chunk), lambda: sums), None
 
     sums, _ = lax.scan(if_kept, jnp.zeros(2, jnp.float32), (hidden_KCD, targets_KC, mask_KC, any_K))
     loss, accuracy = sums / _count(mask_KC)
@@ -230,7 +230,7 @@ def _cross_entropy_forward(hidden_KCD, weight_DV, targets_KC, mask_KC, any_K):
     def if_kept(carry, inputs):
         *chunk, any_kept = inputs
         skip = jnp.zeros_like(chunk[0])
-        return lax.cond(any_kept, lambda: one_chunk(carry, *chunk), lambda: (carry, skip))
+        return _if_kept(any_kept, lambda: one_chunk(carry, *chunk), lambda: (carry, skip))
 
     start = jnp.zeros(2, jnp.float32), jnp.zeros(weight_DV.shape, jnp.float32)
     (sums, grad_weight_DV), grad_hidden_KCD = lax.scan(if_kept, start, (hidden_KCD, targets_KC, mask_KC, any_K))
@@ -273,6 +273,17 @@ def _count(mask_KC):
     return jnp.maximum(jnp.sum(mask_KC, dtype=jnp.float32), 1.0)
 
 
+def _if_kept(any_kept, compute, skip):
+    """compute(), or skip() where no token of the chunk is kept.
+
+    Not over several CPU devices: their runtime may start the collectives inside a branch and those outside in
+    different orders on different devices, which then wait for each other.
+    """
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        return compute()
+    return lax.cond(any_kept, compute, skip)
+
+
 class _Chunks:
     """Rows of tokens, the kept ones first, cut into K chunks of C tokens: so many columns of every row.
 
@@ -289,7 +300,7 @@ class _Chunks:
         self._order_BL = jnp.argsort(~mask_BL, axis=1, stable=True)
         self._inverse_BL = jnp.argsort(self._order_BL, axis=1)
         self.mask_KC = self.split(mask_BL)
-        self.any_K = jnp.any(self.mask_KC, axis=1)  # once: a reduction over devices inside a branch can deadlock
+        self.any_K = jnp.any(self.mask_KC, axis=1)
 
     def split(self, x_BL: jax.Array) -> jax.Array:
         """[B, L, ...] -> [K, C, ...], padded with zeros."""
