@@ -20,6 +20,11 @@ NUM_ROWS, NUM_TOKENS, WIDTH, VOCAB = 2, 13, 8, 31
 CHUNKS = [1, 10, 64]  # columns of both rows at once: 1, 5 + 5 + 3, all
 
 
+@pytest.fixture(autouse=True, params=[1, 8], ids=["skips empty chunks", "computes every chunk"])
+def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+
+
 def _inputs(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 4)
     return (
