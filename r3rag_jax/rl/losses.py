@@ -148,6 +148,7 @@ def chunked_logprobs(
     wide_DV = weight_DV.astype(jnp.float32)
 
     def one_chunk(hidden_CD, targets_C, temperature_C, mask_C):
+        temperature_C = jnp.where(mask_C, temperature_C.astype(jnp.float32), 1.0)
         logits_CV = _logits(hidden_CD, wide_DV.astype(weight_DV.dtype)) / temperature_C[:, None]
         lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
         all_CV = logits_CV - lse_C[:, None]
@@ -160,7 +161,6 @@ def chunked_logprobs(
         skip = jnp.zeros((2, chunk[0].shape[0]), jnp.float32)
         return _if_kept(any_kept, lambda: one_chunk(*chunk), lambda: skip)
 
-    temperature_BL = jnp.where(mask_BL, temperature_BL.astype(jnp.float32), 1.0)
     inputs = (*map(chunks.split, (hidden_BLD, targets_BL, temperature_BL)), chunks.mask_KC, chunks.any_K)
     found_K2C = lax.map(if_kept, inputs)
     return chunks.join(found_K2C[:, 0]), chunks.join(found_K2C[:, 1])
