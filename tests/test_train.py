@@ -216,7 +216,6 @@ def test_groups_without_a_difference_teach_nothing() -> None:
     _, relative = train.relative_to_group(trajectories, rewards, per_step=True)
     np.testing.assert_allclose(relative[0], [1.0 - 0.5])
     np.testing.assert_allclose(relative[1], [0.5 - 1.0, 0.5 - 2.0, 2.0 - 0.0])
-    kept, relative = train.relative_to_group(
-        trajectories[:2], rewards[:2], per_step=False
-    )  # an iteration is never empty
+    # an iteration is never empty
+    kept, relative = train.relative_to_group(trajectories[:2], rewards[:2], per_step=False)
     assert len(kept) == 2 and relative[0].sum() == relative[1].sum() == 0

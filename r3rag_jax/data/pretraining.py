@@ -80,8 +80,8 @@ class _Shelf:
 
     def among_others(
         self, rng: random.Random, ids: set[str], count: int, asked: Question | None = None
-    ) -> tuple[list[str], Document]:
-        """The passages `ids` among others, `count` in all or more, shuffled: (ids, their pieces of a document).
+    ) -> tuple[Document, list[Hop]]:
+        """The passages `ids` among others, `count` in all or more, shuffled, and every fact that they tell.
 
         Some of the others are about an entity of the question or of a passage at hand, as retrieved ones are; none
         of them supports the question.
@@ -101,7 +101,8 @@ class _Shelf:
                 entities.append(self.passages[int(other)].title)
         order = sorted(ids, key=int)
         rng.shuffle(order)
-        return order, [(f"{self.passages[int(i)].contents}\n", False) for i in order]
+        pieces = [(f"{self.passages[int(i)].contents}\n", False) for i in order]
+        return pieces, [fact for i in order for fact in self.facts.get(i, ())]
 
 
 def _reading(shelf: _Shelf, rng: random.Random, num_passages: int, questions: list[Question]) -> Document:
@@ -110,12 +111,12 @@ def _reading(shelf: _Shelf, rng: random.Random, num_passages: int, questions: li
     The loss counts all that follows the passages.
     """
     ids = {id for question in questions for id in question.supporting_ids}
-    order, document = shelf.among_others(rng, ids, num_passages)
+    passages, facts = shelf.among_others(rng, ids, num_passages)
     items = [f"Question: {q.question}\n{_explained(q)}" for q in questions]
     items += [f"{reading_prompt(q.question, ())} {q.golden_answers[0]}" for q in questions if rng.random() < 0.5]
-    items += _told(rng, [fact for i in order for fact in shelf.facts.get(i, ())], 5)
+    items += _told(rng, facts, 5)
     rng.shuffle(items)
-    return document + [(f"{item}\n", True) for item in items]
+    return passages + [(f"{item}\n", True) for item in items]
 
 
 def _told(rng: random.Random, facts: list[Hop], count: int) -> list[str]:
@@ -145,14 +146,14 @@ def _asked_first(shelf: _Shelf, rng: random.Random, num_passages: int, question:
     found = {hop.passage_id for hop in hops[:num_found]}
     while num_found < len(hops) and hops[num_found].passage_id in found:
         num_found += 1
-    order, passages = shelf.among_others(rng, found, num_passages, question)
+    passages, facts = shelf.among_others(rng, found, num_passages, question)
     if num_found == len(hops):
         said = _explained(question)
     else:
         known = f"Facts: {' '.join(hop.fact() for hop in hops[:num_found])}\n" if num_found else ""
         said = f"{known}Missing: {hops[num_found].need()}."
     asked: Document = [(f"Question: {question.question}\n", False)]
-    items = [said, *_told(rng, [fact for i in order for fact in shelf.facts.get(i, ())], 4)]
+    items = [said, *_told(rng, facts, 4)]
     return asked + passages + [(f"{item}\n", True) for item in items]
 
 

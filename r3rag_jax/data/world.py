@@ -60,8 +60,8 @@ class Relation:
 
     tail: str
     phrases: tuple[str, ...]  # noun phrases, the first one is the teacher's
-    questions: tuple[str, ...]  # as phrases
-    in_year: str = ""  # of a year: what happened in it
+    questions: tuple[str, ...]  # the first one is the teacher's query
+    in_year: str = ""  # where it leads to a year: what happened then
 
 
 RELATIONS: dict[str, Relation] = {
