@@ -20,7 +20,7 @@ NUM_ROWS, NUM_TOKENS, WIDTH, VOCAB = 2, 13, 8, 31
 CHUNKS = [1, 10, 64]  # columns of both rows at once: 1, 5 + 5 + 3, all
 
 
-@pytest.fixture(autouse=True, params=[1, 8], ids=["skips empty chunks", "computes every chunk"])
+@pytest.fixture(autouse=True, params=[1, 8], ids=["in chunks", "in one"])
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "device_count", lambda: request.param)
 
@@ -225,7 +225,8 @@ def test_cross_entropy_typed_out():
     np.testing.assert_allclose([loss, accuracy], [np.log(4.0), 0.5], rtol=1e-6)
 
 
-def test_logits_never_exist_whole():
+def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     hidden_TD, weight_DV = jnp.ones((1, 64, 4)), jnp.ones((4, 100))
     targets_T, mask_T = jnp.zeros((1, 64), int), jnp.ones((1, 64), bool)
 

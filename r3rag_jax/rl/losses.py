@@ -274,28 +274,31 @@ def _count(mask_KC):
 
 
 def _if_kept(any_kept, compute, skip):
-    """compute(), or skip() where no token of the chunk is kept.
+    """compute(), or skip() where no token of the chunk is kept."""
+    return compute() if _collectives_race() else lax.cond(any_kept, compute, skip)
 
-    Not over several CPU devices: their runtime may start the collectives inside a branch and those outside in
-    different orders on different devices, which then wait for each other.
+
+def _collectives_race() -> bool:
+    """Whether a collective within a loop or a branch may run before or after one outside of it, as chance will have it.
+
+    So it is over several CPU devices: their runtime orders collectives by their launch, and a loop counts as launched
+    with its first iteration. Devices that disagree wait for each other for ever.
     """
-    if jax.default_backend() == "cpu" and jax.device_count() > 1:
-        return compute()
-    return lax.cond(any_kept, compute, skip)
+    return jax.default_backend() == "cpu" and jax.device_count() > 1
 
 
 class _Chunks:
     """Rows of tokens, the kept ones first, cut into K chunks of C tokens: so many columns of every row.
 
     Rows stay whole and in order, so an axis of rows that is sharded over devices stays where it is and every
-    device works on every chunk; the last chunks hold no kept token.
+    device works on every chunk; the last chunks hold no kept token. Where loops are not safe all is one chunk.
     """
 
     def __init__(self, mask_BL: jax.Array, chunk: int):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 token; got {chunk}")
         self._shape = B, L = mask_BL.shape
-        self._columns = min(L, max(1, chunk // B))
+        self._columns = L if _collectives_race() else min(L, max(1, chunk // B))
         self._num_chunks = -(-L // self._columns)
         self._order_BL = jnp.argsort(~mask_BL, axis=1, stable=True)
         self._inverse_BL = jnp.argsort(self._order_BL, axis=1)
