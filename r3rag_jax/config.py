@@ -167,6 +167,7 @@ class RolloutConfig:
     decode_chunk: int = key(32, "most tokens per row in one call on the device", "tokens")
     samples: int = key(4, "trajectories per question in RL", "trajectories")
     temperatures: tuple[float, ...] = key((1.0,), "one per sample, repeated as needed; 0 is greedy")
+    min_p: float = key(0.0, "tokens below this share of the largest probability are not sampled", "fraction")
 
     def __post_init__(self) -> None:
         _each(
@@ -175,6 +176,7 @@ class RolloutConfig:
             AT_LEAST_1,
             "max_steps max_new_tokens max_length slots decode_chunk samples",
         )
+        _each(self, "rollout.", FRACTION, "min_p")
         _require(
             self.max_new_tokens < self.max_length,
             f"rollout.max_new_tokens must be less than rollout.max_length={self.max_length}; got {self.max_new_tokens}",

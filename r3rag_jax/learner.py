@@ -134,10 +134,19 @@ def sft_loss(graphdef: Any, params: Any, batch: SFTBatch, remat: str) -> tuple[j
 
 
 def rl_loss(
-    graphdefs: dict[str, Any], params: Any, batch: TrainBatch, targets: Targets, config: RLConfig, remat: str
+    graphdefs: dict[str, Any],
+    params: Any,
+    batch: TrainBatch,
+    targets: Targets,
+    config: RLConfig,
+    remat: str,
+    min_p: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
-    """PPO: clipped surrogate + value loss - entropy bonus (arXiv 1707.06347, eq. 9)."""
-    logprobs, entropy, values = _evaluate(graphdefs, params, batch, remat)
+    """PPO: clipped surrogate + value loss - entropy bonus (arXiv 1707.06347, eq. 9).
+
+    `min_p` is what the batch was sampled with.
+    """
+    logprobs, entropy, values = _evaluate(graphdefs, params, batch, remat, min_p)
     policy_loss, stats = ppo_policy_loss(
         logprobs, batch.behaviour_logprobs, targets.advantages, batch.loss_mask, clip=config.clip
     )
@@ -165,12 +174,13 @@ def make_rl_step(
     model: ModelConfig,
     config: RLConfig,
     state: TrainState,
+    min_p: float = 0.0,
 ) -> Callable[[TrainState, TrainBatch, Targets, jax.Array], tuple[TrainState, Metrics]]:
     """The jitted PPO update, (state, batch, targets, lr_scale) -> (state, metrics); the state is donated."""
 
     def step(state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array) -> tuple[TrainState, Metrics]:
         def loss(params: Any) -> tuple[jax.Array, Metrics]:
-            return rl_loss(graphdefs, params, batch, targets, config, model.remat)
+            return rl_loss(graphdefs, params, batch, targets, config, model.remat, min_p)
 
         return _update(loss, tx, state, lr_scale)
 
@@ -178,7 +188,7 @@ def make_rl_step(
 
 
 def make_scorer(
-    mesh: Mesh, graphdefs: dict[str, Any], model: ModelConfig, config: RLConfig
+    mesh: Mesh, graphdefs: dict[str, Any], model: ModelConfig, config: RLConfig, min_p: float = 0.0
 ) -> Callable[[Any, Any, TrainBatch], tuple[Targets, Metrics]]:
     """(params, reference policy's params, batch) -> targets before whitening, and metrics; jitted.
 
@@ -187,10 +197,10 @@ def make_scorer(
     """
 
     def score(params: Any, ref_params: Any, batch: TrainBatch) -> tuple[Targets, Metrics]:
-        logprobs, _, values = _evaluate(graphdefs, params, batch, "none")
+        logprobs, _, values = _evaluate(graphdefs, params, batch, "none", min_p)
         rewards, metrics = batch.rewards, {}
         if config.kl > 0:
-            ref_logprobs, _ = _logprobs(nnx.merge(graphdefs["policy"], ref_params), batch, "none")[:2]
+            ref_logprobs, _ = _logprobs(nnx.merge(graphdefs["policy"], ref_params), batch, "none", min_p)[:2]
             kl = kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1")
             rewards = rewards - config.kl * kl
             metrics["kl"] = masked_mean(kl, batch.loss_mask)
@@ -217,18 +227,18 @@ def whiten_all(targets: list[Targets], masks: list[jax.Array]) -> tuple[list[Tar
 
 
 def _evaluate(
-    graphdefs: dict[str, Any], params: Any, batch: TrainBatch, remat: str
+    graphdefs: dict[str, Any], params: Any, batch: TrainBatch, remat: str, min_p: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities and entropies at the sampling temperature, and values, all [B, L]."""
-    logprobs, entropy, hidden = _logprobs(nnx.merge(graphdefs["policy"], params["policy"]), batch, remat)
+    logprobs, entropy, hidden = _logprobs(nnx.merge(graphdefs["policy"], params["policy"]), batch, remat, min_p)
     return logprobs, entropy, nnx.merge(graphdefs["critic"], params["critic"])(batch, hidden, remat)
 
 
-def _logprobs(policy: Decoder, batch: TrainBatch, remat: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _logprobs(policy: Decoder, batch: TrainBatch, remat: str, min_p: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
     weight = _output_weight(policy)
     logprobs, entropy = chunked_logprobs(
-        hidden, weight, batch.tokens, batch.temperature, batch.loss_mask, chunk=LOSS_CHUNK
+        hidden, weight, batch.tokens, batch.temperature, batch.loss_mask, chunk=LOSS_CHUNK, min_p=min_p
     )
     return logprobs, entropy, hidden
 

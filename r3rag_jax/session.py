@@ -242,7 +242,7 @@ class Session:
         rollout = self.config.rollout
         return Engine(
             self.graphdef, self.decoder_config, self.mesh, slots=rollout.slots, max_length=rollout.max_length,
-            dtype=jnp.dtype(self.config.model.dtype),
+            min_p=rollout.min_p, dtype=jnp.dtype(self.config.model.dtype),
         )  # fmt: skip
 
     def roller(self, top_k: int | None = None) -> Roller:

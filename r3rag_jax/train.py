@@ -176,9 +176,9 @@ class PPO:
             self.state, note = self.checkpoints.restore(self.state)
             self.iteration = note["iteration"]
         session.log.rewind("rl", self.iteration)
-        model = session.config.model
-        self._score = learner.make_scorer(session.mesh, graphdefs, model, self._config)
-        self._step = learner.make_rl_step(session.mesh, graphdefs, tx, model, self._config, self.state)
+        model, min_p = session.config.model, session.config.rollout.min_p
+        self._score = learner.make_scorer(session.mesh, graphdefs, model, self._config, min_p)
+        self._step = learner.make_rl_step(session.mesh, graphdefs, tx, model, self._config, self.state, min_p)
 
     @property
     def policy_params(self) -> Any:

@@ -20,9 +20,9 @@ def model():
     return tiny.decoder()
 
 
-def make_engine(model, slots=4, **stops):
+def make_engine(model, slots=4, min_p=0.0, **stops):
     graphdef, params = nnx.split(model)
-    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), slots=slots, max_length=MAX_LENGTH)
+    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), slots=slots, max_length=MAX_LENGTH, min_p=min_p)
     engine.stop_at(stops.get("pauses", ()), stops.get("stops", ()))
     return engine, params
 
@@ -31,7 +31,7 @@ def prompt(seed, length):
     return np.random.default_rng(seed).integers(20, 260, length).tolist()
 
 
-def naive(model, ids, num, temperature, key):
+def naive(model, ids, num, temperature, key, min_p=0.0):
     """Full forward per token, one row at a time: (sampled ids, log-probabilities)."""
     forward = jax.jit(lambda tokens, positions: model.logits(model(tokens, positions)))
     ids, logprobs = list(ids), []
@@ -39,6 +39,8 @@ def naive(model, ids, num, temperature, key):
         tokens = np.zeros((1, MAX_LENGTH), np.int32)
         tokens[0, : len(ids)] = ids
         logits = forward(tokens, np.arange(MAX_LENGTH)[None])[0, len(ids) - 1]
+        shares = np.exp(np.asarray(logits - logits.max(), np.float64) / (temperature or 1.0))
+        logits = jnp.where(shares >= min_p, logits, -jnp.inf)
         if temperature > 0:
             row_key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(key, jnp.uint32)), len(ids))
             weights = np.exp(np.asarray(logits, np.float64) / temperature)
@@ -52,9 +54,10 @@ def naive(model, ids, num, temperature, key):
     return ids[-num:], logprobs
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.3])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_engine_equals_naive_loop(model, temperature):
-    engine, params = make_engine(model)
+def test_engine_equals_naive_loop(model, temperature, min_p):
+    engine, params = make_engine(model, min_p=min_p)
     contexts = {
         row: Context(prompt(row, 5 + 17 * row), 12, temperature, np.array([row, 9], np.uint32)) for row in range(3)
     }
@@ -63,7 +66,7 @@ def test_engine_equals_naive_loop(model, temperature):
     assert engine.find(RowStatus.DONE) == [0, 1, 2]
     for row, context in contexts.items():
         start = len(context.ids)
-        ids, logprobs = naive(model, context.ids, 12, temperature, context.key)
+        ids, logprobs = naive(model, context.ids, 12, temperature, context.key, min_p)
         assert engine.rows.tokens[row, start : start + 12].tolist() == ids
         np.testing.assert_allclose(engine.rows.logprobs[row, start : start + 12], logprobs, atol=2e-5)
 

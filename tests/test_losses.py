@@ -43,11 +43,15 @@ def _plain_cross_entropy(hidden_TD, weight_DV, targets_T, mask_T):
     return jnp.sum(nats_T * mask_T) / count, jnp.sum(right_T * mask_T) / count
 
 
-def _plain_logprobs(hidden_TD, weight_DV, targets_T, temperature_T, mask_T):
-    logits_TV = hidden_TD @ weight_DV / temperature_T[..., None]
-    all_TV = jax.nn.log_softmax(logits_TV)
-    logprobs_T = jnp.take_along_axis(all_TV, targets_T[..., None], -1)[..., 0]
-    return logprobs_T * mask_T, -jnp.sum(jnp.exp(all_TV) * all_TV, axis=-1) * mask_T
+def _plain_logprobs(hidden_TD, weight_DV, targets_T, temperature_T, mask_T, min_p=0.0):
+    probs_TV = jax.nn.softmax(hidden_TD @ weight_DV / temperature_T[..., None])
+    kept_TV = probs_TV >= min_p * jnp.max(probs_TV, axis=-1, keepdims=True)
+    kept_TV |= jax.nn.one_hot(targets_T, VOCAB, dtype=bool)
+    probs_TV = jnp.where(kept_TV, probs_TV, 0.0)
+    probs_TV /= jnp.sum(probs_TV, axis=-1, keepdims=True)
+    logprobs_T = jnp.log(jnp.take_along_axis(probs_TV, targets_T[..., None], -1)[..., 0])
+    surprise_TV = -jnp.log(jnp.where(kept_TV, probs_TV, 1.0))
+    return logprobs_T * mask_T, jnp.sum(probs_TV * surprise_TV, axis=-1) * mask_T
 
 
 def _assert_close(actual, expected, tolerance=1e-6):
@@ -147,8 +151,9 @@ def test_kl_estimates_are_unbiased():
         np.testing.assert_allclose(estimate, divergence, rtol=1e-5)
 
 
+@pytest.mark.parametrize("min_p", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_chunked_logprobs_match_plain_in_value_and_gradient(chunk):
+def test_chunked_logprobs_match_plain_in_value_and_gradient(chunk, min_p):
     hidden_TD, weight_DV, targets_T, mask_T = _inputs()
     temperature_T = jnp.linspace(0.4, 1.3, mask_T.size).reshape(mask_T.shape)
     weights_T = jnp.linspace(-1.0, 2.0, mask_T.size).reshape(mask_T.shape)
@@ -157,17 +162,18 @@ def test_chunked_logprobs_match_plain_in_value_and_gradient(chunk):
         logprobs_T, entropy_T = function(hidden_TD, weight_DV, targets_T, temperature_T, mask_T)
         return jnp.sum(weights_T * logprobs_T) + jnp.sum(entropy_T * weights_T**2)
 
-    chunked = functools.partial(chunked_logprobs, chunk=chunk)
+    chunked = functools.partial(chunked_logprobs, chunk=chunk, min_p=min_p)
+    plain = functools.partial(_plain_logprobs, min_p=min_p)
     args = hidden_TD, weight_DV, temperature_T
     for actual, expected in zip(
         jax.jit(chunked)(hidden_TD, weight_DV, targets_T, temperature_T, mask_T),
-        jax.jit(_plain_logprobs)(hidden_TD, weight_DV, targets_T, temperature_T, mask_T),
+        jax.jit(plain)(hidden_TD, weight_DV, targets_T, temperature_T, mask_T),
         strict=True,
     ):
         assert actual.dtype == jnp.float32 and actual.shape == mask_T.shape
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
     actual = jax.jit(jax.grad(functools.partial(total, chunked), (0, 1, 2)))(*args)
-    expected = jax.jit(jax.grad(functools.partial(total, _plain_logprobs), (0, 1, 2)))(*args)
+    expected = jax.jit(jax.grad(functools.partial(total, plain), (0, 1, 2)))(*args)
     for actual_grad, expected_grad in zip(actual, expected, strict=True):
         _assert_close(actual_grad, expected_grad, 2e-6)
 
@@ -184,6 +190,21 @@ def test_chunked_logprobs_at_a_temperature():
     )
     np.testing.assert_allclose(jnp.exp(logprobs_T), [[0.75, 0.9, 1.0]], rtol=1e-5)
     np.testing.assert_allclose(entropy_T, [[0.562335, 0.325083, 0.0]], rtol=1e-5)
+
+
+def test_chunked_logprobs_behind_min_p():
+    # Weights 10, 5, 4 at min_p .45: the third is below 4.5. Where it is the target itself, nothing is left out.
+    logprobs_T, entropy_T = chunked_logprobs(
+        jnp.ones((1, 3, 1)),
+        jnp.log(jnp.array([[10.0, 5.0, 4.0]])),
+        jnp.array([[0, 1, 2]]),
+        jnp.ones((1, 3)),
+        jnp.ones((1, 3), bool),
+        chunk=2,
+        min_p=0.45,
+    )
+    np.testing.assert_allclose(jnp.exp(logprobs_T), [[2 / 3, 1 / 3, 4 / 19]], rtol=1e-5)
+    np.testing.assert_allclose(entropy_T, [[0.636514, 0.636514, 1.017154]], rtol=1e-4)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from r3rag_jax.rl.distribution import truncate
+
 # exp(20) is 5e8: far outside any clip range, yet finite: one stray token cannot blow a loss up.
 _MAX_LOG_RATIO = 20.0
 
@@ -119,10 +121,11 @@ def chunked_logprobs(
     mask_BL: jax.Array,
     *,
     chunk: int,
+    min_p: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each kept target and entropy of its distribution, at the given temperatures.
 
-    p_t = softmax(hidden_t weight / temperature_t). The logits exist for at most `chunk` tokens at a
+    p_t = softmax(truncate(hidden_t weight / temperature_t, min_p)). The logits exist for at most `chunk` tokens at a
     time, in float32, and are recomputed in the backward pass; tokens that are not kept cost nothing
     but the fill of a row's last chunk.
 
@@ -133,6 +136,7 @@ def chunked_logprobs(
         temperature_BL: float [B, L], > 0.
         mask_BL: bool [B, L], True = keep.
         chunk: most tokens whose logits exist at once (at least one of each row does).
+        min_p: what the tokens were sampled with, see `distribution.truncate`.
 
     Returns:
         logprobs_BL and entropy_BL in nats, float32 [B, L], 0 where not kept, differentiable in
@@ -150,9 +154,10 @@ def chunked_logprobs(
     def one_chunk(hidden_CD, targets_C, temperature_C, mask_C):
         temperature_C = jnp.where(mask_C, temperature_C.astype(jnp.float32), 1.0)
         logits_CV = _logits(hidden_CD, wide_DV.astype(weight_DV.dtype)) / temperature_C[:, None]
+        logits_CV = truncate(logits_CV, min_p, targets_C)
         lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
-        all_CV = logits_CV - lse_C[:, None]
-        entropy_C = -jnp.sum(jnp.exp(all_CV) * all_CV, axis=-1)
+        all_CV = jnp.where(jnp.isfinite(logits_CV), logits_CV - lse_C[:, None], 0.0)
+        entropy_C = -jnp.sum(jnp.exp(logits_CV - lse_C[:, None]) * all_CV, axis=-1)
         return jnp.where(mask_C, jnp.stack([_target_logits(logits_CV, targets_C) - lse_C, entropy_C]), 0.0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)  # around the choice: inside, each chunk would keep the weight

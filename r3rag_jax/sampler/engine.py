@@ -4,7 +4,8 @@ The cache always holds keys and values of a row's tokens[: length - 1]; a decode
 token and samples the next. So a prefill never needs logits, and appending passages to a paused row
 prefills the passages alone: `set_context` keeps the longest common prefix of old and new ids.
 
-Left out on purpose: top-k and top-p; recorded log-probabilities would need the same truncation in training.
+Recorded log-probabilities are those of the distribution sampled from, at the row's temperature and behind min-p;
+training forms the same one. Left out on purpose: top-k and top-p, which would need the same.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jax.sharding import Mesh
 
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import KVCache
+from r3rag_jax.rl.distribution import truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sharding import batch_shardings, put, replicated
 
@@ -54,9 +56,13 @@ class Engine:
         max_length: int,
         pause_ids: Sequence[int] = (),
         stop_ids: Sequence[int] = (),
+        min_p: float = 0.0,
         dtype: Any = jnp.float32,
     ):
-        """`pause_ids` end a step with NEEDS_RETRIEVAL, `stop_ids` with DONE; `slots` rows of `max_length` tokens."""
+        """`pause_ids` end a step with NEEDS_RETRIEVAL, `stop_ids` with DONE; `slots` rows of `max_length` tokens.
+
+        `min_p`: tokens of less than this share of the largest probability are not sampled (`truncate`).
+        """
         self.mesh, self.slots, self.max_length = mesh, slots, max_length
         self.rows = Rows.empty(slots, max_length)
         cache_of = functools.partial(KVCache.init, config, slots, max_length, dtype)
@@ -67,7 +73,7 @@ class Engine:
         self.stop_at(pause_ids, stop_ids)
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
         self._decode = jax.jit(
-            functools.partial(decode, graphdef),
+            functools.partial(decode, graphdef, min_p=min_p),
             donate_argnums=1,  # the cache; rows come back whole, in another layout
             out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
         )
@@ -167,6 +173,7 @@ def decode(
     leave_at: jax.Array,
     stops: jax.Array,
     pauses: jax.Array,
+    min_p: float,
 ) -> DecodeState:
     """The bounded loop on the device: leaves after max_tokens, when no row is active, or when `leave_at` wait."""
     model = nnx.merge(graphdef, params)
@@ -182,30 +189,31 @@ def decode(
         rows = state.rows
         last = jnp.take_along_axis(rows.tokens, rows.lengths[:, None] - 1, axis=1)
         cache, hidden = model.extend(state.cache, last, rows.lengths - 1)
-        token, logprob, logprob_t1 = sample(model.logits(hidden[:, 0]), rows)
+        token, logprob, logprob_t1 = sample(model.logits(hidden[:, 0]), rows, min_p)
         return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
 
     return jax.lax.while_loop(is_going, body, (jnp.int32(0), DecodeState(cache, rows)))[1]
 
 
-def sample(logits_BV: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Draw a token per row; returns (token, log-probability at the row's temperature, at temperature 1), [B].
+def sample(logits_BV: jax.Array, rows: Rows, min_p: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Draw a token per row; returns (token, log-probability as sampled, untruncated at temperature 1), [B].
 
     A greedy row (temperature 0) is scored at temperature 1, at which it is trained.
     """
     temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+    sampled_BV = truncate(logits_BV / temperature, min_p)
 
     def draw(key: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
         return invert(jnp.exp(logits_V - jnp.max(logits_V)), jax.random.uniform(key))
 
-    drawn = jax.vmap(draw)(rows.keys, rows.lengths, logits_BV / temperature)
+    drawn = jax.vmap(draw)(rows.keys, rows.lengths, sampled_BV)
     token = jnp.where(rows.temperature > 0, drawn, jnp.argmax(logits_BV, axis=-1))
 
     def score(logits: jax.Array) -> jax.Array:
         return jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
 
-    return token.astype(jnp.int32), score(logits_BV / temperature), score(logits_BV)
+    return token.astype(jnp.int32), score(sampled_BV), score(logits_BV)
 
 
 def invert(weights_V: jax.Array, uniform: jax.Array) -> jax.Array:
