@@ -125,7 +125,7 @@ def make_tokenizer(out: Path) -> Tokenizer:
     numbers and names are in large vocabularies. The name of a place is cut behind its root, so that the names
     of every world are made of the same pieces.
     """
-    worlds = ((make_world(number), random.Random(number)) for number in range(240))
+    worlds = ((make_world(number), random.Random(number)) for number in range(48))
     texts = ["".join(text for text, _ in document) for world in worlds for document in documents(*world, 9)]
     words = (*map(str, range(1800, 2000)), *FIRST_NAMES, *LAST_NAMES, *ROOTS, *TITLE_ADJECTIVES, *TITLE_NOUNS)
     texts += ["".join(f" {word}" for word in words)] * 2000

@@ -23,20 +23,22 @@ from r3rag_jax.data.world import (
     tell,
 )
 from r3rag_jax.protocol import reading_prompt
+from r3rag_jax.retrieval.faiss_index import FaissIndex
 from r3rag_jax.types import Passage, Question
 
 # A document: pieces of text, and whether the loss counts each.
 Document = list[tuple[str, bool]]
 SPLIT: Split = "test"  # questions of every composition, as a large model has met them in its pretraining
+NUM_PAGES = 65  # documents of a world
 ORDERS: tuple[Order, Order] = ("earlier", "later")
 
 
 def make_world(seed: int) -> World:
-    """A small world, left after a few pages: what is true in it is not worth remembering, only reading is."""
-    return World.generate(seed, num_people=80, realm="base")
+    """A world that is left after `NUM_PAGES` documents: what is true in it is not worth remembering, reading is."""
+    return World.generate(seed, num_people=300, realm="base")
 
 
-def documents(world: World, rng: random.Random, max_passages: int, num_pages: int = 13) -> Iterator[Document]:
+def documents(world: World, rng: random.Random, max_passages: int, num_pages: int = NUM_PAGES) -> Iterator[Document]:
     """Documents of one world that hold up to `max_passages` passages.
 
     Short ones are passages and facts told in them; from four passages on there are also plain text and multi-hop
@@ -61,48 +63,52 @@ def documents(world: World, rng: random.Random, max_passages: int, num_pages: in
 
 @dataclasses.dataclass(frozen=True)
 class _Shelf:
-    """The passages of a world, and where to find them."""
+    """The passages of a world, what they tell, and a retriever that finds them."""
 
     passages: tuple[Passage, ...]  # by id
     facts: dict[str, list[Hop]]  # passage id -> every fact that it tells
-    about: dict[str, list[str]]  # entity -> ids of the passages about it
+    index: FaissIndex
 
     @classmethod
     def of(cls, world: World) -> _Shelf:
         facts: dict[str, list[Hop]] = {}
-        about: dict[str, list[str]] = {}
         for region in world.regions.values():
             for (entity, relation), passage_id in region.told_in.items():
                 facts.setdefault(passage_id, []).append(region.hop(entity, relation))
-        for passage in world.passages:
-            about.setdefault(passage.title, []).append(passage.id)
-        return cls(world.passages, facts, about)
+        return cls(world.passages, facts, FaissIndex.build(world.passages))
+
+    def draw_facts(self, rng: random.Random, count: int) -> list[Hop]:
+        """Facts of different passages."""
+        return [rng.choice(self.facts[id]) for id in rng.sample(list(self.facts), count)]
 
     def among_others(
-        self, rng: random.Random, ids: set[str], count: int, asked: Question | None = None
+        self, rng: random.Random, ids: set[str], count: int, asked: list[Hop]
     ) -> tuple[Document, list[Hop]]:
         """The passages `ids` among others, `count` in all or more, shuffled, and every fact that they tell.
 
-        Some of the others are about an entity of the question or of a passage at hand, as retrieved ones are; none
-        of them supports the question.
+        The others are what the retriever brings for the facts asked for, mostly about the same entity or one of a
+        similar name, and some drawn at random; none of them tells a fact asked for.
         """
-        ids, banned = set(ids), set[str]()
-        entities = [self.passages[int(i)].title for i in sorted(ids)]
-        if asked is not None:
-            banned = set(asked.supporting_ids) - ids
-            entities += [hop["entity"] for hop in asked.metadata["decomposition"]]
+        ids, banned = set(ids), {hop.passage_id for hop in asked} - ids
+        hits = self.index.search([_ask(rng, hop) for hop in asked], 3)
+        brought = [hit.passage.id for near in hits for hit in near]
+        rng.shuffle(brought)
         while len(ids) < count:
-            if entities and rng.random() < 0.4:
-                other = rng.choice(self.about[rng.choice(entities)])
-            else:
-                other = str(rng.randrange(len(self.passages)))
+            other = brought.pop() if brought and rng.random() < 0.8 else str(rng.randrange(len(self.passages)))
             if other not in banned:
                 ids.add(other)
-                entities.append(self.passages[int(other)].title)
         order = sorted(ids, key=int)
         rng.shuffle(order)
         pieces = [(f"{self.passages[int(i)].contents}\n", False) for i in order]
         return pieces, [fact for i in order for fact in self.facts.get(i, ())]
+
+
+def _ask(rng: random.Random, fact: Hop) -> str:
+    return rng.choice(RELATIONS[fact.relation].questions).format(x=fact.entity)
+
+
+def _hops(question: Question) -> list[Hop]:
+    return [Hop(**hop) for hop in question.metadata["decomposition"]]
 
 
 def _reading(shelf: _Shelf, rng: random.Random, num_passages: int, questions: list[Question]) -> Document:
@@ -110,8 +116,9 @@ def _reading(shelf: _Shelf, rng: random.Random, num_passages: int, questions: li
 
     The loss counts all that follows the passages.
     """
-    ids = {id for question in questions for id in question.supporting_ids}
-    passages, facts = shelf.among_others(rng, ids, num_passages)
+    asked = [hop for question in questions for hop in _hops(question)]
+    asked = asked or shelf.draw_facts(rng, -(-num_passages // 2))
+    passages, facts = shelf.among_others(rng, {hop.passage_id for hop in asked}, num_passages, asked)
     items = [f"Question: {q.question}\n{_explained(q)}" for q in questions]
     items += [f"{reading_prompt(q.question, ())} {q.golden_answers[0]}" for q in questions if rng.random() < 0.5]
     items += _told(rng, facts, 5)
@@ -124,8 +131,7 @@ def _told(rng: random.Random, facts: list[Hop], count: int) -> list[str]:
     items = []
     for fact in rng.choices(facts, k=min(count, 1 + len(facts))) if facts else ():
         if rng.random() < 0.5:
-            question = rng.choice(RELATIONS[fact.relation].questions).format(x=fact.entity)
-            items.append(f"{reading_prompt(question, ())} {fact.answer}")
+            items.append(f"{reading_prompt(_ask(rng, fact), ())} {fact.answer}")
         else:
             items.append(fact.fact())
     for _ in range(rng.randrange(count)):
@@ -141,12 +147,12 @@ def _told(rng: random.Random, facts: list[Hop], count: int) -> list[str]:
 
 def _asked_first(shelf: _Shelf, rng: random.Random, num_passages: int, question: Question) -> Document:
     """A question, passages, what they say to it (in some documents not enough for an answer), other facts."""
-    hops = [Hop(**hop) for hop in question.metadata["decomposition"]]
+    hops = _hops(question)
     num_found = rng.randrange(len(hops)) if rng.random() < 0.25 else len(hops)
     found = {hop.passage_id for hop in hops[:num_found]}
     while num_found < len(hops) and hops[num_found].passage_id in found:
         num_found += 1
-    passages, facts = shelf.among_others(rng, found, num_passages, question)
+    passages, facts = shelf.among_others(rng, found, num_passages, hops)
     if num_found == len(hops):
         said = _explained(question)
     else:
@@ -159,7 +165,7 @@ def _asked_first(shelf: _Shelf, rng: random.Random, num_passages: int, question:
 
 def _explained(question: Question) -> str:
     """The facts that the answer rests on, and the answer."""
-    hops = [Hop(**hop) for hop in question.metadata["decomposition"]]
+    hops = _hops(question)
     facts = [hop.fact() for hop in hops]
     if question.metadata["type"].endswith("comparison"):
         facts.append(in_order(asked_order(question.question), *hops[-2:]))
