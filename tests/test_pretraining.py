@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from r3rag_jax.data.pretraining import SPLIT, documents, make_world
-from r3rag_jax.data.world import Hop
+from r3rag_jax.data.pretraining import NUM_PAGES, SPLIT, documents, make_world
+from r3rag_jax.data.world import Hop, World
 from r3rag_jax.protocol import TAGS
 from r3rag_jax.types import Question
 
@@ -15,14 +15,18 @@ Parts = tuple[str, list[str]]  # what stands before the counted text, and the co
 
 
 @pytest.fixture(scope="module")
-def questions() -> dict[str, Question]:
-    return {q.question: q for number in range(8) for q in make_world(number).questions(SPLIT, 26)}
+def world() -> World:
+    return make_world(0)
 
 
 @pytest.fixture(scope="module")
-def read() -> list[Parts]:
-    worlds = [make_world(number) for number in range(8)]
-    found = [d for number, world in enumerate(worlds) for d in documents(world, random.Random(number), 9)]
+def questions(world: World) -> dict[str, Question]:
+    return {q.question: q for q in world.questions(SPLIT, 2 * NUM_PAGES)}
+
+
+@pytest.fixture(scope="module")
+def read(world: World) -> list[Parts]:
+    found = [document for seed in range(2) for document in documents(world, random.Random(seed), 9)]
     split = [("".join(t for t, counts in d if not counts), "".join(t for t, counts in d if counts)) for d in found]
     return [(context, said.splitlines()) for context, said in split]
 
@@ -78,3 +82,13 @@ def test_documents_hold_no_trajectory(read: list[Parts]) -> None:
         text = "\n".join([context, *said])
         assert not any(tag in text for tag in TAGS)
         assert "I need" not in text and "problem analysis" not in text
+
+
+def test_other_passages_are_mostly_of_similar_names(read: list[Parts]) -> None:
+    """As a retriever brings them: what shares a word with none of the other titles was drawn at random."""
+    similar = []
+    for context, _ in read:
+        pages = context.removeprefix("Question: ").split('"')[1::2]
+        words = [set(title.split()) - {"The"} for title in pages]
+        similar += [any(w & other for j, other in enumerate(words) if j != i) for i, w in enumerate(words)]
+    assert 0.5 < sum(similar) / len(similar) < 0.95
