@@ -233,8 +233,12 @@ class RLConfig:
     lam: float = key(1.0, "GAE lambda")
     kl: float = key(0.01, "weight of the per-token KL penalty to the cold-start policy")
     entropy: float = key(0.0, "weight of the entropy bonus")
+    negative_weight: float = key(1.0, "weight of negative advantages; 0 learns only from what did better than expected")
     baseline: Literal["none", "group"] = key(
         "none", "`group`: rewards are counted from the mean return of the question's other samples"
+    )
+    step_discount: float = key(
+        1.0, "with a group baseline: share of the next step's return that a step is credited with", "fraction"
     )
     credit: Literal["trajectory", "step"] = key("trajectory", "`step`: each step is its own episode, as released")
     eval_every: int = key(10, "iterations between evaluations on dev", "iterations")
@@ -243,9 +247,9 @@ class RLConfig:
     def __post_init__(self) -> None:
         _each(self, "rl.", AT_LEAST_1, "iterations questions epochs batch_rows row_length")
         _each(self, "rl.", AT_LEAST_1, "eval_every checkpoint_every")
-        _each(self, "rl.", AT_LEAST_0, "lr critic_lr value_coef kl entropy")
+        _each(self, "rl.", AT_LEAST_0, "lr critic_lr value_coef kl entropy negative_weight")
         _each(self, "rl.", ABOVE_0, "grad_norm adam_eps clip value_clip")
-        _each(self, "rl.", FRACTION, "warmup gamma lam")
+        _each(self, "rl.", FRACTION, "warmup gamma lam step_discount")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -214,9 +214,17 @@ def make_scorer(
 
 
 @jax.jit
-def whiten_all(targets: list[Targets], masks: list[jax.Array]) -> tuple[list[Targets], Metrics]:
-    """Whiten the advantages over all batches of an iteration; how much the critic explains."""
+def whiten_all(
+    targets: list[Targets], masks: list[jax.Array], negative_weight: float = 1.0
+) -> tuple[list[Targets], Metrics]:
+    """Whiten the advantages over all batches of an iteration, weigh the negative ones; how much the critic explains.
+
+    What did worse than expected pushes down every token it wrote, the right ones among them; they were nearly certain,
+    so the push grows as they yield, and entropy rises. With `negative_weight` 0 only what did better is learnt
+    (RAFT++, arXiv 2504.11343).
+    """
     white = whiten(jnp.stack([t.advantages for t in targets]), jnp.stack(masks))
+    white = jnp.where(white < 0, negative_weight * white, white)
     mask = jnp.stack(masks)
     returns, values = (jnp.stack([getattr(t, n) for t in targets]) for n in ("returns", "old_values"))
     mean = masked_mean(returns, mask)

@@ -192,14 +192,18 @@ class PPO:
         config, mesh = self._config, self._session.mesh
         rng = np.random.default_rng((self._session.config.seed, self.iteration))
         rewards, played = scores.rewards, len(trajectories)
+        credit = config.credit
         if config.baseline == "group":
-            per_step = config.credit == "step" or self._session.config.rollout.protocol == "steps"
-            trajectories, rewards = relative_to_group(trajectories, rewards, per_step=per_step)
+            discount = config.step_discount if credit == "trajectory" else 0.0
+            trajectories, rewards = relative_to_group(trajectories, rewards, discount)
+            credit = "step"  # of what is still to come each step has been credited with its share
         host = minibatches(trajectories, rewards, row_length=config.row_length,
-                           batch_rows=config.batch_rows, credit=config.credit, rng=rng)  # fmt: skip
+                           batch_rows=config.batch_rows, credit=credit, rng=rng)  # fmt: skip
         batches: list[TrainBatch] = [put_batch(mesh, batch) for batch in host]
         scored = [self._score(self.state.params, self._ref_params, batch) for batch in batches]
-        targets, stats = learner.whiten_all([t for t, _ in scored], [b.loss_mask for b in batches])
+        targets, stats = learner.whiten_all(
+            [t for t, _ in scored], [b.loss_mask for b in batches], config.negative_weight
+        )
         logs = [metrics for _, metrics in scored]
         order = [i for _ in range(config.epochs) for i in rng.permutation(len(batches))]
         for number, i in enumerate(order):
@@ -218,14 +222,13 @@ class PPO:
 
 
 def relative_to_group(
-    trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray], *, per_step: bool
+    trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray], discount: float
 ) -> tuple[list[Trajectory], list[np.ndarray]]:
-    """Trajectories to learn from, and rewards whose returns are counted from the group baseline.
+    """Trajectories to learn from, and the return of each of their steps, counted from the group baseline.
 
-    With `per_step` each step is its own episode and r_k counts from its baseline, as r_k - b_k. Otherwise the return
-    from step k on becomes G_k - b_k if step k earns r_k - b_k + b_(k+1). Where all trajectories of a question earned
-    the same step by step there is nothing to learn: they are left out, unless that leaves none (the dynamic sampling
-    of DAPO, arXiv 2503.14476, without drawing more).
+    G_k = r_k + discount G_(k+1), less what the question's other trajectories return from step k on. Where all
+    trajectories of a question earned the same step by step there is nothing to learn: they are left out, unless that
+    leaves none (the dynamic sampling of DAPO, arXiv 2503.14476, without drawing more).
     """
     numbers = {id: number for number, id in enumerate(dict.fromkeys(t.question.id for t in trajectories))}
     groups = np.asarray([numbers[t.question.id] for t in trajectories])
@@ -233,11 +236,10 @@ def relative_to_group(
     mask = np.zeros_like(table, bool)
     for row, r in enumerate(rewards):
         table[row, : len(r)], mask[row, : len(r)] = r, True
-    returns = table if per_step else np.cumsum(table[:, ::-1], axis=1)[:, ::-1]
-    baselines = np.asarray(group_baseline(returns, mask, groups, num_groups=len(trajectories)))
-    relative = table - baselines
-    if not per_step:
-        relative[:, :-1] += baselines[:, 1:]
+    returns = table.copy()
+    for step in range(table.shape[1] - 2, -1, -1):
+        returns[:, step] += discount * returns[:, step + 1]
+    relative = returns - np.asarray(group_baseline(returns, mask, groups, num_groups=len(trajectories)))
     differs = np.asarray([np.ptp(table[groups == group], axis=0).max() > 1e-6 for group in groups])
     kept = np.flatnonzero(differs if differs.any() else np.ones_like(differs)).tolist()
     return [trajectories[i] for i in kept], [relative[i, : len(rewards[i])] for i in kept]

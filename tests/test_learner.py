@@ -460,6 +460,9 @@ def test_whitening_runs_over_all_batches() -> None:
     np.testing.assert_allclose(white[0].advantages, [[-3 / spread, -1 / spread, 0]], rtol=1e-6)
     np.testing.assert_allclose(white[1].advantages, [[1 / spread, 3 / spread, 0]], rtol=1e-6)
     np.testing.assert_array_equal(white[1].returns, second.returns)
+    white, _ = learner.whiten_all([first, second], [mask, mask], 0.25)
+    np.testing.assert_allclose(white[0].advantages, [[-0.75 / spread, -0.25 / spread, 0]], rtol=1e-6)
+    np.testing.assert_allclose(white[1].advantages, [[1 / spread, 3 / spread, 0]], rtol=1e-6)
     assert float(stats["explained_variance"]) == pytest.approx(0.0, abs=1e-6)  # a constant explains nothing
     _, perfect = learner.whiten_all([dataclasses.replace(first, old_values=first.returns)], [mask])
     assert float(perfect["explained_variance"]) == pytest.approx(1.0)

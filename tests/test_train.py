@@ -208,14 +208,16 @@ def test_groups_without_a_difference_teach_nothing() -> None:
         Trajectory(Question(id, "q", ("a",), {}), (), Status.ANSWERED, (), sample)
         for id, sample in (("easy", 0), ("easy", 1), ("hard", 0), ("hard", 1))
     ]
-    kept, relative = train.relative_to_group(trajectories, rewards, per_step=False)
+    kept, relative = train.relative_to_group(trajectories, rewards, 1.0)
     assert [(t.question.id, t.sample_index) for t in kept] == [("hard", 0), ("hard", 1)]
     np.testing.assert_allclose(relative[0], [1.0 - 3.0])
     # from the second step on only the easy ones, with a return of 2, go on; from the third on nobody
-    np.testing.assert_allclose(np.cumsum(relative[1][::-1])[::-1], [3.0 - 1.0, 2.5 - 2.0, 2.0 - 0.0])
-    _, relative = train.relative_to_group(trajectories, rewards, per_step=True)
+    np.testing.assert_allclose(relative[1], [3.0 - 1.0, 2.5 - 2.0, 2.0 - 0.0])
+    _, relative = train.relative_to_group(trajectories, rewards, 0.5)
+    np.testing.assert_allclose(relative[1], [1.25 - 1.0, 1.5 - 2.0, 2.0 - 0.0])
+    _, relative = train.relative_to_group(trajectories, rewards, 0.0)  # each step for itself
     np.testing.assert_allclose(relative[0], [1.0 - 0.5])
     np.testing.assert_allclose(relative[1], [0.5 - 1.0, 0.5 - 2.0, 2.0 - 0.0])
     # an iteration is never empty
-    kept, relative = train.relative_to_group(trajectories[:2], rewards[:2], per_step=False)
+    kept, relative = train.relative_to_group(trajectories[:2], rewards[:2], 1.0)
     assert len(kept) == 2 and relative[0].sum() == relative[1].sum() == 0

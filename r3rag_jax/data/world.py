@@ -486,6 +486,7 @@ def teach(question: Question, rng: random.Random, *, waste: float, max_steps: in
                 }
             )
     if question.metadata["type"].endswith("comparison"):
-        known += f" {in_order(asked_order(question.question), *hops[-2:])}"
+        first, second = hops[-2:]
+        known = f"{first.fact()} {second.fact()} {in_order(asked_order(question.question), first, second)}"
     steps.append({"analysis": known, "answer": question.golden_answers[0]})
     return steps
