@@ -83,11 +83,12 @@ class WorldConfig:
     num_dev: int = key(64, "questions to watch while training", "questions")
     num_test: int = key(400, "questions for the final tables", "questions")
     waste: float = key(0.25, "share of teacher trajectories with a needless retrieval", "fraction")
+    haste: float = key(0.0, "share of the teacher's comparisons that end on a lucky guess", "fraction")
 
     def __post_init__(self) -> None:
         _each(self, "world.", SEED, "seed")
         _each(self, "world.", AT_LEAST_1, "num_people num_sft num_rl num_dev num_test")
-        _each(self, "world.", FRACTION, "waste")
+        _each(self, "world.", FRACTION, "waste haste")
 
 
 @dataclasses.dataclass(frozen=True)

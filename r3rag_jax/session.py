@@ -280,7 +280,9 @@ def write_teacher(world: World, config: Config, index: FaissIndex, directory: Pa
     rng = random.Random(f"teacher {world.seed}")
     rows = []
     for question in world.questions("sft", config.world.num_sft, with_trajectories=True):
-        steps = teach(question, rng, waste=config.world.waste, max_steps=config.rollout.max_steps)
+        steps = teach(
+            question, rng, waste=config.world.waste, haste=config.world.haste, max_steps=config.rollout.max_steps
+        )
         asking = [step for step in steps if "query" in step]
         for step, hits in zip(asking, index.search([step["query"] for step in asking], 8 * k), strict=True):
             step["retrieved_ids"] = [hit.passage.id for hit in hits if hit.passage.id not in hidden][: 4 * k]

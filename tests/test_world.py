@@ -252,6 +252,17 @@ def test_the_teacher_reaches_the_answer_in_time(
     assert bool(wasted) is bool(waste)
 
 
+def test_a_hasty_teacher_guesses_comparisons_one_look_up_early(questions: dict[str, list[Question]]) -> None:
+    for question in questions["teacher"]:
+        full, hasty = (teach(question, random.Random(0), waste=0.0, haste=haste) for haste in (0.0, 1.0))
+        is_comparison = question.metadata["type"].endswith("comparison")
+        assert len(full) - len(hasty) == is_comparison
+        assert hasty[-1]["answer"] == question.golden_answers[0]
+        if is_comparison:
+            assert hasty[:-1] == full[:-2]
+            assert hops_of(question)[-1]["answer"] not in hasty[-1]["analysis"]
+
+
 def test_the_teacher_states_what_it_found(questions: dict[str, list[Question]]) -> None:
     for question in questions["teacher"]:
         steps = teach(question, random.Random(0), waste=0.0)

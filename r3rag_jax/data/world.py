@@ -461,13 +461,20 @@ def earlier_or_later(asked: Order, first: int, second: int) -> str:
     return f"The {asked} of {first} and {second} is {(min if asked == 'earlier' else max)(first, second)}"
 
 
-def teach(question: Question, rng: random.Random, *, waste: float, max_steps: int = 5) -> list[dict[str, Any]]:
+def teach(
+    question: Question, rng: random.Random, *, waste: float, haste: float = 0.0, max_steps: int = 5
+) -> list[dict[str, Any]]:
     """The teacher's steps for a question: {analysis, query, passage_ids} … {analysis, answer}.
 
     A share `waste` of the trajectories holds one needless retrieval, as a real teacher's do: it asks
-    about another relation of an entity at hand, when the step budget allows.
+    about another relation of an entity at hand, when the step budget allows. A share `haste` of the comparisons
+    ends one look-up early on a guess: those that were right by luck pass the rejection of wrong answers.
     """
     hops = [Hop(**hop) for hop in question.metadata["decomposition"]]
+    is_comparison = question.metadata["type"].endswith("comparison")
+    is_hasty = is_comparison and rng.random() < haste
+    if is_hasty:
+        hops = hops[:-1]
     steps: list[dict[str, Any]] = []
     known = ""
     wasteful_at = rng.randrange(len(hops)) if len(hops) + 2 <= max_steps and rng.random() < waste else -1
@@ -485,7 +492,7 @@ def teach(question: Question, rng: random.Random, *, waste: float, max_steps: in
                     "passage_ids": [],
                 }
             )
-    if question.metadata["type"].endswith("comparison"):
+    if is_comparison and not is_hasty:
         first, second = hops[-2:]
         known = f"{first.fact()} {second.fact()} {in_order(asked_order(question.question), first, second)}"
     steps.append({"analysis": known, "answer": question.golden_answers[0]})
