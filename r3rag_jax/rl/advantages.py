@@ -91,13 +91,14 @@ def whiten(x: jax.Array, mask: jax.Array, *, std_floor: float = 1e-4) -> jax.Arr
     Args:
         x: float [...], any shape.
         mask: bool of the same shape, True = keep.
-        std_floor: smallest divisor, so that equal entries become 0 instead of amplified rounding.
+        std_floor: a smaller deviation counts as none, and all become 0: equal entries differ by rounding, which
+            Adam would make whole steps of.
 
     Returns:
-        float32 of the same shape, 0 where not kept; all 0 when nothing is kept.
+        float32 of the same shape, 0 where not kept; all 0 when nothing is kept or nothing differs.
     """
     x = x.astype(jnp.float32)
     count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
     centred = jnp.where(mask, x - jnp.sum(jnp.where(mask, x, 0.0)) / count, 0.0)
     std = jnp.sqrt(jnp.sum(jnp.square(centred)) / count)
-    return centred / jnp.maximum(std, std_floor)
+    return jnp.where(std > std_floor, centred / jnp.maximum(std, std_floor), 0.0)
