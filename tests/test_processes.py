@@ -73,7 +73,9 @@ def test_two_processes_train_the_same_run(base: Path, tmp_path: Path) -> None:
     assert tiny_run.files(two).keys() >= {name for name in tiny_run.files(one) if not name.startswith("checkpoints")}
     for want, got in zip(tiny_run.metrics(one), tiny_run.metrics(two), strict=True):
         assert want.keys() == got.keys()
-        for name in want.keys() - {"phase"}:
+        if "sampler_gap" in want:  # itself the largest rounding of the iteration
+            assert max(want["sampler_gap"], got["sampler_gap"]) < 1e-4
+        for name in want.keys() - {"phase", "sampler_gap"}:
             assert got[name] == pytest.approx(want[name], rel=1e-3, abs=1e-5), (want["phase"], want["step"], name)
     for name in ("data/sft.jsonl", "trajectories/rl.jsonl", "trajectories/r3rag.jsonl"):
         assert tiny_run.files(two)[name] == tiny_run.files(one)[name]  # the sampled words, too
