@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     "rollout.max_length": 320,
     "rollout.slots": 8,
     "rollout.samples": 2,
-    "rollout.temperatures": [0.1, 0.4],  # hotter, nothing is well formed and rounding decides what is learnt
+    "rollout.temperatures": [0.1, 0.4],
     "sft.batch_rows": 8,
     "sft.row_length": 384,
     "sft.lr": 1e-2,
