@@ -42,17 +42,23 @@ def documents(world: World, rng: random.Random, max_passages: int, num_pages: in
     """Documents of one world that hold up to `max_passages` passages.
 
     Short ones are passages and facts told in them; from four passages on there are also plain text and multi-hop
-    questions: behind the passages that answer them, or before passages that may answer them or leave something
-    missing. (A model this small learns to look things up from one passage within minutes, from nine hardly at all:
-    pretraining goes from short to long.)
+    questions: behind the passages that answer them, before passages that may answer them or leave something
+    missing, and with facts alone. (A model this small learns to look things up from one passage within minutes, from
+    nine hardly at all: pretraining goes from short to long.)
     """
     questions = world.questions(SPLIT, 2 * num_pages)
     shelf = _Shelf.of(world)
-    weights = (2, 4, 7, 1) if max_passages >= 4 else (1, 0, 0, 0)
+    weights = (2, 4, 6, 1, 1, 4) if max_passages >= 4 else (1, 0, 0, 0, 0, 0)
     for _ in range(num_pages):
-        kind = rng.choices(("facts", "reading", "asked first", "text"), weights)[0]
+        kind = rng.choices(("facts", "reading", "asked first", "text", "known", "one more"), weights)[0]
         if kind == "text":
             yield _text(world, rng)
+        elif kind == "known":
+            for question in rng.sample(questions, 6):
+                yield _known(shelf, rng, question)
+        elif kind == "one more":
+            for question in rng.sample(questions, 2):
+                yield _one_more(shelf, rng, question)
         elif kind == "facts":
             yield _reading(shelf, rng, rng.randint(1, max_passages), [])
         elif kind == "reading":
@@ -148,28 +154,54 @@ def _told(rng: random.Random, facts: list[Hop], count: int) -> list[str]:
 def _asked_first(shelf: _Shelf, rng: random.Random, num_passages: int, question: Question) -> Document:
     """A question, passages, what they say to it (in some documents not enough for an answer), other facts."""
     hops = _hops(question)
-    num_found = rng.randrange(len(hops)) if rng.random() < 0.25 else len(hops)
+    num_found = rng.randrange(len(hops)) if rng.random() < 0.15 else len(hops)
     found = {hop.passage_id for hop in hops[:num_found]}
     while num_found < len(hops) and hops[num_found].passage_id in found:
         num_found += 1
     passages, facts = shelf.among_others(rng, found, num_passages, hops)
-    if num_found == len(hops):
-        said = _explained(question)
-    else:
-        known = f"Facts: {' '.join(hop.fact() for hop in hops[:num_found])}\n" if num_found else ""
-        said = f"{known}Missing: {hops[num_found].need()}."
     asked: Document = [(f"Question: {question.question}\n", False)]
-    items = [said, *_told(rng, facts, 4)]
+    items = [_facts(question, 0, num_found) + _conclusion(question, num_found), *_told(rng, facts, 4)]
     return asked + passages + [(f"{item}\n", True) for item in items]
+
+
+def _known(shelf: _Shelf, rng: random.Random, question: Question) -> Document:
+    """A question, what is known of it so far, what is missing or the answer. The loss counts the last alone."""
+    hops = _hops(question)
+    num_known = rng.randint(0, len(hops))
+    others = [f"{fact.fact()}\n" for fact in shelf.draw_facts(rng, rng.randrange(3)) if fact not in hops]
+    known = f"{''.join(others)}Question: {question.question}\n{_facts(question, 0, num_known)}"
+    return [(known, False), (f"{_conclusion(question, num_known)}\n", True)]
+
+
+def _one_more(shelf: _Shelf, rng: random.Random, question: Question) -> Document:
+    """A question, what is known of it so far, passages that tell the next fact. The loss counts that and what follows."""
+    hops = _hops(question)
+    num_known = rng.randrange(len(hops))
+    passages, _ = shelf.among_others(rng, {hops[num_known].passage_id}, rng.randint(2, 4), hops)
+    known: Document = [(f"Question: {question.question}\n{_facts(question, 0, num_known)}", False)]
+    said = f"{_facts(question, num_known, num_known + 1)}{_conclusion(question, num_known + 1)}\n"
+    return known + passages + [(said, True)]
 
 
 def _explained(question: Question) -> str:
     """The facts that the answer rests on, and the answer."""
+    num_hops = len(_hops(question))
+    return _facts(question, 0, num_hops) + _conclusion(question, num_hops)
+
+
+def _facts(question: Question, start: int, end: int) -> str:
+    """A line of the facts start .. end - 1 that the answer rests on; behind the last, what a comparison makes of them."""
     hops = _hops(question)
-    facts = [hop.fact() for hop in hops]
-    if question.metadata["type"].endswith("comparison"):
+    facts = [hop.fact() for hop in hops[start:end]]
+    if end == len(hops) and question.metadata["type"].endswith("comparison"):
         facts.append(in_order(asked_order(question.question), *hops[-2:]))
-    return f"Facts: {' '.join(facts)}\nAnswer: {question.golden_answers[0]}"
+    return f"Facts: {' '.join(facts)}\n" if facts else ""
+
+
+def _conclusion(question: Question, num_known: int) -> str:
+    """The answer, or the first fact that is missing."""
+    hops = _hops(question)
+    return f"Missing: {hops[num_known].need()}." if num_known < len(hops) else f"Answer: {question.golden_answers[0]}"
 
 
 def _text(world: World, rng: random.Random) -> Document:
