@@ -133,7 +133,18 @@ class ModelConfig:
 class RetrievalConfig:
     """The retriever."""
 
-    encoder: Literal["hash"] = key("hash", "`hash`: TF-IDF of hashed words and letter n-grams, needs no download")
+    encoder: Literal["hash", "bert"] = key(
+        "hash", "`hash`: TF-IDF of hashed words and letter n-grams, needs no download; `bert`: MiniLM, E5, BGE"
+    )
+    encoder_path: str = key("", "with a bert encoder: its Hugging Face directory", "path")
+    encoder_dtype: Literal["float32", "bfloat16"] = key("float32", "compute type of the bert encoder")
+    encoder_length: int = key(0, "longest text the bert encoder reads, the rest is cut; 0: the model's limit", "tokens")
+    encoder_batch: int = key(16_384, "a batch of the bert encoder, padding included; a bound on memory", "tokens")
+    pooling: Literal["auto", "mean", "cls"] = key(
+        "auto", "token states to a vector; `auto` is what sentence-transformers' modules.json says"
+    )
+    query_prefix: str = key("", "put before every query of the bert encoder, e.g. E5's `query: `")
+    passage_prefix: str = key("", "put before every passage of the bert encoder, e.g. E5's `passage: `")
     dim: int = key(1024, "embedding size of the hash encoder", "floats")
     index: Literal["flat"] = key("flat", "FAISS index type")
     top_k: int = key(2, "passages per retrieval", "passages")
@@ -146,7 +157,14 @@ class RetrievalConfig:
             self,
             "retrieval.",
             AT_LEAST_1,
-            "dim top_k oneshot_top_k passage_tokens max_passages",
+            "encoder_batch dim top_k oneshot_top_k passage_tokens max_passages",
+        )
+        _each(self, "retrieval.", AT_LEAST_0, "encoder_length")
+        _require(
+            self.encoder != "bert" or self.encoder_path != "",
+            "retrieval.encoder_path must be given when retrieval.encoder is bert; got none",
+            "retrieval.encoder_path",
+            "retrieval.encoder",
         )
         _require(
             self.max_passages >= self.top_k,

@@ -18,7 +18,6 @@ from r3rag_jax.data.qa import read_passages, read_questions, trajectory_to_dict,
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluator import fingerprint, play_greedy, summarise
 from r3rag_jax.metrics import Bar
-from r3rag_jax.retrieval.faiss_index import FaissIndex
 from r3rag_jax.session import Session, use_compile_cache
 from r3rag_jax.view import results_table
 
@@ -74,7 +73,7 @@ def open_session(args: argparse.Namespace) -> tuple[Session, str]:
     if phase not in trained:
         raise UserError(f"{args.checkpoint} has no trained policy{f' of phase {phase}' if phase else ''}")
     if args.corpus is not None:
-        session.retriever = FaissIndex.build(read_passages(args.corpus), dim=config.retrieval.dim)
+        session.retriever = session.build_index(read_passages(args.corpus))
     return session, phase
 
 

@@ -65,9 +65,9 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
 
-    def advance(self, **numbers: float) -> None:
-        """Move one on and show the numbers, e.g. reward=1.2, em=61.0, tokens_per_s=5400."""
-        self._done += 1
+    def advance(self, count: int = 1, /, **numbers: float) -> None:
+        """Move on by `count` and show the numbers, e.g. reward=1.2, em=61.0, tokens_per_s=5400."""
+        self._done += count
         note = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done, note=note or None)

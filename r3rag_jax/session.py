@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,20 @@ from r3rag_jax.data.qa import question_to_dict, read_passages, read_questions, w
 from r3rag_jax.data.world import World, teach
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluator import reading_stops
-from r3rag_jax.metrics import MetricsLog
+from r3rag_jax.metrics import Bar, MetricsLog
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shapes
 from r3rag_jax.models.hf import load_config as load_decoder_config
 from r3rag_jax.models.hf import load_decoder, save_decoder
 from r3rag_jax.protocol import make_protocol
+from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.faiss_index import FaissIndex
 from r3rag_jax.rollout import Roller
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sharding import make_mesh, partition_spec, replicated, tree_shardings
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.transcript import Codec
-from r3rag_jax.types import Question
+from r3rag_jax.types import Passage, Question
 
 # Sections that may change when a run is resumed: they do not change what was computed.
 FREE_KEYS = ("run_dir", "phases", "eval", "mesh", "log")
@@ -219,8 +220,31 @@ class Session:
         return self.run_dir / "index"
 
     @functools.cached_property
+    def encoder(self) -> BertEncoder | None:
+        """The text encoder of the configuration; None for `hash`, which is fitted on a corpus and kept with its index.
+
+        Raises:
+            UserError: the encoder's directory cannot be read.
+        """
+        retrieval = self.config.retrieval
+        if retrieval.encoder == "hash":
+            return None
+        return BertEncoder(
+            retrieval.encoder_path, pooling=retrieval.pooling, query_prefix=retrieval.query_prefix,
+            passage_prefix=retrieval.passage_prefix, max_length=retrieval.encoder_length,
+            batch_tokens=retrieval.encoder_batch, dtype=retrieval.encoder_dtype,
+        )  # fmt: skip
+
+    @functools.cached_property
     def retriever(self) -> FaissIndex:
-        return FaissIndex.load(self.index_dir)
+        return FaissIndex.load(self.index_dir, self.encoder)
+
+    def build_index(self, passages: Sequence[Passage]) -> FaissIndex:
+        """Index passages with the encoder of the configuration."""
+        if self.encoder is None:
+            return FaissIndex.build(passages, dim=self.config.retrieval.dim)
+        with Bar("encode", len(passages), console=self.console, live=self.config.log.progress) as bar:
+            return FaissIndex(self.encoder, passages, progress=bar.advance)
 
     def write_data(self) -> None:
         """Write the world's files and build the index. Only process 0 works; finished parts are kept."""
@@ -229,7 +253,7 @@ class Session:
                 world = World.generate(self.config.world.seed, num_people=self.config.world.num_people)
                 write_world(world, self.config, self.run_dir / "data")
             passages = read_passages(self.path_of("corpus"))
-            index = FaissIndex.build(passages, dim=self.config.retrieval.dim)
+            index = self.build_index(passages)
             if self.config.data.source == "world":
                 write_teacher(world, self.config, index, self.run_dir / "data")
             index.save(self.index_dir)

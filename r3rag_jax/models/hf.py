@@ -1,14 +1,9 @@
-"""Decoders in Hugging Face directories: `config.json` with one or several safetensors files.
-
-Hugging Face stores one [out, in] matrix per layer; the decoder keeps [Ly, in, out] stacks. Tensors
-are read one at a time, so host memory holds one stack beside the files' page cache.
-"""
+"""Decoders in Hugging Face directories: `config.json` with one or several safetensors files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +12,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder, param_shapes
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from r3rag_jax.models.tensor_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    TensorFiles,
+    check_names,
+    read_config,
+    read_param,
+    tensor_names,
+)
 
 # Our parameter name -> Hugging Face name; {i} is the layer. Every two-dimensional layer tensor is
 # transposed.
@@ -61,13 +60,7 @@ def load_config(path: str | Path) -> DecoderConfig:
         FileNotFoundError: the directory has no config.json.
         ValueError: the model is not one this package computes (the message names the field).
     """
-    file = Path(path) / CONFIG_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"a model directory must hold {CONFIG_FILE}; {path} has none")
-    try:
-        return DecoderConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    return read_config(path, DecoderConfig.from_hf)
 
 
 def load_decoder(
@@ -108,7 +101,8 @@ def load_decoder(
         _check_names(config, files)
         for name, shape in param_shapes(config).items():
             param = model.param(name)
-            array = _read_param(files, name, shape, np.dtype(param.get_value().dtype))
+            dtype_of_param = np.dtype(param.get_value().dtype)
+            array = read_param(files, HF_NAMES[name], shape, dtype_of_param, transposed=name in _TRANSPOSED)
             sharding = sharding_of(name) if sharding_of is not None else None
             param.set_value(_place(array, sharding))
     return model
@@ -150,101 +144,17 @@ def hf_tensors(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
             yield HF_NAMES[name].format(i=i), tensor.T if name in _TRANSPOSED else tensor
 
 
-class TensorFiles:
-    """The tensors of a Hugging Face directory by name, in one safetensors file or in shards."""
-
-    def __init__(self, path: str | Path):
-        """Find which file holds which tensor.
-
-        Raises:
-            FileNotFoundError: neither weights nor index exist, or a shard named by the index is
-                missing.
-            ValueError: a file is not valid safetensors.
-        """
-        self._directory = Path(path)
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
-        index = self._directory / INDEX_FILE
-        if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self.file_of: dict[str, str] = dict(weight_map)
-        elif (self._directory / WEIGHTS_FILE).is_file():
-            self.file_of = dict.fromkeys(self._file(WEIGHTS_FILE).keys(), WEIGHTS_FILE)
-        else:
-            raise FileNotFoundError(f"a model directory must hold {WEIGHTS_FILE} or {INDEX_FILE}; {path} has neither")
-
-    def __enter__(self) -> TensorFiles:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stack.close()
-
-    def where(self, name: str) -> Path:
-        """Return the path of the file that holds (or, by the layout, should hold) a tensor."""
-        return self._directory / self.file_of.get(name, WEIGHTS_FILE)
-
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Read one tensor and check its shape.
-
-        Raises:
-            ValueError: the shape differs, or an index names a file that lacks the tensor.
-        """
-        try:
-            array = self._file(self.file_of[name]).get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{self.where(name)}: cannot read tensor {name}: {error}") from error
-        if array.shape != shape:
-            raise ValueError(
-                f"{self.where(name)}: tensor {name} must have shape {shape} by config.json; got {array.shape}"
-            )
-        return array
-
-    def _file(self, file: str) -> Any:
-        """Open a shard once."""
-        if file not in self._open:
-            path = self._directory / file
-            if not path.is_file():
-                raise FileNotFoundError(f"{INDEX_FILE} names {file}; {self._directory} lacks it")
-            try:
-                self._open[file] = self._stack.enter_context(safe_open(path, framework="numpy"))
-            except SafetensorError as error:
-                raise ValueError(f"{path} is not a valid safetensors file: {error}") from error
-        return self._open[file]
-
-
 def _check_names(config: DecoderConfig, files: TensorFiles) -> None:
     """Compare the tensors of the files with the ones the config asks for.
 
     Raises:
         ValueError: one is missing, or one is there that the decoder would not use.
     """
-    expected = {
-        HF_NAMES[name].format(i=i)
-        for name in param_shapes(config)
-        for i in range(config.num_layers if "{i}" in HF_NAMES[name] else 1)
-    }
+    expected = {n for name in param_shapes(config) for n in tensor_names(HF_NAMES[name], config.num_layers)}
     found = {name for name in files.file_of if not name.endswith(_IGNORED_SUFFIXES)}
     if config.tie_embeddings:
         found.discard(HF_NAMES["lm_head"])  # some exports repeat the tied table
-    for what, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            first = min(names)
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(
-                f"{files.where(first)}: the tensors must be those of a {config.model_type} with "
-                f"{config.num_layers} layers; {what}: {first}{more}"
-            )
-
-
-def _read_param(files: TensorFiles, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Read one parameter in our layout: transposed, cast, and stacked over layers."""
-    is_stacked = "{i}" in HF_NAMES[name]
-    out = np.empty(shape, dtype)
-    for i, target in enumerate(out if is_stacked else out[None]):
-        hf_shape = target.shape[::-1] if name in _TRANSPOSED else target.shape
-        tensor = files.read(HF_NAMES[name].format(i=i), hf_shape)
-        target[...] = tensor.T if name in _TRANSPOSED else tensor
-    return out
+    check_names(files, expected, found, f"a {config.model_type} with {config.num_layers} layers")
 
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -51,6 +51,11 @@ class Encoder(Protocol):
         """Hex digest of all that the vectors depend on; an index is valid for one fingerprint."""
         ...
 
+    @property
+    def cosine_kind(self) -> TextKind:
+        """How to encode passages whose cosine with a query is read as such, and does not only rank them."""
+        ...
+
     def encode(self, texts: Sequence[str], *, kind: TextKind = "query") -> np.ndarray:
         """float32 [len(texts), D], each row of L2 norm 1, or 0 for a text without a known feature.
 

@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ import numpy as np
 from r3rag_jax.data.qa import read_passages, write_jsonl
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import Encoder, Hit, RetrievalError, TextKind
+from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.hash_encoder import HashEncoder
 from r3rag_jax.retrieval.passages import corpus_fingerprint, digest
 from r3rag_jax.types import Passage
 
 INDEX_FILE = "index.faiss"
 PASSAGES_FILE = "passages.jsonl"
-ENCODER_FILE = "encoder.npz"
+HASH_FILE = "encoder.npz"  # a HashEncoder, whole
+BERT_FILE = "encoder.json"  # where a BertEncoder's model is, and how it is used
 FINGERPRINT_FILE = "fingerprint.json"
+_CHUNK = 4096  # passages encoded at once: bounds the memory beside the index, paces `progress`
 _SPARE_HITS = 8  # fetched beyond k, so that ties at the cut are settled by position
 _TIE = 1e-5  # FAISS sums in another order for another batch size: scores this close may swap
 
@@ -37,6 +40,7 @@ class FaissIndex:
         index: a FAISS inner-product index over their vectors [P, D]; None encodes them now.
         num_threads: OpenMP threads of FAISS, a setting of the whole process; None leaves
             OMP_NUM_THREADS in charge.
+        progress: called with the number of passages that were encoded since the last call.
 
     Raises:
         UserError: no passages, a repeated id, or FAISS is not installed.
@@ -49,6 +53,7 @@ class FaissIndex:
         *,
         index: Any = None,
         num_threads: int | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         faiss = _import_faiss()
         if num_threads is not None:
@@ -60,7 +65,11 @@ class FaissIndex:
         _check_unique_ids(self.passages)
         if index is None:
             index = faiss.IndexFlatIP(encoder.dim)
-            index.add(_encode(encoder, [passage.contents for passage in self.passages], "passage"))
+            for start in range(0, len(self.passages), _CHUNK):
+                texts = [passage.contents for passage in self.passages[start : start + _CHUNK]]
+                index.add(_encode(encoder, texts, "passage"))
+                if progress is not None:
+                    progress(len(texts))
         if (index.ntotal, index.d) != (len(self.passages), encoder.dim):
             raise UserError(
                 "an index holds one vector of the encoder's size per passage, "
@@ -133,7 +142,8 @@ class FaissIndex:
         """Write the index to `directory`, whole or not at all; a former index there is replaced.
 
         Files: index.faiss, passages.jsonl (FlashRAG), fingerprint.json, and encoder.npz for a
-        HashEncoder; any other encoder lives elsewhere and is given to `load`.
+        HashEncoder or encoder.json for a BertEncoder, which names the model's directory; any other
+        encoder lives elsewhere and is given to `load`.
         """
         faiss = _import_faiss()
         directory = Path(directory)
@@ -144,7 +154,9 @@ class FaissIndex:
             faiss.write_index(self._index, str(new / INDEX_FILE))
             write_jsonl(new / PASSAGES_FILE, ({"id": p.id, "contents": p.contents} for p in self.passages))
             if isinstance(self.encoder, HashEncoder):
-                self.encoder.save(new / ENCODER_FILE)
+                self.encoder.save(new / HASH_FILE)
+            elif isinstance(self.encoder, BertEncoder):
+                self.encoder.save(new / BERT_FILE)
             fingerprint = {
                 "corpus": corpus_fingerprint(self.passages),
                 "encoder": self.encoder.fingerprint,
@@ -167,7 +179,7 @@ class FaissIndex:
 
         Args:
             directory: the saved index.
-            encoder: the one that the index was built with; None reads encoder.npz.
+            encoder: the one that the index was built with; None reads encoder.json or encoder.npz.
 
         Raises:
             UserError: a file is missing, corrupt, or not what was saved; the message names it.
@@ -177,9 +189,11 @@ class FaissIndex:
         expected = _read_fingerprint(directory / FINGERPRINT_FILE)
         passages = read_passages(directory / PASSAGES_FILE)
         _check(directory / PASSAGES_FILE, "corpus", expected, corpus_fingerprint(passages))
+        is_bert = (directory / BERT_FILE).is_file()
+        encoder_path = directory / (BERT_FILE if is_bert else HASH_FILE)
         if encoder is None:
-            encoder = HashEncoder.load(directory / ENCODER_FILE)
-        _check(directory / ENCODER_FILE, "encoder", expected, encoder.fingerprint)
+            encoder = (BertEncoder if is_bert else HashEncoder).load(encoder_path)
+        _check(encoder_path, "encoder", expected, encoder.fingerprint)
         index_path = directory / INDEX_FILE
         if not index_path.is_file():
             raise UserError(f"an index directory holds {INDEX_FILE}; {index_path} is missing")

@@ -113,6 +113,11 @@ class HashEncoder:
         return self._dim
 
     @property
+    def cosine_kind(self) -> TextKind:
+        """Passages are read as queries are: their constant helps to rank, but makes every cosine small."""
+        return "query"
+
+    @property
     def fingerprint(self) -> str:
         """Hex sha256 of the settings and of the fitted document frequencies."""
         return self._fingerprint

@@ -85,11 +85,16 @@ def _process(
     queries = np.zeros((*step_mask.shape, encoder.dim), np.float32)
     passages = np.zeros((*step_mask.shape, _bucket(width), encoder.dim), np.float32)
     has_passage = np.zeros((*step_mask.shape, _bucket(width)), bool)
-    for row, k, step in steps:
-        if step.query is not None and step.passages:
-            vectors = encoder.encode([step.query, *(p.contents for p in step.passages)])
-            queries[row, k], passages[row, k, : len(vectors) - 1] = vectors[0], vectors[1:]
-            has_passage[row, k, : len(vectors) - 1] = True
+    asked = [(row, k, step.query, step.passages) for row, k, step in steps if step.query is not None and step.passages]
+    # Two calls of the encoder in all: a batch on a device costs little more than a text.
+    query_rows = {text: i for i, text in enumerate(dict.fromkeys(query for _, _, query, _ in asked))}
+    passage_rows = {text: i for i, text in enumerate(dict.fromkeys(p.contents for *_, found in asked for p in found))}
+    query_vectors = encoder.encode(list(query_rows))
+    passage_vectors = encoder.encode(list(passage_rows), kind=encoder.cosine_kind)
+    for row, k, query, found in asked:
+        queries[row, k] = query_vectors[query_rows[query]]
+        passages[row, k, : len(found)] = passage_vectors[[passage_rows[p.contents] for p in found]]
+        has_passage[row, k, : len(found)] = True
     return np.asarray(embedding_similarity(queries, passages, has_passage))
 
 

@@ -1,0 +1,268 @@
+"""The text encoder of the BERT family (arXiv:1810.04805): MiniLM, E5, BGE, from a Hugging Face directory.
+
+Shapes: B rows, L tokens, D width, N heads, H = D / N, F feed-forward width, V vocab, P positions, T token
+types, Ly layers. Left out on purpose: dropout, text pairs (every token has type 0), the pooler and the
+heads of pre-training, none of which embeddings use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from r3rag_jax.models.tensor_files import TensorFiles, check_names, read_config, read_param, tensor_names
+
+POOLINGS = ("mean", "cls")
+
+# Our parameter name -> Hugging Face name; {i} is the layer. The matrices, `*_proj`, are transposed.
+HF_NAMES = {
+    "word_embed": "embeddings.word_embeddings.weight",
+    "position_embed": "embeddings.position_embeddings.weight",
+    "type_embed": "embeddings.token_type_embeddings.weight",
+    "embed_norm_scale": "embeddings.LayerNorm.weight",
+    "embed_norm_bias": "embeddings.LayerNorm.bias",
+    "q_proj": "encoder.layer.{i}.attention.self.query.weight",
+    "q_bias": "encoder.layer.{i}.attention.self.query.bias",
+    "k_proj": "encoder.layer.{i}.attention.self.key.weight",
+    "k_bias": "encoder.layer.{i}.attention.self.key.bias",
+    "v_proj": "encoder.layer.{i}.attention.self.value.weight",
+    "v_bias": "encoder.layer.{i}.attention.self.value.bias",
+    "o_proj": "encoder.layer.{i}.attention.output.dense.weight",
+    "o_bias": "encoder.layer.{i}.attention.output.dense.bias",
+    "attention_norm_scale": "encoder.layer.{i}.attention.output.LayerNorm.weight",
+    "attention_norm_bias": "encoder.layer.{i}.attention.output.LayerNorm.bias",
+    "up_proj": "encoder.layer.{i}.intermediate.dense.weight",
+    "up_bias": "encoder.layer.{i}.intermediate.dense.bias",
+    "down_proj": "encoder.layer.{i}.output.dense.weight",
+    "down_bias": "encoder.layer.{i}.output.dense.bias",
+    "ffn_norm_scale": "encoder.layer.{i}.output.LayerNorm.weight",
+    "ffn_norm_bias": "encoder.layer.{i}.output.LayerNorm.bias",
+}
+_LAYER_PARAMS = tuple(name for name, hf_name in HF_NAMES.items() if "{i}" in hf_name)
+_PREFIX = "bert."  # models with a head (BertForMaskedLM, …) name the encoder's tensors so
+_IGNORED = ("pooler.", "embeddings.position_ids")  # beginnings of names that embeddings do not use
+# What this encoder computes; transformers fills in the same where a config.json is silent.
+_ONLY = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """Every number that fixes the shape and the arithmetic of an encoder."""
+
+    vocab_size: int  # V, rows of the embedding table
+    hidden_size: int  # D, width of the residual stream and of the embeddings
+    num_layers: int  # Ly
+    num_heads: int  # N; divides hidden_size
+    ffn_size: int  # F, width of the feed-forward layer
+    max_positions: int  # P, longest text, in tokens
+    num_types: int = 2  # T, token types
+    norm_eps: float = 1e-12  # added to the variance in LayerNorm
+
+    def __post_init__(self) -> None:
+        """Check the relations between the fields.
+
+        Raises:
+            ValueError: a relation does not hold.
+        """
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size", "max_positions", "num_types"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size must be divisible by num_heads {self.num_heads}; got {self.hidden_size}")
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> BertConfig:
+        """Read the dictionary of a Hugging Face `config.json`.
+
+        Raises:
+            ValueError: the file asks for something this encoder does not compute, or lacks a size.
+        """
+        if hf.get("model_type") != "bert":
+            raise ValueError(f"model_type must be 'bert'; got {hf.get('model_type')!r}")
+        for key, value in _ONLY.items():
+            if hf.get(key, value) != value:
+                raise ValueError(f"{key} must be {value!r}; got {hf[key]!r}")
+        sizes = {
+            "vocab_size": "vocab_size",
+            "hidden_size": "hidden_size",
+            "num_layers": "num_hidden_layers",
+            "num_heads": "num_attention_heads",
+            "ffn_size": "intermediate_size",
+            "max_positions": "max_position_embeddings",
+        }
+        for key in sizes.values():
+            if key not in hf:
+                raise ValueError(f"config.json must hold {key!r}; it is missing")
+        return cls(
+            **{name: hf[key] for name, key in sizes.items()},
+            num_types=hf.get("type_vocab_size", cls.num_types),
+            norm_eps=hf.get("layer_norm_eps", cls.norm_eps),
+        )
+
+
+def param_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by name; layer stacks lead with Ly."""
+    Ly, D, F = config.num_layers, config.hidden_size, config.ffn_size
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(HF_NAMES, (D,)) | dict.fromkeys(_LAYER_PARAMS, (Ly, D))
+    shapes |= dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (Ly, D, D))
+    return shapes | {
+        "word_embed": (config.vocab_size, D),
+        "position_embed": (config.max_positions, D),
+        "type_embed": (config.num_types, D),
+        "up_proj": (Ly, D, F),
+        "up_bias": (Ly, F),
+        "down_proj": (Ly, F, D),
+    }
+
+
+class Bert(nnx.Module):
+    """A post-norm encoder: learnt positions, attention in both directions, gelu feed-forward."""
+
+    def __init__(self, config: BertConfig, params: Mapping[str, jax.Array], *, dtype: jax.typing.DTypeLike):
+        """Hold the parameters of `param_shapes(config)`, by name.
+
+        Args:
+            dtype: of matmul inputs; norms, softmax and accumulation are float32. With float32, products
+                are too on devices that would round their inputs by default (TPU, TF32 of NVIDIA).
+        """
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        for name in HF_NAMES:
+            setattr(self, name, nnx.Param(params[name]))
+
+    def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
+        """Return the hidden states of the last layer, [B, L, D] of the compute dtype.
+
+        A text's states do not depend on where in its row its tokens lie: positions count kept tokens.
+
+        Args:
+            tokens_BL: int32 ids. mask_BL: bool, True = keep; wherever the padding lies, it is not seen
+                and its own states are finite and without meaning.
+        """
+        positions_BL = jnp.maximum(jnp.cumsum(mask_BL, axis=1) - 1, 0)
+        x = self.param("word_embed")[tokens_BL] + self.param("type_embed")[0]
+        x = x + self.param("position_embed")[positions_BL]
+        x = layer_norm(x, self.param("embed_norm_scale"), self.param("embed_norm_bias"), self.config.norm_eps)
+
+        def body(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+            return self._layer(w, x, mask_BL), None
+
+        x, _ = jax.lax.scan(body, x.astype(self.dtype), {name: self.param(name) for name in _LAYER_PARAMS})
+        return x
+
+    def param(self, name: str) -> jax.Array:
+        """Return a parameter by its name in HF_NAMES."""
+        return getattr(self, name)[...]
+
+    def _layer(self, w: dict[str, jax.Array], x: jax.Array, mask_BL: jax.Array) -> jax.Array:
+        """One layer, [B, L, D] -> [B, L, D]: attention and feed-forward, each added and then normalised."""
+        eps = self.config.norm_eps
+        q, k, v = (self._dense(x, w[f"{name}_proj"], w[f"{name}_bias"]).astype(self.dtype) for name in "qkv")
+        out = self._dense(self._attend(q, k, v, mask_BL), w["o_proj"], w["o_bias"])
+        x = layer_norm(x + out, w["attention_norm_scale"], w["attention_norm_bias"], eps).astype(self.dtype)
+        inner = jax.nn.gelu(self._dense(x, w["up_proj"], w["up_bias"]), approximate=False).astype(self.dtype)
+        out = self._dense(inner, w["down_proj"], w["down_bias"])
+        return layer_norm(x + out, w["ffn_norm_scale"], w["ffn_norm_bias"], eps).astype(self.dtype)
+
+    def _attend(self, q_BLD: jax.Array, k_BLD: jax.Array, v_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
+        """Let every token read the kept ones of its row; returns [B, L, D]."""
+        B, L, D = q_BLD.shape
+        N, H = self.config.num_heads, D // self.config.num_heads
+        # One batch axis: XLA's CPU backend cannot multiply bfloat16 over two of them into float32.
+        q, k, v = (x.reshape(B, L, N, H).swapaxes(1, 2).reshape(B * N, L, H) for x in (q_BLD, k_BLD, v_BLD))
+        scores = self._matmul(q, k.swapaxes(1, 2)).reshape(B, N, L, L) * H**-0.5
+        # Not -inf, which would turn a row without any kept token into NaN.
+        scores = jnp.where(mask_BL[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
+        out = self._matmul(weights.reshape(B * N, L, L), v).astype(self.dtype)
+        return out.reshape(B, N, L, H).swapaxes(1, 2).reshape(B, L, D)
+
+    def _dense(self, x: jax.Array, w: jax.Array, bias: jax.Array) -> jax.Array:
+        """x @ w + bias in float32."""
+        return self._matmul(x, w.astype(self.dtype)) + bias.astype(jnp.float32)
+
+    def _matmul(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Multiply arrays of the compute dtype into float32."""
+        precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        return jnp.matmul(x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Return (x - mean) / sqrt(variance + eps) * scale + bias over the last axis, float32 (arXiv:1607.06450)."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return y * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+
+
+def pool(hidden_BLD: jax.Array, mask_BL: jax.Array, pooling: str) -> jax.Array:
+    """Return one vector per row, float32 [B, D]; 0 for a row without any kept token.
+
+    Args:
+        hidden_BLD: hidden states of the last layer. mask_BL: bool, True = keep.
+        pooling: "mean" of the kept tokens, special ones included, or "cls", the first kept token.
+
+    Raises:
+        ValueError: `pooling` is unknown.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {POOLINGS}; got {pooling!r}")
+    kept_BL = mask_BL if pooling == "mean" else mask_BL & (jnp.cumsum(mask_BL, axis=1) == 1)
+    total_BD = jnp.sum(jnp.where(kept_BL[:, :, None], hidden_BLD.astype(jnp.float32), 0.0), axis=1)
+    return total_BD / jnp.maximum(jnp.sum(kept_BL, axis=1, keepdims=True), 1)
+
+
+def unit(vectors_BD: jax.Array) -> jax.Array:
+    """Return the vectors divided by their L2 norms; 0 stays 0."""
+    return vectors_BD / jnp.maximum(jnp.linalg.norm(vectors_BD, axis=-1, keepdims=True), 1e-12)
+
+
+def load_config(path: str | Path) -> BertConfig:
+    """Read `config.json` of a Hugging Face directory.
+
+    Raises:
+        FileNotFoundError: the directory has no config.json.
+        ValueError: the model is not one this encoder computes (the message names the field).
+    """
+    return read_config(path, BertConfig.from_hf)
+
+
+def load_encoder(path: str | Path, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Bert:
+    """Read an encoder from a Hugging Face directory to the default device.
+
+    Args:
+        path: holds config.json and model.safetensors, or model.safetensors.index.json with its shards.
+            Tensors may be named as of a BertModel or, with `bert.` before, as of a model with a head,
+            which is not read.
+        dtype: of the matrices and of matmul inputs; embeddings, norms and biases are float32.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a tensor is missing, unexpected or of another shape (named, with file and both shapes).
+    """
+    config = load_config(path)
+    with TensorFiles(path) as files:
+        prefix = _PREFIX if any(name.startswith(_PREFIX) for name in files.file_of) else ""
+        expected = {prefix + n for name in HF_NAMES.values() for n in tensor_names(name, config.num_layers)}
+        ignored = tuple(prefix + name for name in _IGNORED)
+        found = {name for name in files.file_of if name.startswith(prefix) and not name.startswith(ignored)}
+        check_names(files, expected, found, f"a bert with {config.num_layers} layers")
+        params = {}
+        for name, shape in param_shapes(config).items():
+            is_matrix = name.endswith("_proj")
+            param_dtype = np.dtype(dtype if is_matrix else np.float32)
+            hf_name = prefix + HF_NAMES[name]
+            params[name] = jnp.asarray(read_param(files, hf_name, shape, param_dtype, transposed=is_matrix))
+    return Bert(config, params, dtype=dtype)
