@@ -167,7 +167,7 @@ UNSEEN = (
 # Compositions without trajectories: the policy meets them first in RL.
 RL_ONLY = (
     ("author", "school"), ("composer", "birthplace"), ("founder", "school"), ("spouse", "birthplace"),
-    ("publisher", "seat"), ("seat", "country"), ("school", "seat"), ("bridge_comparison", "founder"),
+    ("publisher", "seat"), ("seat", "country"), ("school", "seat"),
 )  # fmt: skip
 
 
