@@ -29,13 +29,13 @@ from r3rag_jax.metrics import Bar, MetricsLog
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shapes
 from r3rag_jax.models.hf import load_config as load_decoder_config
-from r3rag_jax.models.hf import load_decoder, save_decoder
+from r3rag_jax.models.hf import load_decoder, load_generation, save_decoder
 from r3rag_jax.protocol import make_protocol
 from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.faiss_index import FaissIndex
 from r3rag_jax.rollout import Roller
 from r3rag_jax.sampler.engine import Engine
-from r3rag_jax.sharding import make_mesh, partition_spec, replicated, tree_shardings
+from r3rag_jax.sharding import make_mesh, partition_spec, tree_shardings
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.transcript import Codec
 from r3rag_jax.types import Passage, Question
@@ -192,12 +192,12 @@ class Session:
         return self.run_dir / "policy" / phase
 
     def save_policy(self, phase: str, params: Any) -> None:
-        """Export the policy in float32; its directory appears only when it is complete."""
-        whole = jax.jit(lambda tree: tree, out_shardings=jax.tree.map(lambda _: replicated(self.mesh), params))(params)
+        """Export the policy in float32, a matrix at a time; its directory appears only when it is complete."""
+        partial = self.policy_dir(phase).with_name(f".{phase}.partial")
+        with reading(self.base_path):
+            generation = self.tokenizer.generation_ids() | load_generation(self.base_path)
+        save_decoder(nnx.merge(self.graphdef, params), partial, dtype="float32", generation=generation)
         if jax.process_index() == 0:
-            partial = self.policy_dir(phase).with_name(f".{phase}.partial")
-            local = jax.tree.map(jnp.asarray, jax.device_get(whole))
-            save_decoder(nnx.merge(self.graphdef, local), partial, dtype="float32")
             self.tokenizer.save(partial)
             partial.rename(self.policy_dir(phase))
         barrier(f"policy {phase}")
