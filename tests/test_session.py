@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tiny
 import tiny_run
 from flax import nnx
 
@@ -153,6 +154,15 @@ def test_what_generation_is_told_goes_with_the_policy(config: Config, base: Path
     writer.save_policy("sft", writer.base_params())
     written = json.loads((writer.policy_dir("sft") / "generation_config.json").read_text())
     assert written == {"pad_token_id": 0, "eos_token_id": [2, 0], "temperature": 0.6}
+
+
+def test_a_tokenizer_without_the_tags_is_the_users_to_fix(config: Config, base: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(base, tmp_path / "source")
+    tiny.tokenizer(source, (*tiny.SPECIALS[:3], "<think>"))
+    with pytest.raises(UserError, match=r"source lacks </think> <query> .*convert .*/source OUT --add-tags$"):
+        _ = session(config, path=str(source)).codec
+    steps = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, protocol="steps"))
+    assert session(steps, path=str(source)).codec.protocol.name == "steps"
 
 
 def test_a_model_path_without_a_model_is_the_users_to_fix(config: Config, tmp_path: Path) -> None:
