@@ -68,6 +68,8 @@ setup(
     extras_require={
         "notebook": NOTEBOOK,
         "test": TEST,
+        # `python -m r3rag_jax.convert model.gguf`: transformers reads it with these.
+        "gguf": ["gguf>=0.19", "accelerate>=1.15", "torch>=2.13"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
     },

@@ -234,7 +234,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"{number + 1:6d}  loss {loss:.4f}  accuracy {accuracy:.4f}  {time.time() - started:.0f} s", flush=True
             )
         if number % 200 == 199 or number == args.steps - 1:
-            save_decoder(nnx.merge(graphdef, state.params), args.out, dtype="bfloat16")
+            decoder = nnx.merge(graphdef, state.params)
+            save_decoder(decoder, args.out, dtype="bfloat16", generation=tokenizer.generation_ids())
             tokenizer.save(args.out)
     return 0
 

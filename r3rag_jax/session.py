@@ -29,13 +29,13 @@ from r3rag_jax.metrics import Bar, MetricsLog
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shapes
 from r3rag_jax.models.hf import load_config as load_decoder_config
-from r3rag_jax.models.hf import load_decoder, save_decoder
-from r3rag_jax.protocol import make_protocol
+from r3rag_jax.models.hf import load_decoder, load_generation, save_decoder
+from r3rag_jax.protocol import TAGS, make_protocol
 from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.faiss_index import FaissIndex
 from r3rag_jax.rollout import Roller
 from r3rag_jax.sampler.engine import Engine
-from r3rag_jax.sharding import make_mesh, partition_spec, replicated, tree_shardings
+from r3rag_jax.sharding import make_mesh, partition_spec, tree_shardings
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.transcript import Codec
 from r3rag_jax.types import Passage, Question
@@ -104,7 +104,9 @@ def reading(path: Path) -> Iterator[None]:
     """What is wrong with the files of a model is the user's to fix."""
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
         raise UserError(f"the model at {path} cannot be read: {error}") from error
 
 
@@ -136,7 +138,18 @@ class Session:
 
     @functools.cached_property
     def codec(self) -> Codec:
+        """What turns the protocol's text into ids.
+
+        Raises:
+            UserError: the tokenizer lacks the protocol's tags.
+        """
         protocol = make_protocol(self.config.rollout.protocol)
+        lacking = [tag for tag in TAGS if tag not in self.tokenizer] if protocol.name == "tags" else []
+        if lacking:
+            raise UserError(
+                f"rollout.protocol=tags needs a tokenizer with {' '.join(TAGS)}; that of {self.base_path} lacks "
+                f"{' '.join(lacking)}: python -m r3rag_jax.convert {self.base_path} OUT --add-tags"
+            )
         return Codec(self.tokenizer, protocol, self.config.retrieval.passage_tokens)
 
     @functools.cached_property
@@ -192,12 +205,12 @@ class Session:
         return self.run_dir / "policy" / phase
 
     def save_policy(self, phase: str, params: Any) -> None:
-        """Export the policy in float32; its directory appears only when it is complete."""
-        whole = jax.jit(lambda tree: tree, out_shardings=jax.tree.map(lambda _: replicated(self.mesh), params))(params)
+        """Export the policy in float32, a matrix at a time; its directory appears only when it is complete."""
+        partial = self.policy_dir(phase).with_name(f".{phase}.partial")
+        with reading(self.base_path):
+            generation = self.tokenizer.generation_ids() | load_generation(self.base_path)
+        save_decoder(nnx.merge(self.graphdef, params), partial, dtype="float32", generation=generation)
         if jax.process_index() == 0:
-            partial = self.policy_dir(phase).with_name(f".{phase}.partial")
-            local = jax.tree.map(jnp.asarray, jax.device_get(whole))
-            save_decoder(nnx.merge(self.graphdef, local), partial, dtype="float32")
             self.tokenizer.save(partial)
             partial.rename(self.policy_dir(phase))
         barrier(f"policy {phase}")

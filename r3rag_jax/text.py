@@ -82,6 +82,13 @@ class Tokenizer:
         token = self._special("pad_token")
         return self.eos_id if token is None else self.token_id(token)
 
+    def generation_ids(self) -> dict[str, int]:
+        """Return `bos_token_id`, `eos_token_id` and `pad_token_id`, without those that the files do not name."""
+        tokens = {key: self._special(key) for key in ("bos_token", "eos_token", "pad_token")}
+        return {
+            f"{key}_id": self.token_id(token) for key, token in tokens.items() if token is not None and token in self
+        }
+
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
         """Return the ids of a text; no special token is added.
 
@@ -96,6 +103,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Return the text of ids, with special tokens written out unless skipped."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def __contains__(self, token: str) -> bool:
+        """Whether one token is spelled so."""
+        return self._backend.token_to_id(token) is not None
 
     def token_id(self, token: str) -> int:
         """Return the id of one token.

@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
 from safetensors.numpy import load_file, save_file
 
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shapes
-from r3rag_jax.models.hf import load_config, load_decoder, save_decoder
+from r3rag_jax.models.hf import load_config, load_decoder, load_generation, save_decoder
+from r3rag_jax.models.tensor_files import TensorFiles
+from r3rag_jax.sharding import AXES, partition_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch = pytest.importorskip("torch")
@@ -26,6 +28,7 @@ SIZES = {
     "intermediate_size": 48,
     "max_position_embeddings": 256,
 }
+LLAMA = {"model_type": "llama", **SIZES}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -125,26 +128,90 @@ def test_bfloat16_export_is_what_transformers_reads(llama_dir, tmp_path):
     np.testing.assert_array_equal(half.layers.q_proj[...], ours.layers.q_proj[...].astype(jnp.bfloat16))
 
 
-def test_sharded_files_and_shardings(llama_dir, tmp_path):
+def mesh_shardings(*sizes: int):
+    """Name -> sharding as training has it, over the given sizes of (data, fsdp, tensor)."""
+    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def sharding(name: str, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(mesh, PARAM_AXES[name], shape))
+
+    return {name: sharding(name, shape) for name, shape in param_shapes(DecoderConfig.from_hf(LLAMA)).items()}
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_every_device_reads_its_slice_and_no_more(sizes, llama_dir, tmp_path, monkeypatch):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(llama_dir)
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-
-    def sharding(name: str) -> NamedSharding:
-        axes = ("fsdp" if axis == "embed" else None for axis in PARAM_AXES[name])
-        return NamedSharding(mesh, PartitionSpec(*axes))
-
-    sharded = load_decoder(tmp_path / "shards", dtype=jnp.float32, shardings=sharding)
-    assert sharded.param("q_proj")[...].sharding == sharding("q_proj")
-    assert sharded.param("q_proj")[...].addressable_shards[0].data.shape == (2, 4, 32)
     whole = load_decoder(llama_dir, dtype=jnp.float32)
-    for name in param_shapes(whole.config):
-        np.testing.assert_array_equal(sharded.param(name)[...], whole.param(name)[...])
-    save_decoder(sharded, tmp_path / "out", dtype="float32")
-    again = load_file(tmp_path / "out/model.safetensors")
-    for name, array in load_file(llama_dir / "model.safetensors").items():
-        np.testing.assert_array_equal(again[name], array)
+    shardings, read, num_read = mesh_shardings(*sizes), TensorFiles.read, []
+
+    def count(files, name, index):
+        array = read(files, name, index)
+        num_read.append(array.size)
+        return array
+
+    monkeypatch.setattr(TensorFiles, "read", count)
+    sharded = load_decoder(tmp_path / "shards", dtype=jnp.float32, shardings=shardings)
+    total = sum(param.size for param in jax.tree.leaves(nnx.state(whole)))
+    assert sum(num_read) == total  # each number once, though `data` holds it several times
+    for name, shape in param_shapes(whole.config).items():
+        array = sharded.param(name)[...]
+        assert array.sharding == shardings[name]
+        assert {part.data.shape for part in array.addressable_shards} == {shardings[name].shard_shape(shape)}
+        np.testing.assert_array_equal(array, whole.param(name)[...])
+    assert max(num_read) == max(
+        int(np.prod(shardings[n].shard_shape(s)[-2:])) for n, s in param_shapes(whole.config).items()
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("max_file_bytes", [1_000, 20_000, 10**9])
+def test_import_and_export_keep_every_bit(dtype, max_file_bytes, llama_dir, tmp_path):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(llama_dir, dtype=getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path / "in")
+    ours = load_decoder(tmp_path / "in", dtype=dtype, shardings=mesh_shardings(2, 2, 2))
+    out = tmp_path / "out"
+    save_decoder(ours, out, dtype=dtype, max_file_bytes=max_file_bytes)
+    want, got = load_file(tmp_path / "in" / "model.safetensors"), {}
+    for file in sorted(out.glob("*.safetensors")):
+        part = load_file(file)
+        assert len(part) == 1 or sum(array.nbytes for array in part.values()) <= max_file_bytes
+        got |= part
+    assert want.keys() == got.keys()
+    for name, array in want.items():
+        assert array.dtype == got[name].dtype and array.tobytes() == got[name].tobytes()
+    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+    num_files = len(list(out.glob("*.safetensors")))
+    assert (out / "model.safetensors.index.json").is_file() == (num_files > 1) == (max_file_bytes < 10**9)
+    if num_files > 1:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(array.nbytes for array in want.values())
+        files = {f"model-{number:05d}-of-{num_files:05d}.safetensors" for number in range(1, num_files + 1)}
+        assert set(index["weight_map"].values()) == files
+
+
+def test_weights_of_an_earlier_export_are_removed(llama_dir, tmp_path):
+    """An index that is left over would be read instead of the new file."""
+    ours, out = load_decoder(llama_dir, dtype=jnp.float32), tmp_path / "out"
+    save_decoder(ours, out, dtype="float32", max_file_bytes=20_000)
+    (out / "tokenizer.json").write_text("{}")
+    save_decoder(ours, out, dtype="float32")
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_what_generation_is_told(llama_dir, tmp_path):
+    generation = {"eos_token_id": [5, 7], "pad_token_id": 5, "temperature": 0.6, "do_sample": True}
+    save_decoder(load_decoder(llama_dir, dtype=jnp.float32), tmp_path / "out", generation=generation)
+    assert load_generation(tmp_path / "out") == generation
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.generation_config.eos_token_id == [5, 7] and theirs.generation_config.temperature == 0.6
+    assert theirs.config.eos_token_id == [5, 7] and theirs.config.pad_token_id == 5
+    (tmp_path / "out" / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config\.json must hold an object; got list"):
+        load_generation(tmp_path / "out")
+    assert load_generation(llama_dir / "nowhere") == {}
 
 
 def rewrite(directory, edit) -> None:
@@ -162,7 +229,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(llama_dir):
     with pytest.raises(ValueError, match=r"up_proj\.weight must have shape \(48, 32\).*\(47, 32\)"):
         load_decoder(llama_dir, dtype=jnp.float32)
     rewrite(llama_dir, lambda t: t.pop(name))
-    with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.mlp\.up_proj\.weight$"):
+    with pytest.raises(ValueError, match=r"missing: model\.layers\.1\.mlp\.up_proj\.weight of shape \(48, 32\)$"):
         load_decoder(llama_dir, dtype=jnp.float32)
 
 
@@ -176,10 +243,51 @@ def test_missing_and_broken_files_are_named(llama_dir):
         load_decoder(llama_dir, dtype=jnp.float32)
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
     (llama_dir / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"missing: model.embed_tokens.weight and 19 more"):
+    with pytest.raises(ValueError, match=r"missing: model.embed_tokens.weight of shape \(97, 32\) and 19 more"):
         load_decoder(llama_dir, dtype=jnp.float32)
     (llama_dir / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"must hold config.json"):
+        load_decoder(llama_dir, dtype=jnp.float32)
+
+
+def test_what_a_truncated_file_lacks_is_named(llama_dir):
+    weights = llama_dir / "model.safetensors"
+    whole = weights.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:start])
+    name = "model.layers.1.mlp.up_proj.weight"
+    end = start + header[name]["data_offsets"][1]
+    later = sum(start + entry["data_offsets"][1] > end for key, entry in header.items() if key != "__metadata__")
+    weights.write_bytes(whole[: end - 4])
+    message = rf"{name} of shape \(48, 32\) must end at byte {end} \(nor {later} more\); got {end - 4} bytes$"
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated: tensor " + message):
+        load_decoder(llama_dir, dtype=jnp.float32)
+    for size in (start - 9, 4, 0):
+        weights.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model\.safetensors is not a valid safetensors file"):
+            load_decoder(llama_dir, dtype=jnp.float32)
+
+
+def test_numbers_of_another_kind_are_refused(llama_dir):
+    name = "model.norm.weight"
+    rewrite(llama_dir, lambda t: t.update({name: t[name].astype(np.int8)}))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight must hold one of \('BF16', .*\); got I8"):
+        load_decoder(llama_dir, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_must_map_tensors_to_files(text, llama_dir):
+    (llama_dir / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json must hold .*weight_map.* got something else"):
+        load_decoder(llama_dir, dtype=jnp.float32)
+
+
+def test_an_index_may_not_promise_what_its_file_lacks(llama_dir):
+    names = dict.fromkeys(load_file(llama_dir / "model.safetensors"), "model.safetensors")
+    (llama_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    load_decoder(llama_dir, dtype=jnp.float32)
+    rewrite(llama_dir, lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(ValueError, match=r"model\.safetensors: cannot read tensor model\.norm\.weight"):
         load_decoder(llama_dir, dtype=jnp.float32)
 
 

@@ -24,8 +24,8 @@ LAYERS = (
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names.split()}
 # Neighbours of one layer that may be imported above layer 1, where nothing but sub-packages has any.
-SIBLINGS = {("session", "evaluator"), ("ask", "evaluate")}
-LAZY = ("faiss", "grain", "tensorflow", "tensorflow_datasets", "torch", "transformers")
+SIBLINGS = {("session", "evaluator"), ("ask", "evaluate"), ("convert", "evaluate")}
+LAZY = ("accelerate", "faiss", "gguf", "grain", "tensorflow", "tensorflow_datasets", "torch", "transformers")
 
 
 @functools.cache

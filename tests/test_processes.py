@@ -1,8 +1,8 @@
-"""Two processes train together the run that one process trains alone.
+"""Two processes train together the run that one process trains alone, and export what one exports.
 
-Two devices each, and the parameters cut into four: every step needs the other process. The one process has the
-same mesh of four, and begins RL from the cold start of the two (which it was found to equal), as one rounding of a
-weight may choose another word.
+Two devices each, and the parameters cut into four: every step, and every matrix that is exported, needs the other
+process. In training, the one process has the same mesh of four, and begins RL from the cold start of the two (which
+it was found to equal), as one rounding of a weight may choose another word.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tiny_run
 from safetensors.numpy import load_file
 
 from r3rag_jax import train
+from r3rag_jax.models.hf import load_decoder, save_decoder
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 
@@ -33,15 +34,20 @@ def free_port() -> int:
 
 def start(recipe: Path, num_devices: int, *overrides: str) -> subprocess.Popen[str]:
     """A training process with `num_devices` devices of its own, the parameters cut into four."""
+    command = ["-m", "r3rag_jax.train", "--config", str(recipe), "mesh.fsdp=4"]
+    return spawn([*command, "eval.systems=r3rag", *overrides], num_devices, recipe.parent)
+
+
+def spawn(command: list[str], num_devices: int, directory: Path) -> subprocess.Popen[str]:
+    """A Python process with `num_devices` devices of its own."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
         "PYTHONPATH": str(Path(train.__file__).parent.parent),
     }
-    command = [sys.executable, "-m", "r3rag_jax.train", "--config", str(recipe), "mesh.fsdp=4"]
-    command += ["eval.systems=r3rag", *overrides]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=recipe.parent
-    )
+        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=directory,
+    )  # fmt: skip
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
@@ -85,3 +91,35 @@ def assert_same_policy(one: Path, two: Path, phase: str) -> None:
     want, got = (load_file(run / "policy" / phase / "model.safetensors") for run in (one, two))
     for name in want:
         np.testing.assert_allclose(got[name], want[name], atol=1e-5, err_msg=f"{phase} {name}")
+
+
+EXPORT = """
+import sys
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from r3rag_jax.config import MeshConfig
+from r3rag_jax.models.decoder import PARAM_AXES, param_shapes
+from r3rag_jax.models.hf import load_config, load_decoder, save_decoder
+from r3rag_jax.sharding import make_mesh, partition_spec, start_distributed
+
+base, out, coordinator, rank = sys.argv[1:]
+mesh_config = MeshConfig(1, 2, 2, True, coordinator, 2, int(rank))
+start_distributed(mesh_config)
+mesh = make_mesh(mesh_config)
+shapes = param_shapes(load_config(base))
+shardings = {name: NamedSharding(mesh, partition_spec(mesh, PARAM_AXES[name], shape)) for name, shape in shapes.items()}
+decoder = load_decoder(base, dtype=jnp.float32, shardings=shardings)
+assert not decoder.param("q_proj")[...].is_fully_addressable
+save_decoder(decoder, out, dtype="bfloat16", max_file_bytes=40_000)
+"""
+
+
+def test_two_processes_export_what_one_exports(base: Path, tmp_path: Path) -> None:
+    coordinator = f"127.0.0.1:{free_port()}"
+    words = [["-c", EXPORT, str(base), out, coordinator, str(rank)] for rank, out in enumerate(("two", "unwritten"))]
+    finish([spawn(command, 2, tmp_path) for command in words])
+    save_decoder(load_decoder(base, dtype="float32"), tmp_path / "one", max_file_bytes=40_000)
+    one = tiny_run.files(tmp_path / "one")
+    assert len(one) > 3  # configuration, index, several files of weights
+    assert tiny_run.files(tmp_path / "two") == one
+    assert not (tmp_path / "unwritten").exists()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import tiny
 import tiny_run
 from flax import nnx
 
@@ -139,7 +142,27 @@ def test_a_phases_policy_is_exported_whole_and_read_back_on_another_mesh(config:
     for a, b in zip(flat(read), flat(params), strict=True):
         np.testing.assert_array_equal(a, b)  # float32: nothing is rounded
     whole = tiny_run.files(run_dir / "policy" / "sft")
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= whole.keys()
+    names = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    assert sorted(whole) == list(names)
+    assert json.loads(whole["generation_config.json"]) == {"eos_token_id": 2, "pad_token_id": 0}
+
+
+def test_what_generation_is_told_goes_with_the_policy(config: Config, base: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(base, tmp_path / "source")
+    (source / "generation_config.json").write_text('{"eos_token_id": [2, 0], "temperature": 0.6}')
+    writer = session(config, path=str(source))
+    writer.save_policy("sft", writer.base_params())
+    written = json.loads((writer.policy_dir("sft") / "generation_config.json").read_text())
+    assert written == {"pad_token_id": 0, "eos_token_id": [2, 0], "temperature": 0.6}
+
+
+def test_a_tokenizer_without_the_tags_is_the_users_to_fix(config: Config, base: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(base, tmp_path / "source")
+    tiny.tokenizer(source, (*tiny.SPECIALS[:3], "<think>"))
+    with pytest.raises(UserError, match=r"source lacks </think> <query> .*convert .*/source OUT --add-tags$"):
+        _ = session(config, path=str(source)).codec
+    steps = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, protocol="steps"))
+    assert session(steps, path=str(source)).codec.protocol.name == "steps"
 
 
 def test_a_model_path_without_a_model_is_the_users_to_fix(config: Config, tmp_path: Path) -> None:

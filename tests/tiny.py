@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from r3rag_jax.types import Passage
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
 
 
-def tokenizer(path: Path) -> Tokenizer:
-    """Bytes and special tokens, ChatML: 267 ids."""
+def tokenizer(path: Path, specials: Sequence[str] = SPECIALS) -> Tokenizer:
+    """Bytes and special tokens, ChatML: 267 ids; the first three of `specials` stay the first three."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -27,7 +28,9 @@ def tokenizer(path: Path) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=267, special_tokens=list(SPECIALS), initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + len(specials), special_tokens=list(specials), initial_alphabet=alphabet
+    )
     backend.train_from_iterator([], trainer)
     path.mkdir(parents=True, exist_ok=True)
     backend.save(str(path / "tokenizer.json"))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from r3rag_jax.models.tensor_files import TensorFiles, check_names, read_config, read_param, tensor_names
+from r3rag_jax.models.tensor_files import TensorFiles, check_tensors, read_config, read_param, tensor_shapes
 
 POOLINGS = ("mean", "cls")
 
@@ -253,16 +253,18 @@ def load_encoder(path: str | Path, *, dtype: jax.typing.DTypeLike = jnp.float32)
         ValueError: a tensor is missing, unexpected or of another shape (named, with file and both shapes).
     """
     config = load_config(path)
+    shapes = param_shapes(config)
     with TensorFiles(path) as files:
         prefix = _PREFIX if any(name.startswith(_PREFIX) for name in files.file_of) else ""
-        expected = {prefix + n for name in HF_NAMES.values() for n in tensor_names(name, config.num_layers)}
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            expected |= tensor_shapes(prefix + HF_NAMES[name], shape, transposed=name.endswith("_proj"))
         ignored = tuple(prefix + name for name in _IGNORED)
         found = {name for name in files.file_of if name.startswith(prefix) and not name.startswith(ignored)}
-        check_names(files, expected, found, f"a bert with {config.num_layers} layers")
+        check_tensors(files, expected, found, f"a bert with {config.num_layers} layers")
         params = {}
-        for name, shape in param_shapes(config).items():
+        for name, shape in shapes.items():
             is_matrix = name.endswith("_proj")
             param_dtype = np.dtype(dtype if is_matrix else np.float32)
-            hf_name = prefix + HF_NAMES[name]
-            params[name] = jnp.asarray(read_param(files, hf_name, shape, param_dtype, transposed=is_matrix))
+            params[name] = read_param(files, prefix + HF_NAMES[name], shape, param_dtype, transposed=is_matrix)
     return Bert(config, params, dtype=dtype)

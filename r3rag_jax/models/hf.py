@@ -1,30 +1,35 @@
-"""Decoders in Hugging Face directories: `config.json` with one or several safetensors files."""
+"""Decoders in Hugging Face directories: `config.json` with one or several safetensors files, in and out."""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
+from jax.experimental import multihost_utils
 
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder, param_shapes
 from r3rag_jax.models.tensor_files import (
     CONFIG_FILE,
-    WEIGHTS_FILE,
+    MAX_FILE_BYTES,
+    Shape,
     TensorFiles,
-    check_names,
+    check_tensors,
     read_config,
     read_param,
-    tensor_names,
+    tensor_shapes,
+    write_dtype,
+    write_tensors,
 )
+
+GENERATION_FILE = "generation_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of generation_config.json; config.json repeats them
 
 # Our parameter name -> Hugging Face name; {i} is the layer. Every two-dimensional layer tensor is
 # transposed.
@@ -50,7 +55,29 @@ HF_NAMES = {
 _TRANSPOSED = frozenset(name for name in HF_NAMES if name.endswith("_proj")) | {"lm_head"}
 # Tensors that older exports carry and that hold nothing a config does not say.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
-_EXPORT_DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+class HFTensor(NamedTuple):
+    """One tensor of the files: what it holds of our parameters."""
+
+    param: str  # name in param_shapes
+    layer: int | None  # of a stacked parameter
+    shape: Shape  # in the file
+
+
+def hf_tensors(config: DecoderConfig) -> dict[str, HFTensor]:
+    """Return every tensor of a decoder by its Hugging Face name: the embeddings, layer by layer, the head."""
+    tensors: dict[str, HFTensor] = {}
+    for name, shape in param_shapes(config).items():
+        shapes = tensor_shapes(HF_NAMES[name], shape, transposed=name in _TRANSPOSED)
+        for i, (hf_name, one) in enumerate(shapes.items()):
+            tensors[hf_name] = HFTensor(name, i if "{i}" in HF_NAMES[name] else None, one)
+
+    def place(item: tuple[str, HFTensor]) -> int:
+        _, tensor = item
+        return tensor.layer if tensor.layer is not None else -1 if tensor.param == "embed" else config.num_layers
+
+    return dict(sorted(tensors.items(), key=place))
 
 
 def load_config(path: str | Path) -> DecoderConfig:
@@ -71,20 +98,20 @@ def load_decoder(
     shardings: Mapping[str, jax.sharding.Sharding] | Callable[[str], Any] | None = None,
     attention_implementation: str = "xla",
 ) -> Decoder:
-    """Read a decoder from a Hugging Face directory.
+    """Read a decoder from a Hugging Face directory, slice by slice (see `read_param`).
 
     Args:
         path: holds config.json and model.safetensors, or model.safetensors.index.json with its
             shards.
         dtype: compute dtype. param_dtype: of the stored parameters; `dtype` when None.
         shardings: parameter name -> sharding, as a mapping or a function. With a sharding, each
-            device is given its own slice only; None puts everything on the default device.
+            device's slice alone is read for it; None puts everything on the default device.
         attention_implementation: see attention.py.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a tensor is missing, unexpected or of another shape (named, with file and both
-            shapes).
+        ValueError: a tensor is missing, unexpected, cut off or of another shape (named, with file and
+            both shapes).
     """
     config = load_config(path)
     model = nnx.eval_shape(
@@ -98,67 +125,117 @@ def load_decoder(
     )
     sharding_of = shardings.get if isinstance(shardings, Mapping) else shardings
     with TensorFiles(path) as files:
-        _check_names(config, files)
+        check_decoder(config, files)
         for name, shape in param_shapes(config).items():
             param = model.param(name)
             dtype_of_param = np.dtype(param.get_value().dtype)
-            array = read_param(files, HF_NAMES[name], shape, dtype_of_param, transposed=name in _TRANSPOSED)
             sharding = sharding_of(name) if sharding_of is not None else None
-            param.set_value(_place(array, sharding))
+            is_transposed = name in _TRANSPOSED
+            param.set_value(
+                read_param(files, HF_NAMES[name], shape, dtype_of_param, transposed=is_transposed, sharding=sharding)
+            )
     return model
 
 
-def save_decoder(decoder: Decoder, path: str | Path, *, dtype: str = "bfloat16") -> None:
-    """Write config.json and model.safetensors, as transformers reads them, into directory `path`.
-
-    Args:
-        decoder: its parameters may be sharded over the devices of this process.
-        dtype: "bfloat16" or "float32".
+def check_decoder(config: DecoderConfig, files: TensorFiles) -> None:
+    """Compare the tensors of the files with the ones the config asks for, before any number is read.
 
     Raises:
-        ValueError: the dtype is another, or a parameter lies partly on devices of other processes.
+        FileNotFoundError: a shard named by the index is missing.
+        ValueError: a tensor is missing, unexpected, cut off or of another shape.
     """
-    if dtype not in _EXPORT_DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(_EXPORT_DTYPES)}; got {dtype!r}")
-    tensors = {name: np.ascontiguousarray(array.astype(_EXPORT_DTYPES[dtype])) for name, array in hf_tensors(decoder)}
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
-    config = json.dumps(decoder.config.to_hf(torch_dtype=dtype), indent=2)
-    (path / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
-
-
-def hf_tensors(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (Hugging Face name, array in Hugging Face layout) for every tensor of the decoder.
-
-    Raises:
-        ValueError: a parameter lies partly on devices of other processes.
-    """
-    for name in param_shapes(decoder.config):
-        value = decoder.param(name).get_value()
-        if not value.is_fully_addressable:
-            raise ValueError(f"export needs every shard in this process; {name} has remote shards")
-        array = np.asarray(value)
-        stack = array if "{i}" in HF_NAMES[name] else array[None]
-        for i, tensor in enumerate(stack):
-            yield HF_NAMES[name].format(i=i), tensor.T if name in _TRANSPOSED else tensor
-
-
-def _check_names(config: DecoderConfig, files: TensorFiles) -> None:
-    """Compare the tensors of the files with the ones the config asks for.
-
-    Raises:
-        ValueError: one is missing, or one is there that the decoder would not use.
-    """
-    expected = {n for name in param_shapes(config) for n in tensor_names(HF_NAMES[name], config.num_layers)}
+    expected = {hf_name: tensor.shape for hf_name, tensor in hf_tensors(config).items()}
     found = {name for name in files.file_of if not name.endswith(_IGNORED_SUFFIXES)}
     if config.tie_embeddings:
         found.discard(HF_NAMES["lm_head"])  # some exports repeat the tied table
-    check_names(files, expected, found, f"a {config.model_type} with {config.num_layers} layers")
+    check_tensors(files, expected, found, f"a {config.model_type} with {config.num_layers} layers")
 
 
-def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """Put a host array on devices; with a sharding, each device receives its slice only."""
-    if sharding is None:
-        return jnp.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+def load_generation(path: str | Path) -> dict[str, Any]:
+    """Read `generation_config.json` of a Hugging Face directory; empty when it has none.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
+    file = Path(path) / GENERATION_FILE
+    if not file.is_file():
+        return {}
+    try:
+        generation = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not isinstance(generation, dict):
+        raise ValueError(f"{file} must hold an object; got {type(generation).__name__}")
+    return generation
+
+
+def save_decoder(
+    decoder: Decoder,
+    path: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    generation: Mapping[str, Any] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Write a decoder as `write_model` does, from parameters on the devices of one or of several processes.
+
+    One matrix of one layer is gathered at a time. Of several processes all must call; process 0 writes,
+    and only its return says that the files are there.
+
+    Args, Raises: see `write_model`.
+    """
+    tensors = hf_tensors(decoder.config)
+    numpy_dtype = write_dtype(dtype)[1]
+
+    def gather(hf_name: str) -> np.ndarray:
+        name, layer, _ = tensors[hf_name]
+        value = decoder.param(name).get_value()
+        matrix = _matrix(value, layer, transposed=name in _TRANSPOSED, dtype=numpy_dtype)
+        if matrix.is_fully_addressable:
+            return np.asarray(matrix)
+        return multihost_utils.process_allgather(matrix, tiled=True)
+
+    write_model(
+        path, decoder.config, gather, dtype=dtype, generation=generation, max_file_bytes=max_file_bytes,
+        is_writer=jax.process_index() == 0,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
+def _matrix(value: jax.Array, layer: int | None, *, transposed: bool, dtype: Any) -> jax.Array:
+    """Return a parameter, or one layer of a stack, in the layout of the files."""
+    matrix = value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
+    return (matrix.T if transposed else matrix).astype(dtype)
+
+
+def write_model(
+    path: str | Path,
+    config: DecoderConfig,
+    tensor: Callable[[str], np.ndarray],
+    *,
+    dtype: str,
+    generation: Mapping[str, Any] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    is_writer: bool = True,
+) -> None:
+    """Write weights, config.json and generation_config.json, as transformers reads them, into directory `path`.
+
+    Args:
+        tensor: Hugging Face name -> array in the layout of the files; asked for one at a time.
+        dtype: "bfloat16" or "float32".
+        generation: what generation_config.json says; None or empty writes none.
+        max_file_bytes: of weights in one file.
+        is_writer: see `write_tensors`.
+
+    Raises:
+        ValueError: the dtype is another.
+    """
+    hf, path, generation = config.to_hf(torch_dtype=dtype), Path(path), dict(generation or {})
+    hf |= {key: generation[key] for key in TOKEN_IDS if key in generation}
+    if is_writer:
+        path.mkdir(parents=True, exist_ok=True)
+        for file, value in ((CONFIG_FILE, hf), (GENERATION_FILE, generation)):
+            if value:
+                (path / file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    shapes = {hf_name: one.shape for hf_name, one in hf_tensors(config).items()}
+    write_tensors(path, shapes, tensor, dtype=dtype, max_file_bytes=max_file_bytes, is_writer=is_writer)

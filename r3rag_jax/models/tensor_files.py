@@ -1,24 +1,37 @@
-"""Hugging Face directories as models read them: `config.json` and the tensors of its safetensors files.
+"""Hugging Face directories as models read and write them: `config.json` and the tensors of safetensors files.
 
-Hugging Face stores one [out, in] matrix per layer; our models keep [Ly, in, out] stacks. Tensors are
-read one at a time, so host memory holds one stack beside the files' page cache.
+Hugging Face stores one [out, in] matrix per layer; our models keep [Ly, in, out] stacks. A stack is read
+slice by slice, one for each device, and written matrix by matrix: beside the arrays themselves a host holds
+one of those at a time, and no host ever holds a model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import re
 from collections.abc import Callable, Mapping, Set
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
+import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+MAX_FILE_BYTES = 5_000_000_000  # of tensors in one file, as in the directories of the hub
+# What safetensors calls the number types that a model is read from, and those that it is written in.
+READ_DTYPES = ("BF16", "F16", "F32", "F64")
+WRITE_DTYPES: dict[str, tuple[str, Any]] = {"bfloat16": ("BF16", ml_dtypes.bfloat16), "float32": ("F32", np.float32)}
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]
 T = TypeVar("T")
 
 
@@ -38,6 +51,9 @@ def read_config(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
         raise ValueError(f"{file}: {error}") from error
 
 
+# ---------------------------------------------------------------------------------------- reading
+
+
 class TensorFiles:
     """The tensors of a Hugging Face directory by name, in one safetensors file or in shards."""
 
@@ -47,15 +63,14 @@ class TensorFiles:
         Raises:
             FileNotFoundError: neither weights nor index exist, or a shard named by the index is
                 missing.
-            ValueError: a file is not valid safetensors.
+            ValueError: a file is not valid safetensors, or the index no index.
         """
         self._directory = Path(path)
-        self._stack = ExitStack()
+        self._stack = contextlib.ExitStack()
         self._open: dict[str, Any] = {}
         index = self._directory / INDEX_FILE
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            self.file_of: dict[str, str] = dict(weight_map)
+            self.file_of = _read_index(index)
         elif (self._directory / WEIGHTS_FILE).is_file():
             self.file_of = dict.fromkeys(self._file(WEIGHTS_FILE).keys(), WEIGHTS_FILE)
         else:
@@ -71,21 +86,39 @@ class TensorFiles:
         """Return the path of the file that holds (or, by the layout, should hold) a tensor."""
         return self._directory / self.file_of.get(name, WEIGHTS_FILE)
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Read one tensor and check its shape.
+    def dtype(self, name: str) -> str:
+        """Return the number type of a tensor as safetensors calls it, e.g. "BF16".
 
         Raises:
-            ValueError: the shape differs, or an index names a file that lacks the tensor.
+            ValueError: an index names a file that lacks the tensor.
         """
+        return self._tensor(name).get_dtype()
+
+    def check(self, name: str, shape: Shape) -> None:
+        """Compare a tensor's header with what a model needs; its numbers are not read.
+
+        Raises:
+            ValueError: shape or number type differ, or an index names a file that lacks the tensor.
+        """
+        tensor = self._tensor(name)
+        found = tuple(tensor.get_shape())
+        if found != shape:
+            raise ValueError(f"{self.where(name)}: tensor {name} must have shape {shape} by config.json; got {found}")
+        if tensor.get_dtype() not in READ_DTYPES:
+            raise ValueError(
+                f"{self.where(name)}: tensor {name} must hold one of {READ_DTYPES}; got {tensor.get_dtype()}"
+            )
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Read a slice of one tensor, and nothing else of it."""
+        return self._tensor(name)[index]
+
+    def _tensor(self, name: str) -> Any:
+        """Return safetensors' view of one tensor, which reads what it is indexed with."""
         try:
-            array = self._file(self.file_of[name]).get_tensor(name)
+            return self._file(self.file_of[name]).get_slice(name)
         except SafetensorError as error:
             raise ValueError(f"{self.where(name)}: cannot read tensor {name}: {error}") from error
-        if array.shape != shape:
-            raise ValueError(
-                f"{self.where(name)}: tensor {name} must have shape {shape} by config.json; got {array.shape}"
-            )
-        return array
 
     def _file(self, file: str) -> Any:
         """Open a shard once."""
@@ -96,45 +129,209 @@ class TensorFiles:
             try:
                 self._open[file] = self._stack.enter_context(safe_open(path, framework="numpy"))
             except SafetensorError as error:
-                raise ValueError(f"{path} is not a valid safetensors file: {error}") from error
+                cause = _truncation(path) or f"is not a valid safetensors file: {error}"
+                raise ValueError(f"{path} {cause}") from error
         return self._open[file]
 
 
-def tensor_names(hf_name: str, num_layers: int) -> list[str]:
-    """Return the tensors of one parameter: one per layer where the name holds `{i}`, else itself."""
-    return [hf_name.format(i=i) for i in range(num_layers)] if "{i}" in hf_name else [hf_name]
+def _read_index(file: Path) -> dict[str, str]:
+    """Return tensor name -> file name of an index; ValueError when it holds anything else."""
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        if all(isinstance(value, str) for value in weight_map.values()):
+            return weight_map
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError(f'{file} must hold {{"weight_map": {{tensor: file, …}}}}; got something else')
 
 
-def check_names(files: TensorFiles, expected: Set[str], found: Set[str], model: str) -> None:
-    """Compare the tensors that a model needs with those that its files hold.
+def _truncation(path: Path) -> str | None:
+    """Say which tensor a file ends before; None when it holds all that its header announces, or has no header."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        size = path.stat().st_size
+        try:
+            header = json.loads(file.read(start - 8)) if start <= size else {}
+            ends = {name: start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+    cut = [name for name in sorted(ends, key=ends.__getitem__) if ends[name] > size]
+    if not cut:
+        return None
+    name, more = cut[0], f" (nor {len(cut) - 1} more)" if len(cut) > 1 else ""
+    shape = tuple(header[name]["shape"])
+    return f"is truncated: tensor {name} of shape {shape} must end at byte {ends[name]}{more}; got {size} bytes"
 
-    Args:
-        model: the model in words, e.g. "a llama with 2 layers".
 
-    Raises:
-        ValueError: one is missing, or one is there that the model would not use.
-    """
-    for what, names in (("missing", expected - found), ("unexpected", found - expected)):
-        if names:
-            first = min(names)
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{files.where(first)}: the tensors must be those of {model}; {what}: {first}{more}")
-
-
-def read_param(
-    files: TensorFiles, hf_name: str, shape: tuple[int, ...], dtype: np.dtype, *, transposed: bool
-) -> np.ndarray:
-    """Read one parameter in our layout: cast, transposed if asked, and stacked over layers if `{i}` is in its name.
+def tensor_shapes(hf_name: str, shape: Shape, *, transposed: bool) -> dict[str, Shape]:
+    """Return the tensors of one parameter with their shapes: one per layer where the name holds `{i}`, else itself.
 
     Args:
         shape: of the parameter, [Ly, …] of a stacked one.
-
-    Raises:
-        ValueError: a tensor has another shape (named, with file and both shapes).
     """
     is_stacked = "{i}" in hf_name
-    out = np.empty(shape, dtype)
-    for i, target in enumerate(out if is_stacked else out[None]):
-        tensor = files.read(hf_name.format(i=i), target.shape[::-1] if transposed else target.shape)
-        target[...] = tensor.T if transposed else tensor
-    return out
+    one = shape[1:] if is_stacked else shape
+    return {hf_name.format(i=i): one[::-1] if transposed else one for i in range(shape[0] if is_stacked else 1)}
+
+
+def check_tensors(files: TensorFiles, expected: Mapping[str, Shape], found: Set[str], model: str) -> None:
+    """Compare the tensors that a model needs with those that its files hold, before any number is read.
+
+    Args:
+        expected: name -> shape. model: the model in words, e.g. "a llama with 2 layers".
+
+    Raises:
+        FileNotFoundError: a shard named by the index is missing.
+        ValueError: a tensor is missing, or there and not used, or of another shape, or cut off.
+    """
+    for what, names in (("missing", expected.keys() - found), ("unexpected", found - expected.keys())):
+        if names:
+            first = min(names)
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lacks = f" of shape {expected[first]}" if first in expected else ""
+            raise ValueError(
+                f"{files.where(first)}: the tensors must be those of {model}; {what}: {first}{lacks}{more}"
+            )
+    for name, shape in expected.items():
+        files.check(name, shape)
+
+
+def read_param(
+    files: TensorFiles,
+    hf_name: str,
+    shape: Shape,
+    dtype: np.dtype,
+    *,
+    transposed: bool,
+    sharding: jax.sharding.Sharding | None = None,
+) -> jax.Array:
+    """Read one parameter in our layout: cast, transposed if asked, and stacked over layers if `{i}` is in its name.
+
+    Each slice is read once and goes to its devices before the next one is read. (`make_array_from_callback`
+    would first collect the slices of all devices of this process on the host.)
+
+    Args:
+        shape: of the parameter, [Ly, …] of a stacked one. The tensors were checked to fit it.
+        sharding: each device reads its own slice only; None puts everything on the default device.
+    """
+
+    is_stacked = "{i}" in hf_name
+
+    def read(spans: tuple[range, ...]) -> np.ndarray:
+        out = np.empty([len(span) for span in spans], dtype)
+        inner = tuple(slice(span.start, span.stop) for span in (spans[1:] if is_stacked else spans))
+        for i, target in zip(spans[0] if is_stacked else (0,), out if is_stacked else out[None], strict=True):
+            tensor = files.read(hf_name.format(i=i), inner[::-1] if transposed else inner)
+            target[...] = tensor.T if transposed else tensor
+        return out
+
+    if sharding is None:
+        return jnp.asarray(read(tuple(map(range, shape))))
+    places: dict[tuple[range, ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        spans = tuple(range(*part.indices(size)) for part, size in zip(index or (), shape, strict=True))
+        places.setdefault(spans, []).append(device)
+    parts: list[jax.Array] = []
+    for spans, devices in places.items():
+        parts += jax.block_until_ready(jax.device_put([read(spans)] * len(devices), devices))
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, Shape],
+    tensor: Callable[[str], np.ndarray],
+    *,
+    dtype: str,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    is_writer: bool = True,
+) -> None:
+    """Write tensors to `model.safetensors`, or to several files with an index, holding one at a time.
+
+    Weights that the directory held before are removed.
+
+    Args:
+        path: an existing directory.
+        shapes: name -> shape of every tensor, in the order in which they are asked for and written.
+        tensor: name -> array of that shape; cast to `dtype` where it has another.
+        dtype: "bfloat16" or "float32".
+        max_file_bytes: of the tensors in one file; a larger tensor has a file to itself.
+        is_writer: False asks for the tensors only. Of several processes one writes, and all ask, as
+            each tensor may take all of them to gather.
+
+    Raises:
+        ValueError: the dtype is another, or an array has another shape.
+    """
+    code, numpy_dtype = write_dtype(dtype)
+    itemsize = np.dtype(numpy_dtype).itemsize
+    groups = _split({name: math.prod(shape) * itemsize for name, shape in shapes.items()}, max_file_bytes)
+    if is_writer:
+        for old in path.iterdir():
+            if _WEIGHTS.fullmatch(old.name):
+                old.unlink()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(groups, 1):
+        file = WEIGHTS_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        with (path / file).open("wb") if is_writer else contextlib.nullcontext() as out:
+            if out is not None:
+                out.write(_header({name: shapes[name] for name in names}, code, itemsize))
+            for name in names:
+                array = tensor(name)
+                if array.shape != shapes[name]:
+                    raise ValueError(f"tensor {name} must have shape {shapes[name]}; got {array.shape}")
+                if out is not None:
+                    _write_array(out, array.astype(numpy_dtype, copy=False))
+    if is_writer and len(groups) > 1:
+        size = sum(math.prod(shape) for shape in shapes.values()) * itemsize
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_dtype(dtype: str) -> tuple[str, Any]:
+    """Return what safetensors and numpy call a number type that models are written in.
+
+    Raises:
+        ValueError: it is neither "bfloat16" nor "float32".
+    """
+    if dtype not in WRITE_DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(WRITE_DTYPES)}; got {dtype!r}")
+    return WRITE_DTYPES[dtype]
+
+
+def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Cut names into runs of at most `limit` bytes; a larger tensor stands alone."""
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if groups[-1] and size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def _header(shapes: Mapping[str, Shape], code: str, itemsize: int) -> bytes:
+    """Return the head of a safetensors file whose tensors follow in the order of `shapes`.
+
+    Eight bytes of length, then JSON padded to a multiple of eight, then the numbers. Written here because
+    safetensors' own `save_file` takes all the tensors of a file at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        end = at + math.prod(shape) * itemsize
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": (at, end)}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_array(out: BinaryIO, array: np.ndarray) -> None:
+    """Append the numbers of an array in row order; numpy has no buffers of bfloat16, hence the bytes."""
+    out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
