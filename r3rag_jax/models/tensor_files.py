@@ -136,13 +136,15 @@ class TensorFiles:
 
 def _read_index(file: Path) -> dict[str, str]:
     """Return tensor name -> file name of an index; ValueError when it holds anything else."""
+    rule = f'{file} must hold {{"weight_map": {{tensor: file, …}}}}; got something else'
     try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        if all(isinstance(value, str) for value in weight_map.values()):
-            return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise ValueError(f'{file} must hold {{"weight_map": {{tensor: file, …}}}}; got something else')
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(rule) from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
+        raise ValueError(rule)
+    return weight_map
 
 
 def _truncation(path: Path) -> str | None:
