@@ -41,30 +41,35 @@ def make_world(seed: int) -> World:
 def documents(world: World, rng: random.Random, max_passages: int, num_pages: int = NUM_PAGES) -> Iterator[Document]:
     """Documents of one world that hold up to `max_passages` passages.
 
-    Short ones are passages and facts told in them; from four passages on there are also plain text and multi-hop
-    questions: behind the passages that answer them, before passages that may answer them or leave something
-    missing, and with facts alone. (A model this small learns to look things up from one passage within minutes, from
-    nine hardly at all: pretraining goes from short to long.)
+        text         passages alone
+        facts        passages, and what they tell
+        reading      passages, what they tell, and multi-hop questions that they answer
+        asked first  a question, and passages that answer it or leave something missing
+        one more     a question, what is known of it, and passages that add one fact
+        known        a question, what is known of it, and what is missing or the answer
+
+    From four passages on all kinds are drawn, before that `facts` alone. (A model this small learns to look things up
+    from one passage within minutes, from nine hardly at all: pretraining goes from short to long.)
     """
     questions = world.questions(SPLIT, 2 * num_pages)
     shelf = _Shelf.of(world)
-    weights = (2, 4, 6, 1, 1, 4) if max_passages >= 4 else (1, 0, 0, 0, 0, 0)
-    for _ in range(num_pages):
-        kind = rng.choices(("facts", "reading", "asked first", "text", "known", "one more"), weights)[0]
-        if kind == "text":
-            yield _text(world, rng)
-        elif kind == "known":
-            for question in rng.sample(questions, 6):
-                yield _known(shelf, rng, question)
-        elif kind == "one more":
-            for question in rng.sample(questions, 2):
-                yield _one_more(shelf, rng, question)
-        elif kind == "facts":
-            yield _reading(shelf, rng, rng.randint(1, max_passages), [])
-        elif kind == "reading":
-            yield _reading(shelf, rng, rng.randint(5, max(5, max_passages)), rng.sample(questions, 2))
-        else:
-            yield _asked_first(shelf, rng, rng.randint(2, max(5, max_passages)), rng.choice(questions))
+    weights = {"facts": 1}
+    if max_passages >= 4:
+        weights = {"text": 1, "facts": 2, "reading": 4, "asked first": 6, "one more": 4, "known": 1}
+    for kind in rng.choices(list(weights), list(weights.values()), k=num_pages):
+        match kind:
+            case "text":
+                yield _text(world, rng)
+            case "facts":
+                yield _reading(shelf, rng, rng.randint(1, max_passages), [])
+            case "reading":
+                yield _reading(shelf, rng, rng.randint(5, max(5, max_passages)), rng.sample(questions, 2))
+            case "asked first":
+                yield _asked_first(shelf, rng, rng.randint(2, max(5, max_passages)), rng.choice(questions))
+            case "one more":  # short ones come in numbers
+                yield from (_one_more(shelf, rng, question) for question in rng.sample(questions, 2))
+            case "known":
+                yield from (_known(shelf, rng, question) for question in rng.sample(questions, 6))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +179,7 @@ def _known(shelf: _Shelf, rng: random.Random, question: Question) -> Document:
 
 
 def _one_more(shelf: _Shelf, rng: random.Random, question: Question) -> Document:
-    """A question, what is known of it so far, passages that tell the next fact. The loss counts that and what follows."""
+    """A question, what is known of it so far, passages that tell the next fact. The loss counts what they add."""
     hops = _hops(question)
     num_known = rng.randrange(len(hops))
     passages, _ = shelf.among_others(rng, {hops[num_known].passage_id}, rng.randint(2, 4), hops)
@@ -190,7 +195,7 @@ def _explained(question: Question) -> str:
 
 
 def _facts(question: Question, start: int, end: int) -> str:
-    """A line of the facts start .. end - 1 that the answer rests on; behind the last, what a comparison makes of them."""
+    """A line of the facts start .. end - 1 that the answer rests on; behind the last, what a comparison makes of it."""
     hops = _hops(question)
     facts = [hop.fact() for hop in hops[start:end]]
     if end == len(hops) and question.metadata["type"].endswith("comparison"):
