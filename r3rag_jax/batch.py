@@ -111,7 +111,8 @@ def minibatches(
 ) -> list[TrainBatch]:
     """Packs all samples of all trajectories, shuffles the rows and cuts them into batches.
 
-    Each sample is in exactly one batch; empty rows fill up the last one.
+    Each sample is in exactly one batch. The rows are dealt out evenly and empty ones fill up the batches: each of them
+    makes a whole step, and one of a single row would be little but noise.
 
     Args:
         rewards: for each trajectory the rewards [T] of its T steps, float32.
@@ -127,12 +128,12 @@ def minibatches(
         step_rewards.extend([rewards_T] * len(trajectory.samples))
     packed = pack(samples, step_rewards, row_length=row_length, credit=credit)
     num_rows = len(packed.tokens)
-    num_empty = -num_rows % batch_rows
-    empty = pack([], [], row_length=row_length, num_rows=num_empty, credit=credit)
-    order = np.append(rng.permutation(num_rows), np.arange(num_rows, num_rows + num_empty))
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts)[order], packed, empty)
-    starts = range(0, num_rows, batch_rows)
-    return [jax.tree.map(lambda x, i=i: x[i : i + batch_rows], whole) for i in starts]
+    num_batches = -(-num_rows // batch_rows)
+    batches = []
+    for rows in np.array_split(rng.permutation(num_rows), num_batches) if num_rows else ():
+        empty = pack([], [], row_length=row_length, num_rows=batch_rows - len(rows), credit=credit)
+        batches.append(jax.tree.map(lambda x, y, rows=rows: np.concatenate([x[rows], y]), packed, empty))
+    return batches
 
 
 def _check_rewards(trajectory: Trajectory, rewards_T: np.ndarray) -> None:

@@ -241,7 +241,9 @@ class RLConfig:
     row_length: int = key(512, "length of a packed row", "tokens")
     lr: float = key(5e-7, "peak learning rate of the policy, cosine to 10 %")
     critic_lr: float = key(9e-6, "peak learning rate of the critic")
-    critic: Literal["separate", "head"] = key("separate", "a value model of its own, or a head on the policy's trunk")
+    critic: Literal["separate", "head", "none"] = key(
+        "separate", "a value model of its own, a head on the policy's trunk, or rewards alone"
+    )
     value_coef: float = key(1.0, "weight of the value loss")
     warmup: float = key(0.03, "share of the updates with rising learning rate", "fraction")
     grad_norm: float = key(1.0, "gradient clipping, global norm")

@@ -41,7 +41,7 @@ class TrainState:
     """All that an update changes."""
 
     step: jax.Array  # int32 [], updates done
-    params: Any  # SFT: the policy's nnx.State; RL: {"policy": ..., "critic": ...}
+    params: Any  # SFT: the policy's nnx.State; RL: {"policy": ..., "critic": ...}, or without a critic
     opt_state: Any
 
 
@@ -65,7 +65,7 @@ class Critic(nnx.Module):
     def __call__(self, batch: TrainBatch, policy_hidden: jax.Array, remat: str) -> jax.Array:
         hidden = policy_hidden
         if self.decoder is not None:
-            hidden = _previous(self.decoder(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
+            hidden = _hidden(self.decoder, batch, remat)
         return hidden.astype(jnp.float32) @ self.head[...]
 
 
@@ -142,18 +142,27 @@ def rl_loss(
     remat: str,
     min_p: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
-    """PPO: clipped surrogate + value loss - entropy bonus (arXiv 1707.06347, eq. 9).
+    """PPO: clipped surrogate + value loss, where there is a critic, - entropy bonus (arXiv 1707.06347, eq. 9).
 
-    `min_p` is what the batch was sampled with.
+    `min_p` is what the batch was sampled with. `sampler_gap` is the largest difference between its recorded
+    log-probabilities and today's: before the first update of an iteration nothing but rounding.
     """
-    logprobs, entropy, values = _evaluate(graphdefs, params, batch, remat, min_p)
-    policy_loss, stats = ppo_policy_loss(
+    logprobs, entropy, hidden = _logprobs(nnx.merge(graphdefs["policy"], params["policy"]), batch, remat, min_p)
+    policy_loss, metrics = ppo_policy_loss(
         logprobs, batch.behaviour_logprobs, targets.advantages, batch.loss_mask, clip=config.clip
     )
-    critic_loss = value_loss(values, targets.old_values, targets.returns, batch.loss_mask, clip=config.value_clip)
-    mean_entropy = masked_mean(entropy, batch.loss_mask)
-    loss = policy_loss + config.value_coef * critic_loss - config.entropy * mean_entropy
-    return loss, {"loss": loss, "policy_loss": policy_loss, "value_loss": critic_loss, "entropy": mean_entropy, **stats}
+    metrics["policy_loss"] = policy_loss
+    metrics["entropy"] = masked_mean(entropy, batch.loss_mask)
+    loss = policy_loss - config.entropy * metrics["entropy"]
+    if "critic" in graphdefs:
+        values = nnx.merge(graphdefs["critic"], params["critic"])(batch, hidden, remat)
+        metrics["value_loss"] = value_loss(
+            values, targets.old_values, targets.returns, batch.loss_mask, clip=config.value_clip
+        )
+        loss = loss + config.value_coef * metrics["value_loss"]
+    gap = jnp.abs(logprobs - batch.behaviour_logprobs)
+    metrics["sampler_gap"] = jnp.max(jnp.where(batch.loss_mask, gap, 0.0))
+    return loss, metrics | {"loss": loss}
 
 
 def make_sft_step(
@@ -192,22 +201,23 @@ def make_scorer(
 ) -> Callable[[Any, Any, TrainBatch], tuple[Targets, Metrics]]:
     """(params, reference policy's params, batch) -> targets before whitening, and metrics; jitted.
 
-    The KL penalty to the reference sits on every policy token's reward (k1, at the sampling temperature; without
-    a penalty the reference is not evaluated); then generalised advantage estimation runs along each row.
+    The KL penalty to the reference sits on every policy token's reward (k1, at the sampling temperature); then
+    generalised advantage estimation runs along each row, with values of 0 where there is no critic. Only what is
+    needed is evaluated.
     """
 
     def score(params: Any, ref_params: Any, batch: TrainBatch) -> tuple[Targets, Metrics]:
-        logprobs, _, values = _evaluate(graphdefs, params, batch, "none", min_p)
-        rewards, metrics = batch.rewards, {}
+        rewards, values, metrics = batch.rewards, jnp.zeros_like(batch.rewards), {}
+        if "critic" in graphdefs:
+            policy = nnx.merge(graphdefs["policy"], params["policy"])
+            values = nnx.merge(graphdefs["critic"], params["critic"])(batch, _hidden(policy, batch, "none"), "none")
         if config.kl > 0:
-            ref_logprobs, _ = _logprobs(nnx.merge(graphdefs["policy"], ref_params), batch, "none", min_p)[:2]
+            ref_logprobs, _, _ = _logprobs(nnx.merge(graphdefs["policy"], ref_params), batch, "none", min_p)
             kl = kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1")
             rewards = rewards - config.kl * kl
             metrics["kl"] = masked_mean(kl, batch.loss_mask)
         estimate = functools.partial(gae, gamma=config.gamma, lam=config.lam)
         advantages, returns = jax.vmap(estimate)(rewards, values, batch.continues, batch.loss_mask)
-        gap = jnp.abs(logprobs - batch.behaviour_logprobs)
-        metrics["sampler_gap"] = jnp.max(jnp.where(batch.loss_mask, gap, 0.0))
         return Targets(advantages, returns, values), metrics
 
     return jax.jit(score)
@@ -234,19 +244,16 @@ def whiten_all(
     return [dataclasses.replace(t, advantages=a) for t, a in zip(targets, white, strict=True)], metrics
 
 
-def _evaluate(
-    graphdefs: dict[str, Any], params: Any, batch: TrainBatch, remat: str, min_p: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities and entropies at the sampling temperature, and values, all [B, L]."""
-    logprobs, entropy, hidden = _logprobs(nnx.merge(graphdefs["policy"], params["policy"]), batch, remat, min_p)
-    return logprobs, entropy, nnx.merge(graphdefs["critic"], params["critic"])(batch, hidden, remat)
+def _hidden(policy: Decoder, batch: TrainBatch, remat: str) -> jax.Array:
+    """[B, L, D]: at index t what predicts token t."""
+    return _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
 
 
 def _logprobs(policy: Decoder, batch: TrainBatch, remat: str, min_p: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
-    weight = _output_weight(policy)
+    """Log-probabilities and entropies at the sampling temperature, [B, L], and the hidden states they are made of."""
+    hidden = _hidden(policy, batch, remat)
     logprobs, entropy = chunked_logprobs(
-        hidden, weight, batch.tokens, batch.temperature, batch.loss_mask, chunk=LOSS_CHUNK, min_p=min_p
+        hidden, _output_weight(policy), batch.tokens, batch.temperature, batch.loss_mask, chunk=LOSS_CHUNK, min_p=min_p
     )
     return logprobs, entropy, hidden
 

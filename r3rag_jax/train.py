@@ -165,11 +165,12 @@ class PPO:
         self._session, self._config = session, session.config.rl
         start = session.phase_params("sft") if session.policy_dir("sft").exists() else session.base_params()
         self._ref_params = start
-        critic = learner.new_critic(nnx.merge(session.graphdef, start), self._config.critic)
-        graphdef, critic_params = nnx.split(critic)
-        graphdefs = {"policy": session.graphdef, "critic": graphdef}
+        graphdefs, params = {"policy": session.graphdef}, {"policy": start}
+        if self._config.critic != "none":
+            critic = learner.new_critic(nnx.merge(session.graphdef, start), self._config.critic)
+            graphdefs["critic"], params["critic"] = nnx.split(critic)
         tx = learner.rl_optimizer(self._config)
-        self.state = learner.init_state(session.mesh, {"policy": start, "critic": critic_params}, tx)
+        self.state = learner.init_state(session.mesh, params, tx)
         self.iteration = 0
         self.checkpoints = Checkpoints(session.run_dir, "rl")
         if self.checkpoints.latest is not None:
@@ -210,7 +211,8 @@ class PPO:
             progress = (self.iteration + (number + 1) / len(order)) / config.iterations
             lr_scale = learner.schedule(progress, config.warmup, 0.1)
             self.state, metrics = self._step(self.state, batches[i], targets[i], lr_scale)
-            logs.append(metrics)
+            sampler_gap = metrics.pop("sampler_gap")
+            logs.append(metrics | ({} if number else {"sampler_gap": sampler_gap}))  # later the policy has moved
         self.iteration += 1
         values: dict[str, list[float]] = {}
         for metrics in [*jax.device_get(logs), jax.device_get(stats)]:

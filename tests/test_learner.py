@@ -318,11 +318,11 @@ def sampler_gap(
 ) -> float:
     """Largest difference between recorded and recomputed log-probabilities, as the RL phase logs it."""
     graphdefs, params = parts()
-    score = learner.make_scorer(one_device(), graphdefs, ModelConfig(), RL, min_p)
+    loss = jax.jit(functools.partial(learner.rl_loss, graphdefs, config=RL, remat="none", min_p=min_p))
     rewards = [np.zeros(len(t.steps), np.float32) for t in trajectories]
     options = {"row_length": MAX_LENGTH, "batch_rows": 4, "credit": "trajectory", "rng": np.random.default_rng(0)}
     batches = minibatches(trajectories, rewards, **options)
-    logs = [score(params, params["policy"], put_batch(one_device(), change(batch)))[1] for batch in batches]
+    logs = [loss(params, batch=change(batch), targets=targets_like(batch))[1] for batch in batches]
     return max(float(metrics["sampler_gap"]) for metrics in logs)
 
 
@@ -390,6 +390,24 @@ def test_the_value_loss_reaches_the_policy_only_through_a_shared_trunk(critic: s
     assert np.array_equal(flat(with_value["policy"]), flat(without["policy"])) is not is_shared
     assert (flat(without["critic"]) == 0).all()
     assert np.abs(flat(with_value["critic"])).max() > 0
+
+
+def test_without_a_critic_the_advantages_are_returns_and_the_loss_is_the_policys() -> None:
+    graphdefs, params = ({"policy": part["policy"]} for part in parts())
+    config = dataclasses.replace(RL, critic="none", kl=0.0, gamma=1.0, lam=1.0)
+    sample, rewards = two_steps()
+    batch = pack([sample], [rewards], row_length=6, credit="trajectory")
+    targets, _ = learner.make_scorer(one_device(), graphdefs, ModelConfig(), config)(params, params["policy"], batch)
+    np.testing.assert_allclose(targets.advantages, [[0, 2.5, 2.5, 0, 2, 2]], atol=1e-6)
+    loss, metrics = learner.rl_loss(graphdefs, params, batch, targets, config, "none")
+    assert "value_loss" not in metrics
+    assert float(loss) == pytest.approx(float(metrics["policy_loss"] - config.entropy * metrics["entropy"]), rel=1e-6)
+    tx = learner.rl_optimizer(config)
+    state = learner.init_state(one_device(), params, tx)
+    step = learner.make_rl_step(one_device(), graphdefs, tx, ModelConfig(), config, state)
+    moved = step(state, put_batch(one_device(), batch), put_batch(one_device(), targets), jnp.float32(1.0))[0]
+    assert set(moved.params) == {"policy"}
+    assert not np.array_equal(flat(moved.params), flat(params))
 
 
 def test_policy_and_critic_have_rates_of_their_own() -> None:
