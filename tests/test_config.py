@@ -317,7 +317,7 @@ def test_every_key_has_help_and_stands_in_the_help_text() -> None:
         assert field.help and "\n" not in field.help
         (line,) = [line for line in lines if line.split()[:1] == [name]]
         assert line.endswith(field.help)
-    assert "  rl.clip              float            -           0.2         PPO ratio clip" in lines
+    assert "  rl.clip              float               -           0.2         PPO ratio clip" in lines
     assert "rl: PPO against the live retriever." in lines
 
 
