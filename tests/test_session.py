@@ -128,8 +128,8 @@ def test_random_parameters_depend_on_the_seed_and_not_on_the_mesh(config: Config
         np.testing.assert_array_equal(a, b)
     reseeded = flat(session(dataclasses.replace(config, seed=1), init="random").base_params())
     pretrained = flat(session(config).base_params())
-    for different in (reseeded, pretrained):
-        assert any(not np.array_equal(a, b) for a, b in zip(one, different, strict=True))
+    for different in (one, pretrained):  # the tiny base may be what seed 0 draws
+        assert any(not np.array_equal(a, b) for a, b in zip(reseeded, different, strict=True))
 
 
 def test_a_phases_policy_is_exported_whole_and_read_back_on_another_mesh(config: Config) -> None:

@@ -55,7 +55,7 @@ SETTINGS: dict[str, Any] = {
     "rl.row_length": 320,
     "rl.lr": 1e-3,
     "rl.critic_lr": 1e-3,
-    "rl.adam_eps": 1e-5,  # without, gradients that are rounding make whole steps
+    "rl.adam_eps": 1e-4,  # without, gradients that are rounding make whole steps
     "rl.critic": "head",
     "rl.eval_every": 3,
     "rl.checkpoint_every": 1,
