@@ -130,7 +130,7 @@ def _reading(shelf: _Shelf, rng: random.Random, num_passages: int, questions: li
     asked = [hop for question in questions for hop in _hops(question)]
     asked = asked or shelf.draw_facts(rng, -(-num_passages // 2))
     passages, facts = shelf.among_others(rng, {hop.passage_id for hop in asked}, num_passages, asked)
-    items = [f"Question: {q.question}\n{_explained(q)}" for q in questions]
+    items = [f"Question: {q.question}\n{_explained(q, 0, len(_hops(q)))}" for q in questions]
     items += [f"{reading_prompt(q.question, ())} {q.golden_answers[0]}" for q in questions if rng.random() < 0.5]
     items += _told(rng, facts, 5)
     rng.shuffle(items)
@@ -165,7 +165,7 @@ def _asked_first(shelf: _Shelf, rng: random.Random, num_passages: int, question:
         num_found += 1
     passages, facts = shelf.among_others(rng, found, num_passages, hops)
     asked: Document = [(f"Question: {question.question}\n", False)]
-    items = [_facts(question, 0, num_found) + _conclusion(question, num_found), *_told(rng, facts, 4)]
+    items = [_explained(question, 0, num_found), *_told(rng, facts, 4)]
     return asked + passages + [(f"{item}\n", True) for item in items]
 
 
@@ -184,14 +184,12 @@ def _one_more(shelf: _Shelf, rng: random.Random, question: Question) -> Document
     num_known = rng.randrange(len(hops))
     passages, _ = shelf.among_others(rng, {hops[num_known].passage_id}, rng.randint(2, 4), hops)
     known: Document = [(f"Question: {question.question}\n{_facts(question, 0, num_known)}", False)]
-    said = f"{_facts(question, num_known, num_known + 1)}{_conclusion(question, num_known + 1)}\n"
-    return known + passages + [(said, True)]
+    return known + passages + [(f"{_explained(question, num_known, num_known + 1)}\n", True)]
 
 
-def _explained(question: Question) -> str:
-    """The facts that the answer rests on, and the answer."""
-    num_hops = len(_hops(question))
-    return _facts(question, 0, num_hops) + _conclusion(question, num_hops)
+def _explained(question: Question, start: int, end: int) -> str:
+    """The facts start .. end - 1 that the answer rests on, and behind them the answer or what is missing."""
+    return _facts(question, start, end) + _conclusion(question, end)
 
 
 def _facts(question: Question, start: int, end: int) -> str:
