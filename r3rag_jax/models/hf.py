@@ -22,6 +22,7 @@ from r3rag_jax.models.tensor_files import (
     TensorFiles,
     check_tensors,
     read_config,
+    read_json,
     read_param,
     tensor_shapes,
     write_dtype,
@@ -160,10 +161,7 @@ def load_generation(path: str | Path) -> dict[str, Any]:
     file = Path(path) / GENERATION_FILE
     if not file.is_file():
         return {}
-    try:
-        generation = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+    generation = read_json(file)
     if not isinstance(generation, dict):
         raise ValueError(f"{file} must hold an object; got {type(generation).__name__}")
     return generation

@@ -35,6 +35,14 @@ Index = tuple[slice, ...]
 T = TypeVar("T")
 
 
+def read_json(file: Path) -> Any:
+    """Return what a JSON file holds; ValueError, naming the file, when it is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON; {error}") from error
+
+
 def read_config(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
     """Return what `parse` makes of the dictionary in a directory's `config.json`.
 

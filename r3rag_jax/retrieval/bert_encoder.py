@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.encoder import POOLINGS, load_encoder, pool, unit
-from r3rag_jax.models.tensor_files import CONFIG_FILE, TensorFiles
+from r3rag_jax.models.tensor_files import CONFIG_FILE, TensorFiles, read_json
 from r3rag_jax.retrieval.base import TextKind
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -176,7 +176,7 @@ class BertEncoder:
             UserError: the file, or the model, is missing or is not what was saved.
         """
         try:
-            settings = _read_json(Path(path))
+            settings = read_json(Path(path))
             if settings.pop("encoder") != "bert":
                 raise ValueError("not a bert")
             return cls(settings.pop("path"), **settings)
@@ -208,13 +208,6 @@ def _row_counts(num_texts: int, max_rows: int) -> Iterator[int]:
             rows *= 4
         yield rows
         num_texts -= rows
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} must be JSON; {error}") from error
 
 
 def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
@@ -249,7 +242,7 @@ def _max_length(path: Path, asked: int, max_positions: int) -> int:
         return asked
     for name, key in LENGTHS.items():
         file = path / name
-        limit = _read_json(file).get(key) if file.is_file() else None
+        limit = read_json(file).get(key) if file.is_file() else None
         if limit is not None:
             return int(min(limit, max_positions))  # tokenizers without a limit state 1e30
     return max_positions
@@ -262,11 +255,11 @@ def _pooling(path: Path, asked: str) -> str:
     file = path / MODULES_FILE
     if asked != "auto" or not file.is_file():
         raise ValueError(f"pooling must be one of {POOLINGS}, or auto where {MODULES_FILE} names it; got {asked!r}")
-    modules = {module["type"].rpartition(".")[2]: module["path"] for module in _read_json(file)}
+    modules = {module["type"].rpartition(".")[2]: module["path"] for module in read_json(file)}
     if not {"Pooling"} <= modules.keys() <= {"Transformer", "Pooling", "Normalize"}:
         raise ValueError(f"{file} must name Transformer, Pooling and perhaps Normalize; got {', '.join(modules)}")
     file = path / modules["Pooling"] / CONFIG_FILE
-    settings = _read_json(file)
+    settings = read_json(file)
     mode = settings.get("pooling_mode")  # one word since version 6, switches before
     switches = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     on = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value]
