@@ -15,6 +15,7 @@ from r3rag_jax.errors import UserError
 
 PHASES = ("index", "sft", "rl", "eval")
 SYSTEMS = ("closed_book", "oneshot_rag", "cold_start", "r3rag")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_SEED = 2**32 - 1  # what numpy takes
 
 Rule = tuple[str, Callable[[Any], bool]]
@@ -96,13 +97,24 @@ class DataConfig:
     """Where questions, trajectories and passages come from."""
 
     source: Literal["world", "files"] = key("world", "`world` writes the embedded one; `files` reads the paths below")
+    dir: str = key("", "folder that the relative paths below start from", "path")
     corpus: str = key("", "passages, FlashRAG JSONL {id, contents}", "path")
     sft: str = key("", "trajectories for the cold start, JSONL {question, golden_answers, steps}", "path")
     rl: str = key("", "questions for RL, FlashRAG JSONL", "path")
     dev: str = key("", "questions to watch while training, FlashRAG JSONL", "path")
     test: str = key("", "questions for the final tables, FlashRAG JSONL", "path")
+    num_sft: int = key(0, "trajectories that the cold start takes, drawn by the seed; 0: all", "trajectories")
+    disjoint: bool = key(True, "RL leaves out the questions of the cold start's trajectories")
+    search_again: bool = key(
+        False, "the cold start shows what this run's retriever brings for a trajectory's queries, not its retrieved_ids"
+    )
+
+    def path(self, name: str) -> Path:
+        """The file of `corpus` or of a split."""
+        return Path(self.dir) / getattr(self, name)
 
     def __post_init__(self) -> None:
+        _each(self, "data.", AT_LEAST_0, "num_sft")
         _require(
             self.source != "files" or self.corpus != "",
             "data.corpus must be given when data.source is files; got none",
@@ -117,16 +129,30 @@ class ModelConfig:
 
     path: str = key(
         "bundled",
-        "a Hugging Face directory, or `bundled`: the small Qwen2 base in the package",
+        "a Hugging Face directory, `package:NAME` for one in an installed package, or `bundled`: a small Qwen2 base",
         "path",
     )
     init: Literal["pretrained", "random"] = key("pretrained", "`random` keeps architecture and tokenizer only")
-    dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters are float32 masters")
+    dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; what is trained is kept in float32")
     remat: Literal["none", "full", "dots"] = key("none", "what the backward pass recomputes")
     attention: Literal["xla", "cudnn"] = key("xla", "attention implementation")
 
     def __post_init__(self) -> None:
         _require(self.path != "", "model.path must be a directory or bundled; got none", "model.path")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685), which train a small part of the policy and of a separate critic."""
+
+    rank: int = key(0, "rank of the adapters; 0: none, all parameters are trained")
+    alpha: float = key(32.0, "adapters are multiplied with alpha / rank")
+    targets: tuple[str, ...] = key(PROJECTIONS, "projections of every layer that get one")
+
+    def __post_init__(self) -> None:
+        _each(self, "lora.", AT_LEAST_0, "rank")
+        _each(self, "lora.", ABOVE_0, "alpha")
+        _names(self.targets, PROJECTIONS, "lora.targets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +162,7 @@ class RetrievalConfig:
     encoder: Literal["hash", "bert"] = key(
         "hash", "`hash`: TF-IDF of hashed words and letter n-grams, needs no download; `bert`: MiniLM, E5, BGE"
     )
-    encoder_path: str = key("", "with a bert encoder: its Hugging Face directory", "path")
+    encoder_path: str = key("", "with a bert encoder: its Hugging Face directory, or `package:NAME`", "path")
     encoder_dtype: Literal["float32", "bfloat16"] = key("float32", "compute type of the bert encoder")
     encoder_length: int = key(0, "longest text the bert encoder reads, the rest is cut; 0: the model's limit", "tokens")
     encoder_batch: int = key(16_384, "a batch of the bert encoder, padding included; a bound on memory", "tokens")
@@ -308,6 +334,9 @@ class EvalConfig:
     systems: tuple[str, ...] = key(
         ("closed_book", "oneshot_rag", "cold_start", "r3rag"), "what the eval phase compares"
     )
+    prompt: Literal["reading", "chat"] = key(
+        "reading", "the baselines' prompt: plain reading for a base model, an instruction for a chat model"
+    )
     max_questions: int = key(0, "0 takes all test questions", "questions")
 
     def __post_init__(self) -> None:
@@ -380,10 +409,12 @@ class Config:
     name: str = key("run", "the run's name")
     run_dir: str = key("", "where the run lives; empty: runs/<name>", "path")
     seed: int = key(0, "seed of initialisation, data order and sampling")
+    budget: str = key("", "which of the recipe's `budgets` to take; empty: the recipe as it stands")
     phases: tuple[str, ...] = key(("index", "sft", "rl", "eval"), "what to do, in this order")
     world: WorldConfig = dataclasses.field(default_factory=WorldConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     retrieval: RetrievalConfig = dataclasses.field(default_factory=RetrievalConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)

@@ -26,6 +26,7 @@ from r3rag_jax.errors import USER_ERROR_STATUS
 MAX_SHOWN = 60  # characters of a bad value that an error repeats
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+BUDGET, BUDGETS = "budget", "budgets"  # the key that chooses, and the section of a file to choose from
 STRING_TAG = "tag:yaml.org,2002:str"
 BOOL_TAG = "tag:yaml.org,2002:bool"
 NULL_TAG = "tag:yaml.org,2002:null"
@@ -94,13 +95,15 @@ def _is_section(name: str) -> bool:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML recipe, then applies `key=value` overrides in order (of one key, the last wins).
 
-    Keys are nested or dotted. Raises ConfigError, one line that names `file:line` or the override,
-    for a file that cannot be read, unknown or repeated keys, wrong types and broken relations.
+    Keys are nested or dotted. A recipe may come in sizes: under `budgets:` each has a name and the keys in which it
+    differs, and `budget=NAME` takes one. (The configuration that a run keeps has the name and no `budgets`.)
+
+    Raises ConfigError, one line that names `file:line` or the override, for a file that cannot be read, unknown or
+    repeated keys, wrong types and broken relations.
     """
-    given = _read_file(Path(path))
-    for text in overrides:
-        name, item = _read_override(text)
-        given[name] = item
+    given, budgets = _read_file(Path(path))
+    changed = dict(map(_read_override, overrides))
+    given = given | _chosen_budget(given | changed, budgets, Path(path)) | changed
     values = {name: _convert(schema()[name], item) for name, item in given.items()}
     try:
         return _build(values)
@@ -108,6 +111,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         places = [given[name].place for name in error.keys if name in given]
         places.sort(key=lambda place: not place.startswith("override "))
         raise ConfigError(f"{places[0] if places else path}: {error}", error.keys) from None
+
+
+def _chosen_budget(given: dict[str, Given], budgets: dict[str, dict[str, Given]], path: Path) -> dict[str, Given]:
+    """What the budget that `budget` names changes."""
+    if BUDGET not in given:
+        return {}
+    item = given[BUDGET]
+    name = _convert(schema()[BUDGET], item)
+    is_record = not budgets and not item.place.startswith("override")
+    if not name or is_record:
+        return {}
+    if name not in budgets:
+        known = f"one of {', '.join(budgets)}" if budgets else f"empty, for {path} has no budgets"
+        raise ConfigError(f"{item.place}: {BUDGET} must be {known}; got {_clip(name)!r}", [BUDGET])
+    return budgets[name]
 
 
 def _build(values: dict[str, Any]) -> Config:
@@ -120,8 +138,8 @@ def _build(values: dict[str, Any]) -> Config:
     return Config(**top)
 
 
-def _read_file(path: Path) -> dict[str, Given]:
-    """The values of a YAML file by dotted key."""
+def _read_file(path: Path) -> tuple[dict[str, Given], dict[str, dict[str, Given]]]:
+    """The values of a YAML file by dotted key, and those of its budgets by name."""
     if path.is_dir():
         raise ConfigError(f"{path}: expected a YAML file; got a directory")
     try:
@@ -138,12 +156,37 @@ def _read_file(path: Path) -> dict[str, Given]:
     if not isinstance(root, yaml.MappingNode):
         line = root.start_mark.line + 1
         raise ConfigError(f"{path}:{line}: expected keys and values; got {_show(root)}")
+    sizes = [pair for pair in root.value if isinstance(pair[0], yaml.ScalarNode) and pair[0].value == BUDGETS]
+    root.value = [pair for pair in root.value if pair not in sizes]
+    return _values(root, path), _budgets(sizes, path)
+
+
+def _values(root: yaml.MappingNode, path: Path) -> dict[str, Given]:
     given: dict[str, Given] = {}
     for name, item in _walk(root, "", path):
         if name in given:
             raise ConfigError(f"{item.place}: repeated key {name!r}; first at {given[name].place}")
         given[name] = item
     return given
+
+
+def _budgets(sizes: Sequence[tuple[yaml.Node, yaml.Node]], path: Path) -> dict[str, dict[str, Given]]:
+    """The budgets in a file's sections of that name, of which there may be one."""
+    budgets: dict[str, dict[str, Given]] = {}
+    for number, (key_node, section) in enumerate(sizes):
+        place = f"{path}:{key_node.start_mark.line + 1}"
+        if number or not isinstance(section, yaml.MappingNode):
+            raise ConfigError(f"{place}: {BUDGETS} is one section of named sizes; got {_show(section)}")
+        for name, keys in section.value:
+            place = f"{path}:{name.start_mark.line + 1}"
+            if not isinstance(name, yaml.ScalarNode) or not isinstance(keys, yaml.MappingNode):
+                raise ConfigError(f"{place}: a budget is a name with keys and values; got {_show(keys)}")
+            if name.value in budgets:
+                raise ConfigError(f"{place}: repeated budget {_clip(name.value)!r}")
+            budgets[name.value] = _values(keys, path)
+            if BUDGET in budgets[name.value]:
+                raise ConfigError(f"{place}: a budget must not name a budget; got {_clip(name.value)!r}")
+    return budgets
 
 
 def _sibling(path: Path) -> str:

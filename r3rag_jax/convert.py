@@ -2,8 +2,9 @@
 
     python -m r3rag_jax.convert SOURCE OUT [--dtype float32|bfloat16] [--add-tags]
 
-SOURCE is a Hugging Face directory, a run directory (its last trained policy) or a .gguf file. Tensors pass one at
-a time, so that host memory holds no copy of the model; only GGUF, which transformers reads, is read whole.
+SOURCE is a Hugging Face directory, a run directory (its last trained policy), a .gguf file or package:NAME, for
+the one of these in an installed package. Tensors pass one at a time, so that host memory holds no copy of the model;
+only GGUF, which transformers reads, is read whole.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from r3rag_jax.evaluate import PHASES
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import param_shapes, rope_frequencies
 from r3rag_jax.models.hf import HF_NAMES, check_decoder, hf_tensors, load_config, load_generation, write_model
+from r3rag_jax.models.paths import model_path
 from r3rag_jax.models.tensor_files import CONFIG_FILE, WRITE_DTYPES, TensorFiles
 from r3rag_jax.protocol import TAGS
 from r3rag_jax.session import reading
@@ -51,7 +53,7 @@ class Source:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = FlagParser(prog="python -m r3rag_jax.convert", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="Hugging Face directory, run directory or .gguf file"
+        "source", metavar="SOURCE", help="Hugging Face directory, run directory, .gguf file or package:NAME"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="new or empty directory")
     parser.add_argument(
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise UserError(f"OUT must be a new or empty directory; got {args.out}")
-    path = find_model(args.source)
+    path = find_model(model_path(args.source))
     with reading(path), open_gguf(path, args.dtype) if path.is_file() else open_directory(path) as source:
         if args.add_tags:
             source = add_tags(source)

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from r3rag_jax.protocol import reading_prompt
+from r3rag_jax.protocol import instruction_prompt, reading_prompt
 from r3rag_jax.retrieval.base import Retriever
 from r3rag_jax.rewards.score import answers_of
 from r3rag_jax.rollout import Job, Roller
 from r3rag_jax.sampler.engine import Context, Engine
 from r3rag_jax.sampler.state import RowStatus
 from r3rag_jax.text import Tokenizer
+from r3rag_jax.transcript import chat_frame
 from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
 
 TITLES = {
@@ -42,11 +43,15 @@ def read_answers(
     retriever: Retriever | None,
     top_k: int,
     on_done: OnDone | None = None,
+    *,
+    chat: bool = False,
 ) -> list[Trajectory]:
-    """The baselines: one line of answer after a plain reading prompt, with one retrieval or with none.
+    """The baselines: one line of answer, with one retrieval or with none.
 
-    A prompt that outgrows the context loses its last passages.
+    The prompt is plain reading ("Question: …\\nAnswer:") or, with `chat`, an instruction in the model's chat template.
+    One that outgrows the context loses its last passages.
     """
+    frame = chat_frame(tokenizer) if chat else None
     engine.reset()
     found: Sequence[tuple[Passage, ...]] = [()] * len(questions)
     if retriever is not None:
@@ -58,7 +63,7 @@ def read_answers(
         contexts = {}
         for slot in engine.find(RowStatus.EMPTY)[: len(waiting)]:
             busy[slot] = waiting.pop()
-            ids = _reading_ids(tokenizer, questions[busy[slot]], found[busy[slot]], engine.max_length)
+            ids = _reading_ids(tokenizer, questions[busy[slot]], found[busy[slot]], engine.max_length, frame)
             contexts[slot] = Context(ids, MAX_ANSWER_TOKENS)
         starts = {slot: int(engine.rows.lengths[slot]) for slot in busy}
         engine.set_context(params, contexts)
@@ -80,13 +85,21 @@ def reading_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple({*newlines, tokenizer.eos_id, tokenizer.pad_id})
 
 
-def _reading_ids(tokenizer: Tokenizer, question: Question, passages: tuple[Passage, ...], max_length: int) -> list[int]:
+def _reading_ids(
+    tokenizer: Tokenizer,
+    question: Question,
+    passages: tuple[Passage, ...],
+    max_length: int,
+    frame: tuple[list[int], list[int]] | None,
+) -> list[int]:
+    prefix, suffix = frame or ([], [])
+    prompt_of = instruction_prompt if frame else reading_prompt
+    room = max_length - MAX_ANSWER_TOKENS - len(prefix) - len(suffix)
     for count in range(len(passages), -1, -1):
-        prompt = reading_prompt(question.question, passages[:count])
-        ids = tokenizer.encode(prompt, allow_special=False)
-        if len(ids) + MAX_ANSWER_TOKENS <= max_length:
-            return ids
-    return ids[-(max_length - MAX_ANSWER_TOKENS) :]
+        ids = tokenizer.encode(prompt_of(question.question, passages[:count]), allow_special=False)
+        if len(ids) <= room:
+            break
+    return [*prefix, *ids[-room:], *suffix]
 
 
 def _read_trajectory(

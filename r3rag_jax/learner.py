@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from r3rag_jax.config import ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
+from r3rag_jax.models.lora import join
 from r3rag_jax.rl.advantages import gae, whiten
 from r3rag_jax.rl.losses import (
     chunked_logprobs,
@@ -41,7 +42,7 @@ class TrainState:
     """All that an update changes."""
 
     step: jax.Array  # int32 [], updates done
-    params: Any  # SFT: the policy's nnx.State; RL: {"policy": ..., "critic": ...}, or without a critic
+    params: Any  # SFT: what is trained of the policy; RL: {"policy": ..., "critic": ...}, or without a critic
     opt_state: Any
 
 
@@ -70,12 +71,8 @@ class Critic(nnx.Module):
 
 
 def new_critic(policy: Decoder, kind: str) -> Critic:
-    """A critic whose value model starts as a copy of the policy and whose head starts at zero."""
-    decoder = None
-    if kind == "separate":
-        graphdef, params = nnx.split(policy)
-        decoder = nnx.merge(graphdef, jax.tree.map(jnp.copy, params))
-    return Critic(policy.config.hidden_size, decoder)
+    """A critic whose value model starts as the policy, with the same arrays, and whose head starts at zero."""
+    return Critic(policy.config.hidden_size, nnx.merge(*nnx.split(policy)) if kind == "separate" else None)
 
 
 def schedule(progress: Any, warmup: float, final: float) -> Any:
@@ -125,9 +122,9 @@ def init_state(mesh: Mesh, params: Any, tx: optax.GradientTransformation) -> Tra
     return jax.jit(build, out_shardings=shardings)(params)
 
 
-def sft_loss(graphdef: Any, params: Any, batch: SFTBatch, remat: str) -> tuple[jax.Array, Metrics]:
-    """Token-mean cross-entropy of the tokens in loss_mask."""
-    policy = nnx.merge(graphdef, params)
+def sft_loss(graphdef: Any, params: Any, batch: SFTBatch, remat: str, frozen: Any = None) -> tuple[jax.Array, Metrics]:
+    """Token-mean cross-entropy of the tokens in loss_mask. `frozen`: see `lora.Parts`."""
+    policy = join(graphdef, params, frozen)
     hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
     loss, accuracy = cross_entropy(hidden, _output_weight(policy), batch.tokens, batch.loss_mask, chunk=LOSS_CHUNK)
     return loss, {"loss": loss, "accuracy": accuracy}
@@ -141,21 +138,23 @@ def rl_loss(
     config: RLConfig,
     remat: str,
     min_p: float = 0.0,
+    frozen: dict[str, Any] | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """PPO: clipped surrogate + value loss, where there is a critic, - entropy bonus (arXiv 1707.06347, eq. 9).
 
     `min_p` is what the batch was sampled with. `sampler_gap` is the largest difference between its recorded
     log-probabilities and today's: before the first update of an iteration nothing but rounding.
     """
-    logprobs, entropy, hidden = _logprobs(nnx.merge(graphdefs["policy"], params["policy"]), batch, remat, min_p)
+    modules = _modules(graphdefs, params, frozen)
+    logprobs, entropy, hidden = _logprobs(modules["policy"], batch, remat, min_p)
     policy_loss, metrics = ppo_policy_loss(
         logprobs, batch.behaviour_logprobs, targets.advantages, batch.loss_mask, clip=config.clip
     )
     metrics["policy_loss"] = policy_loss
     metrics["entropy"] = masked_mean(entropy, batch.loss_mask)
     loss = policy_loss - config.entropy * metrics["entropy"]
-    if "critic" in graphdefs:
-        values = nnx.merge(graphdefs["critic"], params["critic"])(batch, hidden, remat)
+    if "critic" in modules:
+        values = modules["critic"](batch, hidden, remat)
         metrics["value_loss"] = value_loss(
             values, targets.old_values, targets.returns, batch.loss_mask, clip=config.value_clip
         )
@@ -167,11 +166,11 @@ def rl_loss(
 
 def make_sft_step(
     mesh: Mesh, graphdef: Any, tx: optax.GradientTransformation, model: ModelConfig, state: TrainState
-) -> Callable[[TrainState, SFTBatch], tuple[TrainState, Metrics]]:
-    """The jitted SFT update, (state, batch) -> (state, metrics); the state is donated."""
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The jitted SFT update, (state, batch, frozen) -> (state, metrics); the state is donated."""
 
-    def step(state: TrainState, batch: SFTBatch) -> tuple[TrainState, Metrics]:
-        return _update(lambda params: sft_loss(graphdef, params, batch, model.remat), tx, state, 1.0)
+    def step(state: TrainState, batch: SFTBatch, frozen: Any = None) -> tuple[TrainState, Metrics]:
+        return _update(lambda params: sft_loss(graphdef, params, batch, model.remat, frozen), tx, state, 1.0)
 
     return _jit_step(mesh, step, state)
 
@@ -184,12 +183,14 @@ def make_rl_step(
     config: RLConfig,
     state: TrainState,
     min_p: float = 0.0,
-) -> Callable[[TrainState, TrainBatch, Targets, jax.Array], tuple[TrainState, Metrics]]:
-    """The jitted PPO update, (state, batch, targets, lr_scale) -> (state, metrics); the state is donated."""
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The jitted PPO update, (state, batch, targets, lr_scale, frozen) -> (state, metrics); the state is donated."""
 
-    def step(state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array, frozen: Any = None
+    ) -> tuple[TrainState, Metrics]:
         def loss(params: Any) -> tuple[jax.Array, Metrics]:
-            return rl_loss(graphdefs, params, batch, targets, config, model.remat, min_p)
+            return rl_loss(graphdefs, params, batch, targets, config, model.remat, min_p, frozen)
 
         return _update(loss, tx, state, lr_scale)
 
@@ -197,22 +198,25 @@ def make_rl_step(
 
 
 def make_scorer(
-    mesh: Mesh, graphdefs: dict[str, Any], model: ModelConfig, config: RLConfig, min_p: float = 0.0
-) -> Callable[[Any, Any, TrainBatch], tuple[Targets, Metrics]]:
-    """(params, reference policy's params, batch) -> targets before whitening, and metrics; jitted.
+    graphdefs: dict[str, Any], reference: Any, model: ModelConfig, config: RLConfig, min_p: float = 0.0
+) -> Callable[..., tuple[Targets, Metrics]]:
+    """(params, reference policy's params, batch, frozen) -> targets before whitening, and metrics; jitted.
+
+    `reference` is the reference policy's graphdef: that of the policy, without adapters.
 
     The KL penalty to the reference sits on every policy token's reward (k1, at the sampling temperature); then
     generalised advantage estimation runs along each row, with values of 0 where there is no critic. Only what is
     needed is evaluated.
     """
 
-    def score(params: Any, ref_params: Any, batch: TrainBatch) -> tuple[Targets, Metrics]:
+    def score(params: Any, ref_params: Any, batch: TrainBatch, frozen: Any = None) -> tuple[Targets, Metrics]:
         rewards, values, metrics = batch.rewards, jnp.zeros_like(batch.rewards), {}
         if "critic" in graphdefs:
-            policy = nnx.merge(graphdefs["policy"], params["policy"])
-            values = nnx.merge(graphdefs["critic"], params["critic"])(batch, _hidden(policy, batch, "none"), "none")
+            modules = _modules(graphdefs, params, frozen)
+            values = modules["critic"](batch, _hidden(modules["policy"], batch, "none"), "none")
         if config.kl > 0:
-            ref_logprobs, _, _ = _logprobs(nnx.merge(graphdefs["policy"], ref_params), batch, "none", min_p)
+            ref_policy = nnx.merge(reference, ref_params)
+            ref_logprobs, _, _ = _logprobs(ref_policy, batch, "none", min_p)
             kl = kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1")
             rewards = rewards - config.kl * kl
             metrics["kl"] = masked_mean(kl, batch.loss_mask)
@@ -242,6 +246,10 @@ def whiten_all(
     unexplained = masked_mean(jnp.square(returns - values - masked_mean(returns - values, mask)), mask)
     metrics = {"explained_variance": 1.0 - unexplained / jnp.maximum(spread, 1e-8), "value": masked_mean(values, mask)}
     return [dataclasses.replace(t, advantages=a) for t, a in zip(targets, white, strict=True)], metrics
+
+
+def _modules(graphdefs: dict[str, Any], params: Any, frozen: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: join(graphdef, params[name], (frozen or {}).get(name)) for name, graphdef in graphdefs.items()}
 
 
 def _hidden(policy: Decoder, batch: TrainBatch, remat: str) -> jax.Array:

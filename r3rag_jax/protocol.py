@@ -165,6 +165,15 @@ def make_protocol(name: str) -> TextProtocol:
 
 
 def reading_prompt(question: str, passages: Sequence[Passage | str]) -> str:
-    """The baselines' prompt (closed book without passages, one-shot RAG with): plain reading."""
-    texts = [p.contents if isinstance(p, Passage) else p for p in passages]
-    return "".join(f"{text}\n" for text in texts) + f"Question: {question}\nAnswer:"
+    """The baselines' prompt for a base model (closed book without passages, one-shot RAG with): plain reading."""
+    return f"{_listed(passages)}Question: {question}\nAnswer:"
+
+
+def instruction_prompt(question: str, passages: Sequence[Passage | str]) -> str:
+    """The baselines' user message for a chat model."""
+    given = f"Documents:\n{_listed(passages)}\n" if passages else ""
+    return f"{given}Answer the question with a name, a number or a few words only.\nQuestion: {question}"
+
+
+def _listed(passages: Sequence[Passage | str]) -> str:
+    return "".join(f"{p.contents if isinstance(p, Passage) else p}\n" for p in passages)

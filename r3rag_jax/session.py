@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -21,7 +22,14 @@ from rich.console import Console
 
 from r3rag_jax.config import Config, ConfigError
 from r3rag_jax.configio import load_config, to_yaml
-from r3rag_jax.data.qa import question_to_dict, read_passages, read_questions, write_jsonl
+from r3rag_jax.data.qa import (
+    question_to_dict,
+    read_passages,
+    read_questions,
+    read_rows,
+    read_trajectories,
+    write_jsonl,
+)
 from r3rag_jax.data.world import World, teach
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluator import reading_stops
@@ -30,6 +38,8 @@ from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shapes
 from r3rag_jax.models.hf import load_config as load_decoder_config
 from r3rag_jax.models.hf import load_decoder, load_generation, save_decoder
+from r3rag_jax.models.lora import Parts, attach
+from r3rag_jax.models.paths import model_path
 from r3rag_jax.protocol import TAGS, make_protocol
 from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.faiss_index import FaissIndex
@@ -38,7 +48,7 @@ from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sharding import make_mesh, partition_spec, tree_shardings
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.transcript import Codec
-from r3rag_jax.types import Passage, Question
+from r3rag_jax.types import Passage, Question, Trajectory
 
 # Sections that may change when a run is resumed: they do not change what was computed.
 FREE_KEYS = ("run_dir", "phases", "eval", "mesh", "log")
@@ -126,7 +136,7 @@ class Session:
         """The Hugging Face directory that the policy starts from."""
         if self.config.model.path == "bundled":
             return Path(str(files("r3rag_jax") / "assets" / "base"))
-        path = Path(self.config.model.path)
+        path = model_path(self.config.model.path)
         if not (path / "config.json").is_file():
             raise ConfigError(f"model.path must be a Hugging Face directory with config.json; got {path}")
         return path
@@ -166,9 +176,20 @@ class Session:
         return Decoder(
             self.decoder_config,
             rngs=nnx.Rngs(self.config.seed),
+            param_dtype=self.param_dtype,
             dtype=jnp.dtype(self.config.model.dtype),
             attention_implementation=self.config.model.attention,
         )
+
+    @property
+    def param_dtype(self) -> Any:
+        """Of the decoder's parameters: float32, or, where adapters alone are trained, the compute type."""
+        return jnp.dtype(self.config.model.dtype if self.config.lora.rank else "float32")
+
+    def trainable_policy(self, params: Any) -> Parts:
+        """The policy of these parameters, with new adapters where the configuration asks for them."""
+        decoder = attach(nnx.merge(self.graphdef, params), self.config.lora, self.mesh, self.config.seed)
+        return Parts.of(decoder, self.config.lora)
 
     def base_params(self) -> Any:
         """Parameters that training starts from, on the mesh."""
@@ -190,7 +211,7 @@ class Session:
             decoder = load_decoder(
                 path,
                 dtype=jnp.dtype(self.config.model.dtype),
-                param_dtype=jnp.float32,
+                param_dtype=self.param_dtype,
                 shardings=shardings,
                 attention_implementation=self.config.model.attention,
             )
@@ -219,14 +240,43 @@ class Session:
 
     def path_of(self, what: str) -> Path:
         """The file of `corpus` or of a split."""
-        if self.config.data.source == "world":
+        data = self.config.data
+        if data.source == "world" or (what == "sft" and data.search_again):
             return self.run_dir / "data" / f"{what}.jsonl"
-        return Path(getattr(self.config.data, what))
+        return data.path(what)
+
+    def trajectories(self) -> list[Trajectory]:
+        """The teacher's trajectories of the cold start, with the documents that a rollout would show."""
+        data, corpus = self.config.data, {passage.id: passage for passage in self.retriever.passages}
+        found = read_trajectories(self.path_of("sft"), corpus, self.config.retrieval.top_k)
+        if data.source == "world" or data.num_sft in (0, len(found)):
+            return found
+        if data.num_sft > len(found):
+            raise UserError(
+                f"data.num_sft must be at most {len(found)}, what {data.path('sft')} holds; got {data.num_sft}"
+            )
+        order = np.random.default_rng((self.config.seed, *b"sft")).permutation(len(found))
+        return [found[i] for i in sorted(order[: data.num_sft])]
 
     def questions(self, split: str) -> list[Question]:
-        if self.config.data.source == "files" and not getattr(self.config.data, split):
+        """The questions of a split, none where no file is given.
+
+        Raises:
+            UserError: the cold start used all questions that RL has.
+        """
+        data = self.config.data
+        if data.source == "files" and not getattr(data, split):
             return []
-        return read_questions(self.path_of(split))
+        questions = read_questions(self.path_of(split))
+        if data.source == "files" and split == "rl" and data.disjoint and "sft" in self.config.phases:
+            used = {trajectory.question.id for trajectory in self.trajectories()}
+            questions = [question for question in questions if question.id not in used]
+            if not questions:
+                raise UserError(
+                    f"data.disjoint leaves no question for RL: all of {data.path('rl')} are in the cold start; "
+                    "take fewer (data.num_sft) or data.disjoint=false"
+                )
+        return questions
 
     @property
     def index_dir(self) -> Path:
@@ -243,7 +293,7 @@ class Session:
         if retrieval.encoder == "hash":
             return None
         return BertEncoder(
-            retrieval.encoder_path, pooling=retrieval.pooling, query_prefix=retrieval.query_prefix,
+            model_path(retrieval.encoder_path), pooling=retrieval.pooling, query_prefix=retrieval.query_prefix,
             passage_prefix=retrieval.passage_prefix, max_length=retrieval.encoder_length,
             batch_tokens=retrieval.encoder_batch, dtype=retrieval.encoder_dtype,
         )  # fmt: skip
@@ -269,6 +319,8 @@ class Session:
             index = self.build_index(passages)
             if self.config.data.source == "world":
                 write_teacher(world, self.config, index, self.run_dir / "data")
+            elif self.config.data.search_again:
+                search_again(self.config, index, self.run_dir / "data")
             index.save(self.index_dir)
         barrier("index")
 
@@ -324,4 +376,15 @@ def write_teacher(world: World, config: Config, index: FaissIndex, directory: Pa
         for step, hits in zip(asking, index.search([step["query"] for step in asking], 8 * k), strict=True):
             step["retrieved_ids"] = [hit.passage.id for hit in hits if hit.passage.id not in hidden][: 4 * k]
         rows.append({**question_to_dict(question), "steps": steps})
+    write_jsonl(directory / "sft.jsonl", rows)
+
+
+def search_again(config: Config, index: FaissIndex, directory: Path) -> None:
+    """The cold start's trajectories with what the index brings for their queries; `passage_ids` stay among it."""
+    rows = [dict(row) for _, row in read_rows(config.data.path("sft"))]
+    asking = [step for row in rows for step in row["steps"] if "query" in step]
+    depth = 4 * config.retrieval.top_k
+    for step, hits in zip(asking, index.search([step["query"] for step in asking], depth), strict=True):
+        step["retrieved_ids"] = [hit.passage.id for hit in hits]
+        step.pop("passages", None)
     write_jsonl(directory / "sft.jsonl", rows)

@@ -5,6 +5,7 @@ Runs the configured phases in order; the same command again resumes where it sto
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -13,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from rich.console import Console
 
 from r3rag_jax import learner
@@ -21,11 +21,12 @@ from r3rag_jax.batch import fill_fraction, minibatches
 from r3rag_jax.checkpoint import Checkpoints
 from r3rag_jax.config import Config
 from r3rag_jax.configio import parse_args
-from r3rag_jax.data.qa import read_trajectories, trajectory_to_dict
+from r3rag_jax.data.qa import trajectory_to_dict
 from r3rag_jax.data.sft import SFTBatches, SFTSample
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluator import fingerprint, play_greedy, read_answers, summarise
 from r3rag_jax.metrics import Bar
+from r3rag_jax.models import lora
 from r3rag_jax.report import write_report
 from r3rag_jax.rewards.score import Scores, score
 from r3rag_jax.rl.advantages import group_baseline
@@ -88,34 +89,33 @@ def sft_phase(session: Session) -> bool:
     config = session.config.sft
     if session.policy_dir("sft").exists():
         return False
-    corpus = {passage.id: passage for passage in session.retriever.passages}
-    trajectories = read_trajectories(session.path_of("sft"), corpus, session.config.retrieval.top_k)
-    written = [sample for t in trajectories for sample in teacher_samples(session.codec, t)]
+    written = [sample for t in session.trajectories() for sample in teacher_samples(session.codec, t)]
     samples = [SFTSample(sample.ids, sample.loss_mask) for sample in written]
     batches = SFTBatches(samples, row_length=config.row_length, batch_rows=config.batch_rows,
                          epochs=config.epochs, seed=session.config.seed)  # fmt: skip
     tx = learner.sft_optimizer(config, batches.num_steps)
-    state = learner.init_state(session.mesh, session.base_params(), tx)
+    policy = session.trainable_policy(session.base_params())
+    state = learner.init_state(session.mesh, policy.params, tx)
     checkpoints = Checkpoints(session.run_dir, "sft")
     if checkpoints.latest is not None:
         state, note = checkpoints.restore(state)
         batches.set_state(note["batches"])
     session.log.rewind("sft", batches.step)
-    step = learner.make_sft_step(session.mesh, session.graphdef, tx, session.config.model, state)
+    step = learner.make_sft_step(session.mesh, policy.graphdef, tx, session.config.model, state)
     bar = Bar("cold start", batches.num_steps, console=session.console, live=session.config.log.progress,
               done=batches.step)  # fmt: skip
     with bar:
         while batches.step < batches.num_steps:
             started, number = time.monotonic(), batches.step
             batch = next(batches)
-            state, metrics = step(state, put_batch(session.mesh, batch))
+            state, metrics = step(state, put_batch(session.mesh, batch), policy.frozen)
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
             numbers["tokens_per_s"] = float(np.sum(batch.segment_ids > 0)) / (time.monotonic() - started)
             session.log.write("sft", number, numbers)
             bar.advance(**{name: numbers[name] for name in ("loss", "accuracy", "tokens_per_s")})
             if batches.step % config.checkpoint_every == 0 and batches.step < batches.num_steps:
                 checkpoints.save(batches.step, state, {"batches": batches.get_state()})
-    session.save_policy("sft", state.params)
+    session.save_policy("sft", jax.jit(lora.merge, static_argnums=0)(policy.graphdef, state.params, policy.frozen))
     checkpoints.close()
     return True
 
@@ -165,12 +165,16 @@ class PPO:
         self._session, self._config = session, session.config.rl
         start = session.phase_params("sft") if session.policy_dir("sft").exists() else session.base_params()
         self._ref_params = start
-        graphdefs, params = {"policy": session.graphdef}, {"policy": start}
+        parts = {"policy": session.trainable_policy(start)}
         if self._config.critic != "none":
-            critic = learner.new_critic(nnx.merge(session.graphdef, start), self._config.critic)
-            graphdefs["critic"], params["critic"] = nnx.split(critic)
+            policy = parts["policy"]
+            critic = learner.new_critic(lora.join(policy.graphdef, policy.params, policy.frozen), self._config.critic)
+            parts["critic"] = lora.Parts.of(critic, session.config.lora)
+        graphdefs = {name: part.graphdef for name, part in parts.items()}
+        self._frozen = {name: part.frozen for name, part in parts.items()}
+        self._merge = jax.jit(functools.partial(lora.merge, parts["policy"].graphdef))
         tx = learner.rl_optimizer(self._config)
-        self.state = learner.init_state(session.mesh, params, tx)
+        self.state = learner.init_state(session.mesh, {name: part.params for name, part in parts.items()}, tx)
         self.iteration = 0
         self.checkpoints = Checkpoints(session.run_dir, "rl")
         if self.checkpoints.latest is not None:
@@ -178,12 +182,14 @@ class PPO:
             self.iteration = note["iteration"]
         session.log.rewind("rl", self.iteration)
         model, min_p = session.config.model, session.config.rollout.min_p
-        self._score = learner.make_scorer(session.mesh, graphdefs, model, self._config, min_p)
+        self._score = learner.make_scorer(graphdefs, session.graphdef, model, self._config, min_p)
         self._step = learner.make_rl_step(session.mesh, graphdefs, tx, model, self._config, self.state, min_p)
 
     @property
     def policy_params(self) -> Any:
-        return self.state.params["policy"]
+        """What rollouts and export take: today's policy, its adapters merged."""
+        trained, frozen = self.state.params["policy"], self._frozen["policy"]
+        return trained if frozen is None else self._merge(trained, frozen)
 
     def save(self) -> None:
         self.checkpoints.save(self.iteration, self.state, {"iteration": self.iteration})
@@ -201,7 +207,7 @@ class PPO:
         host = minibatches(trajectories, rewards, row_length=config.row_length,
                            batch_rows=config.batch_rows, credit=credit, rng=rng)  # fmt: skip
         batches: list[TrainBatch] = [put_batch(mesh, batch) for batch in host]
-        scored = [self._score(self.state.params, self._ref_params, batch) for batch in batches]
+        scored = [self._score(self.state.params, self._ref_params, batch, self._frozen) for batch in batches]
         targets, stats = learner.whiten_all(
             [t for t, _ in scored], [b.loss_mask for b in batches], config.negative_weight
         )
@@ -210,7 +216,7 @@ class PPO:
         for number, i in enumerate(order):
             progress = (self.iteration + (number + 1) / len(order)) / config.iterations
             lr_scale = learner.schedule(progress, config.warmup, 0.1)
-            self.state, metrics = self._step(self.state, batches[i], targets[i], lr_scale)
+            self.state, metrics = self._step(self.state, batches[i], targets[i], lr_scale, self._frozen)
             sampler_gap = metrics.pop("sampler_gap")
             logs.append(metrics | ({} if number else {"sampler_gap": sampler_gap}))  # later the policy has moved
         self.iteration += 1
@@ -329,7 +335,8 @@ def evaluate_system(session: Session, system: str, questions: Sequence[Question]
     if system in ("closed_book", "oneshot_rag"):
         retriever = session.retriever if system == "oneshot_rag" else None
         return read_answers(session.reading_engine(), session.tokenizer, session.base_params(), questions,
-                            retriever, session.config.retrieval.oneshot_top_k, on_done)  # fmt: skip
+                            retriever, session.config.retrieval.oneshot_top_k, on_done,
+                            chat=session.config.eval.prompt == "chat")  # fmt: skip
     phase = {"cold_start": "sft", "r3rag": "rl"}[system]
     if not session.policy_dir(phase).exists():
         raise UserError(f"eval.systems names {system}, but phase {phase} of {session.run_dir} has not finished")

@@ -20,14 +20,18 @@ from r3rag_jax.types import Passage, Sample, Step, Trajectory
 _CONTENT = "\x00content\x00"  # stands for the user's message while the chat template is rendered
 
 
+def chat_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What the chat template puts before and after a user's message."""
+    prefix, _, suffix = tokenizer.render_chat([{"role": "user", "content": _CONTENT}]).partition(_CONTENT)
+    return tokenizer.encode(prefix), tokenizer.encode(suffix)
+
+
 class Codec:
     """What turns a protocol's text into ids: tokenizer, chat frame, passage budget."""
 
     def __init__(self, tokenizer: Tokenizer, protocol: TextProtocol, passage_tokens: int):
         self.tokenizer, self.protocol, self.passage_tokens = tokenizer, protocol, passage_tokens
-        frame = tokenizer.render_chat([{"role": "user", "content": _CONTENT}])
-        prefix, _, suffix = frame.partition(_CONTENT)
-        self.prefix, self.suffix = tokenizer.encode(prefix), tokenizer.encode(suffix)
+        self.prefix, self.suffix = chat_frame(tokenizer)
         self.eos_id = tokenizer.eos_id
         self.stop_ids = tuple(tokenizer.token_id(text) for text in protocol.stop_strings)
         self._newline = tokenizer.encode("\n")

@@ -93,6 +93,50 @@ def test_text_overrides_are_taken_as_they_stand_for_the_shell_eats_quotes(write:
     assert (config.data.dev, config.data.test) == ("no", "")
 
 
+SIZED = "rl: {clip: 0.3}\nseed: 1\nbudgets:\n  cpu: {rl.clip: 0.4, sft: {epochs: 1}}\n  big: {seed: 2}\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "clip", "epochs", "seed"),
+    [
+        ([], 0.3, 3, 1),
+        (["budget="], 0.3, 3, 1),
+        (["budget=cpu"], 0.4, 1, 1),
+        (["budget=big"], 0.3, 3, 2),
+        (["rl.clip=0.5", "budget=cpu"], 0.5, 1, 1),
+    ],
+)
+def test_a_budget_changes_its_keys_and_overrides_change_it(
+    write: Write, overrides: list[str], clip: float, epochs: int, seed: int
+) -> None:
+    config = load_config(write(SIZED), overrides)
+    assert (config.rl.clip, config.sft.epochs, config.seed) == (clip, epochs, seed)
+    assert load_config(write(to_yaml(config))) == config  # the name stays, as a record
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (SIZED, ["budget=tpu"], "override 'budget=tpu': budget must be one of cpu, big; got 'tpu'"),
+        (SIZED + "budget: tpu", [], "x.yaml:6: budget must be one of cpu, big; got 'tpu'"),
+        (
+            "seed: 1",
+            ["budget=cpu"],
+            "override 'budget=cpu': budget must be empty, for x.yaml has no budgets; got 'cpu'",
+        ),
+        ("budgets: cpu", [], "x.yaml:1: budgets is one section of named sizes; got 'cpu'"),
+        ("budgets: {cpu: 3}", [], "x.yaml:1: a budget is a name with keys and values; got 3"),
+        ("budgets: {a: {seed: 1}}\nbudgets: {b: {seed: 1}}", [], "x.yaml:2: budgets is one section of named sizes"),
+        ("budgets:\n  a: {seed: 1}\n  a: {seed: 2}", [], "x.yaml:3: repeated budget 'a'"),
+        ("budgets:\n  a: {sed: 1}", [], "unknown key 'sed' (x.yaml:2); did you mean 'seed'?"),
+        ("budgets:\n  a: {budget: b}", [], "x.yaml:2: a budget must not name a budget; got 'a'"),
+        ("budgets:\n  a: {seed: x}", ["budget=a"], "x.yaml:2: seed must be an integer; got 'x'"),
+    ],
+)
+def test_a_wrong_budget_is_named_with_its_line(write: Write, text: str, overrides: list[str], message: str) -> None:
+    assert error_of(write(text), *overrides).startswith(message)
+
+
 def test_run_directory() -> None:
     assert Config(name="a").run_directory == Path("runs/a")
     assert Config(name="a", run_dir="/scratch/b").run_directory == Path("/scratch/b")

@@ -24,9 +24,11 @@ from safetensors.numpy import load_file, save_file
 from test_cli import error_line, run_module
 
 from r3rag_jax import convert
+from r3rag_jax.errors import UserError
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.models.hf import load_config, load_decoder, save_decoder
+from r3rag_jax.models.paths import model_path
 from r3rag_jax.protocol import TAGS, make_protocol
 from r3rag_jax.sampler.engine import Context, Engine
 from r3rag_jax.text import Tokenizer
@@ -358,3 +360,37 @@ def test_smollm2_speaks_as_in_transformers(tmp_path: Path) -> None:
     engine.set_context(params, {0: Context(ids, budget=64)})
     engine.decode(params, max_tokens=64, leave_at=1)
     assert engine.rows.tokens[0, : len(ids) + 64].tolist() == spoken[0].tolist()
+
+
+# ------------------------------------------------------------------------------------- package:NAME
+
+
+def package(root: Path, name: str, *files: str) -> None:
+    for file in ("__init__.py", *files):
+        (root / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / name / file).write_text("raise RuntimeError('nothing of it is executed')")
+
+
+@pytest.mark.parametrize(
+    ("files", "model"),
+    [
+        (("model/config.json", "model/model.safetensors", "model/1_Pooling/config.json"), "model"),
+        (("weights/small.gguf",), "weights/small.gguf"),
+    ],
+)
+def test_a_package_means_the_model_inside(
+    files: tuple[str, ...], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package(tmp_path, f"pack_{len(files)}", *files)
+    assert model_path(f"package:pack_{len(files)}") == tmp_path / f"pack_{len(files)}" / model
+
+
+def test_a_package_without_one_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package(tmp_path, "pack_none", "model.safetensors")
+    package(tmp_path, "pack_two", "a.gguf", "b.gguf")
+    for name, message in (("none", "found none"), ("two", "found a.gguf, b.gguf"), ("absent", "installed package")):
+        with pytest.raises(UserError, match=message):
+            model_path(f"package:pack_{name}")
+    assert model_path("some/where") == Path("some/where")

@@ -17,7 +17,7 @@ from flax import nnx
 
 from r3rag_jax.config import Config, ConfigError, DataConfig, EvalConfig, LogConfig, MeshConfig, RLConfig
 from r3rag_jax.configio import load_config
-from r3rag_jax.data.qa import read_passages, read_questions, read_trajectories
+from r3rag_jax.data.qa import read_passages, read_questions, read_trajectories, write_jsonl
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf import load_decoder
 from r3rag_jax.session import Session, open_run, use_compile_cache
@@ -199,3 +199,62 @@ def test_files_need_not_be_given_for_what_is_only_watched(config: Config, tmp_pa
     assert Session(files, tmp_path).questions("dev") == []
     assert [question.id for question in Session(files, tmp_path).questions("test")] == ["7"]
     assert Session(files, tmp_path).path_of("corpus") == Path("c.jsonl")
+
+
+def files_of_ones_own(config: Config, directory: Path, **keys: Any) -> Config:
+    """Ten passages and questions, a trajectory for the first six, in one folder."""
+    contents = [f'"Door {i}"\nDoor {i} was made by Person {i}.' for i in range(10)]
+    questions = [{"id": f"q{i}", "question": f"Who made {i}?", "golden_answers": [f"Person {i}"]} for i in range(10)]
+
+    def steps(i: int) -> list[dict[str, Any]]:
+        query = {"analysis": "I need the maker.", "query": f"Who made door {i}?", "passage_ids": [str(i)]}
+        return [query | {"retrieved_ids": [str(9 - i), str(i)]}, {"analysis": "Known.", "answer": f"Person {i}"}]
+
+    write_jsonl(directory / "corpus.jsonl", [{"id": str(i), "contents": text} for i, text in enumerate(contents)])
+    write_jsonl(directory / "train.jsonl", questions)
+    write_jsonl(
+        directory / "taught.jsonl", [question | {"steps": steps(i)} for i, question in enumerate(questions[:6])]
+    )
+    data = DataConfig("files", str(directory), "corpus.jsonl", sft="taught.jsonl", rl="train.jsonl", **keys)
+    return dataclasses.replace(config, phases=("index", "sft", "rl"), data=data)
+
+
+def test_rl_leaves_out_the_questions_that_the_cold_start_drew(config: Config, tmp_path: Path) -> None:
+    few = files_of_ones_own(config, tmp_path / "data", num_sft=4)
+    one = Session(few, open_run(few))
+    one.write_data()
+    used = [trajectory.question.id for trajectory in one.trajectories()]
+    assert len(used) == 4 and set(used) < {f"q{i}" for i in range(6)}
+    assert [question.id for question in one.questions("rl")] == [f"q{i}" for i in range(10) if f"q{i}" not in used]
+    reseeded = Session(dataclasses.replace(few, seed=3), one.run_dir)
+    assert [trajectory.question.id for trajectory in reseeded.trajectories()] != used
+    shared = dataclasses.replace(few, data=dataclasses.replace(few.data, disjoint=False))
+    assert len(Session(shared, one.run_dir).questions("rl")) == 10
+    alone = dataclasses.replace(few, phases=("index", "rl"))
+    assert len(Session(alone, one.run_dir).questions("rl")) == 10
+
+
+def test_data_that_leaves_nothing_or_holds_too_little_is_the_users_to_fix(config: Config, tmp_path: Path) -> None:
+    every = files_of_ones_own(config, tmp_path / "data")
+    every = dataclasses.replace(every, data=dataclasses.replace(every.data, rl="taught.jsonl"))
+    one = Session(every, open_run(every))
+    one.write_data()
+    with pytest.raises(UserError, match=r"data.disjoint leaves no question for RL: all of .*taught.jsonl"):
+        one.questions("rl")
+    many = dataclasses.replace(every, data=dataclasses.replace(every.data, num_sft=7))
+    with pytest.raises(UserError, match=r"data.num_sft must be at most 6, what .*taught.jsonl holds; got 7"):
+        Session(many, one.run_dir).trajectories()
+
+
+def test_a_search_again_brings_this_runs_documents_and_keeps_what_a_step_is_after(
+    config: Config, tmp_path: Path
+) -> None:
+    again = files_of_ones_own(config, tmp_path / "data", search_again=True)
+    one = Session(again, open_run(again))
+    one.write_data()
+    assert one.path_of("sft") == one.run_dir / "data" / "sft.jsonl"
+    for number, trajectory in enumerate(one.trajectories()):
+        [found] = one.retriever.search([trajectory.steps[0].query or ""], again.retrieval.top_k)
+        shown = [passage.id for passage in trajectory.steps[0].passages]
+        assert str(number) in shown and len(shown) == again.retrieval.top_k
+        assert set(shown) <= {str(number), *(hit.passage.id for hit in found)}

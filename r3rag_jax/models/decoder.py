@@ -39,6 +39,9 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "final_norm": (None,),
     "lm_head": ("embed", "vocab"),
 }
+# Adapters (lora.py) of a projection [in, out]: a [in, rank] and b [rank, out].
+PARAM_AXES |= {f"{name}_a": (*axes[:2], None) for name, axes in PARAM_AXES.items() if name.endswith("_proj")}
+PARAM_AXES |= {f"{name}_b": (axes[0], None, axes[2]) for name, axes in PARAM_AXES.items() if name.endswith("_proj")}
 
 _REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -154,6 +157,7 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.attention_implementation = attention_implementation
+        self.adapter_scale = 0.0  # what lora.py multiplies adapters with, where there are any
 
         def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
             if name.endswith("_norm"):
@@ -280,7 +284,7 @@ class Decoder(nnx.Module):
         h = rms_norm(x, w["input_norm"], c.norm_eps)
 
         def heads(name: str, num: int) -> jax.Array:
-            y = matmul(h, w[f"{name}_proj"])
+            y = self._project(w, f"{name}_proj", h)
             if c.attention_bias:
                 y = y + w[f"{name}_bias"]
             return y.reshape(*y.shape[:-1], num, c.head_dim)
@@ -293,10 +297,17 @@ class Decoder(nnx.Module):
 
     def _finish_layer(self, w: dict[str, jax.Array], x: jax.Array, out: jax.Array) -> jax.Array:
         """Add attention output [B, L, N, H] and feed-forward to the residual stream [B, L, D]."""
-        x = x + matmul(out.reshape(*out.shape[:-2], -1), w["o_proj"])
+        x = x + self._project(w, "o_proj", out.reshape(*out.shape[:-2], -1))
         h = rms_norm(x, w["post_norm"], self.config.norm_eps)
-        gated = jax.nn.silu(matmul(h, w["gate_proj"])) * matmul(h, w["up_proj"])
-        return x + matmul(gated, w["down_proj"])
+        gated = jax.nn.silu(self._project(w, "gate_proj", h)) * self._project(w, "up_proj", h)
+        return x + self._project(w, "down_proj", gated)
+
+    def _project(self, w: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+        """Multiply by a projection of the layer and, where it has one, add its adapter's share."""
+        y = matmul(x, w[name])
+        if f"{name}_a" not in w:
+            return y
+        return y + self.adapter_scale * matmul(matmul(x, w[f"{name}_a"]), w[f"{name}_b"])
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:

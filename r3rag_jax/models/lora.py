@@ -1,0 +1,84 @@
+"""Low-rank adapters over the stacked layers: y = x W + alpha / rank (x A) B (arXiv 2106.09685).
+
+W stays as it was read and gets no gradient: optimizer, checkpoints and reference policy need no copy of it. For
+rollouts and for export the adapters are merged into a decoder of the usual shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from r3rag_jax.config import PROJECTIONS, LoraConfig
+from r3rag_jax.models.decoder import PARAM_AXES, Decoder
+from r3rag_jax.sharding import tree_shardings
+
+ADAPTERS = frozenset(f"{name}_{side}" for name in PROJECTIONS for side in "ab")
+FROZEN = frozenset(PARAM_AXES) - ADAPTERS  # names of parameters that are not trained beside adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A module in three parts: what it is, what training changes of it, and what it leaves alone."""
+
+    graphdef: Any
+    params: Any
+    frozen: Any = None  # None: all is trained
+
+    @classmethod
+    def of(cls, module: nnx.Module, config: LoraConfig) -> Parts:
+        """With adapters, all parameters of a decoder beside them are frozen; heads are trained."""
+        if config.rank == 0:
+            return cls(*nnx.split(module))
+        return cls(*nnx.split(module, lambda path, _: str(path[-1]) not in FROZEN, ...))
+
+
+def join(graphdef: Any, params: Any, frozen: Any = None) -> Any:
+    """The module of these parts."""
+    return nnx.merge(graphdef, params) if frozen is None else nnx.merge(graphdef, params, frozen)
+
+
+def attach(decoder: Decoder, config: LoraConfig, mesh: Mesh, seed: int) -> Decoder:
+    """Give a decoder adapters where the configuration asks for them; they change nothing before the first update.
+
+    Parameters "…_a", float32 [Ly, in, rank], are drawn with variance 1 / in from `seed`; "…_b" [Ly, rank, out] are 0.
+    """
+    if config.rank == 0:
+        return decoder
+
+    def draw() -> dict[str, jax.Array]:
+        rngs, adapters = nnx.Rngs(seed), {}
+        for name in config.targets:
+            layers, width, out = decoder.param(name).get_value().shape
+            adapters[f"{name}_a"] = jax.random.normal(rngs.params(), (layers, width, config.rank)) * width**-0.5
+            adapters[f"{name}_b"] = jnp.zeros((layers, config.rank, out))
+        return adapters
+
+    shardings = tree_shardings(mesh, jax.eval_shape(draw), PARAM_AXES)
+    for name, value in jax.jit(draw, out_shardings=shardings)().items():
+        setattr(decoder.layers, name, nnx.Param(value))
+    decoder.adapter_scale = config.alpha / config.rank
+    return decoder
+
+
+def merge(graphdef: Any, params: Any, frozen: Any = None) -> Any:
+    """Parameters of the decoder without adapters that computes the same; to be jitted.
+
+    W + alpha / rank A B is formed in float32 and rounded to the type of W. Without adapters: `params`.
+    """
+    decoder = nnx.clone(join(graphdef, params, frozen))  # whose variables are those of `params` and `frozen`
+    for name in PROJECTIONS:
+        if not hasattr(decoder.layers, f"{name}_a"):
+            continue
+        a, b = (getattr(decoder.layers, f"{name}_{side}")[...] for side in "ab")
+        weight = decoder.param(name).get_value()
+        change = decoder.adapter_scale * jnp.matmul(a, b, preferred_element_type=jnp.float32)
+        decoder.param(name).set_value((weight.astype(jnp.float32) + change).astype(weight.dtype))
+        for side in "ab":
+            delattr(decoder.layers, f"{name}_{side}")
+    return nnx.split(decoder)[1]

