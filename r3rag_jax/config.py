@@ -120,6 +120,11 @@ class ModelConfig:
         "a Hugging Face directory, or `bundled`: the small Qwen2 base in the package",
         "path",
     )
+    chat_template: str = key(
+        "",
+        "a Jinja file, or `chatml` or `llama3`, as the published checkpoints were trained; empty: the model's own",
+        "path",
+    )
     init: Literal["pretrained", "random"] = key("pretrained", "`random` keeps architecture and tokenizer only")
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters are float32 masters")
     remat: Literal["none", "full", "dots"] = key("none", "what the backward pass recomputes")
