@@ -148,8 +148,12 @@ class RetrievalConfig:
     pooling: Literal["auto", "mean", "cls"] = key(
         "auto", "token states to a vector; `auto` is what sentence-transformers' modules.json says"
     )
-    query_prefix: str = key("", "put before every query of the bert encoder, e.g. E5's `query: `")
-    passage_prefix: str = key("", "put before every passage of the bert encoder, e.g. E5's `passage: `")
+    query_prefix: str = key(
+        "auto", "put before every query of the bert encoder, e.g. E5's `query: `; `auto`: sentence-transformers' prompt"
+    )
+    passage_prefix: str = key(
+        "auto", "put before every passage of the bert encoder, e.g. E5's `passage: `; `auto`: likewise"
+    )
     dim: int = key(1024, "embedding size of the hash encoder", "floats")
     index: Literal["flat"] = key("flat", "FAISS index type")
     top_k: int = key(2, "passages per retrieval", "passages")
