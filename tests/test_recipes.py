@@ -1,7 +1,8 @@
 """The recipes of 7 and 8 billion parameters: their constants, their models, and that every step of them traces.
 
-`fixtures/` holds config.json of real models: as their pages on huggingface.co have it (Qwen/Qwen2.5-7B-Instruct,
-meta-llama/Llama-3.1-8B-Instruct, meta-llama/Llama-3.2-1B, Qwen/Qwen3-0.6B, HuggingFaceTB/SmolLM2-135M-Instruct).
+`fixtures/` holds config.json of real models (Qwen/Qwen2.5-7B-Instruct, meta-llama/Llama-3.1-8B-Instruct,
+meta-llama/Llama-3.2-1B, Qwen/Qwen3-0.6B, HuggingFaceTB/SmolLM2-135M-Instruct), typed from public copies of them; what
+the decoder reads agrees with those and with the published numbers of parameters, ids of special tokens are as known.
 """
 
 from __future__ import annotations
