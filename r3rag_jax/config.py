@@ -132,6 +132,11 @@ class ModelConfig:
         "a Hugging Face directory, `package:NAME` for one in an installed package, or `bundled`: a small Qwen2 base",
         "path",
     )
+    chat_template: str = key(
+        "",
+        "a Jinja file, or `chatml` or `llama3`, as the published checkpoints were trained; empty: the model's own",
+        "path",
+    )
     init: Literal["pretrained", "random"] = key("pretrained", "`random` keeps architecture and tokenizer only")
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; what is trained is kept in float32")
     remat: Literal["none", "full", "dots"] = key("none", "what the backward pass recomputes")
@@ -169,8 +174,12 @@ class RetrievalConfig:
     pooling: Literal["auto", "mean", "cls"] = key(
         "auto", "token states to a vector; `auto` is what sentence-transformers' modules.json says"
     )
-    query_prefix: str = key("", "put before every query of the bert encoder, e.g. E5's `query: `")
-    passage_prefix: str = key("", "put before every passage of the bert encoder, e.g. E5's `passage: `")
+    query_prefix: str = key(
+        "auto", "put before every query of the bert encoder, e.g. E5's `query: `; `auto`: sentence-transformers' prompt"
+    )
+    passage_prefix: str = key(
+        "auto", "put before every passage of the bert encoder, e.g. E5's `passage: `; `auto`: likewise"
+    )
     dim: int = key(1024, "embedding size of the hash encoder", "floats")
     index: Literal["flat"] = key("flat", "FAISS index type")
     top_k: int = key(2, "passages per retrieval", "passages")

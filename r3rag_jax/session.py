@@ -46,7 +46,7 @@ from r3rag_jax.retrieval.faiss_index import FaissIndex
 from r3rag_jax.rollout import Roller
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sharding import make_mesh, partition_spec, tree_shardings
-from r3rag_jax.text import Tokenizer
+from r3rag_jax.text import Tokenizer, read_template
 from r3rag_jax.transcript import Codec
 from r3rag_jax.types import Passage, Question, Trajectory
 
@@ -143,8 +143,10 @@ class Session:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
+        name = self.config.model.chat_template
+        template = read_template(name) if name else None
         with reading(self.base_path):
-            return Tokenizer(self.base_path)
+            return Tokenizer(self.base_path, chat_template=template)
 
     @functools.cached_property
     def codec(self) -> Codec:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,18 +22,24 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Backend
 
+from r3rag_jax.errors import UserError
+
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIALS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATES = ("chatml", "llama3")  # of this package: what the published checkpoints were trained under
 _SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Tokenizer:
     """Text to token ids and back, with the chat template of the model."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, chat_template: str | None = None):
         """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a directory.
+
+        Args:
+            chat_template: text of a Jinja template that replaces the directory's; `save` writes it.
 
         Raises:
             FileNotFoundError: the directory has no tokenizer.json.
@@ -49,7 +56,7 @@ class Tokenizer:
             **_read_json(self._path / SPECIALS_FILE),
             **_read_json(self._path / CONFIG_FILE),
         }
-        self._template_text = self._find_template()
+        self._template_text = self._find_template() if chat_template is None else chat_template
         self._template: jinja2.Template | None = None
         self._plain: _Backend | None = None
 
@@ -191,6 +198,20 @@ class Tokenizer:
             named = {entry["name"]: entry["template"] for entry in template}
             return named.get("default")
         return template
+
+
+def read_template(name: str) -> str:
+    """Return the text of a chat template: one of TEMPLATES, or a Jinja file.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if name in TEMPLATES:
+        return (files("r3rag_jax") / "assets" / "chat" / f"{name}.jinja").read_text(encoding="utf-8")
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"model.chat_template must be {', '.join(TEMPLATES)} or a Jinja file; got {name}") from None
 
 
 class _Generation(Extension):

@@ -30,6 +30,13 @@ TINY = DecoderConfig(
     tie_embeddings=True,
     model_type="qwen2",
 )
+FAMILIES = {
+    "llama": dataclasses.replace(
+        TINY, attention_bias=False, tie_embeddings=False, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8), model_type="llama"
+    ),
+    "qwen2": TINY,
+    "qwen3": dataclasses.replace(TINY, attention_bias=False, qk_norm=True, head_dim=12, model_type="qwen3"),
+}
 
 
 @functools.cache
@@ -181,6 +188,36 @@ def test_packed_segments_equal_separate_rows():
     np.testing.assert_allclose(hidden[:, 5:9], forward(model, b, positions(1, 4)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_do_not_depend_on_where_the_padding_lies(family):
+    """Rows of 9, 1, 12 and 5 tokens: padded on the right, on the left, in between, and all in one row."""
+    model, lengths, L = make(FAMILIES[family]), (9, 1, 12, 5), 30
+    rows = [np.asarray(random_tokens((1, n), seed=n))[0] for n in lengths]
+    logits = nnx.jit(lambda model, tokens, positions, segments: model.logits(model(tokens, positions, segments)))
+
+    def run(places: list[list[tuple[int, np.ndarray]]]) -> np.ndarray:
+        """Logits [B, L, V] of rows in which text i has its tokens at the given columns; the rest is noise."""
+        tokens = np.asarray(random_tokens((len(places), L), seed=99)).copy()
+        at, segments = np.zeros((2, len(places), L), np.int32)
+        for row, texts in enumerate(places):
+            for number, (i, columns) in enumerate(texts, 1):
+                tokens[row, columns], at[row, columns], segments[row, columns] = rows[i], np.arange(lengths[i]), number
+        return np.asarray(logits(model, tokens, at, segments))
+
+    rng = np.random.default_rng(0)
+    want = run([[(i, np.arange(n))] for i, n in enumerate(lengths)])
+    left = [np.arange(L - n, L) for n in lengths]
+    ragged = [np.sort(rng.choice(L, n, replace=False)) for n in lengths]
+    for columns in (left, ragged):
+        got = run([[(i, columns[i])] for i in range(len(lengths))])
+        for i, n in enumerate(lengths):
+            np.testing.assert_allclose(got[i, columns[i]], want[i, :n], rtol=1e-4, atol=1e-4)
+    starts = (1, 11, 12, 25)  # a gap in front, one behind the first and one behind the third
+    packed = run([[(i, start + np.arange(n)) for i, (start, n) in enumerate(zip(starts, lengths, strict=True))]] * 4)
+    for i, (start, n) in enumerate(zip(starts, lengths, strict=True)):
+        np.testing.assert_allclose(packed[0, start : start + n], want[i, :n], rtol=1e-4, atol=1e-4)
+
+
 def test_padding_is_finite_and_has_no_gradient():
     model = make()
     graphdef, params = nnx.split(model)
@@ -240,6 +277,26 @@ def test_bfloat16_forward_and_cache():
     assert cached.dtype == jnp.bfloat16
     difference = jnp.abs(cached.astype(jnp.float32) - half.astype(jnp.float32))
     assert float(difference.mean()) < 0.02 * scale
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_predicts_what_float32_does(family):
+    """KL of the next-token distributions, mean over positions, in nats."""
+    config = dataclasses.replace(FAMILIES[family], hidden_size=64, ffn_size=96)
+    tokens = random_tokens((4, 64))
+    logprobs = nnx.jit(lambda model: jax.nn.log_softmax(model.logits(model(tokens, positions(4, 64)))))
+
+    def build(dtype) -> Decoder:  # as drawn: trained models do not amplify rounding as `make` does
+        model = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
+        if config.tie_embeddings:
+            model.embed.set_value(1.5 * model.embed[...])
+        return model
+
+    exact, rounded = logprobs(build(jnp.float32)), logprobs(build(jnp.bfloat16))
+    knows = np.log(TINY.vocab_size) + float((jnp.exp(exact) * exact).sum(-1).mean())
+    kl = float((jnp.exp(exact) * (exact - rounded)).sum(-1).mean())
+    assert knows > 0.3  # nats less than a uniform distribution: there is something to get wrong
+    assert 0 < kl < 3e-4  # 0.6e-4 to 1e-4 was seen
 
 
 def test_llama3_frequencies():

@@ -239,6 +239,44 @@ def test_a_model_with_a_head_is_read_without_it(built: Path, tmp_path: Path) -> 
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_norms_of_older_exports_are_read(built: Path, tmp_path: Path, prefix: str) -> None:
+    """Checkpoints converted from TensorFlow say LayerNorm.gamma and .beta, bert-base-uncased among them."""
+    write_model(tmp_path, prefix=prefix)
+    weights, new, old = tmp_path / "model.safetensors", ("weight", "bias"), ("gamma", "beta")
+    tensors = load_file(weights)
+    for one, other in zip(new, old, strict=True):
+        tensors = {name.replace(f"LayerNorm.{one}", f"LayerNorm.{other}"): x for name, x in tensors.items()}
+    assert f"{prefix}embeddings.LayerNorm.gamma" in tensors
+    save_file(tensors, weights)
+    keep = jnp.ones(TOKENS.shape, bool)
+    want, got = (load_encoder(path)(jnp.asarray(TOKENS), keep) for path in (built, tmp_path))
+    np.testing.assert_array_equal(got, want)
+    name = f"{prefix}encoder.layer.1.output.LayerNorm.beta"
+    save_file({key: x for key, x in tensors.items() if key != name}, weights)
+    with pytest.raises(ValueError, match=rf"missing: {name} of shape \(32,\)$"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "ffn", "heads", "num_params"),
+    [(12, 768, 3072, 12, 108_891_648), (24, 1024, 4096, 16, 334_092_288), (6, 384, 1536, 12, 22_565_376)],
+    ids=["e5-base-v2", "bge-large-en-v1.5", "all-MiniLM-L6-v2"],
+)
+def test_real_encoders_have_their_published_sizes(
+    layers: int, width: int, ffn: int, heads: int, num_params: int
+) -> None:
+    """Without the pooler, which has width * (width + 1) more."""
+    hf = {
+        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30_522, "hidden_size": width,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": ffn, "hidden_act": "gelu",
+        "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0,
+        "position_embedding_type": "absolute", "use_cache": True, "classifier_dropout": None,
+    }  # fmt: skip
+    shapes = param_shapes(BertConfig.from_hf(hf)).values()
+    assert sum(int(np.prod(shape)) for shape in shapes) == num_params
+
+
 def test_buffers_and_pooler_are_ignored_and_what_else_differs_is_named(directory: Path) -> None:
     weights, name = directory / "model.safetensors", "encoder.layer.2.output.dense.weight"
     tensors = load_file(weights)
@@ -351,6 +389,44 @@ def test_prefixes_stand_before_queries_and_passages(built: Path) -> None:
         expected = plain.encode([f"{kind}: {text}" for text in TEXTS])
         np.testing.assert_allclose(encoder.encode(TEXTS, kind=kind), expected, atol=2e-6)
     assert encoder.cosine_kind == "passage"
+
+
+@pytest.mark.parametrize(
+    ("settings", "query", "passage"),
+    [
+        (
+            {"prompts": {"query": "query: ", "passage": "passage: "}, "default_prompt_name": None},
+            "query: ",
+            "passage: ",
+        ),
+        ({"prompts": {"query": "q: ", "document": ""}, "default_prompt_name": "query"}, "q: ", ""),
+        ({"prompts": {"query": "q: "}, "default_prompt_name": None}, "q: ", ""),
+        ({"prompts": {"text": "t: "}, "default_prompt_name": "text"}, "t: ", "t: "),
+        ({"prompts": {}}, "", ""),
+        ({"__version__": {"sentence_transformers": "2.2.2"}}, "", ""),
+    ],
+    ids=str,
+)
+def test_prefixes_are_read_from_sentence_transformers_prompts(
+    directory: Path, settings: dict[str, Any], query: str, passage: str
+) -> None:
+    (directory / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    expected = BertEncoder(directory, query_prefix=query, passage_prefix=passage)
+    found = BertEncoder(directory)
+    assert found.fingerprint == expected.fingerprint
+    for kind in ("query", "passage"):
+        np.testing.assert_array_equal(found.encode(TEXTS[:1], kind=kind), expected.encode(TEXTS[:1], kind=kind))
+    plain = BertEncoder(directory, query_prefix="", passage_prefix="")
+    assert (plain.fingerprint == expected.fingerprint) == (query == passage == "")
+    found.save(directory / "encoder.json")
+    (directory / "config_sentence_transformers.json").unlink()  # what an index was built with stays
+    assert BertEncoder.load(directory / "encoder.json").fingerprint == expected.fingerprint
+
+
+def test_prompts_that_are_no_texts_are_refused(directory: Path) -> None:
+    (directory / "config_sentence_transformers.json").write_text('{"prompts": {"query": 3}}')
+    with pytest.raises(UserError, match=r"config_sentence_transformers\.json must hold prompts as texts; 'query' is 3"):
+        BertEncoder(directory)
 
 
 def test_longest_text_is_asked_for_or_read_from_the_directory(directory: Path) -> None:

@@ -13,6 +13,7 @@ from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shapes
 from r3rag_jax.models.hf import load_config, load_decoder, load_generation, save_decoder
 from r3rag_jax.models.tensor_files import TensorFiles
+from r3rag_jax.sampler.engine import Context, Engine
 from r3rag_jax.sharding import AXES, partition_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -114,6 +115,31 @@ def test_hidden_states_match(tmp_path):
     ours = load_decoder(tmp_path, dtype=jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
     assert_near(np.asarray(ours(jnp.asarray(TOKENS), positions)), want)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_64_greedy_tokens_are_those_of_transformers(model_type, tmp_path):
+    """Prompts of three lengths side by side in our sampler, one by one in theirs."""
+    theirs = hf_model(model_type)
+    theirs.generation_config.eos_token_id = None  # a random model may say it
+    with torch.no_grad():
+        theirs.model.embed_tokens.weight.mul_(0.25)  # tied to the output, it would repeat the last token
+    theirs.save_pretrained(tmp_path)
+    ours = load_decoder(tmp_path, dtype=jnp.float32)
+    graphdef, params = nnx.split(ours)
+    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    engine = Engine(graphdef, ours.config, mesh, slots=4, max_length=160)
+    prompts = [TOKENS[0, :length].tolist() for length in (3, 34, 90)]
+    engine.set_context(params, {row: Context(ids, budget=64) for row, ids in enumerate(prompts)})
+    engine.decode(params, max_tokens=64, leave_at=4)
+    said = set()
+    for row, ids in enumerate(prompts):
+        tokens = torch.as_tensor([ids])
+        mask = torch.ones_like(tokens)  # theirs would else take an id 0 in a prompt for padding
+        spoken = theirs.generate(tokens, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0)
+        assert engine.rows.tokens[row, : len(ids) + 64].tolist() == spoken[0].tolist()
+        said |= set(spoken[0, len(ids) :].tolist())
+    assert len(said) > 3  # not one token over and over
 
 
 def test_bfloat16_export_is_what_transformers_reads(llama_dir, tmp_path):

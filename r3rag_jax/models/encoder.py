@@ -46,6 +46,7 @@ HF_NAMES = {
     "ffn_norm_bias": "encoder.layer.{i}.output.LayerNorm.bias",
 }
 _LAYER_PARAMS = tuple(name for name, hf_name in HF_NAMES.items() if "{i}" in hf_name)
+_OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}  # as converted from TensorFlow
 _PREFIX = "bert."  # models with a head (BertForMaskedLM, …) name the encoder's tensors so
 _IGNORED = ("pooler.", "embeddings.position_ids")  # beginnings of names that embeddings do not use
 # What this encoder computes; transformers fills in the same where a config.json is silent.
@@ -245,7 +246,7 @@ def load_encoder(path: str | Path, *, dtype: jax.typing.DTypeLike = jnp.float32)
     Args:
         path: holds config.json and model.safetensors, or model.safetensors.index.json with its shards.
             Tensors may be named as of a BertModel or, with `bert.` before, as of a model with a head,
-            which is not read.
+            which is not read; norms by weight and bias or, as in older exports, gamma and beta.
         dtype: of the matrices and of matmul inputs; embeddings, norms and biases are float32.
 
     Raises:
@@ -256,9 +257,11 @@ def load_encoder(path: str | Path, *, dtype: jax.typing.DTypeLike = jnp.float32)
     shapes = param_shapes(config)
     with TensorFiles(path) as files:
         prefix = _PREFIX if any(name.startswith(_PREFIX) for name in files.file_of) else ""
+        is_old = any(name.endswith(tuple(_OLD_NAMES.values())) for name in files.file_of)
+        names = {name: prefix + (_old_name(hf_name) if is_old else hf_name) for name, hf_name in HF_NAMES.items()}
         expected: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
-            expected |= tensor_shapes(prefix + HF_NAMES[name], shape, transposed=name.endswith("_proj"))
+            expected |= tensor_shapes(names[name], shape, transposed=name.endswith("_proj"))
         ignored = tuple(prefix + name for name in _IGNORED)
         found = {name for name in files.file_of if name.startswith(prefix) and not name.startswith(ignored)}
         check_tensors(files, expected, found, f"a bert with {config.num_layers} layers")
@@ -266,5 +269,12 @@ def load_encoder(path: str | Path, *, dtype: jax.typing.DTypeLike = jnp.float32)
         for name, shape in shapes.items():
             is_matrix = name.endswith("_proj")
             param_dtype = np.dtype(dtype if is_matrix else np.float32)
-            params[name] = read_param(files, prefix + HF_NAMES[name], shape, param_dtype, transposed=is_matrix)
+            params[name] = read_param(files, names[name], shape, param_dtype, transposed=is_matrix)
     return Bert(config, params, dtype=dtype)
+
+
+def _old_name(hf_name: str) -> str:
+    """Return the Hugging Face name as older exports spell it: LayerNorm.gamma, LayerNorm.beta."""
+    for new, old in _OLD_NAMES.items():
+        hf_name = hf_name.replace(new, old)
+    return hf_name

@@ -1,8 +1,8 @@
 """A dense text encoder of the BERT family (MiniLM, E5, BGE), read from a Hugging Face directory.
 
-Where the directory is one of sentence-transformers, its own files say how hidden states are pooled and how
-long a text may be; prompts that they hold are not used, since prefixes are given. Vectors always get norm 1,
-and texts are read as sentence-transformers reads them: one that spells a special token becomes that token.
+Where the directory is one of sentence-transformers, its own files say how hidden states are pooled, how long a
+text may be and, where they hold prompts, what is put before queries and passages. Vectors always get norm 1, and
+texts are read as sentence-transformers reads them: one that spells a special token becomes that token.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from r3rag_jax.retrieval.base import TextKind
 
 TOKENIZER_FILE = "tokenizer.json"
 MODULES_FILE = "modules.json"  # sentence-transformers: the steps from a text to its vector
+PROMPTS_FILE = "config_sentence_transformers.json"
+# What it calls the prompts, in the order that sentence-transformers looks.
+PROMPTS = {"query": ("query",), "passage": ("document", "passage", "corpus")}
 # Where the longest text stands, in the order that sentence-transformers looks.
 LENGTHS = {"sentence_bert_config.json": "max_seq_length", "tokenizer_config.json": "model_max_length"}
 _CHUNK = 4096  # texts that are tokenized and sorted by length at once
@@ -44,7 +47,8 @@ class BertEncoder:
     Args:
         path: a Hugging Face directory: config.json, safetensors, tokenizer.json.
         pooling: "mean" or "cls"; "auto" is what sentence-transformers' modules.json says.
-        query_prefix: put before every query, e.g. "query: " for E5. passage_prefix: before every passage.
+        query_prefix: put before every query, e.g. "query: " for E5. passage_prefix: before every passage. "auto" is
+            the directory's prompt, or nothing where it has none.
         max_length: longest text in tokens, special ones included; what is longer is cut. 0 takes the limit of
             sentence_bert_config.json or tokenizer_config.json, or else of the model.
         batch_tokens: tokens of a batch, padding included; a bound on memory.
@@ -59,8 +63,8 @@ class BertEncoder:
         path: str | Path,
         *,
         pooling: str = "auto",
-        query_prefix: str = "",
-        passage_prefix: str = "",
+        query_prefix: str = "auto",
+        passage_prefix: str = "auto",
         max_length: int = 0,
         batch_tokens: int = 16_384,
         dtype: str = "float32",
@@ -72,6 +76,8 @@ class BertEncoder:
             self._tokenizer = _read_tokenizer(self._path, model.config.vocab_size)
             self._max_length = _max_length(self._path, max_length, model.config.max_positions)
             pooling = _pooling(self._path, pooling)
+            query_prefix = _prefix(self._path, query_prefix, "query")
+            passage_prefix = _prefix(self._path, passage_prefix, "passage")
         except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
             raise UserError(f"the encoder at {path} cannot be read: {error}") from error
         self._tokenizer.enable_truncation(self._max_length)
@@ -246,6 +252,20 @@ def _max_length(path: Path, asked: int, max_positions: int) -> int:
         if limit is not None:
             return int(min(limit, max_positions))  # tokenizers without a limit state 1e30
     return max_positions
+
+
+def _prefix(path: Path, asked: str, kind: TextKind) -> str:
+    """The prefix as asked, or where that is "auto" the prompt of sentence-transformers' file, or ""."""
+    file = path / PROMPTS_FILE
+    if asked != "auto" or not file.is_file():
+        return "" if asked == "auto" else asked
+    settings = read_json(file)
+    prompts = settings.get("prompts") or {}
+    name = next((name for name in (*PROMPTS[kind], settings.get("default_prompt_name")) if name in prompts), None)
+    prompt = "" if name is None else prompts[name]
+    if not isinstance(prompt, str):
+        raise ValueError(f"{file} must hold prompts as texts; {name!r} is {prompt!r}")
+    return prompt
 
 
 def _pooling(path: Path, asked: str) -> str:

@@ -1,0 +1,229 @@
+"""The recipes of 7 and 8 billion parameters: their constants, their models, and that every step of them traces.
+
+`fixtures/` holds config.json of real models (Qwen/Qwen2.5-7B-Instruct, meta-llama/Llama-3.1-8B-Instruct,
+meta-llama/Llama-3.2-1B, Qwen/Qwen3-0.6B, HuggingFaceTB/SmolLM2-135M-Instruct), typed from public copies of them; what
+the decoder reads agrees with those and with the published numbers of parameters, ids of special tokens are as known.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from r3rag_jax import learner
+from r3rag_jax.batch import pack
+from r3rag_jax.config import Config
+from r3rag_jax.configio import load_config
+from r3rag_jax.models.config import DecoderConfig, RopeScaling
+from r3rag_jax.models.decoder import Decoder, KVCache, param_shapes, rope_frequencies
+from r3rag_jax.models.hf import hf_tensors
+from r3rag_jax.sampler import engine
+from r3rag_jax.sampler.state import Rows
+from r3rag_jax.sharding import make_mesh
+from r3rag_jax.types import SFTBatch
+
+TESTS = Path(__file__).parent
+RECIPES = {"r3rag_qwen2.5_7b": "Qwen2.5-7B-Instruct", "r3rag_llama3.1_8b": "Llama-3.1-8B-Instruct"}
+
+# Tracing takes ten seconds a recipe, most of it the chunks of attention: one of the two always, both with -m slow.
+TRACED = [pytest.param(*pair, marks=pytest.mark.slow if "llama" in pair[0] else ()) for pair in RECIPES.items()]
+
+
+def recipe(name: str) -> Config:
+    return load_config(TESTS.parent / "configs" / f"{name}.yaml")
+
+
+def decoder_config(model: str) -> DecoderConfig:
+    return DecoderConfig.from_hf(json.loads((TESTS / "fixtures" / f"{model}.json").read_text()))
+
+
+# ------------------------------------------------------------------------------------------ models
+
+
+@pytest.mark.parametrize(
+    ("model", "expected", "num_params"),
+    [
+        (
+            "Qwen2.5-7B-Instruct",
+            DecoderConfig(
+                vocab_size=152_064, hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128,
+                ffn_size=18_944, rope_theta=1e6, norm_eps=1e-6, attention_bias=True, max_positions=32_768,
+                model_type="qwen2",
+            ),
+            7_615_616_512,
+        ),
+        (
+            "Llama-3.1-8B-Instruct",
+            DecoderConfig(
+                vocab_size=128_256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+                ffn_size=14_336, rope_theta=5e5, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192), norm_eps=1e-5,
+                max_positions=131_072, model_type="llama",
+            ),
+            8_030_261_248,
+        ),
+        (
+            "Llama-3.2-1B",
+            DecoderConfig(
+                vocab_size=128_256, hidden_size=2048, num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64,
+                ffn_size=8192, rope_theta=5e5, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192), norm_eps=1e-5,
+                tie_embeddings=True, max_positions=131_072, model_type="llama",
+            ),
+            1_235_814_400,
+        ),
+        (
+            "Qwen3-0.6B",
+            DecoderConfig(
+                vocab_size=151_936, hidden_size=1024, num_layers=28, num_heads=16, num_kv_heads=8, head_dim=128,
+                ffn_size=3072, rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tie_embeddings=True, max_positions=40_960,
+                model_type="qwen3",
+            ),
+            596_049_920,
+        ),
+        (
+            "SmolLM2-135M-Instruct",
+            DecoderConfig(
+                vocab_size=49_152, hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
+                ffn_size=1536, rope_theta=1e5, norm_eps=1e-5, tie_embeddings=True, max_positions=8192,
+                model_type="llama",
+            ),
+            134_515_008,
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_real_models_have_their_published_shapes(model: str, expected: DecoderConfig, num_params: int) -> None:
+    config = decoder_config(model)
+    assert config == expected
+    assert sum(map(math.prod, param_shapes(config).values())) == num_params
+    assert sum(math.prod(tensor.shape) for tensor in hf_tensors(config).values()) == num_params
+    assert DecoderConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.slow
+def test_real_models_count_as_in_transformers() -> None:
+    """The same fixtures, built by transformers on torch's meta device: names and shapes of every tensor."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    for file in sorted((TESTS / "fixtures").glob("*.json")):
+        hf = json.loads(file.read_text())
+        with torch.device("meta"):
+            theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**hf))
+        want = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
+        assert {name: tensor.shape for name, tensor in hf_tensors(DecoderConfig.from_hf(hf)).items()} == want
+
+
+def test_rotary_frequencies_of_llama_3_1_at_full_size() -> None:
+    # H 128, theta 500,000, original context 8192: frequency i turns 8192 theta^(-i/64) / 2 pi times over it.
+    scaled, plain = rope_frequencies(decoder_config("Llama-3.1-8B-Instruct")), 5e5 ** (-np.arange(64) / 64)
+    turns = 8192 * plain / (2 * np.pi)
+    assert (turns > 4).sum() == 29 and (turns < 1).sum() == 29
+    np.testing.assert_allclose(scaled[:29], plain[:29], rtol=1e-6)
+    np.testing.assert_allclose(scaled[-29:], plain[-29:] / 8, rtol=1e-6)
+    between = (turns[29:35] - 1) / 3
+    np.testing.assert_allclose(scaled[29:35], plain[29:35] * (between + (1 - between) / 8), rtol=1e-6)
+
+
+# --------------------------------------------------------------------------------------- constants
+
+
+@pytest.mark.parametrize(("name", "sft_lr"), [("r3rag_qwen2.5_7b", 7e-6), ("r3rag_llama3.1_8b", 1e-5)])
+def test_constants_are_those_of_the_paper(name: str, sft_lr: float) -> None:
+    config = recipe(name)
+    sft, rl, rollout, retrieval = config.sft, config.rl, config.rollout, config.retrieval
+    assert config.name == name and config.phases == ("index", "sft", "rl", "eval")
+    assert (sft.lr, sft.warmup, sft.epochs, sft.row_length) == (sft_lr, 0.1, 3, 4096)
+    assert (rl.lr, rl.critic_lr, rl.warmup, rl.clip, rl.value_clip) == (5e-7, 9e-6, 0.03, 0.2, 0.2)
+    assert (rl.gamma, rl.lam, rl.kl, rl.epochs, rl.grad_norm) == (1, 1, 0.01, 1, 1)
+    assert (rl.critic, rl.credit, rl.baseline, rl.negative_weight) == ("separate", "step", "none", 1)
+    assert rl.questions == 64 and rl.iterations * rl.questions == 4 * 8192
+    assert (rollout.protocol, rollout.max_steps, rollout.max_new_tokens, rollout.min_p) == ("steps", 5, 512, 0)
+    assert rollout.samples == 4 and rollout.temperatures == (0.1, 0.4, 0.7, 1.0)
+    assert (retrieval.top_k, retrieval.max_passages, retrieval.oneshot_top_k) == (2, 10, 16)
+    assert (retrieval.query_prefix, retrieval.passage_prefix) == ("query: ", "passage: ")
+    assert (config.rewards.outcome_weight, config.rewards.factor_correct, config.rewards.factor_wrong) == (2, 1.6, 0.8)
+    assert (config.model.dtype, config.model.remat) == ("bfloat16", "full")
+
+
+@pytest.mark.parametrize(("name", "model"), RECIPES.items())
+def test_lengths_fit_the_model_and_rows_fit_the_mesh(name: str, model: str) -> None:
+    config, decoder = recipe(name), decoder_config(model)
+    assert config.model.path == f"models/{model}"
+    assert config.rollout.max_length == 4096 + config.rollout.max_new_tokens  # prompt limit and a step
+    assert max(config.rollout.max_length, config.sft.row_length, config.rl.row_length) <= decoder.max_positions
+    for rows in (config.sft.batch_rows, config.rl.batch_rows, config.rollout.slots):
+        assert rows % config.mesh.fsdp == 0
+    assert decoder.hidden_size % config.mesh.fsdp == 0
+
+
+# ------------------------------------------------------------------------------------------ traces
+
+
+def new_decoder(config: Config, decoder: DecoderConfig) -> Decoder:
+    return Decoder(decoder, rngs=nnx.Rngs(0), dtype=jnp.dtype(config.model.dtype))
+
+
+def shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+def state_of(params: Any, tx: Any) -> learner.TrainState:
+    return jax.eval_shape(lambda p: learner.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), params)
+
+
+def batch_of(rows: int, length: int) -> Any:
+    batch = pack([], [], row_length=length, num_rows=rows, credit="step")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+@pytest.mark.parametrize(("name", "model"), TRACED)
+def test_every_update_traces_at_full_size(name: str, model: str) -> None:
+    """SFT update, an iteration's targets and PPO update on the recipe's mesh: shapes alone, nothing is allocated."""
+    config, decoder = recipe(name), decoder_config(model)
+    mesh = make_mesh(config.mesh)
+    new = functools.partial(new_decoder, config, decoder)
+    graphdef, policy = nnx.split(nnx.eval_shape(new))
+    critic = nnx.split(nnx.eval_shape(lambda: learner.new_critic(new(), config.rl.critic)))
+
+    tx = learner.sft_optimizer(config.sft, 1000)
+    state, rows = state_of(policy, tx), batch_of(config.sft.batch_rows, config.sft.row_length)
+    batch = SFTBatch(rows.tokens, rows.positions, rows.segment_ids, rows.loss_mask)
+    step = learner.make_sft_step(mesh, graphdef, tx, config.model, state)
+    after, metrics = jax.eval_shape(step, state, batch)
+    assert shapes(after) == shapes(state) and metrics["loss"].shape == ()
+
+    graphdefs, params = {"policy": graphdef, "critic": critic[0]}, {"policy": policy, "critic": critic[1]}
+    num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+    assert num_params == 2 * sum(map(math.prod, param_shapes(decoder).values())) + decoder.hidden_size
+    tx = learner.rl_optimizer(config.rl)
+    state, batch = state_of(params, tx), batch_of(config.rl.batch_rows, config.rl.row_length)
+    score = learner.make_scorer(mesh, graphdefs, config.model, config.rl)
+    targets, _ = jax.eval_shape(score, params, policy, batch)
+    assert targets.advantages.shape == (config.rl.batch_rows, config.rl.row_length)
+    step = learner.make_rl_step(mesh, graphdefs, tx, config.model, config.rl, state)
+    after, metrics = jax.eval_shape(step, state, batch, targets, jax.ShapeDtypeStruct((), jnp.float32))
+    assert shapes(after) == shapes(state) and metrics["value_loss"].shape == ()
+
+
+@pytest.mark.parametrize(("name", "model"), RECIPES.items())
+def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
+    config, decoder = recipe(name), decoder_config(model)
+    graphdef, policy = nnx.split(nnx.eval_shape(functools.partial(new_decoder, config, decoder)))
+    slots, length = config.rollout.slots, config.rollout.max_length
+    cache = jax.eval_shape(functools.partial(KVCache.init, decoder, slots, length, jnp.bfloat16))
+    chunk = np.zeros((slots, engine.PREFILL_LENGTHS[-1]), np.int32)
+    prefill = functools.partial(engine.prefill, graphdef)
+    prefilled = jax.eval_shape(prefill, policy, cache, np.zeros(slots, np.int32), chunk, chunk[:, 0])
+    assert shapes(prefilled) == shapes(cache)
+    stops = np.zeros(engine.MAX_STOPS, np.int32)
+    decode = functools.partial(engine.decode, graphdef, min_p=0.0)
+    decoded = jax.eval_shape(decode, policy, cache, Rows.empty(slots, length), 64, 4, stops, stops)
+    assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (slots, length)
