@@ -140,7 +140,9 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = key("pretrained", "`random` keeps architecture and tokenizer only")
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; what is trained is kept in float32")
     remat: Literal["none", "full", "dots"] = key("none", "what the backward pass recomputes")
-    attention: Literal["xla", "cudnn"] = key("xla", "attention implementation")
+    attention: Literal["xla", "cudnn", "splash"] = key(
+        "xla", "in training: `xla` runs anywhere, `cudnn` on NVIDIA in bfloat16, `splash` on TPU"
+    )
 
     def __post_init__(self) -> None:
         _require(self.path != "", "model.path must be a directory or bundled; got none", "model.path")

@@ -29,7 +29,7 @@ from r3rag_jax.rl.losses import (
     ppo_policy_loss,
     value_loss,
 )
-from r3rag_jax.sharding import replicated, tree_shardings
+from r3rag_jax.sharding import replicated, traced_on, tree_shardings
 from r3rag_jax.types import SFTBatch, TrainBatch
 
 Metrics = dict[str, jax.Array]
@@ -224,7 +224,7 @@ def make_scorer(
         advantages, returns = jax.vmap(estimate)(rewards, values, batch.continues, batch.loss_mask)
         return Targets(advantages, returns, values), metrics
 
-    return jax.jit(score)
+    return jax.jit(traced_on(mesh, score))
 
 
 @jax.jit
@@ -278,7 +278,7 @@ def _update(
 
 def _jit_step(mesh: Mesh, step: Callable[..., Any], state: TrainState) -> Callable[..., Any]:
     shardings = tree_shardings(mesh, state, PARAM_AXES)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    return jax.jit(traced_on(mesh, step), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
 def _output_weight(policy: Decoder) -> jax.Array:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.errors import UserError
+
+T = TypeVar("T")
 
 # The one rule table. A logical axis that does not divide by its mesh axes is replicated.
 RULES: dict[str, tuple[str, ...]] = {
@@ -54,7 +58,18 @@ def make_mesh(config: MeshConfig) -> Mesh:
     return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def partition_spec(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+def traced_on(mesh: Mesh, function: Callable[..., T]) -> Callable[..., T]:
+    """The function, for `jax.jit`, with the mesh in force: what the compiler cannot split by itself asks for it."""
+
+    @functools.wraps(function)
+    def on_mesh(*args: Any) -> T:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return on_mesh
+
+
+def partition_spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
     """Mesh axes of an array whose dimensions have the given logical axes."""
     entries = []
     for axis, size in zip(axes, shape, strict=True):
