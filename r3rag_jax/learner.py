@@ -126,7 +126,7 @@ def sft_loss(graphdef: Any, params: Any, batch: SFTBatch, remat: str, frozen: An
     """Token-mean cross-entropy of the tokens in loss_mask. `frozen`: see `lora.Parts`."""
     policy = join(graphdef, params, frozen)
     hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
-    loss, accuracy = cross_entropy(hidden, _output_weight(policy), batch.tokens, batch.loss_mask, chunk=LOSS_CHUNK)
+    loss, accuracy = cross_entropy(hidden, policy.output_weight(), batch.tokens, batch.loss_mask, chunk=LOSS_CHUNK)
     return loss, {"loss": loss, "accuracy": accuracy}
 
 
@@ -198,7 +198,7 @@ def make_rl_step(
 
 
 def make_scorer(
-    graphdefs: dict[str, Any], reference: Any, model: ModelConfig, config: RLConfig, min_p: float = 0.0
+    mesh: Mesh, graphdefs: dict[str, Any], reference: Any, model: ModelConfig, config: RLConfig, min_p: float = 0.0
 ) -> Callable[..., tuple[Targets, Metrics]]:
     """(params, reference policy's params, batch, frozen) -> targets before whitening, and metrics; jitted.
 
@@ -261,7 +261,7 @@ def _logprobs(policy: Decoder, batch: TrainBatch, remat: str, min_p: float) -> t
     """Log-probabilities and entropies at the sampling temperature, [B, L], and the hidden states they are made of."""
     hidden = _hidden(policy, batch, remat)
     logprobs, entropy = chunked_logprobs(
-        hidden, _output_weight(policy), batch.tokens, batch.temperature, batch.loss_mask, chunk=LOSS_CHUNK, min_p=min_p
+        hidden, policy.output_weight(), batch.tokens, batch.temperature, batch.loss_mask, chunk=LOSS_CHUNK, min_p=min_p
     )
     return logprobs, entropy, hidden
 
@@ -279,12 +279,6 @@ def _update(
 def _jit_step(mesh: Mesh, step: Callable[..., Any], state: TrainState) -> Callable[..., Any]:
     shardings = tree_shardings(mesh, state, PARAM_AXES)
     return jax.jit(traced_on(mesh, step), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-
-
-def _output_weight(policy: Decoder) -> jax.Array:
-    """[D, V] in the compute type."""
-    weight = policy.param("embed")[...].T if policy.config.tie_embeddings else policy.param("lm_head")[...]
-    return weight.astype(policy.dtype)
 
 
 def _previous(hidden_BLD: jax.Array) -> jax.Array:

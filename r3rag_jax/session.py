@@ -190,7 +190,8 @@ class Session:
 
     def trainable_policy(self, params: Any) -> Parts:
         """The policy of these parameters, with new adapters where the configuration asks for them."""
-        decoder = attach(nnx.merge(self.graphdef, params), self.config.lora, self.mesh, self.config.seed)
+        tags = [self.tokenizer.token_id(tag) for tag in TAGS] if self.config.rollout.protocol == "tags" else []
+        decoder = attach(nnx.merge(self.graphdef, params), self.config.lora, self.mesh, self.config.seed, tags)
         return Parts.of(decoder, self.config.lora)
 
     def base_params(self) -> Any:

@@ -182,7 +182,7 @@ class PPO:
             self.iteration = note["iteration"]
         session.log.rewind("rl", self.iteration)
         model, min_p = session.config.model, session.config.rollout.min_p
-        self._score = learner.make_scorer(graphdefs, session.graphdef, model, self._config, min_p)
+        self._score = learner.make_scorer(session.mesh, graphdefs, session.graphdef, model, self._config, min_p)
         self._step = learner.make_rl_step(session.mesh, graphdefs, tx, model, self._config, self.state, min_p)
 
     @property

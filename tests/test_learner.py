@@ -153,7 +153,7 @@ def two_rl_updates(mesh: Mesh) -> tuple[Any, Any]:
     graphdefs, params = parts()
     tx = learner.rl_optimizer(RL)
     state = learner.init_state(mesh, params, tx)
-    score = learner.make_scorer(graphdefs, graphdefs["policy"], ModelConfig(), RL)
+    score = learner.make_scorer(mesh, graphdefs, graphdefs["policy"], ModelConfig(), RL)
     step = learner.make_rl_step(mesh, graphdefs, tx, ModelConfig(), RL, state)
     batch = put_batch(mesh, rl_batch())
     targets, logs = score(state.params, params["policy"], batch)
@@ -237,7 +237,7 @@ def test_packed_rows_are_separate_rows() -> None:
     sft_of = lambda b: SFTBatch(b.tokens, b.positions, b.segment_ids, b.loss_mask)  # noqa: E731
     assert_close(sft_grads(mesh, sft_of(packed)), sft_grads(mesh, sft_of(separate)))
     graphdefs, params = parts()
-    score = learner.make_scorer(graphdefs, graphdefs["policy"], ModelConfig(), RL)
+    score = learner.make_scorer(mesh, graphdefs, graphdefs["policy"], ModelConfig(), RL)
     results = []
     for batch in (packed, separate):
         batch = put_batch(mesh, batch)
@@ -397,7 +397,7 @@ def test_without_a_critic_the_advantages_are_returns_and_the_loss_is_the_policys
     config = dataclasses.replace(RL, critic="none", kl=0.0, gamma=1.0, lam=1.0)
     sample, rewards = two_steps()
     batch = pack([sample], [rewards], row_length=6, credit="trajectory")
-    targets, _ = learner.make_scorer(graphdefs, graphdefs["policy"], ModelConfig(), config)(
+    targets, _ = learner.make_scorer(one_device(), graphdefs, graphdefs["policy"], ModelConfig(), config)(
         params, params["policy"], batch
     )
     np.testing.assert_allclose(targets.advantages, [[0, 2.5, 2.5, 0, 2, 2]], atol=1e-6)
@@ -445,7 +445,7 @@ def test_credit_flows_within_an_episode(credit: str, returns: list[float]) -> No
     graphdefs, params = parts()
     critic_params = jax.tree.map(jnp.zeros_like, params["critic"])
     config = dataclasses.replace(RL, kl=0.0, gamma=1.0, lam=1.0)
-    score = learner.make_scorer(graphdefs, graphdefs["policy"], ModelConfig(), config)
+    score = learner.make_scorer(one_device(), graphdefs, graphdefs["policy"], ModelConfig(), config)
     targets, _ = score({"policy": params["policy"], "critic": critic_params}, params["policy"], batch)
     np.testing.assert_allclose(targets.returns, [returns], atol=1e-6)
     np.testing.assert_allclose(targets.advantages, [returns], atol=1e-6)
@@ -462,7 +462,7 @@ def test_the_kl_penalty_sits_on_every_token() -> None:
     logits = policy.logits(policy(batch.tokens, batch.positions, batch.segment_ids))
     logprobs = jax.nn.log_softmax(logits)[0, np.arange(5), batch.tokens[0, 1:]]  # of tokens 1..5
     config = dataclasses.replace(RL, kl=0.1, gamma=1.0, lam=1.0)
-    score = learner.make_scorer(graphdefs, graphdefs["policy"], ModelConfig(), config)
+    score = learner.make_scorer(one_device(), graphdefs, graphdefs["policy"], ModelConfig(), config)
     critic_params = jax.tree.map(jnp.zeros_like, params["critic"])
     targets, metrics = score({"policy": params["policy"], "critic": critic_params}, reference, batch)
     kl = -2.0 - np.asarray(logprobs)

@@ -21,13 +21,14 @@ from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.sharding import make_mesh, put, put_batch, tree_shardings
 
 LORA = LoraConfig(rank=3, alpha=6.0)
+TAGS = (5, 9)  # ids whose embeddings are trained too
 
 
 def adapted(config: LoraConfig = LORA, *, filled: bool = True) -> tuple[Any, lora.Parts]:
     """A tiny decoder, and the same with adapters whose B is random where `filled`."""
     decoder = tiny.decoder(VOCAB)
     copy = nnx.merge(*nnx.split(decoder))
-    parts = lora.Parts.of(lora.attach(copy, config, test_learner.one_device(), seed=0), config)
+    parts = lora.Parts.of(lora.attach(copy, config, test_learner.one_device(), seed=0, token_ids=TAGS), config)
     if filled:
         keys = iter(jax.random.split(jax.random.key(1), 100))
         draw = lambda x: 0.05 * jax.random.normal(next(keys), x.shape) if not x.any() else x  # noqa: E731
@@ -88,7 +89,7 @@ def test_only_adapters_are_in_the_state_and_a_step_moves_them() -> None:
     tx = learner.sft_optimizer(SFTConfig(lr=1e-2, warmup=0.0), 10)
     mesh = test_learner.one_device()
     state = learner.init_state(mesh, parts.params, tx)
-    assert names(state.params) == {f"{name}_{side}" for name in LORA.targets for side in "ab"}
+    assert names(state.params) == {f"{name}_{side}" for name in LORA.targets for side in "ab"} | {"embed_rows"}
     assert names(parts.frozen) == {*names(nnx.split(tiny.decoder(VOCAB))[1])}
     step, losses = learner.make_sft_step(mesh, parts.graphdef, tx, ModelConfig(), state), []
     for _ in range(5):
@@ -102,7 +103,7 @@ def test_only_adapters_are_in_the_state_and_a_step_moves_them() -> None:
 def test_a_critic_trains_its_adapters_and_its_head_over_the_policys_weights(kind: str) -> None:
     _, parts = adapted(filled=False)
     critic = lora.Parts.of(learner.new_critic(lora.join(parts.graphdef, parts.params, parts.frozen), kind), LORA)
-    own = {f"{name}_{side}" for name in LORA.targets for side in "ab"} if kind == "separate" else set()
+    own = {f"{name}_{side}" for name in LORA.targets for side in "ab"} | {"embed_rows"} if kind == "separate" else set()
     assert names(critic.params) == own | {"head"}
     shared = {id(x) for x in jax.tree.leaves(parts.frozen)}
     assert all(id(x) in shared for x in jax.tree.leaves(critic.frozen))
@@ -120,7 +121,7 @@ def test_on_a_mesh_targets_and_gradients_are_those_of_one_device() -> None:
     def on(mesh: Mesh) -> Any:
         params, frozen = (put(tree, tree_shardings(mesh, tree, PARAM_AXES)) for tree in trees)
         batch = put_batch(mesh, test_learner.rl_batch())
-        score = learner.make_scorer(graphdefs, plain, ModelConfig(), RL)
+        score = learner.make_scorer(mesh, graphdefs, plain, ModelConfig(), RL)
         targets, scored = score(params, frozen["policy"], batch, frozen)
 
         def loss(params: Any) -> Any:

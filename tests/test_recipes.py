@@ -205,7 +205,7 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
     assert num_params == 2 * sum(map(math.prod, param_shapes(decoder).values())) + decoder.hidden_size
     tx = learner.rl_optimizer(config.rl)
     state, batch = state_of(params, tx), batch_of(config.rl.batch_rows, config.rl.row_length)
-    score = learner.make_scorer(graphdefs, graphdefs["policy"], config.model, config.rl)
+    score = learner.make_scorer(mesh, graphdefs, graphdefs["policy"], config.model, config.rl)
     targets, _ = jax.eval_shape(score, params, policy, batch)
     assert targets.advantages.shape == (config.rl.batch_rows, config.rl.row_length)
     step = learner.make_rl_step(mesh, graphdefs, tx, config.model, config.rl, state)

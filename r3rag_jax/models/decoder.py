@@ -39,7 +39,8 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "final_norm": (None,),
     "lm_head": ("embed", "vocab"),
 }
-# Adapters (lora.py) of a projection [in, out]: a [in, rank] and b [rank, out].
+# Adapters (lora.py): what is added to rows of some tokens; of a projection [in, out], a [in, rank] and b [rank, out].
+PARAM_AXES |= {"embed_rows": (None, "embed"), "head_rows": (None, "embed")}
 PARAM_AXES |= {f"{name}_a": (*axes[:2], None) for name, axes in PARAM_AXES.items() if name.endswith("_proj")}
 PARAM_AXES |= {f"{name}_b": (axes[0], None, axes[2]) for name, axes in PARAM_AXES.items() if name.endswith("_proj")}
 
@@ -128,6 +129,9 @@ class Layers(nnx.Module):
 class Decoder(nnx.Module):
     """A pre-norm decoder: RoPE, grouped-query attention, gated SiLU feed-forward."""
 
+    embed_rows: nnx.Param  # of an adapter, see lora.py
+    head_rows: nnx.Param
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -158,6 +162,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.attention_implementation = attention_implementation
         self.adapter_scale = 0.0  # what lora.py multiplies adapters with, where there are any
+        self.adapter_tokens: tuple[int, ...] = ()  # whose rows have an adapter
 
         def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
             if name.endswith("_norm"):
@@ -214,18 +219,16 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Project hidden states [..., D] to float32 logits [..., V]."""
+        return jnp.matmul(hidden, self.output_weight(), preferred_element_type=jnp.float32)
+
+    def output_weight(self) -> jax.Array:
+        """Return the output layer [D, V] in the compute dtype."""
         if self.config.tie_embeddings:
-            return jnp.einsum(
-                "...d,vd->...v",
-                hidden,
-                self.param("embed")[...].astype(self.dtype),
-                preferred_element_type=jnp.float32,
-            )
-        return jnp.matmul(
-            hidden,
-            self.param("lm_head")[...].astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+            return self._table().T.astype(self.dtype)
+        weight = self.param("lm_head")[...]
+        if self.adapter_tokens:
+            weight = weight.at[:, jnp.asarray(self.adapter_tokens)].add(self.head_rows[...].T.astype(weight.dtype))
+        return weight.astype(self.dtype)
 
     def extend(self, cache: KVCache, tokens_BC: jax.Array, starts_B: jax.Array) -> tuple[KVCache, jax.Array]:
         """Append C tokens to every row; returns the new cache and their hidden states [B, C, D].
@@ -266,7 +269,14 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """Look up [..., D] embeddings in the compute dtype."""
-        return self.param("embed")[...][tokens].astype(self.dtype)
+        return self._table()[tokens].astype(self.dtype)
+
+    def _table(self) -> jax.Array:
+        """Return the embeddings [V, D], those of tokens with an adapter moved by it."""
+        table = self.param("embed")[...]
+        if not self.adapter_tokens:
+            return table
+        return table.at[jnp.asarray(self.adapter_tokens)].add(self.embed_rows[...].astype(table.dtype))
 
     def _layer_params(self) -> dict[str, jax.Array]:
         """Return the stacked layer parameters by name, matmul inputs in the compute dtype."""
@@ -304,15 +314,40 @@ class Decoder(nnx.Module):
 
     def _project(self, w: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
         """Multiply by a projection of the layer and, where it has one, add its adapter's share."""
-        y = matmul(x, w[name])
         if f"{name}_a" not in w:
-            return y
-        return y + self.adapter_scale * matmul(matmul(x, w[f"{name}_a"]), w[f"{name}_b"])
+            return matmul(x, w[name])
+        return adapted_matmul(x, w[name], w[f"{name}_a"], self.adapter_scale * w[f"{name}_b"])
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply [..., A] by [A, Z], accumulating in float32, and return the dtype of x."""
     return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@jax.custom_vjp
+def adapted_matmul(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply [..., in] by w [in, out] + a [in, rank] b [rank, out], which is never formed.
+
+    The backward pass puts the narrow factor first in products over all tokens: XLA's CPU backend transposes the
+    first one, and as autodiff writes them that is the wide one (a third of a training step).
+    """
+    return _adapted_forward(x, w, a, b)[0]
+
+
+def _adapted_forward(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    xa = matmul(x, a)
+    return matmul(x, w) + matmul(xa, b), (x, w, a, b, xa)
+
+
+def _adapted_backward(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
+    x, w, a, b, xa = saved
+    grad_xa = matmul(grad, b.T)
+    x_TI, xa_TR, grad_TO, grad_xa_TR = (v.reshape(-1, v.shape[-1]) for v in (x, xa, grad, grad_xa))
+    grad_x = matmul(grad, w.T) + matmul(grad_xa, a.T)
+    return grad_x, matmul(x_TI.T, grad_TO), matmul(grad_xa_TR.T, x_TI).T, matmul(xa_TR.T, grad_TO)
+
+
+adapted_matmul.defvjp(_adapted_forward, _adapted_backward)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -7,6 +7,7 @@ rollouts and for export the adapters are merged into a decoder of the usual shap
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ from r3rag_jax.config import PROJECTIONS, LoraConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
 from r3rag_jax.sharding import tree_shardings
 
-ADAPTERS = frozenset(f"{name}_{side}" for name in PROJECTIONS for side in "ab")
+ROWS = ("embed_rows", "head_rows")
+ADAPTERS = frozenset(f"{name}_{side}" for name in PROJECTIONS for side in "ab") | {*ROWS}
 FROZEN = frozenset(PARAM_AXES) - ADAPTERS  # names of parameters that are not trained beside adapters
 
 
@@ -43,10 +45,12 @@ def join(graphdef: Any, params: Any, frozen: Any = None) -> Any:
     return nnx.merge(graphdef, params) if frozen is None else nnx.merge(graphdef, params, frozen)
 
 
-def attach(decoder: Decoder, config: LoraConfig, mesh: Mesh, seed: int) -> Decoder:
+def attach(decoder: Decoder, config: LoraConfig, mesh: Mesh, seed: int, token_ids: Sequence[int] = ()) -> Decoder:
     """Give a decoder adapters where the configuration asks for them; they change nothing before the first update.
 
     Parameters "…_a", float32 [Ly, in, rank], are drawn with variance 1 / in from `seed`; "…_b" [Ly, rank, out] are 0.
+    The embeddings of `token_ids` T, and their rows of the output layer, are trained too: "…_rows", float32 [T, D], are
+    added to them. New tokens that start as the mean of their words' embeddings could not be told from those otherwise.
     """
     if config.rank == 0:
         return decoder
@@ -59,10 +63,15 @@ def attach(decoder: Decoder, config: LoraConfig, mesh: Mesh, seed: int) -> Decod
             adapters[f"{name}_b"] = jnp.zeros((layers, config.rank, out))
         return adapters
 
-    shardings = tree_shardings(mesh, jax.eval_shape(draw), PARAM_AXES)
-    for name, value in jax.jit(draw, out_shardings=shardings)().items():
-        setattr(decoder.layers, name, nnx.Param(value))
-    decoder.adapter_scale = config.alpha / config.rank
+    def rows() -> dict[str, jax.Array]:
+        names = ROWS[:1] if decoder.config.tie_embeddings else ROWS
+        return {name: jnp.zeros((len(token_ids), decoder.config.hidden_size)) for name in names if token_ids}
+
+    for build, owner in ((draw, decoder.layers), (rows, decoder)):
+        shardings = tree_shardings(mesh, jax.eval_shape(build), PARAM_AXES)
+        for name, value in jax.jit(build, out_shardings=shardings)().items():
+            setattr(owner, name, nnx.Param(value))
+    decoder.adapter_scale, decoder.adapter_tokens = config.alpha / config.rank, tuple(token_ids)
     return decoder
 
 
@@ -81,4 +90,13 @@ def merge(graphdef: Any, params: Any, frozen: Any = None) -> Any:
         decoder.param(name).set_value((weight.astype(jnp.float32) + change).astype(weight.dtype))
         for side in "ab":
             delattr(decoder.layers, f"{name}_{side}")
+    if decoder.adapter_tokens:
+        tokens = jnp.asarray(decoder.adapter_tokens)
+        table, change = decoder.embed.get_value(), decoder.embed_rows[...]
+        decoder.embed.set_value(table.at[tokens].add(change.astype(table.dtype)))
+        del decoder.embed_rows
+        if not decoder.config.tie_embeddings:
+            weight, change = decoder.lm_head.get_value(), decoder.head_rows[...]
+            decoder.lm_head.set_value(weight.at[:, tokens].add(change.T.astype(weight.dtype)))
+            del decoder.head_rows
     return nnx.split(decoder)[1]
