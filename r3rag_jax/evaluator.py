@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from r3rag_jax.protocol import instruction_prompt, reading_prompt
+from r3rag_jax.protocol import example_turns, instruction_prompt, reading_prompt
 from r3rag_jax.retrieval.base import Retriever
 from r3rag_jax.rewards.score import answers_of
 from r3rag_jax.rollout import Job, Roller
@@ -48,10 +48,10 @@ def read_answers(
 ) -> list[Trajectory]:
     """The baselines: one line of answer, with one retrieval or with none.
 
-    The prompt is plain reading ("Question: …\\nAnswer:") or, with `chat`, an instruction in the model's chat template.
-    One that outgrows the context loses its last passages.
+    The prompt is plain reading ("Question: …\\nAnswer:") or, with `chat`, an instruction in the model's chat template,
+    after three examples of short answers. One that outgrows the context loses its last passages.
     """
-    frame = chat_frame(tokenizer) if chat else None
+    frame = chat_frame(tokenizer, example_turns()) if chat else None
     engine.reset()
     found: Sequence[tuple[Passage, ...]] = [()] * len(questions)
     if retriever is not None:

@@ -17,6 +17,12 @@ from typing import Protocol
 from r3rag_jax.types import Passage, Question, Step
 
 Messages = list[dict[str, str]]
+INSTRUCTION = "Answer the question with a name, a number or a few words only."
+EXAMPLES = (
+    ("In which country is the Eiffel Tower?", "France"),
+    ("When did the Titanic sink?", "1912"),
+    ("Which of the two is longer: the Nile or the Thames?", "Nile"),
+)
 TAGS = ("<think>", "</think>", "<query>", "</query>", "<doc>", "</doc>", "<answer>", "</answer>")
 
 
@@ -170,9 +176,20 @@ def reading_prompt(question: str, passages: Sequence[Passage | str]) -> str:
 
 
 def instruction_prompt(question: str, passages: Sequence[Passage | str]) -> str:
-    """The baselines' user message for a chat model."""
+    """The baselines' last user message for a chat model, behind `EXAMPLES`."""
     given = f"Documents:\n{_listed(passages)}\n" if passages else ""
-    return f"{given}Answer the question with a name, a number or a few words only.\nQuestion: {question}"
+    return f"{given}{INSTRUCTION}\nQuestion: {question}"
+
+
+def example_turns() -> list[dict[str, str]]:
+    """The chat turns before it: a small chat model needs to see how short an answer is meant to be."""
+    turns = []
+    for question, answer in EXAMPLES:
+        turns += [
+            {"role": "user", "content": instruction_prompt(question, ())},
+            {"role": "assistant", "content": answer},
+        ]
+    return turns
 
 
 def _listed(passages: Sequence[Passage | str]) -> str:

@@ -9,7 +9,7 @@ the passages and the chat frame are ever encoded, each piece by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -20,9 +20,9 @@ from r3rag_jax.types import Passage, Sample, Step, Trajectory
 _CONTENT = "\x00content\x00"  # stands for the user's message while the chat template is rendered
 
 
-def chat_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """What the chat template puts before and after a user's message."""
-    prefix, _, suffix = tokenizer.render_chat([{"role": "user", "content": _CONTENT}]).partition(_CONTENT)
+def chat_frame(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]] = ()) -> tuple[list[int], list[int]]:
+    """What the chat template puts before and after a user's message that follows the given turns."""
+    prefix, _, suffix = tokenizer.render_chat([*turns, {"role": "user", "content": _CONTENT}]).partition(_CONTENT)
     return tokenizer.encode(prefix), tokenizer.encode(suffix)
 
 

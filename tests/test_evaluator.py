@@ -152,7 +152,9 @@ QUESTIONS = [
 ]
 
 
-def read(tokenizer: Tokenizer, retriever: object = None, **options: int) -> tuple[list[Trajectory], Reader]:
+def read(
+    tokenizer: Tokenizer, retriever: object = None, *, chat: bool = False, **options: int
+) -> tuple[list[Trajectory], Reader]:
     answers = {
         "Question: Who wrote": [*tokenizer.encode(" Charles Darwin"), *tokenizer.encode("\n")],
         "Question: Where was": tokenizer.encode(" Shrewsbury"),  # cut off by its budget
@@ -160,7 +162,7 @@ def read(tokenizer: Tokenizer, retriever: object = None, **options: int) -> tupl
     }
     engine = Reader(tokenizer, answers, **options)
     heard: list[Trajectory] = []
-    done = read_answers(engine, tokenizer, None, QUESTIONS, retriever, 2, heard.append)
+    done = read_answers(engine, tokenizer, None, QUESTIONS, retriever, 2, heard.append, chat=chat)
     assert sorted(t.question.id for t in heard) == ["1", "2", "3"]
     return done, engine
 
@@ -194,6 +196,26 @@ def test_a_prompt_that_outgrows_the_context_loses_its_last_passages(tokenizer: T
     assert "Question: Where was Charles Darwin born?\nAnswer:" in engine.prompts
     _, engine = read(tokenizer, None, max_length=len("born?\nAnswer:") + MAX_ANSWER_TOKENS)
     assert "born?\nAnswer:" in engine.prompts
+
+
+def test_a_chat_model_is_shown_how_short_an_answer_is(tokenizer: Tokenizer) -> None:
+    done, engine = read(tokenizer, tiny.DictRetriever([DARWIN, BORN]), chat=True, max_length=1000)
+    instruction = "Answer the question with a name, a number or a few words only."
+    [prompt] = [prompt for prompt in engine.prompts if "Where was" in prompt]
+    assert prompt.startswith(
+        f"<|im_start|>user\n{instruction}\nQuestion: In which country is the Eiffel Tower?<|im_end|>\n"
+        "<|im_start|>assistant\nFrance<|im_end|>\n<|im_start|>user\n"
+    )
+    assert prompt.endswith(
+        f"<|im_start|>user\nDocuments:\n{BORN.contents}\n{DARWIN.contents}\n\n{instruction}\n"
+        "Question: Where was Charles Darwin born?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert done[1].answer == "Shrewsbury"
+    length = len(tokenizer.encode(prompt)) + MAX_ANSWER_TOKENS - 1
+    cut, engine = read(tokenizer, tiny.DictRetriever([DARWIN, BORN]), chat=True, max_length=length)
+    [prompt] = [prompt for prompt in engine.prompts if "Where was" in prompt]
+    assert BORN.contents in prompt and DARWIN.contents not in prompt and prompt.endswith("assistant\n")
+    assert cut[1].answer == "Shrewsbury"
 
 
 def test_a_line_of_answer_ends_at_a_newline_or_the_end_of_text(tokenizer: Tokenizer) -> None:
