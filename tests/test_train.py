@@ -123,10 +123,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     def make_mortal_step(*args):
         step, calls = make_sft_step(*args), itertools.count()
 
-        def mortal(state, batch):
+        def mortal(*args):
             if next(calls) == 12:  # the checkpoint at 8 is behind, and a few more steps are logged
                 raise Killed
-            return step(state, batch)
+            return step(*args)
 
         return mortal
 
@@ -152,6 +152,52 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     same = [name for name in one if name.split("/")[0] in ("data", "policy", "trajectories", "eval")]
     assert len(same) > 20
     assert [name for name in same if other.get(name) != one[name]] == []
+
+
+# --------------------------------------------------------------------------------------- adapters
+
+
+def test_adapters_are_trained_resumed_and_merged(
+    finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the cold start of the other run; killed before the last checkpoint and resumed, the same bits in the end."""
+    base = finished("tags") / "policy" / "sft"
+    settings = {
+        "lora.rank": 4,
+        "sft.epochs": 8,
+        "rl.iterations": 2,
+        "rl.critic": "separate",
+        "phases": "[index, sft, rl]",
+    }
+    settings |= {"sft.lr": 1e-3, "rl.eval_every": 2}
+    keys = {name.replace(".", "__"): value for name, value in settings.items()}
+    tiny_run.train(tmp_path / "whole", base, **keys)
+    save = train.PPO.save
+
+    def mortal_save(trainer):
+        save(trainer)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.PPO, "save", mortal_save)
+        tiny_run.train(tmp_path / "resumed", base, **keys)
+    tiny_run.train(tmp_path / "resumed", base, **keys)
+    whole, resumed = tmp_path / "whole" / "run", tmp_path / "resumed" / "run"
+    assert tiny_run.metrics(whole) == tiny_run.metrics(resumed)
+
+    rl = [row for row in tiny_run.metrics(whole) if row["phase"] == "rl"]
+    assert rl[0]["kl"] == pytest.approx(0, abs=1e-4)  # the first rollouts are the frozen weights' own
+    assert all(row["sampler_gap"] < 1e-3 for row in rl)
+    before = load_file(base / "model.safetensors")
+    for phase in ("sft", "rl"):
+        after = weights(whole, phase)
+        assert after.keys() == before.keys()
+        np.testing.assert_equal(after, weights(resumed, phase))
+        moved = {name for name, array in after.items() if not np.array_equal(array, before[name])}
+        assert moved == {name for name in before if "_proj.weight" in name or "embed_tokens" in name}
+        change = after["model.embed_tokens.weight"] - before["model.embed_tokens.weight"]
+        assert set(np.flatnonzero(change.any(axis=1))) <= set(range(3, 11))  # the tags
+        before = after
 
 
 # ---------------------------------------------------------------------------- jobs of an iteration
