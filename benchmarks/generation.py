@@ -1,0 +1,161 @@
+"""Generation against transformers: the same weights, prompts and machine, in turn, in one run.
+
+    python benchmarks/generation.py MODEL [--batches 1 8 32] [--rounds 3]     (needs torch)
+
+MODEL is a Hugging Face directory or package:NAME. Greedy, prompts of random tokens. Every figure is the median of the
+rounds, in which all engines take their turn; the ratio is of medians of one run. "decode" is the time behind the
+first token, taken as a whole run less one that generates a single token.
+
+Two limits stand beside ours, both measured here and now: what one read of the weights and of the cache takes at the
+memory's bandwidth, and what the multiplications take at the speed of a large matmul. A decode step takes at least
+the longer of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from r3rag_jax.config import MeshConfig
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.decoder import param_shapes
+from r3rag_jax.models.hf import load_config, load_decoder
+from r3rag_jax.models.paths import model_path
+from r3rag_jax.sampler.engine import Context, Engine
+from r3rag_jax.session import use_compile_cache
+from r3rag_jax.sharding import make_mesh
+
+Generate = Callable[[np.ndarray, int], None]  # (prompts [B, L], new tokens)
+
+
+def ours(path: Path, mesh: Mesh, dtype: str, batch: int, length: int) -> Generate:
+    decoder = load_decoder(path, dtype=dtype)
+    graphdef, params = nnx.split(decoder)
+    engine = Engine(graphdef, decoder.config, mesh, slots=batch, max_length=length, dtype=jnp.dtype(dtype))
+
+    def generate(prompts: np.ndarray, new_tokens: int) -> None:
+        engine.reset()
+        engine.set_context(params, {row: Context(ids.tolist(), new_tokens) for row, ids in enumerate(prompts)})
+        engine.decode(params, new_tokens, leave_at=batch)
+        if engine.rows.lengths.tolist() != [prompts.shape[1] + new_tokens] * batch:
+            raise RuntimeError(f"every row must have {new_tokens} new tokens; got {engine.rows.lengths}")
+
+    return generate
+
+
+def transformers(path: Path, dtype: str) -> Generate:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+
+    def generate(prompts: np.ndarray, new_tokens: int) -> None:
+        ids = torch.from_numpy(prompts)
+        with torch.inference_mode():
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens, pad_token_id=0,
+            )  # fmt: skip
+        if out.shape[1] != prompts.shape[1] + new_tokens:
+            raise RuntimeError(f"every row must have {new_tokens} new tokens; got {out.shape}")
+
+    return generate
+
+
+def seconds(call: Callable[..., Any], *args: Any) -> float:
+    start = time.perf_counter()
+    call(*args)
+    return time.perf_counter() - start
+
+
+def matmul_flops(dtype: str) -> float:
+    """Multiply-adds, counted as two, a second, of a matmul large enough to be bound by them."""
+    x, y = (jnp.ones((2048, 2048), dtype) for _ in range(2))
+    multiply = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
+    multiply(x, y).block_until_ready()
+    return 2 * 2048**3 / min(seconds(lambda: multiply(x, y).block_until_ready()) for _ in range(5))
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of summing an array that no cache holds."""
+    array = jnp.ones(2**28, jnp.float32)
+    total = jax.jit(jnp.sum)
+    total(array).block_until_ready()
+    return array.nbytes / min(seconds(lambda: total(array).block_until_ready()) for _ in range(5))
+
+
+def step_limit(config: DecoderConfig, dtype: str, batch: int, length: float, bandwidth: float, flops: float) -> float:
+    """Seconds that a decode step of `batch` rows with `length` cached tokens takes at least."""
+    shapes = param_shapes(config)
+    weights = sum(int(np.prod(shape)) for name, shape in shapes.items() if name != "embed" or config.tie_embeddings)
+    cached = 2 * batch * length * config.num_layers * config.num_kv_heads * config.head_dim
+    attended = 4 * batch * length * config.num_layers * config.num_heads * config.head_dim
+    size = jnp.dtype(dtype).itemsize
+    return max(size * (weights + cached) / bandwidth, (2 * batch * weights + attended) / flops)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=128, help="generated tokens")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of both engines")
+    args = parser.parse_args(argv)
+    use_compile_cache()
+    path, mesh = model_path(args.model), make_mesh(MeshConfig())
+    config, rng = load_config(path), np.random.default_rng(0)
+    peers = {dtype: transformers(path, dtype) for dtype in args.dtypes}
+    bandwidth, flops = read_bandwidth(), {dtype: matmul_flops(dtype) for dtype in args.dtypes}
+    table = Table("batch", "engine", "tokens/s", "decode: ms a step", "limit: ms", "share of the limit")
+    for batch in args.batches:
+        engines = {("transformers", dtype): peer for dtype, peer in peers.items()}
+        engines |= {
+            ("r3rag_jax", dtype): ours(path, mesh, dtype, batch, args.prompt + args.new + 1) for dtype in args.dtypes
+        }
+        prompts = rng.integers(0, config.vocab_size, (batch, args.prompt))
+        for generate in engines.values():  # compilations
+            generate(prompts, args.new)
+            generate(prompts, 1)
+        whole: dict[tuple[str, str], list[float]] = {name: [] for name in engines}
+        first: dict[tuple[str, str], list[float]] = {name: [] for name in engines}
+        for _ in range(args.rounds):
+            for name, generate in engines.items():
+                whole[name].append(seconds(generate, prompts, args.new))
+                first[name].append(seconds(generate, prompts, 1))
+        total = {name: statistics.median(times) for name, times in whole.items()}
+        step = {name: (total[name] - statistics.median(first[name])) / (args.new - 1) for name in engines}
+        for (engine, dtype), time_s in total.items():
+            limit = step_limit(config, dtype, batch, args.prompt + args.new / 2, bandwidth, flops[dtype])
+            table.add_row(
+                str(batch), f"{engine} {dtype}", f"{batch * args.new / time_s:.1f}", f"{1e3 * step[engine, dtype]:.1f}",
+                f"{1e3 * limit:.1f}", f"{100 * limit / step[engine, dtype]:.0f} %",
+            )  # fmt: skip
+        best = {
+            engine: min(t for (e, _), t in total.items() if e == engine) for engine in ("r3rag_jax", "transformers")
+        }
+        fast = {engine: min(t for (e, _), t in step.items() if e == engine) for engine in ("r3rag_jax", "transformers")}
+        table.add_section()
+        ratio = f"{best['transformers'] / best['r3rag_jax']:.2f}", f"{fast['transformers'] / fast['r3rag_jax']:.2f}"
+        table.add_row(str(batch), "best of each, ratio", *ratio, end_section=True)
+    console = Console()
+    console.print(table)
+    speeds = ", ".join(f"{dtype} {value / 1e9:.0f}" for dtype, value in flops.items())
+    console.print(f"memory {bandwidth / 1e9:.1f} GB/s; matmul GFLOP/s: {speeds}; medians of {args.rounds}")
+
+
+if __name__ == "__main__":
+    main()
