@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight for
 
 VOCAB = 272  # divides by the tensor axis, so that the embedding is really cut
 MESHES = ((8, 1, 1), (2, 2, 2), (1, 4, 2))
+Gradients = Callable[[Any, Any], tuple[tuple[Any, dict[str, Any]], Any]]
 RL = RLConfig(lr=1e-3, critic_lr=1e-3, critic="head", kl=0.05, entropy=0.01, lam=0.9, warmup=0.0)
 
 
@@ -81,25 +82,33 @@ def parts(critic: str = "head") -> tuple[dict[str, Any], dict[str, Any]]:
     return {name: graphdef for name, (graphdef, _) in split.items()}, {name: p for name, (_, p) in split.items()}
 
 
+@functools.cache  # of every jitted function there is one, which is traced once for a shape and a mesh
+def sft_gradients(remat: str) -> Gradients:
+    loss = functools.partial(learner.sft_loss, parts()[0]["policy"], remat=remat)
+    return jax.jit(jax.value_and_grad(lambda p, b: loss(p, batch=b), has_aux=True))
+
+
+@functools.cache
+def rl_gradients(critic: str, config: RLConfig) -> Gradients:
+    loss = functools.partial(learner.rl_loss, parts(critic)[0], config=config, remat="none")
+    return jax.jit(jax.value_and_grad(lambda p, bt: loss(p, batch=bt[0], targets=bt[1]), has_aux=True))
+
+
 def sft_grads(mesh: Mesh, batch: SFTBatch, remat: str = "none") -> tuple[dict[str, Any], Any]:
     """(metrics, gradients) of the SFT loss, on the host."""
-    graphdefs, params = parts()
-    loss = functools.partial(learner.sft_loss, graphdefs["policy"], remat=remat)
-    return grads_on(mesh, lambda p, b: loss(p, batch=b), params["policy"], batch)
+    return grads_on(mesh, sft_gradients(remat), parts()[1]["policy"], batch)
 
 
 def rl_grads(mesh: Mesh, batch: TrainBatch, targets: learner.Targets | None = None, critic: str = "head",
              config: RLConfig = RL) -> tuple[dict[str, Any], Any]:  # fmt: skip
     """(metrics, gradients) of the RL loss, on the host."""
-    graphdefs, params = parts(critic)
-    loss = functools.partial(learner.rl_loss, graphdefs, config=config, remat="none")
     targets = targets_like(batch) if targets is None else targets
-    return grads_on(mesh, lambda p, bt: loss(p, batch=bt[0], targets=bt[1]), params, (batch, targets))
+    return grads_on(mesh, rl_gradients(critic, config), parts(critic)[1], (batch, targets))
 
 
-def grads_on(mesh: Mesh, loss: Callable[[Any, Any], Any], params: Any, batch: Any) -> tuple[dict[str, Any], Any]:
+def grads_on(mesh: Mesh, gradients: Gradients, params: Any, batch: Any) -> tuple[dict[str, Any], Any]:
     params = put(params, tree_shardings(mesh, params, PARAM_AXES))
-    (_, metrics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, put_batch(mesh, batch))
+    (_, metrics), grads = gradients(params, put_batch(mesh, batch))
     return jax.device_get((metrics, grads))
 
 
@@ -229,10 +238,12 @@ def test_a_batch_without_policy_tokens_trains_nothing() -> None:
 
 
 def test_packed_rows_are_separate_rows() -> None:
-    packed, made = rl_batch(num_rows=None), samples()
+    made = samples()
+    packed = rl_batch(num_rows=len(made))  # the same shape: the last rows are empty
     each = [pack([s], [r], row_length=40, credit="trajectory") for s, r in zip(made, rewards_of(made), strict=True)]
     separate = jax.tree.map(lambda *rows: np.concatenate(rows), *each)
-    assert len(packed.tokens) < len(separate.tokens) == len(made)
+    assert packed.tokens.shape == separate.tokens.shape
+    assert packed.loss_mask.any(axis=1).sum() < separate.loss_mask.any(axis=1).sum() == len(made)
     mesh = one_device()
     sft_of = lambda b: SFTBatch(b.tokens, b.positions, b.segment_ids, b.loss_mask)  # noqa: E731
     assert_close(sft_grads(mesh, sft_of(packed)), sft_grads(mesh, sft_of(separate)))

@@ -54,6 +54,33 @@ def _plain_logprobs(hidden_TD, weight_DV, targets_T, temperature_T, mask_T, min_
     return logprobs_T * mask_T, jnp.sum(probs_TV * surprise_TV, axis=-1) * mask_T
 
 
+def _total(function, hidden_TD, weight_DV, temperature_T):
+    """A number that depends on every log-probability and entropy."""
+    _, _, targets_T, mask_T = _inputs()
+    weights_T = jnp.linspace(-1.0, 2.0, mask_T.size).reshape(mask_T.shape)
+    logprobs_T, entropy_T = function(hidden_TD, weight_DV, targets_T, temperature_T, mask_T)
+    return jnp.sum(weights_T * logprobs_T) + jnp.sum(entropy_T * weights_T**2)
+
+
+def _values_and_gradients(function, hidden_TD, weight_DV, targets_T, temperature_T, mask_T):
+    gradients = jax.jit(jax.grad(functools.partial(_total, function), (0, 1, 2)))
+    values = jax.jit(function)(hidden_TD, weight_DV, targets_T, temperature_T, mask_T)  # no differentiation
+    return values, gradients(hidden_TD, weight_DV, temperature_T)
+
+
+@functools.cache
+def _expected_logprobs(min_p):
+    hidden_TD, weight_DV, targets_T, mask_T = _inputs()
+    temperature_T = jnp.linspace(0.4, 1.3, mask_T.size).reshape(mask_T.shape)
+    args = hidden_TD, weight_DV, targets_T, temperature_T, mask_T
+    return args, *_values_and_gradients(functools.partial(_plain_logprobs, min_p=min_p), *args)
+
+
+@functools.cache
+def _expected_cross_entropy():
+    return jax.jit(jax.value_and_grad(_plain_cross_entropy, (0, 1), has_aux=True))(*_inputs())
+
+
 def _assert_close(actual, expected, tolerance=1e-6):
     """Relative to the largest entry: single gradient entries may cancel to nearly nothing."""
     scale = float(jnp.max(jnp.abs(expected)))
@@ -154,39 +181,24 @@ def test_kl_estimates_are_unbiased():
 @pytest.mark.parametrize("min_p", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_chunked_logprobs_match_plain_in_value_and_gradient(chunk, min_p):
-    hidden_TD, weight_DV, targets_T, mask_T = _inputs()
-    temperature_T = jnp.linspace(0.4, 1.3, mask_T.size).reshape(mask_T.shape)
-    weights_T = jnp.linspace(-1.0, 2.0, mask_T.size).reshape(mask_T.shape)
-
-    def total(function, hidden_TD, weight_DV, temperature_T):
-        logprobs_T, entropy_T = function(hidden_TD, weight_DV, targets_T, temperature_T, mask_T)
-        return jnp.sum(weights_T * logprobs_T) + jnp.sum(entropy_T * weights_T**2)
-
+    args, expected, expected_grads = _expected_logprobs(min_p)
     chunked = functools.partial(chunked_logprobs, chunk=chunk, min_p=min_p)
-    plain = functools.partial(_plain_logprobs, min_p=min_p)
-    args = hidden_TD, weight_DV, temperature_T
-    for actual, expected in zip(
-        jax.jit(chunked)(hidden_TD, weight_DV, targets_T, temperature_T, mask_T),
-        jax.jit(plain)(hidden_TD, weight_DV, targets_T, temperature_T, mask_T),
-        strict=True,
-    ):
-        assert actual.dtype == jnp.float32 and actual.shape == mask_T.shape
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
-    actual = jax.jit(jax.grad(functools.partial(total, chunked), (0, 1, 2)))(*args)
-    expected = jax.jit(jax.grad(functools.partial(total, plain), (0, 1, 2)))(*args)
-    for actual_grad, expected_grad in zip(actual, expected, strict=True):
-        _assert_close(actual_grad, expected_grad, 2e-6)
+    actual, grads = _values_and_gradients(chunked, *args)
+    for value, expected_value in zip(actual, expected, strict=True):
+        assert value.dtype == jnp.float32 and value.shape == args[-1].shape
+        np.testing.assert_allclose(value, expected_value, rtol=1e-5, atol=1e-6)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        _assert_close(grad, expected_grad, 2e-6)
 
 
 def test_chunked_logprobs_at_a_temperature():
     # Two words with logits 0 and log 3: p = 3/4 at temperature 1, 9/10 at temperature 1/2.
-    logprobs_T, entropy_T = chunked_logprobs(
+    logprobs_T, entropy_T = jax.jit(functools.partial(chunked_logprobs, chunk=2))(
         jnp.ones((1, 3, 1)),
         jnp.array([[0.0, jnp.log(3.0)]]),
         jnp.array([[1, 1, 1]]),
         jnp.array([[1.0, 0.5, 0.0]]),
         jnp.array([[True, True, False]]),
-        chunk=2,
     )
     np.testing.assert_allclose(jnp.exp(logprobs_T), [[0.75, 0.9, 1.0]], rtol=1e-5)
     np.testing.assert_allclose(entropy_T, [[0.562335, 0.325083, 0.0]], rtol=1e-5)
@@ -194,14 +206,12 @@ def test_chunked_logprobs_at_a_temperature():
 
 def test_chunked_logprobs_behind_min_p():
     # Weights 10, 5, 4 at min_p .45: the third is below 4.5. Where it is the target itself, nothing is left out.
-    logprobs_T, entropy_T = chunked_logprobs(
+    logprobs_T, entropy_T = jax.jit(functools.partial(chunked_logprobs, chunk=2, min_p=0.45))(
         jnp.ones((1, 3, 1)),
         jnp.log(jnp.array([[10.0, 5.0, 4.0]])),
         jnp.array([[0, 1, 2]]),
         jnp.ones((1, 3)),
         jnp.ones((1, 3), bool),
-        chunk=2,
-        min_p=0.45,
     )
     np.testing.assert_allclose(jnp.exp(logprobs_T), [[2 / 3, 1 / 3, 4 / 19]], rtol=1e-5)
     np.testing.assert_allclose(entropy_T, [[0.636514, 0.636514, 1.017154]], rtol=1e-4)
@@ -211,8 +221,7 @@ def test_chunked_logprobs_behind_min_p():
 def test_cross_entropy_matches_plain_in_value_and_gradient(chunk):
     args = _inputs()
     chunked = functools.partial(cross_entropy, chunk=chunk)
-    plain = jax.jit(jax.value_and_grad(_plain_cross_entropy, (0, 1), has_aux=True))
-    expected, expected_grads = plain(*args)
+    expected, expected_grads = _expected_cross_entropy()
     actual, grads = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(*args)
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
     np.testing.assert_allclose(jax.jit(chunked)(*args), expected, rtol=1e-6)  # no differentiation
@@ -225,16 +234,15 @@ def test_cross_entropy_matches_plain_in_value_and_gradient(chunk):
 
 def test_cross_entropy_divides_by_the_kept_tokens_only():
     hidden_TD, weight_DV, targets_T, mask_T = _inputs()
-    short = cross_entropy(
-        hidden_TD[mask_T][None], weight_DV, targets_T[mask_T][None], jnp.ones((1, int(mask_T.sum())), bool), chunk=4
-    )
+    jitted = jax.jit(functools.partial(cross_entropy, chunk=4))
+    short = jitted(hidden_TD[mask_T][None], weight_DV, targets_T[mask_T][None], jnp.ones((1, int(mask_T.sum())), bool))
     garbage_T = jnp.where(mask_T, targets_T, -100)  # the ignore id of Hugging Face labels
-    masked, grads = jax.value_and_grad(functools.partial(cross_entropy, chunk=4), has_aux=True)(
+    masked, grads = jax.jit(jax.value_and_grad(functools.partial(cross_entropy, chunk=4), has_aux=True))(
         hidden_TD, weight_DV, garbage_T, mask_T
     )
     np.testing.assert_allclose(masked, short, rtol=1e-6)
     np.testing.assert_array_equal(np.any(grads != 0, axis=-1), mask_T)
-    nothing = cross_entropy(hidden_TD, weight_DV, targets_T, jnp.zeros_like(mask_T), chunk=4)
+    nothing = jitted(hidden_TD, weight_DV, targets_T, jnp.zeros_like(mask_T))
     np.testing.assert_array_equal(nothing, [0.0, 0.0])
 
 

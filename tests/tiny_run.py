@@ -1,4 +1,4 @@
-"""A whole run in miniature: a small world, a two-layer policy, and a cold start of a few dozen updates.
+"""A whole run in miniature: a small world, a two-layer policy, and a cold start of two or three dozen updates.
 
 They teach the random policy enough of the format that RL rollouts retrieve, and nothing more.
 """
@@ -61,7 +61,7 @@ SETTINGS: dict[str, Any] = {
     "rl.checkpoint_every": 1,
     "log.progress": "false",
 }
-EPOCHS = {"tags": 110, "steps": 40}  # about as many updates: `steps` has a sample per step
+EPOCHS = {"tags": 56, "steps": 22}  # about as many updates: `steps` has a sample per step
 
 
 def write_tokenizer(path: Path) -> Tokenizer:
