@@ -44,6 +44,7 @@ NOTEBOOK = ["matplotlib>=3.10", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=
 TEST = [
     *NOTEBOOK,
     "pytest>=9.0",
+    "pytest-xdist>=3.8",
     "hypothesis>=6.150",
     "ruff>=0.15",
     "mypy>=2.0",

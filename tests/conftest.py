@@ -33,6 +33,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers a file stays together, as do all tests that read a finished run: nothing is made twice.
+
+    In the workers alone this has an effect; they collect as their parent does, and start none of their own.
+    """
+    for item in items:
+        group = "finished" if "finished" in getattr(item, "fixturenames", ()) else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory with a tiny random policy."""
