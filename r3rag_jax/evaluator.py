@@ -51,7 +51,7 @@ def read_answers(
     The prompt is plain reading ("Question: …\\nAnswer:") or, with `chat`, an instruction in the model's chat template,
     after three examples of short answers. One that outgrows the context loses its last passages.
     """
-    frame = chat_frame(tokenizer, example_turns()) if chat else None
+    frame = chat_frame(tokenizer, example_turns(retriever is not None)) if chat else None
     engine.reset()
     found: Sequence[tuple[Passage, ...]] = [()] * len(questions)
     if retriever is not None:

@@ -19,9 +19,13 @@ from r3rag_jax.types import Passage, Question, Step
 Messages = list[dict[str, str]]
 INSTRUCTION = "Answer the question with a name, a number or a few words only."
 EXAMPLES = (
-    ("In which country is the Eiffel Tower?", "France"),
-    ("When did the Titanic sink?", "1912"),
-    ("Which of the two is longer: the Nile or the Thames?", "Nile"),
+    (
+        '"Eiffel Tower"\nTower in Paris, France, built from 1887 to 1889.',
+        "In which country is the Eiffel Tower?",
+        "France",
+    ),
+    ('"Titanic"\nBritish ocean liner. She sank on 15 April 1912.', "When did the Titanic sink?", "1912"),
+    ('"Nile"\nRiver in Africa, some 6,650 km long.', "Which of the two is longer: the Nile or the Thames?", "Nile"),
 )
 TAGS = ("<think>", "</think>", "<query>", "</query>", "<doc>", "</doc>", "<answer>", "</answer>")
 
@@ -181,14 +185,12 @@ def instruction_prompt(question: str, passages: Sequence[Passage | str]) -> str:
     return f"{given}{INSTRUCTION}\nQuestion: {question}"
 
 
-def example_turns() -> list[dict[str, str]]:
-    """The chat turns before it: a small chat model needs to see how short an answer is meant to be."""
+def example_turns(with_documents: bool) -> list[dict[str, str]]:
+    """The chat turns before it: a small chat model needs to see how short an answer is, with documents or without."""
     turns = []
-    for question, answer in EXAMPLES:
-        turns += [
-            {"role": "user", "content": instruction_prompt(question, ())},
-            {"role": "assistant", "content": answer},
-        ]
+    for document, question, answer in EXAMPLES:
+        prompt = instruction_prompt(question, [document] if with_documents else [])
+        turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     return turns
 
 

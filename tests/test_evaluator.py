@@ -199,11 +199,14 @@ def test_a_prompt_that_outgrows_the_context_loses_its_last_passages(tokenizer: T
 
 
 def test_a_chat_model_is_shown_how_short_an_answer_is(tokenizer: Tokenizer) -> None:
-    done, engine = read(tokenizer, tiny.DictRetriever([DARWIN, BORN]), chat=True, max_length=1000)
+    _, engine = read(tokenizer, chat=True, max_length=1500)
+    assert all("Documents:" not in prompt and prompt.count("<|im_start|>user") == 4 for prompt in engine.prompts)
+    done, engine = read(tokenizer, tiny.DictRetriever([DARWIN, BORN]), chat=True, max_length=1500)
     instruction = "Answer the question with a name, a number or a few words only."
     [prompt] = [prompt for prompt in engine.prompts if "Where was" in prompt]
     assert prompt.startswith(
-        f"<|im_start|>user\n{instruction}\nQuestion: In which country is the Eiffel Tower?<|im_end|>\n"
+        '<|im_start|>user\nDocuments:\n"Eiffel Tower"\nTower in Paris, France, built from 1887 to 1889.\n\n'
+        f"{instruction}\nQuestion: In which country is the Eiffel Tower?<|im_end|>\n"
         "<|im_start|>assistant\nFrance<|im_end|>\n<|im_start|>user\n"
     )
     assert prompt.endswith(

@@ -164,7 +164,7 @@ def test_adapters_are_trained_resumed_and_merged(
     base = finished("tags") / "policy" / "sft"
     settings = {
         "lora.rank": 4,
-        "sft.epochs": 8,
+        "sft.epochs": 2,
         "rl.iterations": 2,
         "rl.critic": "separate",
         "phases": "[index, sft, rl]",
