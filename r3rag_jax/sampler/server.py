@@ -2,13 +2,15 @@
 
 What is exact: prompts are sent as token ids, so the server continues the very context that the engine of this package
 would (`rollout.server_prompt=text` is for servers that take text alone). Sampled ids are the server's where it tells
-them (vLLM: `token_ids`; llama.cpp: ids beside the log-probabilities); else its text is encoded again, which keeps the
-text but not always the split into tokens. Fields that OpenAI's API lacks are sent unless `rollout.server_extras` is
-false: they ask for ids, keep special tokens in the text, and switch off sampling defaults of server or model.
+them (vLLM: `token_ids`; llama.cpp: ids beside the log-probabilities) or spells every token (SGLang), unless one is a
+part of a character; else its text is encoded again, which keeps the text but not always the split into tokens.
+Fields that OpenAI's API lacks are sent unless `rollout.server_extras` is false: they ask for ids, keep special tokens
+in the text, and switch off sampling defaults of server or model.
 
 Which token ended a step, in this order: the last sampled id, the end of the text, `stop_reason` (vLLM) or
-`matched_stop` (SGLang), the closing tag of the tag left open, the end of turn. Only a server that tells nothing of the
-first four and ends a turn inside an open tag is misread: the tag is taken for closed.
+`matched_stop` (SGLang), the closing tag of the tag left open, the end of turn. A server that tells
+none of the first three leaves two cases open: a turn that ends inside a tag is read as if the tag had been closed, and
+a closing tag without its opening one as an end of turn (that step is malformed either way).
 """
 
 from __future__ import annotations
@@ -181,21 +183,18 @@ class Server:
         usage = reply.get("usage")
         if isinstance(usage, dict) and usage.get("completion_tokens") == 0:
             raise self._malformed("/completions", "at least one sampled token", reply)
-        ids, spelled, values = self._told(choice, reply)
-        is_exact = ids is not None
+        ids, values = self._told(choice, reply)
         if ids is None:
-            ids = self._tokenizer.encode(text)
+            ids, values = self._tokenizer.encode(text), []
         if finish == "stop" and not self._has_ended(ids):
             ids = [*ids, self._ending(choice, text)]
         if not ids:
             raise self._malformed("/completions", "at least one sampled token", reply)
         is_known = len(values) == len(ids) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-        if not is_exact:  # then they are known where the server's tokens are those of our encoding
-            is_known = is_known and spelled == [self._tokenizer.decode([id]) for id in ids]
         return ids, np.asarray(values, np.float32) if is_known else None
 
-    def _told(self, choice: dict[str, Any], reply: Any) -> tuple[list[int] | None, list[Any], list[Any]]:
-        """Ids where the server tells them, its tokens as text, and their log-probabilities (or nothing)."""
+    def _told(self, choice: dict[str, Any], reply: Any) -> tuple[list[int] | None, list[Any]]:
+        """Ids where the server tells them, and their log-probabilities (or nothing)."""
         try:
             logprobs = choice.get("logprobs") or {}
             spelled, values = logprobs.get("tokens") or [], logprobs.get("token_logprobs") or []
@@ -207,11 +206,29 @@ class Server:
                 ids = None if ids is not None and None in ids else ids
             elif ids is None and spelled and all(str(token).startswith("token_id:") for token in spelled):
                 ids = [int(token.removeprefix("token_id:")) for token in spelled]
+            elif ids is None and spelled:
+                ids = self._unspelled(spelled, choice["text"])
         except (AttributeError, TypeError, ValueError):
             raise self._malformed("/completions", "logprobs of OpenAI's form", reply) from None
         if ids is not None and not all(isinstance(i, int) and 0 <= i < self._tokenizer.vocab_size for i in ids):
             raise self._malformed("/completions", f"ids below {self._tokenizer.vocab_size}, the tokenizer's", reply)
-        return ids, spelled, values
+        return ids, values
+
+    def _unspelled(self, tokens: list[str], text: str) -> list[int] | None:
+        """The ids of tokens given as text; None where one is unknown or ambiguous, or they do not spell the text."""
+        ids = [self._id_of.get(token) for token in tokens]
+        whole = "".join(tokens)
+        is_text = whole in (text, *(text + end for end in self._ends.values()))
+        return [id for id in ids if id is not None] if is_text and None not in ids else None
+
+    @functools.cached_property
+    def _id_of(self) -> dict[str, int | None]:
+        """Token as text -> id; None where several are spelled so, such as the bytes of a character."""
+        ids: dict[str, int | None] = {}
+        for id in range(self._tokenizer.vocab_size):
+            token = self._tokenizer.decode([id])
+            ids[token] = None if token in ids else id
+        return ids
 
     def _has_ended(self, ids: Sequence[int]) -> bool:
         """Whether the end is among the ids: as a token, or spelled out in ordinary ones, which ends no step."""
