@@ -76,6 +76,8 @@ def _columns(sample: Sample, step_rewards: np.ndarray, credit: Credit) -> dict[s
     """
     if len(sample) and sample.loss_mask[0]:
         raise ValueError("a sample must open with its prompt: nothing predicts its first token")
+    if not sample.has_logprobs:
+        raise ValueError("a sample must hold the log-probabilities of its sampled tokens; got one without")
     num_tokens = len(sample)
     # The last policy token of each step, in the order of the steps.
     steps, from_end = np.unique(sample.step_ids[::-1], return_index=True)

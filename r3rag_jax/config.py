@@ -224,8 +224,33 @@ class RolloutConfig:
     samples: int = key(4, "trajectories per question in RL", "trajectories")
     temperatures: tuple[float, ...] = key((1.0,), "one per sample, repeated as needed; 0 is greedy")
     min_p: float = key(0.0, "tokens below this share of the largest probability are not sampled", "fraction")
+    server: str = key(
+        "",
+        "evaluate with this OpenAI-compatible server, e.g. http://localhost:8000/v1; empty: the built-in engine",
+        "url",
+    )
+    server_model: str = key("", "name of the policy on the server; empty: the first model that it lists")
+    server_key_env: str = key("", "environment variable that holds the server's API key; empty: none is sent")
+    server_prompt: Literal["ids", "text"] = key("ids", "`text`: for a server that takes no token ids; not exact")
+    server_extras: bool = key(True, "also send what OpenAI's API lacks, e.g. min_p; false: the server refuses that")
+    server_retries: int = key(6, "calls repeated while the server is busy or away, with doubling waits", "calls")
+    server_timeout_s: float = key(600.0, "longest silence of the server in a call", "seconds")
 
     def __post_init__(self) -> None:
+        _each(self, "rollout.", AT_LEAST_0, "server_retries")
+        _each(self, "rollout.", ABOVE_0, "server_timeout_s")
+        _require(
+            self.server == "" or re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", self.server) is not None,
+            "rollout.server must be an http(s) URL without user, query or fragment, e.g. http://localhost:8000/v1; "
+            f"got {self.server.rpartition('@')[2]!r}",
+            "rollout.server",
+        )
+        _require(
+            self.server == "" or self.server_extras or self.min_p == 0,
+            f"rollout.min_p must be 0 when rollout.server_extras is false; got {self.min_p}",
+            "rollout.min_p",
+            "rollout.server_extras",
+        )
         _each(
             self,
             "rollout.",
@@ -461,6 +486,32 @@ class Config:
             f"{self.rollout.max_length}, for a trajectory fills one row; got {self.rl.row_length}",
             "rl.row_length",
             "rollout.max_length",
+        )
+        if self.rollout.server:
+            self._check_server()
+
+    def _check_server(self) -> None:
+        """What a server, which holds one policy that this package cannot change, cannot be used for."""
+        _require(
+            "rl" not in self.phases,
+            "phases must not have rl when rollout.server is given: RL samples with the policy that it trains; "
+            f"got {', '.join(self.phases)}",
+            "phases",
+            "rollout.server",
+        )
+        policies = {name: "base" if name in ("closed_book", "oneshot_rag") else name for name in self.eval.systems}
+        _require(
+            "eval" not in self.phases or len(set(policies.values())) == 1,
+            "eval.systems must be of one policy, the served one, when rollout.server is given: closed_book and "
+            f"oneshot_rag, or cold_start, or r3rag; got {', '.join(self.eval.systems)}",
+            "eval.systems",
+            "rollout.server",
+        )
+        _require(
+            not self.mesh.distributed,
+            "mesh.distributed must be false when rollout.server is given; got true",
+            "mesh.distributed",
+            "rollout.server",
         )
 
     @property

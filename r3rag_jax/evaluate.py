@@ -38,14 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     session, phase = open_session(args)
     path = args.questions or session.path_of("test")
     questions = read_questions(path)
+    params = session.sampling_params(lambda: session.phase_params(phase))
     with Bar(f"eval {path.name}", len(questions), console=session.console, live=session.config.log.progress) as bar:
-        trajectories = play_greedy(
-            session.roller(), session.phase_params(phase), questions, lambda t: bar.advance(steps=len(t.steps))
-        )
+        trajectories = play_greedy(session.roller(), params, questions, lambda t: bar.advance(steps=len(t.steps)))
     name = args.name or path.stem
     mark = fingerprint(
-        questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k, phase=phase
-    )
+        questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k, phase=phase,
+        **session.sampling_mark(),
+    )  # fmt: skip
     summary = summarise(name, trajectories, mark)
     (session.run_dir / "eval").mkdir(exist_ok=True)
     (session.run_dir / "eval" / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -66,11 +66,12 @@ def open_session(args: argparse.Namespace) -> tuple[Session, str]:
     path = args.checkpoint / "config.yaml"
     if not path.is_file():
         raise UserError(f"--checkpoint must be a run directory with config.yaml; got {args.checkpoint}")
-    config = load_config(path, [*getattr(args, "overrides", ()), f"run_dir={args.checkpoint}"])
+    # Only `index`: what its phases need of a configuration is the training's business.
+    config = load_config(path, [*getattr(args, "overrides", ()), f"run_dir={args.checkpoint}", "phases=index"])
     session = Session(config, args.checkpoint)
     trained = [phase for phase in PHASES if session.policy_dir(phase).exists()]
     phase = args.phase or (trained[0] if trained else "")
-    if phase not in trained:
+    if phase not in trained and not config.rollout.server:
         raise UserError(f"{args.checkpoint} has no trained policy{f' of phase {phase}' if phase else ''}")
     if args.corpus is not None:
         session.retriever = session.build_index(read_passages(args.corpus))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,9 @@ import numpy as np
 from r3rag_jax.protocol import example_turns, instruction_prompt, reading_prompt
 from r3rag_jax.retrieval.base import Retriever
 from r3rag_jax.rewards.score import answers_of
-from r3rag_jax.rollout import Job, Roller
+from r3rag_jax.rollout import Job, OnDone, Player
 from r3rag_jax.sampler.engine import Context, Engine
+from r3rag_jax.sampler.server import Server
 from r3rag_jax.sampler.state import RowStatus
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.transcript import chat_frame
@@ -24,19 +25,18 @@ TITLES = {
     "cold_start": "Cold start",
     "r3rag": "R3-RAG",
 }
-OnDone = Callable[[Trajectory], None]
 MAX_ANSWER_TOKENS = 24
 
 
 def play_greedy(
-    roller: Roller, params: Any, questions: Sequence[Question], on_done: OnDone | None = None
+    roller: Player, params: Any, questions: Sequence[Question], on_done: OnDone | None = None
 ) -> list[Trajectory]:
     """The policy's own trajectories, one per question, greedy."""
     return roller.play(params, [Job(question) for question in questions], on_done)
 
 
 def read_answers(
-    engine: Engine,
+    engine: Engine | Server,
     tokenizer: Tokenizer,
     params: Any,
     questions: Sequence[Question],
@@ -52,31 +52,43 @@ def read_answers(
     after three examples of short answers. One that outgrows the context loses its last passages.
     """
     frame = chat_frame(tokenizer, example_turns(retriever is not None)) if chat else None
-    engine.reset()
     found: Sequence[tuple[Passage, ...]] = [()] * len(questions)
     if retriever is not None:
         hits = retriever.search([question.question for question in questions], top_k)
         found = [tuple(hit.passage for hit in row) for row in hits]
+    contexts = [
+        Context(_reading_ids(tokenizer, question, passages, engine.max_length, frame), MAX_ANSWER_TOKENS)
+        for question, passages in zip(questions, found, strict=True)
+    ]
+    if isinstance(engine, Server):
+        lines: Iterator[tuple[int, list[int]]] = ((place, line.ids) for place, line in engine.complete_all(contexts))
+    else:
+        lines = _write_lines(engine, params, contexts)
     done: dict[int, Trajectory] = {}
-    waiting, busy = list(range(len(questions)))[::-1], dict[int, int]()
+    for place, ids in lines:
+        done[place] = _read_trajectory(tokenizer, questions[place], found[place], ids)
+        if on_done is not None:
+            on_done(done[place])
+    return [done[place] for place in range(len(questions))]
+
+
+def _write_lines(engine: Engine, params: Any, lines: Sequence[Context]) -> Iterator[tuple[int, list[int]]]:
+    """Place and sampled ids of each context, as they come."""
+    engine.reset()
+    waiting, busy = list(range(len(lines)))[::-1], dict[int, int]()
     while waiting or busy:
         contexts = {}
         for slot in engine.find(RowStatus.EMPTY)[: len(waiting)]:
             busy[slot] = waiting.pop()
-            ids = _reading_ids(tokenizer, questions[busy[slot]], found[busy[slot]], engine.max_length, frame)
-            contexts[slot] = Context(ids, MAX_ANSWER_TOKENS)
+            contexts[slot] = lines[busy[slot]]
         starts = {slot: int(engine.rows.lengths[slot]) for slot in busy}
         engine.set_context(params, contexts)
         starts |= {slot: len(context.ids) for slot, context in contexts.items()}
         engine.decode(params, MAX_ANSWER_TOKENS, engine.slots)
         for slot in engine.find(RowStatus.NEEDS_RETRIEVAL, RowStatus.DONE):
             ids = engine.rows.tokens[slot, starts[slot] : engine.rows.lengths[slot]].tolist()
-            place = busy.pop(slot)
-            done[place] = _read_trajectory(tokenizer, questions[place], found[place], ids)
             engine.release(slot)
-            if on_done is not None:
-                on_done(done[place])
-    return [done[place] for place in range(len(questions))]
+            yield busy.pop(slot), ids
 
 
 def reading_stops(tokenizer: Tokenizer) -> tuple[int, ...]:

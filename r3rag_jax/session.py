@@ -43,15 +43,16 @@ from r3rag_jax.models.paths import model_path
 from r3rag_jax.protocol import TAGS, make_protocol
 from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.faiss_index import FaissIndex
-from r3rag_jax.rollout import Roller
+from r3rag_jax.rollout import Player, Roller, ServedRoller
 from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.sampler.server import Server
 from r3rag_jax.sharding import make_mesh, partition_spec, tree_shardings
 from r3rag_jax.text import Tokenizer, read_template
 from r3rag_jax.transcript import Codec
 from r3rag_jax.types import Passage, Question, Trajectory
 
 # Sections that may change when a run is resumed: they do not change what was computed.
-FREE_KEYS = ("run_dir", "phases", "eval", "mesh", "log")
+FREE_KEYS = ("run_dir", "phases", "eval", "mesh", "log", "rollout.server")
 SPLITS = ("sft", "rl", "dev", "test")
 
 
@@ -73,7 +74,7 @@ def open_run(config: Config) -> Path:
     if path.exists():
         old = load_config(path)
         changed = [name for name, (was, now) in _differences(old, config).items()
-                   if name.split(".")[0] not in FREE_KEYS and was != now]  # fmt: skip
+                   if not _is_free(name) and was != now]  # fmt: skip
         if changed:
             was, now = _differences(old, config)[changed[0]]
             raise UserError(
@@ -88,6 +89,11 @@ def open_run(config: Config) -> Path:
         path.write_text(to_yaml(config))
     barrier("run directory")
     return run_dir
+
+
+def _is_free(name: str) -> bool:
+    """Whether a dotted key is one of FREE_KEYS, of such a section, or (`server_…`) of such a group."""
+    return any(name == free or name.startswith((f"{free}.", f"{free}_")) for free in FREE_KEYS)
 
 
 def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -337,9 +343,14 @@ class Session:
             min_p=rollout.min_p, dtype=jnp.dtype(self.config.model.dtype),
         )  # fmt: skip
 
-    def roller(self, top_k: int | None = None) -> Roller:
-        """The engine set up for trajectories of the configured protocol."""
+    def roller(self, top_k: int | None = None) -> Player:
+        """The engine, or the user's server, set up for trajectories of the configured protocol."""
         codec, retrieval = self.codec, self.config.retrieval
+        if self.config.rollout.server:
+            return ServedRoller(
+                self.server(codec.eos_id, codec.stop_ids), codec, self.retriever, self.config.rollout,
+                top_k=top_k or retrieval.top_k, max_passages=retrieval.max_passages,
+            )  # fmt: skip
         pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
         self.engine.stop_at(pauses, [i for i in (codec.eos_id,) if i not in pauses])
         return Roller(
@@ -347,10 +358,26 @@ class Session:
             top_k=top_k or retrieval.top_k, max_passages=retrieval.max_passages,
         )  # fmt: skip
 
-    def reading_engine(self) -> Engine:
-        """The engine set up for the baselines' one line of answer."""
-        self.engine.stop_at((), reading_stops(self.tokenizer))
+    def reading_engine(self) -> Engine | Server:
+        """The engine, or the user's server, set up for the baselines' one line of answer."""
+        stops = reading_stops(self.tokenizer)
+        if self.config.rollout.server:
+            return self.server(self.tokenizer.eos_id, [i for i in stops if i != self.tokenizer.eos_id])
+        self.engine.stop_at((), stops)
         return self.engine
+
+    def server(self, eos_id: int, stop_ids: Sequence[int] = ()) -> Server:
+        """The user's inference server, with what ends a completion."""
+        return Server(self.config.rollout, self.tokenizer, eos_id=eos_id, stop_ids=stop_ids)
+
+    def sampling_params(self, load: Callable[[], Any]) -> Any:
+        """What rollouts take: the parameters that `load` gives, or None where a server has its own."""
+        return None if self.config.rollout.server else load()
+
+    def sampling_mark(self) -> dict[str, Any]:
+        """What a fingerprint says of a user's server: which one, and which model it served."""
+        rollout = self.config.rollout
+        return {"server": f"{rollout.server} {rollout.server_model}".strip()} if rollout.server else {}
 
 
 def write_world(world: World, config: Config, directory: Path) -> None:

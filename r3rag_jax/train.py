@@ -310,7 +310,8 @@ def rewind_trajectories(session: Session, iteration: int) -> None:
 def eval_phase(session: Session) -> bool:
     """Baselines, cold start and R3-RAG on the test questions."""
     questions = session.questions("test")[: session.config.eval.max_questions or None]
-    mark = fingerprint(questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k)
+    mark = fingerprint(questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k,
+                       **session.sampling_mark())  # fmt: skip
     did_work = False
     for system in session.config.eval.systems:
         path = session.run_dir / "eval" / f"{system}.json"
@@ -334,13 +335,15 @@ def evaluate_system(session: Session, system: str, questions: Sequence[Question]
 
     if system in ("closed_book", "oneshot_rag"):
         retriever = session.retriever if system == "oneshot_rag" else None
-        return read_answers(session.reading_engine(), session.tokenizer, session.base_params(), questions,
-                            retriever, session.config.retrieval.oneshot_top_k, on_done,
+        params = session.sampling_params(session.base_params)
+        return read_answers(session.reading_engine(), session.tokenizer, params, questions, retriever,
+                            session.config.retrieval.oneshot_top_k, on_done,
                             chat=session.config.eval.prompt == "chat")  # fmt: skip
     phase = {"cold_start": "sft", "r3rag": "rl"}[system]
-    if not session.policy_dir(phase).exists():
+    if not session.policy_dir(phase).exists() and not session.config.rollout.server:
         raise UserError(f"eval.systems names {system}, but phase {phase} of {session.run_dir} has not finished")
-    return play_greedy(session.roller(), session.phase_params(phase), questions, on_done)
+    params = session.sampling_params(lambda: session.phase_params(phase))
+    return play_greedy(session.roller(), params, questions, on_done)
 
 
 def write_eval(session: Session, system: str, trajectories: Sequence[Trajectory], mark: dict[str, Any]) -> None:

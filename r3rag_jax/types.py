@@ -80,7 +80,8 @@ class Sample:
     Fields, all of length L:
         ids: int32, tokens as the sampler saw them, never re-tokenised.
         loss_mask: bool, True where the policy wrote the token; False for prompt and passages.
-        behaviour_logprobs: float32, at the sampling temperature; 0 where loss_mask is False.
+        behaviour_logprobs: float32, at the sampling temperature; 0 where loss_mask is False; NaN where whoever
+            sampled did not tell them.
         step_ids: int32, index of the step that the token belongs to; -1 where loss_mask is False.
     temperature: the sampling temperature (0 = greedy, trained at 1).
     """
@@ -105,6 +106,11 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether RL can train on it: every sampled token has its log-probability."""
+        return not np.isnan(self.behaviour_logprobs).any()
 
 
 @dataclasses.dataclass(frozen=True)

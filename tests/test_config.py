@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r3rag_jax import configio
-from r3rag_jax.config import Config, ConfigError, DataConfig, MeshConfig, RLConfig, RolloutConfig
+from r3rag_jax.config import Config, ConfigError, DataConfig, EvalConfig, MeshConfig, RLConfig, RolloutConfig
 from r3rag_jax.configio import help_text, load_config, parse_args, to_yaml
 from r3rag_jax.errors import UserError, main_guard
 
@@ -268,6 +268,21 @@ def test_files_that_cannot_be_read(write: Write) -> None:
         (["mesh.coordinator=a:1"], "mesh.coordinator must be empty unless mesh.distributed is"
          " true; got 'a:1'"),
         (["data.source=files"], "data.corpus must be given when data.source is files; got none"),
+        (["rollout.server=localhost:8000"], "rollout.server must be an http(s) URL without user, query"
+         " or fragment, e.g. http://localhost:8000/v1; got 'localhost:8000'"),
+        (["rollout.server=http://me:secret@h/v1"], "rollout.server must be an http(s) URL without user,"
+         " query or fragment, e.g. http://localhost:8000/v1; got 'h/v1'"),
+        (["rollout.server=http://h/v1"], "phases must not have rl when rollout.server is given: RL samples"
+         " with the policy that it trains; got index, sft, rl, eval"),
+        (["phases=eval", "rollout.server=http://h/v1"], "eval.systems must be of one policy, the served"
+         " one, when rollout.server is given: closed_book and oneshot_rag, or cold_start, or r3rag; got"
+         " closed_book, oneshot_rag, cold_start, r3rag"),
+        (["phases=index", "rollout.server=http://h", "mesh.distributed=true"], "mesh.distributed must be"
+         " false when rollout.server is given; got true"),
+        (["phases=index", "rollout.server=http://h", "rollout.server_extras=false", "rollout.min_p=0.1"],
+         "rollout.min_p must be 0 when rollout.server_extras is false; got 0.1"),
+        (["rollout.server_retries=-1"], "rollout.server_retries must be at least 0; got -1"),
+        (["rollout.server_timeout_s=0"], "rollout.server_timeout_s must be above 0; got 0.0"),
     ],
 )  # fmt: skip
 def test_broken_relations_name_the_key_and_the_override(write: Write, overrides: list[str], rule: str) -> None:
@@ -302,6 +317,13 @@ def test_files_need_the_paths_of_their_phases_only(phase: str, name: str) -> Non
     full = DataConfig(source="files", corpus="c.jsonl", **{name: "q.jsonl"})
     assert Config(data=full, phases=(phase,)).data == full
     assert Config(data=data, phases=("index",)).data == data
+
+
+@pytest.mark.parametrize("systems", [("closed_book", "oneshot_rag"), ("cold_start",), ("r3rag",)])
+def test_a_server_evaluates_the_systems_of_one_policy(systems: tuple[str, ...]) -> None:
+    rollout = RolloutConfig(server="https://host:8000/v1")
+    config = Config(phases=("index", "eval"), rollout=rollout, eval=EvalConfig(systems=systems))
+    assert config.eval.systems == systems
 
 
 def test_an_explicit_coordinator_needs_its_rank_and_size() -> None:

@@ -15,7 +15,7 @@ import tiny
 import tiny_run
 from flax import nnx
 
-from r3rag_jax.config import Config, ConfigError, DataConfig, EvalConfig, LogConfig, MeshConfig, RLConfig
+from r3rag_jax.config import Config, ConfigError, DataConfig, EvalConfig, LogConfig, MeshConfig, RLConfig, RolloutConfig
 from r3rag_jax.configio import load_config
 from r3rag_jax.data.qa import read_passages, read_questions, read_trajectories, write_jsonl
 from r3rag_jax.errors import UserError
@@ -47,6 +47,7 @@ def test_a_new_directory_records_its_configuration(tmp_path: Path) -> None:
         {"eval": EvalConfig(max_questions=3)},
         {"mesh": MeshConfig(fsdp=2)},
         {"log": LogConfig(progress=False)},
+        {"phases": ("index",), "rollout": RolloutConfig(server="http://host/v1", server_model="policy")},
     ],
     ids=str,
 )
@@ -65,6 +66,7 @@ def test_what_computes_the_same_may_change(change: dict[str, Any], tmp_path: Pat
         ({"seed": 1}, "seed was 0, now 1"),
         ({"rl": RLConfig(kl=0.5)}, "rl.kl was 0.01, now 0.5"),
         ({"rl": RLConfig(critic="head")}, "rl.critic was 'separate', now 'head'"),
+        ({"rollout": RolloutConfig(slots=3)}, "rollout.slots was 64, now 3"),
         ({"name": "other"}, "name was 'run', now 'other'"),
     ],
 )

@@ -61,7 +61,7 @@ SETTINGS: dict[str, Any] = {
     "rl.checkpoint_every": 1,
     "log.progress": "false",
 }
-EPOCHS = {"tags": 56, "steps": 22}  # about as many updates: `steps` has a sample per step
+EPOCHS = {"tags": 56, "steps": 40}  # `steps` has a sample per step
 
 
 def write_tokenizer(path: Path) -> Tokenizer:
