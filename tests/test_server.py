@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import tiny
 from inference_server import EngineReply, Reply, completion, serve
 from rich.console import Console
 
-from r3rag_jax import evaluate
+from r3rag_jax import evaluate, train
 from r3rag_jax.batch import pack
 from r3rag_jax.config import RolloutConfig
 from r3rag_jax.configio import load_config
@@ -106,6 +107,12 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
         client = open_session(run_dir, served)
         arguments = client.tokenizer, None, session.questions("test"), session.retriever, 2
         lines = read_answers(client.reading_engine(), *arguments)
+        copy = shutil.copytree(run_dir, tmp_path / "run")
+        shutil.rmtree(copy / "policy")  # a server has its own
+        settings = [f"run_dir={copy}", "phases=index,eval", "eval.systems=r3rag", served]
+        train.run(load_config(run_dir / "config.yaml", settings), Console(quiet=True))
+    assert (copy / "trajectories" / "r3rag.jsonl").read_text() == (run_dir / "trajectories" / "r3rag.jsonl").read_text()
+    assert json.loads((copy / "eval" / "r3rag.json").read_text())["fingerprint"]["server"] == endpoint.url
     rows = {
         name: [row for _, row in read_rows(run_dir / "trajectories" / f"{name}.jsonl")] for name in ("local", "served")
     }
