@@ -227,3 +227,9 @@ def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
     decode = functools.partial(engine.decode, graphdef, min_p=0.0)
     decoded = jax.eval_shape(decode, policy, cache, Rows.empty(slots, length), 64, 4, stops, stops)
     assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (slots, length)
+
+
+@pytest.mark.parametrize("overrides", [[], ["budget=cpu"]])
+def test_the_smollm2_recipe_loads_in_both_sizes(overrides: list[str]) -> None:
+    config = load_config(TESTS.parent / "configs" / "wikihop_smollm2.yaml", overrides)
+    assert (config.lora.rank > 0) == bool(overrides)
