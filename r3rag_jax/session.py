@@ -277,7 +277,7 @@ class Session:
         if data.source == "files" and not getattr(data, split):
             return []
         questions = read_questions(self.path_of(split))
-        if data.source == "files" and split == "rl" and data.disjoint and "sft" in self.config.phases:
+        if data.source == "files" and split == "rl" and data.disjoint and data.sft:
             used = {trajectory.question.id for trajectory in self.trajectories()}
             questions = [question for question in questions if question.id not in used]
             if not questions:
@@ -329,6 +329,9 @@ class Session:
             if self.config.data.source == "world":
                 write_teacher(world, self.config, index, self.run_dir / "data")
             elif self.config.data.search_again:
+                read_trajectories(  # says what is wrong with the file, and where
+                    self.config.data.path("sft"), {p.id: p for p in passages}, self.config.retrieval.top_k
+                )
                 search_again(self.config, index, self.run_dir / "data")
             index.save(self.index_dir)
         barrier("index")

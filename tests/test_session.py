@@ -232,7 +232,9 @@ def test_rl_leaves_out_the_questions_that_the_cold_start_drew(config: Config, tm
     assert [trajectory.question.id for trajectory in reseeded.trajectories()] != used
     shared = dataclasses.replace(few, data=dataclasses.replace(few.data, disjoint=False))
     assert len(Session(shared, one.run_dir).questions("rl")) == 10
-    alone = dataclasses.replace(few, phases=("index", "rl"))
+    later = dataclasses.replace(few, phases=("rl",))  # the cold start was a command of its own
+    assert len(Session(later, one.run_dir).questions("rl")) == 6
+    alone = dataclasses.replace(few, phases=("index", "rl"), data=dataclasses.replace(few.data, sft=""))
     assert len(Session(alone, one.run_dir).questions("rl")) == 10
 
 
@@ -246,6 +248,14 @@ def test_data_that_leaves_nothing_or_holds_too_little_is_the_users_to_fix(config
     many = dataclasses.replace(every, data=dataclasses.replace(every.data, num_sft=7))
     with pytest.raises(UserError, match=r"data.num_sft must be at most 6, what .*taught.jsonl holds; got 7"):
         Session(many, one.run_dir).trajectories()
+
+
+def test_a_search_again_places_what_is_wrong_with_the_trajectories(config: Config, tmp_path: Path) -> None:
+    again = files_of_ones_own(config, tmp_path / "data", search_again=True)
+    with (tmp_path / "data" / "taught.jsonl").open("a") as file:
+        file.write('{"id": "q9", "question": "Who?", "golden_answers": ["x"]}\n')
+    with pytest.raises(UserError, match=r"taught.jsonl:7: expected a field 'steps'"):
+        Session(again, open_run(again)).write_data()
 
 
 def test_a_search_again_brings_this_runs_documents_and_keeps_what_a_step_is_after(
