@@ -78,7 +78,8 @@ def attach(decoder: Decoder, config: LoraConfig, mesh: Mesh, seed: int, token_id
 def merge(graphdef: Any, params: Any, frozen: Any = None) -> Any:
     """Parameters of the decoder without adapters that computes the same; to be jitted.
 
-    W + alpha / rank A B is formed in float32 and rounded to the type of W. Without adapters: `params`.
+    W + alpha / rank A B is formed in float32 and rounded to the type of W; rows are added as in the decoder itself.
+    Without adapters: `params`.
     """
     decoder = nnx.clone(join(graphdef, params, frozen))  # whose variables are those of `params` and `frozen`
     for name in PROJECTIONS:
