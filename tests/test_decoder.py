@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from r3rag_jax.config import LoraConfig, MeshConfig
+from r3rag_jax.models import lora
 from r3rag_jax.models.attention import attention
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import (
@@ -17,6 +19,7 @@ from r3rag_jax.models.decoder import (
     param_shapes,
     rope_frequencies,
 )
+from r3rag_jax.sharding import make_mesh
 
 TINY = DecoderConfig(
     vocab_size=64,
@@ -69,13 +72,17 @@ def positions(B: int, L: int) -> jax.Array:
 def test_shapes_names_and_axes_agree():
     untied = dataclasses.replace(TINY, tie_embeddings=False, qk_norm=True)
     for config in (TINY, untied):
-        params = nnx.to_pure_dict(nnx.state(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param))
+        decoder = Decoder(config, rngs=nnx.Rngs(0))
+        plain = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+        layers = plain.pop("layers")
+        assert {n: p.shape for n, p in (plain | layers).items()} == param_shapes(config)
+        lora.attach(decoder, LoraConfig(rank=2), make_mesh(MeshConfig()), 0, token_ids=[1, 2])
+        params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
         layers = params.pop("layers")
-        assert {n: p.shape for n, p in (params | layers).items()} == param_shapes(config)
         for name, array in (params | layers).items():
             assert len(PARAM_AXES[name]) == array.ndim
             assert (PARAM_AXES[name][0] == "layers") == (name in layers)
-    assert set(param_shapes(untied)) == set(PARAM_AXES)
+    assert {*params, *layers} == set(PARAM_AXES)  # of the last one, which has everything
 
 
 def test_the_graph_definition_is_hashable():

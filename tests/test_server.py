@@ -97,7 +97,7 @@ def is_as_encoded(tokenizer: Tokenizer, sample: Sample) -> bool:
 
 @needs_devices
 def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path], tmp_path: Path) -> None:
-    run_dir = finished("tags")
+    run_dir = shutil.copytree(finished("tags"), tmp_path / "run")
     session = open_session(run_dir)
     params = session.phase_params("rl")
     assert evaluate.main(["--checkpoint", str(run_dir), "--name", "local"]) == 0
@@ -107,7 +107,7 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
         client = open_session(run_dir, served)
         arguments = client.tokenizer, None, session.questions("test"), session.retriever, 2
         lines = read_answers(client.reading_engine(), *arguments)
-        copy = shutil.copytree(run_dir, tmp_path / "run")
+        copy = shutil.copytree(run_dir, tmp_path / "copy")
         shutil.rmtree(copy / "policy")  # a server has its own
         settings = [f"run_dir={copy}", "phases=index,eval", "eval.systems=r3rag", served]
         train.run(load_config(run_dir / "config.yaml", settings), Console(quiet=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,7 +224,7 @@ def test_every_question_comes_once_before_any_comes_again() -> None:
 def test_evaluate_on_other_questions_and_passages(
     finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = finished("tags")
+    run_dir = shutil.copytree(finished("tags"), tmp_path / "run")
     questions, corpus = tmp_path / "mine.jsonl", tmp_path / "corpus.jsonl"
     questions.write_text('{"id": "1", "question": "Who wrote The Red Door?", "golden_answers": ["Bala Sen"]}\n')
     corpus.write_text('{"id": "p", "contents": "\\"The Red Door\\"\\nThe Red Door is by Bala Sen."}\n')
@@ -236,8 +237,6 @@ def test_evaluate_on_other_questions_and_passages(
     [row] = [row for _, row in read_rows(run_dir / "trajectories" / "mine.jsonl")]
     assert {passage["id"] for step in row["steps"] for passage in step.get("passages", ())} <= {"p"}
     assert "EM" in capsys.readouterr().out
-    for name in ("eval/mine.json", "trajectories/mine.jsonl"):
-        (run_dir / name).unlink()
 
 
 @pytest.mark.parametrize("flags", [[], ["--phase", "sft"]])
