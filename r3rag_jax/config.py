@@ -224,6 +224,8 @@ class RolloutConfig:
     samples: int = key(4, "trajectories per question in RL", "trajectories")
     temperatures: tuple[float, ...] = key((1.0,), "one per sample, repeated as needed; 0 is greedy")
     min_p: float = key(0.0, "tokens below this share of the largest probability are not sampled", "fraction")
+    top_k_tokens: int = key(0, "only so many of the most likely tokens are sampled; 0: all", "tokens")
+    top_p: float = key(1.0, "only the most likely tokens that hold this share of them are sampled; 1: all", "fraction")
 
     def __post_init__(self) -> None:
         _each(
@@ -232,7 +234,9 @@ class RolloutConfig:
             AT_LEAST_1,
             "max_steps max_new_tokens max_length slots decode_chunk samples",
         )
-        _each(self, "rollout.", FRACTION, "min_p")
+        _each(self, "rollout.", AT_LEAST_0, "top_k_tokens")
+        _each(self, "rollout.", FRACTION, "min_p top_p")
+        _each(self, "rollout.", ABOVE_0, "top_p")
         _require(
             self.max_new_tokens < self.max_length,
             f"rollout.max_new_tokens must be less than rollout.max_length={self.max_length}; got {self.max_new_tokens}",

@@ -43,6 +43,7 @@ from r3rag_jax.models.paths import model_path
 from r3rag_jax.protocol import TAGS, make_protocol
 from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.faiss_index import FaissIndex
+from r3rag_jax.rl.distribution import Truncation
 from r3rag_jax.rollout import Roller
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sharding import make_mesh, partition_spec, tree_shardings
@@ -334,7 +335,7 @@ class Session:
         rollout = self.config.rollout
         return Engine(
             self.graphdef, self.decoder_config, self.mesh, slots=rollout.slots, max_length=rollout.max_length,
-            min_p=rollout.min_p, dtype=jnp.dtype(self.config.model.dtype),
+            truncation=Truncation.of(rollout), dtype=jnp.dtype(self.config.model.dtype),
         )  # fmt: skip
 
     def roller(self, top_k: int | None = None) -> Roller:

@@ -30,6 +30,7 @@ from r3rag_jax.models import lora
 from r3rag_jax.report import write_report
 from r3rag_jax.rewards.score import Scores, score
 from r3rag_jax.rl.advantages import group_baseline
+from r3rag_jax.rl.distribution import Truncation
 from r3rag_jax.rollout import Job
 from r3rag_jax.session import Session, barrier, open_run, use_compile_cache
 from r3rag_jax.sharding import put_batch, start_distributed
@@ -181,9 +182,9 @@ class PPO:
             self.state, note = self.checkpoints.restore(self.state)
             self.iteration = note["iteration"]
         session.log.rewind("rl", self.iteration)
-        model, min_p = session.config.model, session.config.rollout.min_p
-        self._score = learner.make_scorer(session.mesh, graphdefs, session.graphdef, model, self._config, min_p)
-        self._step = learner.make_rl_step(session.mesh, graphdefs, tx, model, self._config, self.state, min_p)
+        model, truncation = session.config.model, Truncation.of(session.config.rollout)
+        self._score = learner.make_scorer(session.mesh, graphdefs, session.graphdef, model, self._config, truncation)
+        self._step = learner.make_rl_step(session.mesh, graphdefs, tx, model, self._config, self.state, truncation)
 
     @property
     def policy_params(self) -> Any:

@@ -1,5 +1,7 @@
 """The sampler against a naive loop: same tokens, same log-probabilities, whatever the batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import tiny
 from flax import nnx
 
 from r3rag_jax.config import MeshConfig
+from r3rag_jax.rl.distribution import WHOLE, Truncation
+from r3rag_jax.rl.losses import chunked_logprobs
 from r3rag_jax.sampler.engine import Context, Engine, invert
 from r3rag_jax.sampler.state import RowStatus
 from r3rag_jax.sharding import make_mesh
@@ -20,10 +24,10 @@ def model():
     return tiny.decoder()
 
 
-def make_engine(model, slots=4, min_p=0.0, **stops):
+def make_engine(model, slots=4, pauses=(), stops=(), **options):
     graphdef, params = nnx.split(model)
-    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), slots=slots, max_length=MAX_LENGTH, min_p=min_p)
-    engine.stop_at(stops.get("pauses", ()), stops.get("stops", ()))
+    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), slots=slots, max_length=MAX_LENGTH, **options)
+    engine.stop_at(pauses, stops)
     return engine, params
 
 
@@ -57,7 +61,7 @@ def naive(model, ids, num, temperature, key, min_p=0.0):
 @pytest.mark.parametrize("min_p", [0.0, 0.3])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_engine_equals_naive_loop(model, temperature, min_p):
-    engine, params = make_engine(model, min_p=min_p)
+    engine, params = make_engine(model, truncation=Truncation(min_p))
     contexts = {
         row: Context(prompt(row, 5 + 17 * row), 12, temperature, np.array([row, 9], np.uint32)) for row in range(3)
     }
@@ -69,6 +73,32 @@ def test_engine_equals_naive_loop(model, temperature, min_p):
         ids, logprobs = naive(model, context.ids, 12, temperature, context.key, min_p)
         assert engine.rows.tokens[row, start : start + 12].tolist() == ids
         np.testing.assert_allclose(engine.rows.logprobs[row, start : start + 12], logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize("top_k", [0, 12])
+@pytest.mark.parametrize("min_p", [0.0, 0.1])
+def test_recorded_logprobs_are_the_trainers_for_every_truncation(model, min_p, top_k, top_p):
+    how = Truncation(min_p, top_k, top_p)
+    engine, params = make_engine(model, truncation=how)
+    temperatures = np.asarray([0.0, 0.5, 1.0, 1.4], np.float32)
+    engine.set_context(
+        params,
+        {
+            row: Context(prompt(row, 8), 80, float(t), np.array([row, 9], np.uint32))
+            for row, t in enumerate(temperatures)
+        },
+    )
+    engine.decode(params, 80, leave_at=4)
+    tokens = engine.rows.tokens[:, :88]
+    hidden = model(tokens, np.broadcast_to(np.arange(88), tokens.shape))[:, 7:-1]
+    score = functools.partial(chunked_logprobs, chunk=64, truncation=how)
+    scored_at = np.broadcast_to(np.where(temperatures > 0, temperatures, 1)[:, None], (4, 80))
+    logprobs, _ = jax.jit(score)(hidden, model.output_weight(), tokens[:, 8:], scored_at, np.ones((4, 80), bool))
+    np.testing.assert_allclose(engine.rows.logprobs[:, 8:88], logprobs, rtol=0, atol=1e-4)
+    if how != WHOLE:
+        untruncated = engine.rows.logprobs_t1[2, 8:88]
+        assert (logprobs[2] >= untruncated - 1e-5).all() and (logprobs[2] > untruncated + 0.1).any()
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 300])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r3rag_jax.rl.distribution import Truncation
 from r3rag_jax.rl.losses import (
     chunked_logprobs,
     cross_entropy,
@@ -162,7 +163,7 @@ def test_chunked_logprobs_match_plain_in_value_and_gradient(chunk, min_p):
         logprobs_T, entropy_T = function(hidden_TD, weight_DV, targets_T, temperature_T, mask_T)
         return jnp.sum(weights_T * logprobs_T) + jnp.sum(entropy_T * weights_T**2)
 
-    chunked = functools.partial(chunked_logprobs, chunk=chunk, min_p=min_p)
+    chunked = functools.partial(chunked_logprobs, chunk=chunk, truncation=Truncation(min_p))
     plain = functools.partial(_plain_logprobs, min_p=min_p)
     args = hidden_TD, weight_DV, temperature_T
     for actual, expected in zip(
@@ -201,7 +202,7 @@ def test_chunked_logprobs_behind_min_p():
         jnp.ones((1, 3)),
         jnp.ones((1, 3), bool),
         chunk=2,
-        min_p=0.45,
+        truncation=Truncation(min_p=0.45),
     )
     np.testing.assert_allclose(jnp.exp(logprobs_T), [[2 / 3, 1 / 3, 4 / 19]], rtol=1e-5)
     np.testing.assert_allclose(entropy_T, [[0.636514, 0.636514, 1.017154]], rtol=1e-4)

@@ -4,8 +4,8 @@ The cache always holds keys and values of a row's tokens[: length - 1]; a decode
 token and samples the next. So a prefill never needs logits, and appending passages to a paused row
 prefills the passages alone: `set_context` keeps the longest common prefix of old and new ids.
 
-Recorded log-probabilities are those of the distribution sampled from, at the row's temperature and behind min-p;
-training forms the same one. Left out on purpose: top-k and top-p, which would need the same.
+Recorded log-probabilities are those of the distribution sampled from, at the row's temperature and truncated; training
+forms the same one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import KVCache
-from r3rag_jax.rl.distribution import truncate
+from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sharding import batch_shardings, put, replicated
 
@@ -56,13 +56,10 @@ class Engine:
         max_length: int,
         pause_ids: Sequence[int] = (),
         stop_ids: Sequence[int] = (),
-        min_p: float = 0.0,
+        truncation: Truncation = WHOLE,
         dtype: Any = jnp.float32,
     ):
-        """`pause_ids` end a step with NEEDS_RETRIEVAL, `stop_ids` with DONE; `slots` rows of `max_length` tokens.
-
-        `min_p`: tokens of less than this share of the largest probability are not sampled (`truncate`).
-        """
+        """`pause_ids` end a step with NEEDS_RETRIEVAL, `stop_ids` with DONE; `slots` rows of `max_length` tokens."""
         self.mesh, self.slots, self.max_length = mesh, slots, max_length
         self.rows = Rows.empty(slots, max_length)
         cache_of = functools.partial(KVCache.init, config, slots, max_length, dtype)
@@ -73,7 +70,7 @@ class Engine:
         self.stop_at(pause_ids, stop_ids)
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
         self._decode = jax.jit(
-            functools.partial(decode, graphdef, min_p=min_p),
+            functools.partial(decode, graphdef, truncation=truncation),
             donate_argnums=1,  # the cache; rows come back whole, in another layout
             out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
         )
@@ -173,7 +170,7 @@ def decode(
     leave_at: jax.Array,
     stops: jax.Array,
     pauses: jax.Array,
-    min_p: float,
+    truncation: Truncation,
 ) -> DecodeState:
     """The bounded loop on the device: leaves after max_tokens, when no row is active, or when `leave_at` wait."""
     model = nnx.merge(graphdef, params)
@@ -189,19 +186,19 @@ def decode(
         rows = state.rows
         last = jnp.take_along_axis(rows.tokens, rows.lengths[:, None] - 1, axis=1)
         cache, hidden = model.extend(state.cache, last, rows.lengths - 1)
-        token, logprob, logprob_t1 = sample(model.logits(hidden[:, 0]), rows, min_p)
+        token, logprob, logprob_t1 = sample(model.logits(hidden[:, 0]), rows, truncation)
         return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
 
     return jax.lax.while_loop(is_going, body, (jnp.int32(0), DecodeState(cache, rows)))[1]
 
 
-def sample(logits_BV: jax.Array, rows: Rows, min_p: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def sample(logits_BV: jax.Array, rows: Rows, truncation: Truncation) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draw a token per row; returns (token, log-probability as sampled, untruncated at temperature 1), [B].
 
     A greedy row (temperature 0) is scored at temperature 1, at which it is trained.
     """
-    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-    sampled_BV = truncate(logits_BV / temperature, min_p)
+    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
+    sampled_BV = truncate(logits_BV, temperature, truncation)
 
     def draw(key: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
