@@ -218,6 +218,7 @@ class RolloutConfig:
     protocol: Literal["tags", "steps"] = key("tags", "text layout of a trajectory")
     max_steps: int = key(5, "reasoning steps per trajectory", "steps")
     max_new_tokens: int = key(64, "budget of one step", "tokens")
+    max_trajectory_tokens: int = key(0, "budget of sampled tokens over all steps of a trajectory; 0: none", "tokens")
     max_length: int = key(512, "budget of a context; cache slots per row", "tokens")
     slots: int = key(64, "rows decoded side by side", "rows")
     decode_chunk: int = key(32, "most tokens per row in one call on the device", "tokens")
@@ -234,7 +235,7 @@ class RolloutConfig:
             AT_LEAST_1,
             "max_steps max_new_tokens max_length slots decode_chunk samples",
         )
-        _each(self, "rollout.", AT_LEAST_0, "top_k_tokens")
+        _each(self, "rollout.", AT_LEAST_0, "max_trajectory_tokens top_k_tokens")
         _each(self, "rollout.", FRACTION, "min_p top_p")
         _each(self, "rollout.", ABOVE_0, "top_p")
         _require(

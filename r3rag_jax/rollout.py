@@ -47,6 +47,8 @@ class _Row:
         self.transcript = Transcript(codec, job.question.question)
         self.steps: list[Step] = []
         self.seen: set[str] = set()
+        self.num_sampled = 0  # tokens, over all steps
+        self.was_cut_off = False  # the last step, by a budget
 
     def finish(self, status: Status) -> Trajectory:
         samples = self.transcript.samples(self.job.temperature)
@@ -100,9 +102,13 @@ class Roller:
 
     def _context(self, row: _Row) -> Context:
         """What the row is to continue. A prompt that does not fit the context at all is an error of the setting."""
-        return Context(
-            row.transcript.context, self.config.max_new_tokens, row.job.temperature, row.job.key(len(row.steps))
-        )
+        budget = min(self.config.max_new_tokens, self._num_left(row))
+        return Context(row.transcript.context, budget, row.job.temperature, row.job.key(len(row.steps)))
+
+    def _num_left(self, row: _Row) -> int:
+        """Tokens that the trajectory may still sample."""
+        limit = self.config.max_trajectory_tokens
+        return limit - row.num_sampled if limit else self.engine.max_length * self.config.max_steps
 
     def _after_decode(self, params: Any, rows: dict[int, _Row]) -> dict[int, Trajectory]:
         """Read what the waiting rows wrote, retrieve for those that ask, and end those that are through."""
@@ -112,7 +118,9 @@ class Roller:
             row = rows[slot]
             step = self._read_step(slot, row)
             row.steps.append(step)
-            if not step.is_well_formed:
+            if row.was_cut_off and self._num_left(row) == 0:
+                ended[slot] = row.finish(Status.NO_ANSWER)
+            elif not step.is_well_formed:
                 ended[slot] = row.finish(Status.FORMAT_ERROR)
             elif step.answer is not None:
                 ended[slot] = row.finish(Status.ANSWERED)
@@ -122,7 +130,7 @@ class Roller:
         contexts: dict[int, Context] = {}
         for slot, row in asking.items():
             has_room = len(row.transcript.context) < self.engine.max_length - 1
-            if len(row.steps) < self.config.max_steps and has_room:
+            if len(row.steps) < self.config.max_steps and has_room and self._num_left(row) > 0:
                 contexts[slot] = self._context(row)
             else:
                 ended[slot] = row.finish(Status.NO_ANSWER)
@@ -135,7 +143,9 @@ class Roller:
         ids = self.engine.rows.tokens[slot, start:end].tolist()
         row.transcript.write(ids, self.engine.rows.logprobs[slot, start:end].copy())
         step = self.codec.parse_step(ids, len(row.steps) + 1)
-        if ids[-1] != self.codec.eos_id and ids[-1] not in self.codec.stop_ids:  # cut off by its budget
+        row.num_sampled += len(ids)
+        row.was_cut_off = ids[-1] != self.codec.eos_id and ids[-1] not in self.codec.stop_ids
+        if row.was_cut_off:
             return Step(step.analysis, step.query, step.answer, is_well_formed=False)
         return step
 
