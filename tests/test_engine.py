@@ -131,6 +131,27 @@ def test_append_then_decode_equals_fresh_prefill(model):
     np.testing.assert_allclose(engine.rows.logprobs[1, 66:74], fresh.rows.logprobs[0, 66:74], atol=2e-5)
 
 
+def test_the_samples_of_a_question_are_prefilled_once(model):
+    """Bit for bit what each row has when it is prefilled by itself, and what it then writes."""
+    ids = prompt(1, 60)
+    contexts = {row: Context(ids, 6, 1.0, np.array([row, 1], np.uint32)) for row in (0, 2, 3)}
+    together, params = make_engine(model)
+    together.set_context(params, {2: Context(ids[:20] + prompt(7, 20), 2)})  # a row that holds a part already
+    together.num_prefilled = 0
+    together.set_context(params, contexts)
+    assert together.num_prefilled == 59
+    alone, _ = make_engine(model)
+    for row, context in contexts.items():
+        alone.set_context(params, {row: context})
+    assert alone.num_prefilled == 3 * 59
+    for mine, other in zip(*(jax.tree.leaves(engine._cache.v) for engine in (together, alone)), strict=True):
+        np.testing.assert_array_equal(mine[np.array([0, 2, 3]), :, :59], other[np.array([0, 2, 3]), :, :59])
+    for engine in (together, alone):
+        engine.decode(params, 6, leave_at=4)
+    np.testing.assert_array_equal(together.rows.tokens[[0, 2, 3], :66], alone.rows.tokens[[0, 2, 3], :66])
+    np.testing.assert_array_equal(together.rows.logprobs[[0, 2, 3], 60:66], alone.rows.logprobs[[0, 2, 3], 60:66])
+
+
 def test_a_changed_prefix_is_prefilled_anew(model):
     engine, params = make_engine(model)
     first, second = prompt(0, 30), prompt(0, 10) + prompt(5, 25)

@@ -77,6 +77,7 @@ class Engine:
         self._prefill = jax.jit(
             functools.partial(prefill, graphdef), donate_argnums=1, out_shardings=self._shardings.cache
         )
+        self._copy = jax.jit(copy, donate_argnums=0, out_shardings=self._shardings.cache)
         self.num_prefilled = 0  # tokens, padding not counted
         self.num_sampled = 0
 
@@ -93,15 +94,25 @@ class Engine:
         self.rows = Rows.empty(self.slots, self.max_length)
 
     def set_context(self, params: Any, contexts: Mapping[int, Context]) -> None:
-        """Give rows new contexts and make them ACTIVE; only what the cache lacks is prefilled."""
+        """Give rows new contexts and make them ACTIVE; only what the cache lacks is prefilled.
+
+        Where several rows begin with the same context, as the samples of a question do, one of them is prefilled and
+        its keys and values are copied on the device.
+        """
         todo: list[tuple[int, Sequence[int], int]] = []
+        first: dict[tuple[int, ...], int] = {}  # context -> the row that is prefilled with it
+        copies: list[tuple[int, int]] = []  # from, to
         for row, context in contexts.items():
             length = len(context.ids)
             if not 1 <= length < self.max_length:
                 raise ValueError(f"a context must hold 1 to {self.max_length - 1} tokens; got {length}")
             kept = self._common_prefix(row, context.ids)
             if kept < length - 1:
-                todo.append((row, context.ids, kept))
+                source = first.setdefault(tuple(context.ids), row)
+                if source == row:
+                    todo.append((row, context.ids, kept))
+                else:
+                    copies.append((source, row))
             rows = self.rows
             rows.tokens[row, :length] = context.ids
             rows.lengths[row] = length
@@ -111,6 +122,10 @@ class Engine:
             rows.keys[row] = 0 if context.key is None else context.key
         while todo:
             todo = self._prefill_once(params, todo)
+        if copies:
+            sources, targets = np.zeros(self.slots, np.int32), np.full(self.slots, self.slots, np.int32)
+            sources[: len(copies)], targets[: len(copies)] = np.transpose(copies)  # the rest is dropped
+            self._cache = self._copy(self._cache, sources, targets)
 
     def decode(self, params: Any, max_tokens: int, leave_at: int) -> None:
         """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended."""
@@ -159,6 +174,11 @@ def prefill(
     """Write keys and values of tokens_RC at positions starts_R + 0..C-1 of the given rows; rows >= B are dropped."""
     sub, _ = nnx.merge(graphdef, params).extend(cache.take(rows_R), tokens_RC, starts_R)
     return cache.put(rows_R, sub)
+
+
+def copy(cache: KVCache, sources_R: jax.Array, rows_R: jax.Array) -> KVCache:
+    """Give rows the keys and values of others; rows >= B are dropped."""
+    return cache.put(rows_R, cache.take(sources_R))
 
 
 def decode(
