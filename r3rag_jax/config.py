@@ -218,12 +218,18 @@ class RolloutConfig:
     protocol: Literal["tags", "steps"] = key("tags", "text layout of a trajectory")
     max_steps: int = key(5, "reasoning steps per trajectory", "steps")
     max_new_tokens: int = key(64, "budget of one step", "tokens")
+    max_trajectory_tokens: int = key(0, "budget of sampled tokens over all steps of a trajectory; 0: none", "tokens")
     max_length: int = key(512, "budget of a context; cache slots per row", "tokens")
     slots: int = key(64, "rows decoded side by side", "rows")
+    kv_dtype: Literal["auto", "bfloat16", "float32"] = key(
+        "auto", "type of cached keys and values; auto: model.dtype. On CPU bfloat16 is slower, and half as large"
+    )
     decode_chunk: int = key(32, "most tokens per row in one call on the device", "tokens")
     samples: int = key(4, "trajectories per question in RL", "trajectories")
     temperatures: tuple[float, ...] = key((1.0,), "one per sample, repeated as needed; 0 is greedy")
     min_p: float = key(0.0, "tokens below this share of the largest probability are not sampled", "fraction")
+    top_k_tokens: int = key(0, "only so many of the most likely tokens are sampled; 0: all", "tokens")
+    top_p: float = key(1.0, "only the most likely tokens that hold this share of them are sampled; 1: all", "fraction")
     server: str = key(
         "",
         "evaluate with this OpenAI-compatible server, e.g. http://localhost:8000/v1; empty: the built-in engine",
@@ -246,9 +252,11 @@ class RolloutConfig:
             "rollout.server",
         )
         _require(
-            self.server == "" or self.server_extras or self.min_p == 0,
-            f"rollout.min_p must be 0 when rollout.server_extras is false; got {self.min_p}",
+            self.server == "" or self.server_extras or self.min_p == self.top_k_tokens == 0,
+            "rollout.min_p and rollout.top_k_tokens must be 0 when rollout.server_extras is false;"
+            f" got {self.min_p} and {self.top_k_tokens}",
             "rollout.min_p",
+            "rollout.top_k_tokens",
             "rollout.server_extras",
         )
         _each(
@@ -257,7 +265,9 @@ class RolloutConfig:
             AT_LEAST_1,
             "max_steps max_new_tokens max_length slots decode_chunk samples",
         )
-        _each(self, "rollout.", FRACTION, "min_p")
+        _each(self, "rollout.", AT_LEAST_0, "max_trajectory_tokens top_k_tokens")
+        _each(self, "rollout.", FRACTION, "min_p top_p")
+        _each(self, "rollout.", ABOVE_0, "top_p")
         _require(
             self.max_new_tokens < self.max_length,
             f"rollout.max_new_tokens must be less than rollout.max_length={self.max_length}; got {self.max_new_tokens}",

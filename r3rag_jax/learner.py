@@ -21,6 +21,7 @@ from r3rag_jax.config import ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
 from r3rag_jax.models.lora import join
 from r3rag_jax.rl.advantages import gae, whiten
+from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.rl.losses import (
     chunked_logprobs,
     cross_entropy,
@@ -137,16 +138,16 @@ def rl_loss(
     targets: Targets,
     config: RLConfig,
     remat: str,
-    min_p: float = 0.0,
+    truncation: Truncation = WHOLE,
     frozen: dict[str, Any] | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """PPO: clipped surrogate + value loss, where there is a critic, - entropy bonus (arXiv 1707.06347, eq. 9).
 
-    `min_p` is what the batch was sampled with. `sampler_gap` is the largest difference between its recorded
+    `truncation` is what the batch was sampled with. `sampler_gap` is the largest difference between its recorded
     log-probabilities and today's: before the first update of an iteration nothing but rounding.
     """
     modules = _modules(graphdefs, params, frozen)
-    logprobs, entropy, hidden = _logprobs(modules["policy"], batch, remat, min_p)
+    logprobs, entropy, hidden = _logprobs(modules["policy"], batch, remat, truncation)
     policy_loss, metrics = ppo_policy_loss(
         logprobs, batch.behaviour_logprobs, targets.advantages, batch.loss_mask, clip=config.clip
     )
@@ -182,7 +183,7 @@ def make_rl_step(
     model: ModelConfig,
     config: RLConfig,
     state: TrainState,
-    min_p: float = 0.0,
+    truncation: Truncation = WHOLE,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted PPO update, (state, batch, targets, lr_scale, frozen) -> (state, metrics); the state is donated."""
 
@@ -190,7 +191,7 @@ def make_rl_step(
         state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array, frozen: Any = None
     ) -> tuple[TrainState, Metrics]:
         def loss(params: Any) -> tuple[jax.Array, Metrics]:
-            return rl_loss(graphdefs, params, batch, targets, config, model.remat, min_p, frozen)
+            return rl_loss(graphdefs, params, batch, targets, config, model.remat, truncation, frozen)
 
         return _update(loss, tx, state, lr_scale)
 
@@ -198,7 +199,12 @@ def make_rl_step(
 
 
 def make_scorer(
-    mesh: Mesh, graphdefs: dict[str, Any], reference: Any, model: ModelConfig, config: RLConfig, min_p: float = 0.0
+    mesh: Mesh,
+    graphdefs: dict[str, Any],
+    reference: Any,
+    model: ModelConfig,
+    config: RLConfig,
+    truncation: Truncation = WHOLE,
 ) -> Callable[..., tuple[Targets, Metrics]]:
     """(params, reference policy's params, batch, frozen) -> targets before whitening, and metrics; jitted.
 
@@ -216,7 +222,7 @@ def make_scorer(
             values = modules["critic"](batch, _hidden(modules["policy"], batch, "none"), "none")
         if config.kl > 0:
             ref_policy = nnx.merge(reference, ref_params)
-            ref_logprobs, _, _ = _logprobs(ref_policy, batch, "none", min_p)
+            ref_logprobs, _, _ = _logprobs(ref_policy, batch, "none", truncation)
             kl = kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1")
             rewards = rewards - config.kl * kl
             metrics["kl"] = masked_mean(kl, batch.loss_mask)
@@ -257,11 +263,19 @@ def _hidden(policy: Decoder, batch: TrainBatch, remat: str) -> jax.Array:
     return _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
 
 
-def _logprobs(policy: Decoder, batch: TrainBatch, remat: str, min_p: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _logprobs(
+    policy: Decoder, batch: TrainBatch, remat: str, truncation: Truncation
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities and entropies at the sampling temperature, [B, L], and the hidden states they are made of."""
     hidden = _hidden(policy, batch, remat)
     logprobs, entropy = chunked_logprobs(
-        hidden, policy.output_weight(), batch.tokens, batch.temperature, batch.loss_mask, chunk=LOSS_CHUNK, min_p=min_p
+        hidden,
+        policy.output_weight(),
+        batch.tokens,
+        batch.temperature,
+        batch.loss_mask,
+        chunk=LOSS_CHUNK,
+        truncation=truncation,
     )
     return logprobs, entropy, hidden
 

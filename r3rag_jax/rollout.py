@@ -54,6 +54,8 @@ class _Row:
         self.transcript = Transcript(codec, job.question.question)
         self.steps: list[Step] = []
         self.seen: set[str] = set()
+        self.num_sampled = 0  # tokens, over all steps
+        self.was_cut_off = False  # the last step, by a budget
 
     def finish(self, status: Status) -> Trajectory:
         samples = self.transcript.samples(self.job.temperature)
@@ -83,15 +85,21 @@ class _Loop:
 
     def _context(self, row: _Row) -> Context:
         """What the row is to continue. A prompt that does not fit the context at all is an error of the setting."""
-        return Context(
-            row.transcript.context, self.config.max_new_tokens, row.job.temperature, row.job.key(len(row.steps))
-        )
+        budget = min(self.config.max_new_tokens, self._num_left(row))
+        return Context(row.transcript.context, budget, row.job.temperature, row.job.key(len(row.steps)))
+
+    def _num_left(self, row: _Row) -> int:
+        """Tokens that the trajectory may still sample."""
+        limit = self.config.max_trajectory_tokens
+        return limit - row.num_sampled if limit else self.max_length * self.config.max_steps
 
     def _read(self, row: _Row, ids: Sequence[int], logprobs: np.ndarray) -> None:
         """Append the step that was sampled behind the row's context."""
         row.transcript.write(ids, logprobs)
         step = self.codec.parse_step(ids, len(row.steps) + 1)
-        if ids[-1] != self.codec.eos_id and ids[-1] not in self.codec.stop_ids:  # cut off by its budget
+        row.num_sampled += len(ids)
+        row.was_cut_off = ids[-1] != self.codec.eos_id and ids[-1] not in self.codec.stop_ids
+        if row.was_cut_off:
             step = Step(step.analysis, step.query, step.answer, is_well_formed=False)
         row.steps.append(step)
 
@@ -105,7 +113,9 @@ class _Loop:
         asking: dict[Place, _Row] = {}
         for place, row in rows.items():
             step = row.steps[-1]
-            if not step.is_well_formed:
+            if row.was_cut_off and self._num_left(row) == 0:
+                ended[place] = row.finish(Status.NO_ANSWER)
+            elif not step.is_well_formed:
                 ended[place] = row.finish(Status.FORMAT_ERROR)
             elif step.answer is not None:
                 ended[place] = row.finish(Status.ANSWERED)
@@ -114,7 +124,7 @@ class _Loop:
         self._retrieve(list(asking.values()))
         for place, row in asking.items():
             has_room = len(row.transcript.context) < self.max_length - 1
-            if len(row.steps) < self.config.max_steps and has_room:
+            if len(row.steps) < self.config.max_steps and has_room and self._num_left(row) > 0:
                 contexts[place] = self._context(row)
             else:
                 ended[place] = row.finish(Status.NO_ANSWER)

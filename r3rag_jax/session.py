@@ -43,6 +43,7 @@ from r3rag_jax.models.paths import model_path
 from r3rag_jax.protocol import TAGS, make_protocol
 from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.faiss_index import FaissIndex
+from r3rag_jax.rl.distribution import Truncation
 from r3rag_jax.rollout import Player, Roller, ServedRoller
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.server import Server
@@ -178,9 +179,9 @@ class Session:
     @functools.cached_property
     def graphdef(self) -> Any:
         """The static half of the policy."""
-        return nnx.split(nnx.eval_shape(self._new_decoder))[0]
+        return nnx.split(nnx.eval_shape(self.new_decoder))[0]
 
-    def _new_decoder(self) -> Decoder:
+    def new_decoder(self) -> Decoder:
         return Decoder(
             self.decoder_config,
             rngs=nnx.Rngs(self.config.seed),
@@ -203,7 +204,7 @@ class Session:
     def base_params(self) -> Any:
         """Parameters that training starts from, on the mesh."""
         if self.config.model.init == "random":
-            build: Callable[[], Any] = lambda: nnx.split(self._new_decoder())[1]  # noqa: E731
+            build: Callable[[], Any] = lambda: nnx.split(self.new_decoder())[1]  # noqa: E731
             return jax.jit(build, out_shardings=self._param_shardings())()
         return self._load(self.base_path)
 
@@ -227,7 +228,7 @@ class Session:
         return nnx.split(decoder)[1]
 
     def _param_shardings(self) -> Any:
-        shapes = nnx.split(nnx.eval_shape(self._new_decoder))[1]
+        shapes = nnx.split(nnx.eval_shape(self.new_decoder))[1]
         return tree_shardings(self.mesh, shapes, PARAM_AXES)
 
     def policy_dir(self, phase: str) -> Path:
@@ -343,8 +344,14 @@ class Session:
         rollout = self.config.rollout
         return Engine(
             self.graphdef, self.decoder_config, self.mesh, slots=rollout.slots, max_length=rollout.max_length,
-            min_p=rollout.min_p, dtype=jnp.dtype(self.config.model.dtype),
+            truncation=Truncation.of(rollout), dtype=self.cache_dtype,
         )  # fmt: skip
+
+    @property
+    def cache_dtype(self) -> Any:
+        """Of the sampler's keys and values."""
+        kv_dtype = self.config.rollout.kv_dtype
+        return jnp.dtype(self.config.model.dtype if kv_dtype == "auto" else kv_dtype)
 
     def roller(self, top_k: int | None = None) -> Player:
         """The engine, or the user's server, set up for trajectories of the configured protocol."""

@@ -69,6 +69,15 @@ def traced_on(mesh: Mesh, function: Callable[..., T]) -> Callable[..., T]:
     return on_mesh
 
 
+def collectives_race() -> bool:
+    """Whether a collective within a loop or a branch may run before or after one outside of it, as chance will have it.
+
+    So it is over several CPU devices: their runtime orders collectives by their launch, and a loop counts as launched
+    with its first iteration. Devices that disagree wait for each other for ever.
+    """
+    return jax.default_backend() == "cpu" and jax.device_count() > 1
+
+
 def partition_spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
     """Mesh axes of an array whose dimensions have the given logical axes."""
     entries = []

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from rich.console import Console
 
 from r3rag_jax import learner
@@ -27,12 +29,15 @@ from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluator import fingerprint, play_greedy, read_answers, summarise
 from r3rag_jax.metrics import Bar
 from r3rag_jax.models import lora
+from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.report import write_report
 from r3rag_jax.rewards.score import Scores, score
 from r3rag_jax.rl.advantages import group_baseline
+from r3rag_jax.rl.distribution import Truncation
 from r3rag_jax.rollout import Job
+from r3rag_jax.sampler.memory import MemoryPlan, bytes_per_device, plan
 from r3rag_jax.session import Session, barrier, open_run, use_compile_cache
-from r3rag_jax.sharding import put_batch, start_distributed
+from r3rag_jax.sharding import put_batch, start_distributed, tree_shardings
 from r3rag_jax.transcript import teacher_samples
 from r3rag_jax.types import Question, Status, TrainBatch, Trajectory
 from r3rag_jax.view import groups_table, results_table
@@ -49,12 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config, console: Console | None = None) -> Session:
     """All phases of the configuration; finished ones are skipped."""
-    session = Session(config, open_run(config), console=console)
+    session = Session(config, config.run_directory, console=console)
     say = session.console.print
+    plans = {name: plan_memory(session, name) for name in config.phases if is_ahead(session, name)}
+    for planned in plans.values():
+        planned.check()  # before there is a directory, so that the same name can be had with other settings
+    open_run(config)
     phases = {"index": index_phase, "sft": sft_phase, "rl": rl_phase, "eval": eval_phase}
     did_work = False
     for name in config.phases:
         started = time.monotonic()
+        if name in plans:
+            say(f"[dim]memory of {name}: {plans[name]}[/]", highlight=False)
         if phases[name](session):
             say(f"[green]✓[/] {name}  {time.monotonic() - started:.0f} s", highlight=False)
             did_work = True
@@ -67,6 +78,54 @@ def run(config: Config, console: Console | None = None) -> Session:
             say(groups_table(evals))
         say(f"{'Report' if did_work else 'All is done. Report'}: {write_report(session.run_dir)}", highlight=False)
     return session
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def is_ahead(session: Session, phase: str) -> bool:
+    """Whether the phase has a policy on the devices and is still to be done."""
+    if phase == "eval":
+        return not session.config.rollout.server
+    return phase != "index" and not session.policy_dir(phase).exists()
+
+
+def plan_memory(session: Session, phase: str) -> MemoryPlan:
+    """What the phase keeps on each device: what it starts from, what it trains, the sampler's cache."""
+    config, mesh = session.config, session.mesh
+    session.codec  # noqa: B018  # a tokenizer without the protocol's tags is told of first
+    shapes = nnx.split(nnx.eval_shape(session.new_decoder))[1]
+
+    def size(tree: Any) -> int:
+        return bytes_per_device(tree, tree_shardings(mesh, tree, PARAM_AXES))
+
+    def trained() -> Any:
+        policy = session.trainable_policy(shapes_to_zeros(shapes))
+        if phase == "sft":
+            return policy.params, learner.sft_optimizer(config.sft, 1).init(policy.params)
+        params = {"policy": policy.params}
+        if config.rl.critic != "none":
+            whole = lora.join(policy.graphdef, policy.params, policy.frozen)
+            params["critic"] = lora.Parts.of(learner.new_critic(whole, config.rl.critic), config.lora).params
+        return params, learner.rl_optimizer(config.rl).init(params)
+
+    parts = {"weights" if phase == "eval" else "start" if phase == "sft" else "reference": size(shapes)}
+    if phase != "eval":
+        params, optimizer = jax.eval_shape(trained)
+        parts |= {"trained": size(params), "optimizer": size(optimizer)}
+        if phase == "rl" and config.lora.rank:
+            parts["merged"] = size(shapes)
+    if phase == "sft":
+        return plan(mesh, parts)
+    rollout = config.rollout
+    return plan(
+        mesh, parts, session.decoder_config, slots=rollout.slots, max_length=rollout.max_length,
+        dtype=session.cache_dtype,
+    )  # fmt: skip
+
+
+def shapes_to_zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 # ------------------------------------------------------------------------------------------ index
@@ -181,9 +240,9 @@ class PPO:
             self.state, note = self.checkpoints.restore(self.state)
             self.iteration = note["iteration"]
         session.log.rewind("rl", self.iteration)
-        model, min_p = session.config.model, session.config.rollout.min_p
-        self._score = learner.make_scorer(session.mesh, graphdefs, session.graphdef, model, self._config, min_p)
-        self._step = learner.make_rl_step(session.mesh, graphdefs, tx, model, self._config, self.state, min_p)
+        model, truncation = session.config.model, Truncation.of(session.config.rollout)
+        self._score = learner.make_scorer(session.mesh, graphdefs, session.graphdef, model, self._config, truncation)
+        self._step = learner.make_rl_step(session.mesh, graphdefs, tx, model, self._config, self.state, truncation)
 
     @property
     def policy_params(self) -> Any:

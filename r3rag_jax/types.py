@@ -20,7 +20,7 @@ class Status(enum.IntEnum):
 
     ANSWERED = 0  # its last step holds a final answer
     NO_ANSWER = 1  # the step or token budget ran out before an answer
-    FORMAT_ERROR = 2  # its last step is not well formed
+    FORMAT_ERROR = 2  # its last step is not well formed, or longer than a step may be
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,7 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Protocol -> directory of a finished tiny run; each is trained once, and tests only read it: who adds files takes a copy."""
+    """Protocol -> directory of a finished tiny run; each is trained once. Tests only read it: who adds takes a copy."""
     from tiny_run import train
 
     @functools.cache

@@ -1,5 +1,7 @@
 """The sampler against a naive loop: same tokens, same log-probabilities, whatever the batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import tiny
 from flax import nnx
 
 from r3rag_jax.config import MeshConfig
+from r3rag_jax.rl.distribution import WHOLE, Truncation
+from r3rag_jax.rl.losses import chunked_logprobs
 from r3rag_jax.sampler.engine import Context, Engine, invert
 from r3rag_jax.sampler.state import RowStatus
 from r3rag_jax.sharding import make_mesh
@@ -20,10 +24,10 @@ def model():
     return tiny.decoder()
 
 
-def make_engine(model, slots=4, min_p=0.0, **stops):
+def make_engine(model, slots=4, pauses=(), stops=(), **options):
     graphdef, params = nnx.split(model)
-    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), slots=slots, max_length=MAX_LENGTH, min_p=min_p)
-    engine.stop_at(stops.get("pauses", ()), stops.get("stops", ()))
+    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), slots=slots, max_length=MAX_LENGTH, **options)
+    engine.stop_at(pauses, stops)
     return engine, params
 
 
@@ -57,7 +61,7 @@ def naive(model, ids, num, temperature, key, min_p=0.0):
 @pytest.mark.parametrize("min_p", [0.0, 0.3])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_engine_equals_naive_loop(model, temperature, min_p):
-    engine, params = make_engine(model, min_p=min_p)
+    engine, params = make_engine(model, truncation=Truncation(min_p))
     contexts = {
         row: Context(prompt(row, 5 + 17 * row), 12, temperature, np.array([row, 9], np.uint32)) for row in range(3)
     }
@@ -69,6 +73,32 @@ def test_engine_equals_naive_loop(model, temperature, min_p):
         ids, logprobs = naive(model, context.ids, 12, temperature, context.key, min_p)
         assert engine.rows.tokens[row, start : start + 12].tolist() == ids
         np.testing.assert_allclose(engine.rows.logprobs[row, start : start + 12], logprobs, atol=2e-5)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize("top_k", [0, 12])
+@pytest.mark.parametrize("min_p", [0.0, 0.1])
+def test_recorded_logprobs_are_the_trainers_for_every_truncation(model, min_p, top_k, top_p):
+    how = Truncation(min_p, top_k, top_p)
+    engine, params = make_engine(model, truncation=how)
+    temperatures = np.asarray([0.0, 0.5, 1.0, 1.4], np.float32)
+    engine.set_context(
+        params,
+        {
+            row: Context(prompt(row, 8), 80, float(t), np.array([row, 9], np.uint32))
+            for row, t in enumerate(temperatures)
+        },
+    )
+    engine.decode(params, 80, leave_at=4)
+    tokens = engine.rows.tokens[:, :88]
+    hidden = model(tokens, np.broadcast_to(np.arange(88), tokens.shape))[:, 7:-1]
+    score = functools.partial(chunked_logprobs, chunk=64, truncation=how)
+    scored_at = np.broadcast_to(np.where(temperatures > 0, temperatures, 1)[:, None], (4, 80))
+    logprobs, _ = jax.jit(score)(hidden, model.output_weight(), tokens[:, 8:], scored_at, np.ones((4, 80), bool))
+    np.testing.assert_allclose(engine.rows.logprobs[:, 8:88], logprobs, rtol=0, atol=1e-4)
+    if how != WHOLE:
+        untruncated = engine.rows.logprobs_t1[2, 8:88]
+        assert (logprobs[2] >= untruncated - 1e-5).all() and (logprobs[2] > untruncated + 0.1).any()
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 300])
@@ -99,6 +129,27 @@ def test_append_then_decode_equals_fresh_prefill(model):
     fresh.decode(params, 8, leave_at=1)
     assert engine.rows.tokens[1, 66:74].tolist() == fresh.rows.tokens[0, 66:74].tolist()
     np.testing.assert_allclose(engine.rows.logprobs[1, 66:74], fresh.rows.logprobs[0, 66:74], atol=2e-5)
+
+
+def test_the_samples_of_a_question_are_prefilled_once(model):
+    """Bit for bit what each row has when it is prefilled by itself, and what it then writes."""
+    ids = prompt(1, 60)
+    contexts = {row: Context(ids, 6, 1.0, np.array([row, 1], np.uint32)) for row in (0, 2, 3)}
+    together, params = make_engine(model)
+    together.set_context(params, {2: Context(ids[:20] + prompt(7, 20), 2)})  # a row that holds a part already
+    together.num_prefilled = 0
+    together.set_context(params, contexts)
+    assert together.num_prefilled == 59
+    alone, _ = make_engine(model)
+    for row, context in contexts.items():
+        alone.set_context(params, {row: context})
+    assert alone.num_prefilled == 3 * 59
+    for mine, other in zip(*(jax.tree.leaves(engine._cache.v) for engine in (together, alone)), strict=True):
+        np.testing.assert_array_equal(mine[np.array([0, 2, 3]), :, :59], other[np.array([0, 2, 3]), :, :59])
+    for engine in (together, alone):
+        engine.decode(params, 6, leave_at=4)
+    np.testing.assert_array_equal(together.rows.tokens[[0, 2, 3], :66], alone.rows.tokens[[0, 2, 3], :66])
+    np.testing.assert_array_equal(together.rows.logprobs[[0, 2, 3], 60:66], alone.rows.logprobs[[0, 2, 3], 60:66])
 
 
 def test_a_changed_prefix_is_prefilled_anew(model):

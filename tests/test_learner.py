@@ -20,6 +20,7 @@ from r3rag_jax.batch import minibatches, pack
 from r3rag_jax.config import MeshConfig, ModelConfig, RLConfig, RolloutConfig, SFTConfig
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.protocol import make_protocol
+from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.rollout import Job, Roller
 from r3rag_jax.sampler import engine as engine_module
 from r3rag_jax.sampler.engine import Engine
@@ -285,11 +286,11 @@ def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Codec(tokenizer, make_protocol(request.param), passage_tokens=60)
 
 
-def play(codec: Codec, jobs: list[Job], min_p: float = 0.0) -> list[Trajectory]:
+def play(codec: Codec, jobs: list[Job], truncation: Truncation = WHOLE) -> list[Trajectory]:
     """Trajectories of the tiny policy, sampled by the real engine."""
     graphdefs, params = parts()
     shape = {"slots": 4, "max_length": MAX_LENGTH}
-    engine = Engine(graphdefs["policy"], tiny.decoder(VOCAB).config, one_device(), min_p=min_p, **shape)
+    engine = Engine(graphdefs["policy"], tiny.decoder(VOCAB).config, one_device(), truncation=truncation, **shape)
     pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
     engine.stop_at(pauses, {codec.eos_id} - set(pauses))
     config = RolloutConfig(max_length=MAX_LENGTH, max_new_tokens=110, max_steps=3)
@@ -312,12 +313,12 @@ def force(monkeypatch: pytest.MonkeyPatch, codec: Codec, jobs: list[Job]) -> Non
     keys_K2, table_KS = np.asarray(keys), np.asarray(table)
     original = engine_module.sample
 
-    def scripted(logits_BV: jax.Array, rows: Any, min_p: float) -> Any:
+    def scripted(logits_BV: jax.Array, rows: Any, truncation: Truncation) -> Any:
         script_B = jnp.argmax((rows.keys[:, None] == keys_K2).all(axis=-1), axis=1)
         token = jnp.asarray(table_KS)[script_B, rows.lengths]
         certain_BV = jnp.where(jnp.arange(VOCAB) == token[:, None], 1e9, -1e9)
         temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-        assert original(certain_BV, rows, min_p)[0].shape == token.shape
+        assert original(certain_BV, rows, truncation)[0].shape == token.shape
         score = lambda x: jnp.take_along_axis(jax.nn.log_softmax(x), token[:, None], axis=1)[:, 0]  # noqa: E731
         return token, score(logits_BV / temperature), score(logits_BV)
 
@@ -325,11 +326,13 @@ def force(monkeypatch: pytest.MonkeyPatch, codec: Codec, jobs: list[Job]) -> Non
 
 
 def sampler_gap(
-    trajectories: list[Trajectory], change: Callable[[TrainBatch], TrainBatch] = lambda b: b, min_p: float = 0.0
+    trajectories: list[Trajectory],
+    change: Callable[[TrainBatch], TrainBatch] = lambda b: b,
+    truncation: Truncation = WHOLE,
 ) -> float:
     """Largest difference between recorded and recomputed log-probabilities, as the RL phase logs it."""
     graphdefs, params = parts()
-    loss = jax.jit(functools.partial(learner.rl_loss, graphdefs, config=RL, remat="none", min_p=min_p))
+    loss = jax.jit(functools.partial(learner.rl_loss, graphdefs, config=RL, remat="none", truncation=truncation))
     rewards = [np.zeros(len(t.steps), np.float32) for t in trajectories]
     options = {"row_length": MAX_LENGTH, "batch_rows": 4, "credit": "trajectory", "rng": np.random.default_rng(0)}
     batches = minibatches(trajectories, rewards, **options)
@@ -346,10 +349,11 @@ def test_recomputed_logprobs_are_the_samplers(codec: Codec) -> None:
     assert sampler_gap(trajectories, cold) > 0.1  # the bug of sampling at T and training at 1 would show
 
 
-def test_they_are_also_behind_min_p(codec: Codec) -> None:
-    trajectories = play(codec, JOBS, min_p=0.2)
+def test_they_are_also_truncated(codec: Codec) -> None:
+    how = Truncation(min_p=0.02, top_k=40, top_p=0.8)
+    trajectories = play(codec, JOBS, how)
     assert sum(sample.loss_mask.sum() for t in trajectories for sample in t.samples) > 100
-    assert sampler_gap(trajectories, min_p=0.2) < 1e-4
+    assert sampler_gap(trajectories, truncation=how) < 1e-4
     assert sampler_gap(trajectories) > 0.1
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r3rag_jax.rl.distribution import Truncation
 from r3rag_jax.rl.losses import (
     chunked_logprobs,
     cross_entropy,
@@ -182,7 +183,7 @@ def test_kl_estimates_are_unbiased():
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_chunked_logprobs_match_plain_in_value_and_gradient(chunk, min_p):
     args, expected, expected_grads = _expected_logprobs(min_p)
-    chunked = functools.partial(chunked_logprobs, chunk=chunk, min_p=min_p)
+    chunked = functools.partial(chunked_logprobs, chunk=chunk, truncation=Truncation(min_p))
     actual, grads = _values_and_gradients(chunked, *args)
     for value, expected_value in zip(actual, expected, strict=True):
         assert value.dtype == jnp.float32 and value.shape == args[-1].shape
@@ -206,7 +207,7 @@ def test_chunked_logprobs_at_a_temperature():
 
 def test_chunked_logprobs_behind_min_p():
     # Weights 10, 5, 4 at min_p .45: the third is below 4.5. Where it is the target itself, nothing is left out.
-    logprobs_T, entropy_T = jax.jit(functools.partial(chunked_logprobs, chunk=2, min_p=0.45))(
+    logprobs_T, entropy_T = jax.jit(functools.partial(chunked_logprobs, chunk=2, truncation=Truncation(min_p=0.45)))(
         jnp.ones((1, 3, 1)),
         jnp.log(jnp.array([[10.0, 5.0, 4.0]])),
         jnp.array([[0, 1, 2]]),

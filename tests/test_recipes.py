@@ -26,6 +26,7 @@ from r3rag_jax.configio import load_config
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import Decoder, KVCache, param_shapes, rope_frequencies
 from r3rag_jax.models.hf import hf_tensors
+from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.sampler import engine
 from r3rag_jax.sampler.state import Rows
 from r3rag_jax.sharding import make_mesh
@@ -144,7 +145,8 @@ def test_constants_are_those_of_the_paper(name: str, sft_lr: float) -> None:
     assert (rl.gamma, rl.lam, rl.kl, rl.epochs, rl.grad_norm) == (1, 1, 0.01, 1, 1)
     assert (rl.critic, rl.credit, rl.baseline, rl.negative_weight) == ("separate", "step", "none", 1)
     assert rl.questions == 64 and rl.iterations * rl.questions == 4 * 8192
-    assert (rollout.protocol, rollout.max_steps, rollout.max_new_tokens, rollout.min_p) == ("steps", 5, 512, 0)
+    assert (rollout.protocol, rollout.max_steps, rollout.max_new_tokens) == ("steps", 5, 512)
+    assert Truncation.of(rollout) == WHOLE
     assert rollout.samples == 4 and rollout.temperatures == (0.1, 0.4, 0.7, 1.0)
     assert (retrieval.top_k, retrieval.max_passages, retrieval.oneshot_top_k) == (2, 10, 16)
     assert (retrieval.query_prefix, retrieval.passage_prefix) == ("query: ", "passage: ")
@@ -224,7 +226,7 @@ def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
     prefilled = jax.eval_shape(prefill, policy, cache, np.zeros(slots, np.int32), chunk, chunk[:, 0])
     assert shapes(prefilled) == shapes(cache)
     stops = np.zeros(engine.MAX_STOPS, np.int32)
-    decode = functools.partial(engine.decode, graphdef, min_p=0.0)
+    decode = functools.partial(engine.decode, graphdef, truncation=WHOLE)
     decoded = jax.eval_shape(decode, policy, cache, Rows.empty(slots, length), 64, 4, stops, stops)
     assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (slots, length)
 

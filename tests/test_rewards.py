@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r3rag_jax.config import RewardConfig
 from r3rag_jax.rewards import relevance
 from r3rag_jax.rewards.answer import answer_scores, encode_answers, normalize_answer
 from r3rag_jax.rewards.combine import shape_rewards
 from r3rag_jax.rewards.format import format_rewards
-from r3rag_jax.types import Status
+from r3rag_jax.rewards.score import score
+from r3rag_jax.types import Question, Status, Step, Trajectory
 
 # --- answers -----------------------------------------------------------------------------------
 
@@ -346,3 +348,11 @@ def test_malformed_reward_can_be_set_in_either_compat():
 def test_unknown_compat():
     with pytest.raises(ValueError, match=r"rewards.compat must be r3 or paper; got 'r2'"):
         shape_rewards(**_inputs(), compat="r2")
+
+
+@pytest.mark.parametrize(("status", "reward"), [(Status.NO_ANSWER, -0.5), (Status.FORMAT_ERROR, -1.0)])
+def test_a_step_cut_off_by_the_budget_of_all_steps_broke_no_rule(status, reward):
+    question = Question("q", "Who?", ("Ada",), {"supporting_ids": ["a"]})
+    steps = Step("hm", query="who"), Step("so it m", is_well_formed=False)
+    [rewards] = score([Trajectory(question, steps, status, ())], RewardConfig(), None, max_steps=2).rewards
+    np.testing.assert_allclose(rewards, [0, reward])

@@ -33,6 +33,7 @@ class ScriptedEngine:
     def __init__(self, scripts, slots=2, max_length=2000):
         self.slots, self.max_length, self.scripts = slots, max_length, scripts
         self.contexts: list[list[int]] = []
+        self.budgets: list[int] = []
         self.reset()
 
     def reset(self):
@@ -49,6 +50,8 @@ class ScriptedEngine:
     def set_context(self, params, contexts):
         for slot, context in contexts.items():
             self.contexts.append(list(context.ids))
+            self.budgets.append(context.budget)
+            self.rows.budgets[slot] = context.budget
             self._owner.setdefault(slot, iter(self.scripts.pop(0)) if slot not in self._owner else None)
             self.rows.tokens[slot, : len(context.ids)] = context.ids
             self.rows.lengths[slot] = len(context.ids)
@@ -56,7 +59,7 @@ class ScriptedEngine:
 
     def decode(self, params, max_tokens, leave_at):
         for slot in self.find(RowStatus.ACTIVE):
-            ids = next(self._owner[slot])
+            ids = next(self._owner[slot])[: self.rows.budgets[slot]]
             start = self.rows.lengths[slot]
             self.rows.tokens[slot, start : start + len(ids)] = ids
             self.rows.logprobs[slot, start : start + len(ids)] = -0.5
@@ -77,7 +80,7 @@ def codec(request, tokenizer):
 def play(codec, scripts, jobs=None, retriever=None, **settings):
     engine = ScriptedEngine(scripts)
     retriever = retriever or tiny.DictRetriever(PASSAGES)
-    config = RolloutConfig(max_length=2000, **settings)
+    config = RolloutConfig(**{"max_length": 2000, "max_new_tokens": 1000, **settings})
     roller = Roller(engine, codec, retriever, config, top_k=1, max_passages=10)
     return roller.play(None, jobs or [Job(QUESTION)]), engine
 
@@ -143,6 +146,24 @@ def test_out_of_steps_is_no_answer(codec):
     assert trajectory.status == Status.NO_ANSWER
     assert trajectory.answer is None
     assert len(trajectory.steps) == 2
+
+
+def test_out_of_tokens_is_no_answer(codec):
+    """Whether the budget of all steps ends within a step or with one; a step's own budget is a matter of format."""
+    first, second, last = script(codec, FIRST, SECOND, LAST)
+    total = len(first) + len(second)
+    [trajectory], engine = play(codec, [[first, second, last]], max_trajectory_tokens=total + 3)
+    assert (trajectory.status, len(trajectory.steps)) == (Status.NO_ANSWER, 3)
+    assert engine.budgets == [min(1000, total + 3), min(1000, len(second) + 3), 3]
+    written = [i for sample in trajectory.samples for i in sample.ids[sample.loss_mask].tolist()]
+    assert written == [*first, *second, *last[:3]]
+    [trajectory], engine = play(codec, [[first, second, last]], max_trajectory_tokens=total)
+    assert (trajectory.status, len(trajectory.steps)) == (Status.NO_ANSWER, 2)
+    for limit in (0, total + len(last)):
+        [trajectory], _ = play(codec, [[first, second, last]], max_trajectory_tokens=limit)
+        assert trajectory.status == Status.ANSWERED
+    [trajectory], _ = play(codec, [[first, second, last]], max_trajectory_tokens=total + 3, max_new_tokens=10)
+    assert (trajectory.status, len(trajectory.steps)) == (Status.FORMAT_ERROR, 1)
 
 
 def test_malformed_and_cut_off_steps_end_a_trajectory(codec):

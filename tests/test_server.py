@@ -178,12 +178,13 @@ def answering(codec: Codec) -> Callable[[dict[str, Any]], Reply]:
 
 def test_ids_budgets_and_seeds_of_the_requests(codec: Codec) -> None:
     jobs = [job(0, temperature=0.7, seed=3), job(0, sample_index=1, temperature=0.2, seed=3)]
-    played, endpoint = play(codec, answering(codec), jobs, max_new_tokens=300, max_length=800, min_p=0.1, slots=1)
+    settings = {"max_new_tokens": 300, "max_length": 800, "min_p": 0.1, "top_p": 0.9, "top_k_tokens": 40, "slots": 1}
+    played, endpoint = play(codec, answering(codec), jobs, **settings)
     assert [t.answer for t in played] == ["Charles Darwin"] * 2
     assert [t.sample_index for t in played] == [0, 1]
     for body in endpoint.bodies:
         assert body["max_tokens"] == min(300, 800 - len(body["prompt"]))
-        assert (body["top_p"], body["min_p"], body["top_k"], body["model"]) == (1.0, 0.1, -1, inference_server.MODEL)
+        assert (body["top_p"], body["min_p"], body["top_k"], body["model"]) == (0.9, 0.1, 40, inference_server.MODEL)
         assert "<|im_end|>" in body["stop"] and set(codec.stop_ids) <= set(body["stop_token_ids"])
     assert sorted(body["temperature"] for body in endpoint.bodies) == [0.2, 0.2, 0.7, 0.7]
     seeds = {(body["temperature"], body["seed"]) for body in endpoint.bodies}

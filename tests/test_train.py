@@ -19,6 +19,9 @@ from r3rag_jax import ask, evaluate, learner, train
 from r3rag_jax.config import Config, RLConfig, RolloutConfig
 from r3rag_jax.configio import load_config
 from r3rag_jax.data.qa import read_passages, read_questions, read_rows, trajectory_from_dict
+from r3rag_jax.errors import UserError
+from r3rag_jax.sampler import memory
+from r3rag_jax.session import Session
 from r3rag_jax.types import Question, Status, Trajectory
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
@@ -266,3 +269,32 @@ def test_groups_without_a_difference_teach_nothing() -> None:
     # an iteration is never empty
     kept, relative = train.relative_to_group(trajectories[:2], rewards[:2], 1.0)
     assert len(kept) == 2 and relative[0].sum() == relative[1].sum() == 0
+
+
+# ----------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_planned_memory_is_what_the_trainer_holds(base: Path, tmp_path: Path, rank: int) -> None:
+    config = tiny_run.config(tmp_path, base, lora__rank=rank, rl__critic="separate", mesh__fsdp=2)
+    session = Session(config, config.run_directory)
+    planned = train.plan_memory(session, "rl")
+    trainer = train.PPO(session)
+
+    def held(tree: object) -> int:
+        shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+        return sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
+
+    assert planned.parts["reference"] == held(trainer._ref_params)
+    assert planned.parts["trained"] == held(trainer.state.params)
+    assert planned.parts["optimizer"] == held(trainer.state.opt_state)
+    assert planned.parts.get("merged", 0) == (held(trainer.policy_params) if rank else 0)
+
+
+def test_more_slots_than_memory_are_refused_before_anything_runs(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_available", lambda: 8 * 2**30)
+    with pytest.raises(UserError, match=r"rollout.slots must be at most \d+ for 1.00 GiB of memory; got 1000000"):
+        tiny_run.train(tmp_path, base, rollout__slots=1000000)
+    assert not (tmp_path / "run").exists()

@@ -12,7 +12,7 @@ from r3rag_jax.retrieval.base import Encoder
 from r3rag_jax.rewards.answer import answer_scores, encode_answers
 from r3rag_jax.rewards.combine import shape_rewards
 from r3rag_jax.rewards.relevance import embedding_similarity, gold_recall
-from r3rag_jax.types import Trajectory
+from r3rag_jax.types import Status, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,8 @@ def score(trajectories: Sequence[Trajectory], config: RewardConfig, encoder: Enc
             raise ValueError(f"a trajectory may have {max_steps} steps; got {len(trajectory.steps)}")
         step_mask[row, : len(trajectory.steps)] = True
         malformed[row, : len(trajectory.steps)] = [not step.is_well_formed for step in trajectory.steps]
+        if trajectory.status == Status.NO_ANSWER and trajectory.steps:
+            malformed[row, len(trajectory.steps) - 1] = False  # cut off by the budget of all steps: it broke no rule
         status[row] = trajectory.status
     answers = answers_of(trajectories)
     correct = np.pad(answers[config.outcome], (0, _bucket(num) - num))

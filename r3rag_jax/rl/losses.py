@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from r3rag_jax.rl.distribution import truncate
+from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
+from r3rag_jax.sharding import collectives_race
 
 # exp(20) is 5e8: far outside any clip range, yet finite: one stray token cannot blow a loss up.
 _MAX_LOG_RATIO = 20.0
@@ -121,12 +122,12 @@ def chunked_logprobs(
     mask_BL: jax.Array,
     *,
     chunk: int,
-    min_p: float = 0.0,
+    truncation: Truncation = WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each kept target and entropy of its distribution, at the given temperatures.
 
-    p_t = softmax(truncate(hidden_t weight / temperature_t, min_p)). The logits exist for at most `chunk` tokens at a
-    time, in float32, and are recomputed in the backward pass; tokens that are not kept cost nothing
+    p_t = softmax(truncate(hidden_t weight, temperature_t, truncation)). The logits exist for at most `chunk` tokens
+    at a time, in float32, and are recomputed in the backward pass; tokens that are not kept cost nothing
     but the fill of a row's last chunk.
 
     Args:
@@ -136,7 +137,7 @@ def chunked_logprobs(
         temperature_BL: float [B, L], > 0.
         mask_BL: bool [B, L], True = keep.
         chunk: most tokens whose logits exist at once (at least one of each row does).
-        min_p: what the tokens were sampled with, see `distribution.truncate`.
+        truncation: what the tokens were sampled with.
 
     Returns:
         logprobs_BL and entropy_BL in nats, float32 [B, L], 0 where not kept, differentiable in
@@ -153,8 +154,8 @@ def chunked_logprobs(
 
     def one_chunk(hidden_CD, targets_C, temperature_C, mask_C):
         temperature_C = jnp.where(mask_C, temperature_C.astype(jnp.float32), 1.0)
-        logits_CV = _logits(hidden_CD, wide_DV.astype(weight_DV.dtype)) / temperature_C[:, None]
-        logits_CV = truncate(logits_CV, min_p, targets_C)
+        logits_CV = _logits(hidden_CD, wide_DV.astype(weight_DV.dtype))
+        logits_CV = truncate(logits_CV, temperature_C, truncation, targets_C)
         lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
         all_CV = jnp.where(jnp.isfinite(logits_CV), logits_CV - lse_C[:, None], 0.0)
         entropy_C = -jnp.sum(jnp.exp(logits_CV - lse_C[:, None]) * all_CV, axis=-1)
@@ -280,16 +281,7 @@ def _count(mask_KC):
 
 def _if_kept(any_kept, compute, skip):
     """compute(), or skip() where no token of the chunk is kept."""
-    return compute() if _collectives_race() else lax.cond(any_kept, compute, skip)
-
-
-def _collectives_race() -> bool:
-    """Whether a collective within a loop or a branch may run before or after one outside of it, as chance will have it.
-
-    So it is over several CPU devices: their runtime orders collectives by their launch, and a loop counts as launched
-    with its first iteration. Devices that disagree wait for each other for ever.
-    """
-    return jax.default_backend() == "cpu" and jax.device_count() > 1
+    return compute() if collectives_race() else lax.cond(any_kept, compute, skip)
 
 
 class _Chunks:
@@ -303,7 +295,7 @@ class _Chunks:
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 token; got {chunk}")
         self._shape = B, L = mask_BL.shape
-        self._columns = L if _collectives_race() else min(L, max(1, chunk // B))
+        self._columns = L if collectives_race() else min(L, max(1, chunk // B))
         self._num_chunks = -(-L // self._columns)
         self._order_BL = jnp.argsort(~mask_BL, axis=1, stable=True)
         self._inverse_BL = jnp.argsort(self._order_BL, axis=1)

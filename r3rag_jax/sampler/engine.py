@@ -4,8 +4,8 @@ The cache always holds keys and values of a row's tokens[: length - 1]; a decode
 token and samples the next. So a prefill never needs logits, and appending passages to a paused row
 prefills the passages alone: `set_context` keeps the longest common prefix of old and new ids.
 
-Recorded log-probabilities are those of the distribution sampled from, at the row's temperature and behind min-p;
-training forms the same one. Left out on purpose: top-k and top-p, which would need the same.
+Recorded log-probabilities are those of the distribution sampled from, at the row's temperature and truncated; training
+forms the same one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import KVCache
-from r3rag_jax.rl.distribution import truncate
+from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sharding import batch_shardings, put, replicated
 
@@ -56,13 +56,10 @@ class Engine:
         max_length: int,
         pause_ids: Sequence[int] = (),
         stop_ids: Sequence[int] = (),
-        min_p: float = 0.0,
+        truncation: Truncation = WHOLE,
         dtype: Any = jnp.float32,
     ):
-        """`pause_ids` end a step with NEEDS_RETRIEVAL, `stop_ids` with DONE; `slots` rows of `max_length` tokens.
-
-        `min_p`: tokens of less than this share of the largest probability are not sampled (`truncate`).
-        """
+        """`pause_ids` end a step with NEEDS_RETRIEVAL, `stop_ids` with DONE; `slots` rows of `max_length` tokens."""
         self.mesh, self.slots, self.max_length = mesh, slots, max_length
         self.rows = Rows.empty(slots, max_length)
         cache_of = functools.partial(KVCache.init, config, slots, max_length, dtype)
@@ -73,13 +70,14 @@ class Engine:
         self.stop_at(pause_ids, stop_ids)
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
         self._decode = jax.jit(
-            functools.partial(decode, graphdef, min_p=min_p),
+            functools.partial(decode, graphdef, truncation=truncation),
             donate_argnums=1,  # the cache; rows come back whole, in another layout
             out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
         )
         self._prefill = jax.jit(
             functools.partial(prefill, graphdef), donate_argnums=1, out_shardings=self._shardings.cache
         )
+        self._copy = jax.jit(copy, donate_argnums=0, out_shardings=self._shardings.cache)
         self.num_prefilled = 0  # tokens, padding not counted
         self.num_sampled = 0
 
@@ -96,15 +94,25 @@ class Engine:
         self.rows = Rows.empty(self.slots, self.max_length)
 
     def set_context(self, params: Any, contexts: Mapping[int, Context]) -> None:
-        """Give rows new contexts and make them ACTIVE; only what the cache lacks is prefilled."""
+        """Give rows new contexts and make them ACTIVE; only what the cache lacks is prefilled.
+
+        Where several rows begin with the same context, as the samples of a question do, one of them is prefilled and
+        its keys and values are copied on the device.
+        """
         todo: list[tuple[int, Sequence[int], int]] = []
+        first: dict[tuple[int, ...], int] = {}  # context -> the row that is prefilled with it
+        copies: list[tuple[int, int]] = []  # from, to
         for row, context in contexts.items():
             length = len(context.ids)
             if not 1 <= length < self.max_length:
                 raise ValueError(f"a context must hold 1 to {self.max_length - 1} tokens; got {length}")
             kept = self._common_prefix(row, context.ids)
             if kept < length - 1:
-                todo.append((row, context.ids, kept))
+                source = first.setdefault(tuple(context.ids), row)
+                if source == row:
+                    todo.append((row, context.ids, kept))
+                else:
+                    copies.append((source, row))
             rows = self.rows
             rows.tokens[row, :length] = context.ids
             rows.lengths[row] = length
@@ -114,6 +122,10 @@ class Engine:
             rows.keys[row] = 0 if context.key is None else context.key
         while todo:
             todo = self._prefill_once(params, todo)
+        if copies:
+            sources, targets = np.zeros(self.slots, np.int32), np.full(self.slots, self.slots, np.int32)
+            sources[: len(copies)], targets[: len(copies)] = np.transpose(copies)  # the rest is dropped
+            self._cache = self._copy(self._cache, sources, targets)
 
     def decode(self, params: Any, max_tokens: int, leave_at: int) -> None:
         """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended."""
@@ -164,6 +176,11 @@ def prefill(
     return cache.put(rows_R, sub)
 
 
+def copy(cache: KVCache, sources_R: jax.Array, rows_R: jax.Array) -> KVCache:
+    """Give rows the keys and values of others; rows >= B are dropped."""
+    return cache.put(rows_R, cache.take(sources_R))
+
+
 def decode(
     graphdef: Any,
     params: Any,
@@ -173,7 +190,7 @@ def decode(
     leave_at: jax.Array,
     stops: jax.Array,
     pauses: jax.Array,
-    min_p: float,
+    truncation: Truncation,
 ) -> DecodeState:
     """The bounded loop on the device: leaves after max_tokens, when no row is active, or when `leave_at` wait."""
     model = nnx.merge(graphdef, params)
@@ -189,19 +206,19 @@ def decode(
         rows = state.rows
         last = jnp.take_along_axis(rows.tokens, rows.lengths[:, None] - 1, axis=1)
         cache, hidden = model.extend(state.cache, last, rows.lengths - 1)
-        token, logprob, logprob_t1 = sample(model.logits(hidden[:, 0]), rows, min_p)
+        token, logprob, logprob_t1 = sample(model.logits(hidden[:, 0]), rows, truncation)
         return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
 
     return jax.lax.while_loop(is_going, body, (jnp.int32(0), DecodeState(cache, rows)))[1]
 
 
-def sample(logits_BV: jax.Array, rows: Rows, min_p: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def sample(logits_BV: jax.Array, rows: Rows, truncation: Truncation) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draw a token per row; returns (token, log-probability as sampled, untruncated at temperature 1), [B].
 
     A greedy row (temperature 0) is scored at temperature 1, at which it is trained.
     """
-    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-    sampled_BV = truncate(logits_BV / temperature, min_p)
+    temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
+    sampled_BV = truncate(logits_BV, temperature, truncation)
 
     def draw(key: jax.Array, position: jax.Array, logits_V: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(key), position)

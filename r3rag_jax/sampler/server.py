@@ -33,6 +33,7 @@ import numpy as np
 
 from r3rag_jax.config import RolloutConfig
 from r3rag_jax.errors import UserError
+from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.sampler.engine import Context
 from r3rag_jax.text import Tokenizer
 
@@ -124,7 +125,7 @@ class Server:
             "prompt": ids if self._config.server_prompt == "ids" else self._tokenizer.decode(ids),
             "max_tokens": min(context.budget, self.max_length - length),
             "temperature": context.temperature,
-            "top_p": 1.0,
+            "top_p": self._config.top_p,
             "stop": list(self._ends.values())[:4],  # OpenAI takes four
             "logprobs": 1,
         }
@@ -141,13 +142,13 @@ class Server:
                 "return_token_ids": True,
                 "return_tokens_as_token_ids": True,
                 "min_p": self._config.min_p,
-                "top_k": -1,
+                "top_k": self._config.top_k_tokens or -1,
                 "repetition_penalty": 1.0,
             }
         reply = self._call("/completions", body)
         ids, logprobs = self._read(reply)
-        # Servers report them at temperature 1 or at the sampling temperature, and before min-p or behind it.
-        is_as_sampled = context.temperature in (0.0, 1.0) and self._config.min_p == 0
+        # Servers report them at temperature 1 or at the sampling temperature, and before a truncation or behind it.
+        is_as_sampled = context.temperature in (0.0, 1.0) and Truncation.of(self._config) == WHOLE
         return Completion(ids, logprobs if is_as_sampled else None)
 
     def complete_all(self, contexts: Sequence[Context]) -> Iterator[tuple[int, Completion]]:

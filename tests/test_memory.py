@@ -1,0 +1,74 @@
+"""The memory plan against the arrays that are really there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from r3rag_jax.config import MeshConfig
+from r3rag_jax.errors import UserError
+from r3rag_jax.sampler import memory
+from r3rag_jax.sampler.engine import Context, Engine
+from r3rag_jax.sampler.memory import MemoryPlan, device_memory, plan
+from r3rag_jax.sharding import make_mesh
+
+CONFIG = tiny.decoder().config
+
+
+def held(tree):
+    """Bytes of the arrays of a tree on the first device."""
+    device = jax.devices()[0]
+    shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+    return sum(shard.data.nbytes for shard in shards if shard.device == device)
+
+
+@pytest.mark.parametrize("slots", [8, 16, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_is_what_the_engine_allocates(slots, dtype):
+    mesh = make_mesh(MeshConfig())
+    planned = plan(mesh, {}, CONFIG, slots=slots, max_length=96, dtype=jnp.dtype(dtype))
+    graphdef, _ = nnx.split(tiny.decoder())
+    engine = Engine(graphdef, CONFIG, mesh, slots=slots, max_length=96, dtype=jnp.dtype(dtype))
+    assert planned.cache == planned.total == held(engine._cache)
+    assert planned.slot == 2 * CONFIG.num_layers * 96 * CONFIG.num_kv_heads * CONFIG.head_dim * (
+        4 if dtype == "float32" else 2
+    )
+
+
+def test_a_bfloat16_cache_under_float32_compute():
+    graphdef, params = nnx.split(tiny.decoder())
+    written = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        engine = Engine(graphdef, CONFIG, make_mesh(MeshConfig()), slots=2, max_length=96, dtype=dtype)
+        assert {leaf.dtype for leaf in jax.tree.leaves(engine._cache)} == {jnp.dtype(dtype)}
+        engine.set_context(params, {0: Context(list(range(20, 50)), 4)})
+        engine.decode(params, 4, leave_at=1)
+        written.append((engine.rows.tokens[0, 30], engine.rows.logprobs[0, 30]))
+    assert written[0][0] == written[1][0]
+    np.testing.assert_allclose(written[0][1], written[1][1], atol=0.05)
+
+
+@pytest.mark.parametrize("ways", [1, 4])
+def test_a_plan_that_does_not_fit_names_the_most_slots_that_do(ways):
+    planned = MemoryPlan({"weights": 1000}, slots=64, ways=ways, slot=100, limit=1000 + 100 * 64 // ways)
+    planned.check()
+    tight = dataclasses.replace(planned, limit=1000 + 250)
+    with pytest.raises(UserError, match=f"rollout.slots must be at most {2 * ways} for .* got 64"):
+        tight.check()
+    dataclasses.replace(tight, slots=2 * ways).check()
+    with pytest.raises(UserError):
+        dataclasses.replace(tight, slots=3 * ways).check()
+    with pytest.raises(UserError, match="what is trained must fit"):
+        dataclasses.replace(tight, limit=900).check()
+    dataclasses.replace(tight, limit=None).check()  # a device that does not say
+
+
+def test_the_host_says_what_it_has(monkeypatch):
+    mesh = make_mesh(MeshConfig())
+    monkeypatch.setattr(memory, "_available", lambda: 8000)
+    assert device_memory(mesh) == 8000 // len(jax.devices())
+    assert "0.00 + cache of 8 slots" in str(plan(mesh, {"weights": 5}, CONFIG, slots=8, max_length=9, dtype=jnp.int8))
