@@ -20,6 +20,7 @@ LAYERS = (
     "sampler rewards transcript",
     "rollout batch checkpoint view",
     "learner evaluator session report",
+    "trainer",
     "train evaluate ask pretrain index serve coldstart convert compile demo",
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names.split()}

@@ -22,6 +22,7 @@ from r3rag_jax.data.qa import read_passages, read_questions, read_rows, trajecto
 from r3rag_jax.errors import UserError
 from r3rag_jax.sampler import memory
 from r3rag_jax.session import Session
+from r3rag_jax.trainer import RLTrainer, relative_to_group
 from r3rag_jax.types import Question, Status, Trajectory
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
@@ -122,7 +123,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     protocol: str, finished: Callable[[str], Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between two checkpoints of each phase: parameters and metrics are the same bits in the end."""
-    make_sft_step, save = learner.make_sft_step, train.PPO.save
+    make_sft_step, save = learner.make_sft_step, RLTrainer.save
 
     def make_mortal_step(*args):
         step, calls = make_sft_step(*args), itertools.count()
@@ -144,7 +145,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         tiny_run.train(tmp_path, base, protocol)
     assert not (tmp_path / "run" / "policy").exists()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.PPO, "save", mortal_save)
+        patch.setattr(RLTrainer, "save", mortal_save)
         tiny_run.train(tmp_path, base, protocol)
     assert [p.name for p in (tmp_path / "run" / "policy").iterdir()] == ["sft"]
     said = tiny_run.train(tmp_path, base, protocol)
@@ -176,14 +177,14 @@ def test_adapters_are_trained_resumed_and_merged(
     settings |= {"sft.lr": 1e-3, "rl.eval_every": 2}
     keys = {name.replace(".", "__"): value for name, value in settings.items()}
     tiny_run.train(tmp_path / "whole", base, **keys)
-    save = train.PPO.save
+    save = RLTrainer.save
 
     def mortal_save(trainer):
         save(trainer)
         raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.PPO, "save", mortal_save)
+        patch.setattr(RLTrainer, "save", mortal_save)
         tiny_run.train(tmp_path / "resumed", base, **keys)
     tiny_run.train(tmp_path / "resumed", base, **keys)
     whole, resumed = tmp_path / "whole" / "run", tmp_path / "resumed" / "run"
@@ -256,18 +257,18 @@ def test_groups_without_a_difference_teach_nothing() -> None:
         Trajectory(Question(id, "q", ("a",), {}), (), Status.ANSWERED, (), sample)
         for id, sample in (("easy", 0), ("easy", 1), ("hard", 0), ("hard", 1))
     ]
-    kept, relative = train.relative_to_group(trajectories, rewards, 1.0)
+    kept, relative = relative_to_group(trajectories, rewards, 1.0)
     assert [(t.question.id, t.sample_index) for t in kept] == [("hard", 0), ("hard", 1)]
     np.testing.assert_allclose(relative[0], [1.0 - 3.0])
     # from the second step on only the easy ones, with a return of 2, go on; from the third on nobody
     np.testing.assert_allclose(relative[1], [3.0 - 1.0, 2.5 - 2.0, 2.0 - 0.0])
-    _, relative = train.relative_to_group(trajectories, rewards, 0.5)
+    _, relative = relative_to_group(trajectories, rewards, 0.5)
     np.testing.assert_allclose(relative[1], [1.25 - 1.0, 1.5 - 2.0, 2.0 - 0.0])
-    _, relative = train.relative_to_group(trajectories, rewards, 0.0)  # each step for itself
+    _, relative = relative_to_group(trajectories, rewards, 0.0)  # each step for itself
     np.testing.assert_allclose(relative[0], [1.0 - 0.5])
     np.testing.assert_allclose(relative[1], [0.5 - 1.0, 0.5 - 2.0, 2.0 - 0.0])
     # an iteration is never empty
-    kept, relative = train.relative_to_group(trajectories[:2], rewards[:2], 1.0)
+    kept, relative = relative_to_group(trajectories[:2], rewards[:2], 1.0)
     assert len(kept) == 2 and relative[0].sum() == relative[1].sum() == 0
 
 
@@ -279,16 +280,16 @@ def test_planned_memory_is_what_the_trainer_holds(base: Path, tmp_path: Path, ra
     config = tiny_run.config(tmp_path, base, lora__rank=rank, rl__critic="separate", mesh__fsdp=2)
     session = Session(config, config.run_directory)
     planned = train.plan_memory(session, "rl")
-    trainer = train.PPO(session)
+    rl = RLTrainer(session)
 
     def held(tree: object) -> int:
         shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
         return sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
 
-    assert planned.parts["reference"] == held(trainer._ref_params)
-    assert planned.parts["trained"] == held(trainer.state.params)
-    assert planned.parts["optimizer"] == held(trainer.state.opt_state)
-    assert planned.parts.get("merged", 0) == (held(trainer.policy_params) if rank else 0)
+    assert planned.parts["reference"] == held(rl._ref_params)
+    assert planned.parts["trained"] == held(rl.state.params)
+    assert planned.parts["optimizer"] == held(rl.state.opt_state)
+    assert planned.parts.get("merged", 0) == (held(rl.policy_params) if rank else 0)
 
 
 def test_more_slots_than_memory_are_refused_before_anything_runs(
