@@ -1,4 +1,4 @@
-"""Trajectories -> TrainBatch: packs samples into rows, places rewards, masks the padding.
+"""Trajectories -> TrainBatch: packs samples into rows, places rewards, masks the padding, finds trajectories again.
 
 Arrays stay on the host (numpy); the caller puts them on its mesh.
 """
@@ -6,33 +6,30 @@ Arrays stay on the host (numpy); the caller puts them on its mesh.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from r3rag_jax.data.sft import first_fit_decreasing, join, row_layout
-from r3rag_jax.types import Sample, TrainBatch, Trajectory
-
-Credit = Literal["trajectory", "step"]
+from r3rag_jax.types import Sample, TrainBatch, Trajectory, TrajectoryTable
 
 
 def pack(
     samples: Sequence[Sample],
     step_rewards: Sequence[np.ndarray],
+    trajectory_ids: Sequence[int],
     *,
     row_length: int,
     num_rows: int | None = None,
-    credit: Credit,
 ) -> TrainBatch:
     """Packs samples, each whole, into rows of `row_length` tokens by first-fit-decreasing.
 
-    The reward of a step sits on the last policy token of the step. An episode is what credit
-    flows within: a step with credit="step", else a sample, which for the protocol `tags` is the
-    whole trajectory and for `steps`, whose samples hold one step each, still a step.
+    The reward of a step sits on the last policy token of the step.
 
     Args:
         step_rewards: for each sample the rewards [T] of its trajectory, indexed by `step_ids`.
+        trajectory_ids: for each sample the number of its trajectory.
         num_rows: rows of the batch, empty ones included; default: as many as are needed.
 
     Returns:
@@ -47,7 +44,7 @@ def pack(
         if len(rows) > num_rows:
             raise ValueError(f"the samples must fit num_rows={num_rows} rows; need {len(rows)}")
         rows += [[]] * (num_rows - len(rows))
-    columns = [_columns(s, r, credit) for s, r in zip(samples, step_rewards, strict=True)]
+    columns = [_columns(*of_one) for of_one in zip(samples, step_rewards, trajectory_ids, strict=True)]
 
     def stack(name: str, dtype: type, fill: float = 0) -> Any:
         cells = [join([columns[i][name] for i in row], row_length, dtype, fill) for row in rows]
@@ -62,17 +59,16 @@ def pack(
         loss_mask=stack("loss_mask", np.bool_),
         behaviour_logprobs=stack("behaviour_logprobs", np.float32),
         rewards=stack("rewards", np.float32),
-        continues=stack("continues", np.bool_, fill=True),
+        trajectory_ids=stack("trajectory_ids", np.int32, fill=-1),
+        step_ids=stack("step_ids", np.int32, fill=-1),
         temperature=stack("temperature", np.float32, fill=1),
     )
 
 
-def _columns(sample: Sample, step_rewards: np.ndarray, credit: Credit) -> dict[str, np.ndarray]:
+def _columns(sample: Sample, step_rewards: np.ndarray, trajectory_id: int) -> dict[str, np.ndarray]:
     """What the tokens of one sample carry, each [L].
 
-    step_ids -1 0 0 -1 1, rewards 0.5 2.0  ->  rewards    0 0 0.5 0 2.0
-             credit="trajectory"           ->  continues  1 1 1   1 0
-             credit="step"                 ->  continues  1 1 0   1 0
+    step_ids -1 0 0 -1 1, rewards 0.5 2.0  ->  rewards 0 0 0.5 0 2.0
     """
     if len(sample) and sample.loss_mask[0]:
         raise ValueError("a sample must open with its prompt: nothing predicts its first token")
@@ -89,15 +85,13 @@ def _columns(sample: Sample, step_rewards: np.ndarray, credit: Credit) -> dict[s
     rewards[last_token] = np.asarray(step_rewards, np.float32)[steps]
     if not np.isfinite(rewards).all():
         raise ValueError(f"rewards must be finite; got {step_rewards}")
-    continues = np.ones(num_tokens, np.bool_)
-    if len(last_token):
-        continues[last_token if credit == "step" else last_token.max()] = False
     return {
         "tokens": sample.ids,
         "loss_mask": sample.loss_mask,
         "behaviour_logprobs": sample.behaviour_logprobs,
         "rewards": rewards,
-        "continues": continues,
+        "trajectory_ids": np.where(sample.loss_mask, trajectory_id, -1),
+        "step_ids": sample.step_ids,
         "temperature": np.full(num_tokens, sample.temperature or 1.0, np.float32),
     }
 
@@ -108,13 +102,13 @@ def minibatches(
     *,
     row_length: int,
     batch_rows: int,
-    credit: Credit,
     rng: np.random.Generator,
 ) -> list[TrainBatch]:
     """Packs all samples of all trajectories, shuffles the rows and cuts them into batches.
 
-    Each sample is in exactly one batch. The rows are dealt out evenly and empty ones fill up the batches: each of them
-    makes a whole step, and one of a single row would be little but noise.
+    Each sample is in exactly one batch; `trajectory_ids` count the trajectories as they came. The rows are dealt out
+    evenly and empty ones fill up the batches: each of them makes a whole step, and one of a single row would be little
+    but noise.
 
     Args:
         rewards: for each trajectory the rewards [T] of its T steps, float32.
@@ -122,20 +116,64 @@ def minibatches(
     Raises:
         UserError, ValueError: as `pack`; also a reward that no or more than one sample carries.
     """
-    samples: list[Sample] = []
-    step_rewards: list[np.ndarray] = []
-    for trajectory, rewards_T in zip(trajectories, rewards, strict=True):
-        _check_rewards(trajectory, rewards_T)
-        samples.extend(trajectory.samples)
-        step_rewards.extend([rewards_T] * len(trajectory.samples))
-    packed = pack(samples, step_rewards, row_length=row_length, credit=credit)
+    packed = pack_trajectories(trajectories, rewards, row_length=row_length)
     num_rows = len(packed.tokens)
     num_batches = -(-num_rows // batch_rows)
     batches = []
     for rows in np.array_split(rng.permutation(num_rows), num_batches) if num_rows else ():
-        empty = pack([], [], row_length=row_length, num_rows=batch_rows - len(rows), credit=credit)
+        empty = pack([], [], [], row_length=row_length, num_rows=batch_rows - len(rows))
         batches.append(jax.tree.map(lambda x, y, rows=rows: np.concatenate([x[rows], y]), packed, empty))
     return batches
+
+
+def pack_trajectories(
+    trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray], *, row_length: int, first: int = 0
+) -> TrainBatch:
+    """`pack` of all samples of all trajectories, which are numbered from `first` on, in as many rows as they need.
+
+    Args, raises: as `minibatches`.
+    """
+    samples: list[Sample] = []
+    step_rewards: list[np.ndarray] = []
+    ids: list[int] = []
+    for number, (trajectory, rewards_T) in enumerate(zip(trajectories, rewards, strict=True), start=first):
+        _check_rewards(trajectory, rewards_T)
+        samples.extend(trajectory.samples)
+        step_rewards.extend([rewards_T] * len(trajectory.samples))
+        ids.extend([number] * len(trajectory.samples))
+    return pack(samples, step_rewards, ids, row_length=row_length)
+
+
+def tabulate(batches: Sequence[TrainBatch], groups: np.ndarray) -> TrajectoryTable:
+    """Finds the tokens of each trajectory in the batches of an iteration, host arrays; one line per trajectory.
+
+    The width is rounded up to a power of two, so that few shapes are compiled for.
+
+    batches  trajectory_ids  1 1 . 0 0 | 1 . . 0 .      places      3 4 8
+             step_ids        0 0 . 0 0 | 1 . . 2 .  ->              0 1 5
+                                                        step_ids    0 0 2
+                                                                    0 0 1
+    Args:
+        groups: int [N], for each trajectory the number of its question, below N.
+    """
+
+    def flat(name: str) -> np.ndarray:
+        return np.concatenate([np.ravel(getattr(batch, name)) for batch in batches] or [np.zeros(0, np.int32)])
+
+    ids, step_ids, rewards = flat("trajectory_ids"), flat("step_ids"), flat("rewards")
+    places = np.flatnonzero(ids >= 0)
+    places = places[np.lexsort((places, step_ids[places], ids[places]))]
+    counts = np.bincount(ids[places], minlength=len(groups))
+    width = 1 << max(0, int(counts.max(initial=1)) - 1).bit_length()
+    mask = np.arange(width) < counts[:, None]
+    table: dict[str, np.ndarray] = {
+        "places": np.full(mask.shape, len(ids), np.int32),
+        "rewards": np.zeros(mask.shape, np.float32),
+        "step_ids": np.zeros(mask.shape, np.int32),
+    }
+    for name, values in (("places", places), ("rewards", rewards[places]), ("step_ids", step_ids[places])):
+        table[name][mask] = values
+    return TrajectoryTable(**table, mask=mask, groups=np.asarray(groups, np.int32))  # type: ignore[arg-type]  # numpy until they are put
 
 
 def _check_rewards(trajectory: Trajectory, rewards_T: np.ndarray) -> None:

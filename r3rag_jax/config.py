@@ -304,45 +304,120 @@ class SFTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """PPO against the live retriever."""
+    """Policy gradients against the live retriever."""
 
+    algorithm: Literal["ppo", "grpo", "rloo", "reinforce++"] = key(
+        "ppo",
+        "advantages: `ppo` of a critic (GAE); returns less the mean of the question's samples (`grpo`), of its other "
+        "samples (`rloo`), of the whole batch (`reinforce++`)",
+    )
     iterations: int = key(40, "rollout-and-update rounds", "iterations")
     questions: int = key(32, "questions per iteration", "questions")
     epochs: int = key(1, "passes over an iteration's trajectories", "epochs")
     batch_rows: int = key(16, "packed rows per update", "rows")
     row_length: int = key(512, "length of a packed row", "tokens")
     lr: float = key(5e-7, "peak learning rate of the policy, cosine to 10 %")
-    critic_lr: float = key(9e-6, "peak learning rate of the critic")
-    critic: Literal["separate", "head", "none"] = key(
-        "separate", "a value model of its own, a head on the policy's trunk, or rewards alone"
-    )
-    value_coef: float = key(1.0, "weight of the value loss")
     warmup: float = key(0.03, "share of the updates with rising learning rate", "fraction")
     grad_norm: float = key(1.0, "gradient clipping, global norm")
     adam_eps: float = key(1e-8, "added to the root of Adam's second moment: gradients well below it make no step")
-    clip: float = key(0.2, "PPO ratio clip")
-    value_clip: float = key(0.2, "value clip")
-    gamma: float = key(1.0, "discount per policy token")
-    lam: float = key(1.0, "GAE lambda")
-    kl: float = key(0.01, "weight of the per-token KL penalty to the cold-start policy")
-    entropy: float = key(0.0, "weight of the entropy bonus")
-    negative_weight: float = key(1.0, "weight of negative advantages; 0 learns only from what did better than expected")
-    baseline: Literal["none", "group"] = key(
-        "none", "`group`: rewards are counted from the mean return of the question's other samples"
-    )
+    # Credit and advantages.
+    gamma: float = key(1.0, "discount per policy token", "fraction")
     step_discount: float = key(
-        1.0, "with a group baseline: share of the next step's return that a step is credited with", "fraction"
+        1.0, "share of the next step's return that a step is credited with; 0: each is its own episode, as released",
+        "fraction",
+    )  # fmt: skip
+    returns: Literal["to_go", "total"] = key(
+        "to_go", "what a token is credited with: rewards from it on, or, not with ppo, all of its trajectory's"
     )
-    credit: Literal["trajectory", "step"] = key("trajectory", "`step`: each step is its own episode, as released")
+    std: bool = key(False, "grpo: advantages over the standard deviation of the question's samples")
+    whiten_advantages: bool = key(True, "shift and scale them to mean 0 and deviation 1 over an iteration's tokens")
+    whiten_rewards: bool = key(False, "scale step rewards to deviation 1 over an iteration; their mean stays")
+    negative_weight: float = key(1.0, "weight of negative advantages; 0 learns only from what did better than expected")
+    drop_equal: bool = key(True, "grpo and rloo: leave out questions whose samples all earned the same")
+    # Policy loss.
+    clip: float = key(0.2, "how far below 1 the ratio of new to old probability is trusted")
+    clip_high: float = key(0.0, "how far above 1; 0: as far as `clip`")
+    loss_mean: Literal["token", "sequence", "constant"] = key(
+        "token", "the policy loss counts tokens alike, trajectories alike, or sums a trajectory over `loss_length`"
+    )
+    loss_length: int = key(512, "what loss_mean=constant divides a trajectory's sum by", "tokens")
+    truncate_weights: float = key(
+        0.0,
+        "ratios are taken against the policy before the iteration's first update, and tokens weighed by what it gives "
+        "them over what the sampler gave, at most this; 0: ratios against the sampler, no weights",
+    )
+    entropy: float = key(0.0, "weight of the entropy bonus")
+    # Distance to the cold start.
+    kl: float = key(0.01, "weight of the per-token KL to the cold-start policy")
+    kl_in: Literal["reward", "loss"] = key("reward", "a penalty on every token's reward, or a term of the policy loss")
+    kl_estimator: Literal["k1", "k2", "k3"] = key("k1", "d, d^2 / 2 or exp(-d) - 1 + d of the log-probabilities")
+    kl_target: float = key(0.0, "KL that `kl` is adapted to after each iteration; 0: `kl` stays", "nats per token")
+    kl_rate: float = key(0.1, "gain of that: in an iteration `kl` changes by at most a fifth of it")
+    # Critic, of ppo alone.
+    critic: Literal["separate", "head"] = key("separate", "a value model of its own, or a head on the policy's trunk")
+    critic_lr: float = key(9e-6, "peak learning rate of the critic")
+    lam: float = key(1.0, "GAE lambda", "fraction")
+    value_coef: float = key(1.0, "weight of the value loss")
+    value_clip: float = key(0.2, "value clip")
     eval_every: int = key(10, "iterations between evaluations on dev", "iterations")
     checkpoint_every: int = key(10, "iterations between checkpoints", "iterations")
 
     def __post_init__(self) -> None:
-        _each(self, "rl.", AT_LEAST_1, "iterations questions epochs batch_rows row_length")
+        _each(self, "rl.", AT_LEAST_1, "iterations questions epochs batch_rows row_length loss_length")
         _each(self, "rl.", AT_LEAST_1, "eval_every checkpoint_every")
-        _each(self, "rl.", AT_LEAST_0, "lr critic_lr value_coef kl entropy negative_weight")
+        _each(self, "rl.", AT_LEAST_0, "lr critic_lr value_coef kl kl_target kl_rate entropy negative_weight")
+        _each(self, "rl.", AT_LEAST_0, "clip_high truncate_weights")
         _each(self, "rl.", ABOVE_0, "grad_norm adam_eps clip value_clip")
         _each(self, "rl.", FRACTION, "warmup gamma lam step_discount")
+        self._check_credit()
+        self._check_kl()
+
+    def _check_credit(self) -> None:
+        _require(
+            self.returns != "total" or (self.algorithm != "ppo" and self.gamma == self.step_discount == 1),
+            "rl.returns must be to_go with rl.algorithm=ppo and unless rl.gamma and rl.step_discount are 1; got total "
+            f"with {self.algorithm}, {self.gamma} and {self.step_discount}",
+            "rl.returns",
+            "rl.algorithm",
+            "rl.step_discount",
+            "rl.gamma",
+        )
+        _require(
+            self.algorithm != "reinforce++" or self.whiten_advantages,
+            "rl.whiten_advantages must be true when rl.algorithm is reinforce++, whose baseline it is; got false",
+            "rl.whiten_advantages",
+            "rl.algorithm",
+        )
+        _require(
+            not self.std or self.algorithm == "grpo",
+            f"rl.std must be false unless rl.algorithm is grpo; got true with {self.algorithm}",
+            "rl.std",
+            "rl.algorithm",
+        )
+
+    def _check_kl(self) -> None:
+        _require(
+            self.kl_in != "loss" or self.kl_estimator != "k1",
+            "rl.kl_estimator must be k2 or k3 when rl.kl_in is loss, for the gradient of k1 is 0 on average; got k1",
+            "rl.kl_estimator",
+            "rl.kl_in",
+        )
+        _require(
+            self.kl_target == 0 or self.kl > 0,
+            f"rl.kl must be above 0, what rl.kl_target={self.kl_target} adapts; got {self.kl}",
+            "rl.kl",
+            "rl.kl_target",
+        )
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a value model is trained beside the policy."""
+        return self.algorithm == "ppo"
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether a trajectory is judged by the other samples of its question."""
+        return self.algorithm in ("grpo", "rloo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -496,6 +571,12 @@ class Config:
             f"{self.rollout.max_length}, for a trajectory fills one row; got {self.rl.row_length}",
             "rl.row_length",
             "rollout.max_length",
+        )
+        _require(
+            "rl" not in self.phases or self.rl.algorithm != "grpo" or self.rollout.samples > 1,
+            f"rollout.samples must be at least 2 when rl.algorithm is grpo; got {self.rollout.samples}",
+            "rollout.samples",
+            "rl.algorithm",
         )
         if self.rollout.server:
             self._check_server()

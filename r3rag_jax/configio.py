@@ -26,6 +26,11 @@ from r3rag_jax.errors import USER_ERROR_STATUS
 MAX_SHOWN = 60  # characters of a bad value that an error repeats
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+# Keys that recipes and the configurations of earlier runs may still have, and what says the same.
+REPLACED = {
+    "rl.baseline": "rl.algorithm=rloo",
+    "rl.credit": "rl.step_discount (0 for step, 1 for trajectory)",
+}
 BUDGET, BUDGETS = "budget", "budgets"  # the key that chooses, and the section of a file to choose from
 STRING_TAG = "tag:yaml.org,2002:str"
 BOOL_TAG = "tag:yaml.org,2002:bool"
@@ -331,6 +336,8 @@ def _clip(text: str) -> str:
 
 def _unknown(name: str, place: str, is_section: bool) -> ConfigError:
     """The error for a key that no section has."""
+    if name in REPLACED:
+        return ConfigError(f"unknown key {name!r} ({place}); it is {REPLACED[name]} now")
     sections = [section for section, _ in _sections() if section]
     hint = _did_you_mean(name, sections if is_section else None)
     return ConfigError(f"unknown key {_clip(name)!r} ({place}){hint or '; --help lists all keys'}")

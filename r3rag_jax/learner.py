@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -20,18 +21,20 @@ from jax.sharding import Mesh
 from r3rag_jax.config import ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
 from r3rag_jax.models.lora import join
-from r3rag_jax.rl.advantages import gae, whiten
+from r3rag_jax.rl.advantages import estimate, whiten_rewards
 from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.rl.losses import (
     chunked_logprobs,
     cross_entropy,
     kl_penalty,
+    loss_mean,
     masked_mean,
     ppo_policy_loss,
+    truncated_weights,
     value_loss,
 )
-from r3rag_jax.sharding import replicated, traced_on, tree_shardings
-from r3rag_jax.types import SFTBatch, TrainBatch
+from r3rag_jax.sharding import put, put_batch, replicated, traced_on, tree_shardings
+from r3rag_jax.types import SFTBatch, TrainBatch, TrajectoryTable
 
 Metrics = dict[str, jax.Array]
 LOSS_CHUNK = 512  # tokens whose logits exist at once, per call
@@ -49,12 +52,28 @@ class TrainState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Scored:
+    """What is known of a batch before an iteration's first update, [B, L] float32; None where nothing asks for it."""
+
+    values: jax.Array | None = None  # of the critic
+    penalties: jax.Array | None = None  # estimated KL to the reference, for the reward
+    ref_logprobs: jax.Array | None = None  # under the reference, for the loss
+    old_logprobs: jax.Array | None = None  # under the policy
+    weights: jax.Array | None = None  # importance weights of what the sampler wrote
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Targets:
     """What an RL update is trained towards, [B, L] float32, constants of the update."""
 
     advantages: jax.Array
-    returns: jax.Array
-    old_values: jax.Array
+    returns: jax.Array | None = None  # with a critic
+    old_values: jax.Array | None = None  # with a critic
+    shares: jax.Array | None = None  # 1 / number of the trajectory's policy tokens; not for token means
+    ref_logprobs: jax.Array | None = None  # with a KL in the loss
+    old_logprobs: jax.Array | None = None  # None: those that were recorded while sampling
+    weights: jax.Array | None = None  # with old_logprobs
 
 
 class Critic(nnx.Module):
@@ -140,28 +159,40 @@ def rl_loss(
     remat: str,
     truncation: Truncation = WHOLE,
     frozen: dict[str, Any] | None = None,
+    kl: jax.Array | float | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """PPO: clipped surrogate + value loss, where there is a critic, - entropy bonus (arXiv 1707.06347, eq. 9).
+    """Clipped surrogate + KL - entropy bonus, each by `loss_mean`, + value loss (arXiv 1707.06347, eq. 9).
 
-    `truncation` is what the batch was sampled with. `sampler_gap` is the largest difference between its recorded
-    log-probabilities and today's: before the first update of an iteration nothing but rounding.
+    The value loss is there with a critic, the KL with `kl_in` loss, weighed by `kl`. `truncation` is what the batch
+    was sampled with. `sampler_gap` is the largest difference between its recorded log-probabilities and today's:
+    before the first update of an iteration nothing but rounding.
     """
-    modules = _modules(graphdefs, params, frozen)
+    modules, mask = _modules(graphdefs, params, frozen), batch.loss_mask
     logprobs, entropy, hidden = _logprobs(modules["policy"], batch, remat, truncation)
+    shares = jnp.zeros_like(logprobs) if targets.shares is None else targets.shares
+    mean = functools.partial(loss_mean, shares=shares, kind=config.loss_mean, length=config.loss_length)
     policy_loss, metrics = ppo_policy_loss(
-        logprobs, batch.behaviour_logprobs, targets.advantages, batch.loss_mask, clip=config.clip
+        logprobs,
+        batch.behaviour_logprobs if targets.old_logprobs is None else targets.old_logprobs,
+        targets.advantages,
+        mask,
+        clip=config.clip,
+        clip_high=config.clip_high or None,
+        weights=targets.weights,
+        mean=mean,
     )
-    metrics["policy_loss"] = policy_loss
-    metrics["entropy"] = masked_mean(entropy, batch.loss_mask)
-    loss = policy_loss - config.entropy * metrics["entropy"]
+    metrics |= {"policy_loss": policy_loss, "entropy": masked_mean(entropy, mask)}
+    loss = policy_loss - config.entropy * mean(entropy, mask)
+    if targets.ref_logprobs is not None:
+        metrics["kl_loss"] = mean(kl_penalty(logprobs, targets.ref_logprobs, config.kl_estimator), mask)
+        loss = loss + (config.kl if kl is None else kl) * metrics["kl_loss"]
     if "critic" in modules:
+        assert targets.old_values is not None and targets.returns is not None
         values = modules["critic"](batch, hidden, remat)
-        metrics["value_loss"] = value_loss(
-            values, targets.old_values, targets.returns, batch.loss_mask, clip=config.value_clip
-        )
+        metrics["value_loss"] = value_loss(values, targets.old_values, targets.returns, mask, clip=config.value_clip)
         loss = loss + config.value_coef * metrics["value_loss"]
     gap = jnp.abs(logprobs - batch.behaviour_logprobs)
-    metrics["sampler_gap"] = jnp.max(jnp.where(batch.loss_mask, gap, 0.0))
+    metrics["sampler_gap"] = jnp.max(jnp.where(mask, gap, 0.0))
     return loss, metrics | {"loss": loss}
 
 
@@ -185,13 +216,13 @@ def make_rl_step(
     state: TrainState,
     truncation: Truncation = WHOLE,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The jitted PPO update, (state, batch, targets, lr_scale, frozen) -> (state, metrics); the state is donated."""
+    """The jitted RL update, (state, batch, targets, lr_scale, frozen, kl) -> (state, metrics); the state is donated."""
 
     def step(
-        state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array, frozen: Any = None
+        state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array, frozen: Any = None, kl: Any = None
     ) -> tuple[TrainState, Metrics]:
         def loss(params: Any) -> tuple[jax.Array, Metrics]:
-            return rl_loss(graphdefs, params, batch, targets, config, model.remat, truncation, frozen)
+            return rl_loss(graphdefs, params, batch, targets, config, model.remat, truncation, frozen, kl)
 
         return _update(loss, tx, state, lr_scale)
 
@@ -205,53 +236,92 @@ def make_scorer(
     model: ModelConfig,
     config: RLConfig,
     truncation: Truncation = WHOLE,
-) -> Callable[..., tuple[Targets, Metrics]]:
-    """(params, reference policy's params, batch, frozen) -> targets before whitening, and metrics; jitted.
+) -> Callable[..., tuple[Scored, Metrics]]:
+    """(params, reference policy's params, batch, frozen) -> what the estimator needs, and metrics; jitted.
 
-    `reference` is the reference policy's graphdef: that of the policy, without adapters.
-
-    The KL penalty to the reference sits on every policy token's reward (k1, at the sampling temperature); then
-    generalised advantage estimation runs along each row, with values of 0 where there is no critic. Only what is
-    needed is evaluated.
+    `reference` is the reference policy's graphdef: that of the policy, without adapters. Only what is needed is
+    evaluated. All log-probabilities are at the sampling temperature. The metric `kl` is k1, whatever the penalty is;
+    that of the sampled tokens under whoever sampled them.
     """
 
-    def score(params: Any, ref_params: Any, batch: TrainBatch, frozen: Any = None) -> tuple[Targets, Metrics]:
-        rewards, values, metrics = batch.rewards, jnp.zeros_like(batch.rewards), {}
-        if "critic" in graphdefs:
-            modules = _modules(graphdefs, params, frozen)
-            values = modules["critic"](batch, _hidden(modules["policy"], batch, "none"), "none")
+    def score(params: Any, ref_params: Any, batch: TrainBatch, frozen: Any = None) -> tuple[Scored, Metrics]:
+        modules, mask = _modules(graphdefs, params, frozen), batch.loss_mask
+        values = penalties = ref_logprobs = old_logprobs = weights = hidden = None
+        metrics: Metrics = {}
+        if config.truncate_weights > 0:
+            old_logprobs, _, hidden = _logprobs(modules["policy"], batch, "none", truncation)
+            weights, stats = truncated_weights(old_logprobs, batch.behaviour_logprobs, mask, config.truncate_weights)
+            metrics |= stats
+        if "critic" in modules:
+            hidden = _hidden(modules["policy"], batch, "none") if hidden is None else hidden
+            values = modules["critic"](batch, hidden, "none")
         if config.kl > 0:
-            ref_policy = nnx.merge(reference, ref_params)
-            ref_logprobs, _, _ = _logprobs(ref_policy, batch, "none", truncation)
-            kl = kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1")
-            rewards = rewards - config.kl * kl
-            metrics["kl"] = masked_mean(kl, batch.loss_mask)
-        estimate = functools.partial(gae, gamma=config.gamma, lam=config.lam)
-        advantages, returns = jax.vmap(estimate)(rewards, values, batch.continues, batch.loss_mask)
-        return Targets(advantages, returns, values), metrics
+            ref_logprobs, _, _ = _logprobs(nnx.merge(reference, ref_params), batch, "none", truncation)
+            metrics["kl"] = masked_mean(kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1"), mask)
+            if config.kl_in == "reward":
+                penalties = kl_penalty(batch.behaviour_logprobs, ref_logprobs, config.kl_estimator)
+                ref_logprobs = None
+        return Scored(values, penalties, ref_logprobs, old_logprobs, weights), metrics
 
-    return jax.jit(traced_on(mesh, score))
+    # Whole on every device: credit flows between rows.
+    return jax.jit(traced_on(mesh, score), out_shardings=replicated(mesh))
 
 
-@jax.jit
-def whiten_all(
-    targets: list[Targets], masks: list[jax.Array], negative_weight: float = 1.0
-) -> tuple[list[Targets], Metrics]:
-    """Whiten the advantages over all batches of an iteration, weigh the negative ones; how much the critic explains.
+def make_estimator(
+    mesh: Mesh, config: RLConfig, *, num_steps: int
+) -> Callable[[list[Scored], TrajectoryTable, float, tuple[int, int]], tuple[list[Targets], Metrics]]:
+    """(what the scorer gave for each batch, table of their tokens, weight of the KL, (B, L)) -> targets, and metrics.
 
-    What did worse than expected pushes down every token it wrote, the right ones among them; they were nearly certain,
-    so the push grows as they yield, and entropy rises. With `negative_weight` 0 only what did better is learnt
-    (RAFT++, arXiv 2504.11343).
+    `rl.advantages.estimate` over all trajectories of the iteration, whatever rows and batches their tokens lie in. With
+    a critic also how much of the returns it explains. `num_steps`: most steps of a trajectory.
     """
-    white = whiten(jnp.stack([t.advantages for t in targets]), jnp.stack(masks))
-    white = jnp.where(white < 0, negative_weight * white, white)
-    mask = jnp.stack(masks)
-    returns, values = (jnp.stack([getattr(t, n) for t in targets]) for n in ("returns", "old_values"))
-    mean = masked_mean(returns, mask)
-    spread = masked_mean(jnp.square(returns - mean), mask)
-    unexplained = masked_mean(jnp.square(returns - values - masked_mean(returns - values, mask)), mask)
-    metrics = {"explained_variance": 1.0 - unexplained / jnp.maximum(spread, 1e-8), "value": masked_mean(values, mask)}
-    return [dataclasses.replace(t, advantages=a) for t, a in zip(targets, white, strict=True)], metrics
+
+    def on_table(scored: list[Scored], table: TrajectoryTable, kl: Any, shape: tuple[int, int]) -> Any:
+        size = len(scored) * shape[0] * shape[1]
+
+        def gather(name: str) -> jax.Array:
+            if getattr(scored[0], name) is None:
+                return jnp.zeros_like(table.rewards)
+            flat = jnp.stack([getattr(s, name) for s in scored]).ravel()
+            return jnp.where(table.mask, flat.at[table.places].get(mode="fill", fill_value=0), 0.0)
+
+        def scatter(x_NT: jax.Array) -> list[jax.Array]:
+            flat = jnp.zeros(size, jnp.float32).at[table.places].set(x_NT, mode="drop")
+            return list(flat.reshape(len(scored), *shape))
+
+        table = whiten_rewards(table) if config.whiten_rewards else table
+        values, mask = gather("values"), table.mask & (table.places < size)
+        advantages, returns = estimate(values, kl * gather("penalties"), mask, table, config, num_steps)
+        targets = [Targets(a) for a in scatter(advantages)]
+        metrics: Metrics = {}
+        if config.has_critic:
+            both = zip(targets, scatter(returns), scatter(values), strict=True)
+            targets = [dataclasses.replace(t, returns=r, old_values=v) for t, r, v in both]
+            spread = masked_mean(jnp.square(returns - masked_mean(returns, mask)), mask)
+            error = returns - values
+            unexplained = masked_mean(jnp.square(error - masked_mean(error, mask)), mask)
+            metrics["explained_variance"] = 1.0 - unexplained / jnp.maximum(spread, 1e-8)
+            metrics["value"] = masked_mean(values, mask)
+        if config.loss_mean != "token":
+            shares = jnp.where(mask, 1.0 / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1), 0.0)
+            targets = [dataclasses.replace(t, shares=s) for t, s in zip(targets, scatter(shares), strict=True)]
+        return targets, metrics
+
+    jitted = jax.jit(traced_on(mesh, on_table), static_argnums=3)
+
+    def estimator(
+        scored: list[Scored], table: TrajectoryTable, kl: float, shape: tuple[int, int]
+    ) -> tuple[list[Targets], Metrics]:
+        table = put(table, jax.tree.map(lambda _: replicated(mesh), table))
+        targets, metrics = jitted(scored, table, np.float32(kl), shape)
+        constants = ("ref_logprobs", "old_logprobs", "weights")
+        targets = [
+            dataclasses.replace(t, **{name: getattr(s, name) for name in constants})
+            for t, s in zip(targets, scored, strict=True)
+        ]
+        return put_batch(mesh, targets), metrics
+
+    return estimator
 
 
 def _modules(graphdefs: dict[str, Any], params: Any, frozen: dict[str, Any] | None) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def plan_memory(session: Session, phase: str) -> MemoryPlan:
         if phase == "sft":
             return policy.params, learner.sft_optimizer(config.sft, 1).init(policy.params)
         params = {"policy": policy.params}
-        if config.rl.critic != "none":
+        if config.rl.has_critic:
             whole = lora.join(policy.graphdef, policy.params, policy.frozen)
             params["critic"] = lora.Parts.of(learner.new_critic(whole, config.rl.critic), config.lora).params
         return params, learner.rl_optimizer(config.rl).init(params)
@@ -180,7 +180,7 @@ def sft_phase(session: Session) -> bool:
 
 
 def rl_phase(session: Session) -> bool:
-    """PPO against the live retriever, from the cold start (or the base where there is none)."""
+    """Policy gradients against the live retriever, from the cold start (or the base where there is none)."""
     config = session.config.rl
     if session.policy_dir("rl").exists():
         return False

@@ -10,26 +10,26 @@ import jax
 import numpy as np
 
 from r3rag_jax import learner
-from r3rag_jax.batch import fill_fraction, minibatches
+from r3rag_jax.batch import fill_fraction, minibatches, pack_trajectories, tabulate
 from r3rag_jax.checkpoint import Checkpoints
 from r3rag_jax.models import lora
 from r3rag_jax.rewards.score import Scores
-from r3rag_jax.rl.advantages import group_baseline
 from r3rag_jax.rl.distribution import Truncation
+from r3rag_jax.rl.losses import adapted_kl
 from r3rag_jax.session import Session
 from r3rag_jax.sharding import put_batch
 from r3rag_jax.types import TrainBatch, Trajectory
 
 
 class RLTrainer:
-    """The learner of the RL phase: policy, critic, frozen reference, optimizer; resumes by itself."""
+    """What RL holds: policy, critic, frozen reference, optimizer, weight of the KL; resumes by itself."""
 
     def __init__(self, session: Session):
         self._session, self._config = session, session.config.rl
         start = session.phase_params("sft") if session.policy_dir("sft").exists() else session.base_params()
         self._ref_params = start
         parts = {"policy": session.trainable_policy(start)}
-        if self._config.critic != "none":
+        if self._config.has_critic:
             policy = parts["policy"]
             critic = learner.new_critic(lora.join(policy.graphdef, policy.params, policy.frozen), self._config.critic)
             parts["critic"] = lora.Parts.of(critic, session.config.lora)
@@ -38,14 +38,15 @@ class RLTrainer:
         self._merge = jax.jit(functools.partial(lora.merge, parts["policy"].graphdef))
         tx = learner.rl_optimizer(self._config)
         self.state = learner.init_state(session.mesh, {name: part.params for name, part in parts.items()}, tx)
-        self.iteration = 0
+        self.iteration, self.kl = 0, self._config.kl
         self.checkpoints = Checkpoints(session.run_dir, "rl")
         if self.checkpoints.latest is not None:
             self.state, note = self.checkpoints.restore(self.state)
-            self.iteration = note["iteration"]
+            self.iteration, self.kl = note["iteration"], note["kl"]
         session.log.rewind("rl", self.iteration)
         model, truncation = session.config.model, Truncation.of(session.config.rollout)
         self._score = learner.make_scorer(session.mesh, graphdefs, session.graphdef, model, self._config, truncation)
+        self._estimate = learner.make_estimator(session.mesh, self._config, num_steps=session.config.rollout.max_steps)
         self._step = learner.make_rl_step(session.mesh, graphdefs, tx, model, self._config, self.state, truncation)
 
     @property
@@ -55,62 +56,74 @@ class RLTrainer:
         return trained if frozen is None else self._merge(trained, frozen)
 
     def save(self) -> None:
-        self.checkpoints.save(self.iteration, self.state, {"iteration": self.iteration})
+        self.checkpoints.save(self.iteration, self.state, {"iteration": self.iteration, "kl": self.kl})
 
     def update(self, trajectories: Sequence[Trajectory], scores: Scores) -> dict[str, float]:
-        """One PPO iteration: reference and values, advantages, then an epoch or more of clipped updates."""
+        """One iteration: reference and values, advantages, then an epoch or more of clipped updates."""
         config, mesh = self._config, self._session.mesh
         rng = np.random.default_rng((self._session.config.seed, self.iteration))
-        rewards, played = scores.rewards, len(trajectories)
-        credit = config.credit
-        if config.baseline == "group":
-            discount = config.step_discount if credit == "trajectory" else 0.0
-            trajectories, rewards = relative_to_group(trajectories, rewards, discount)
-            credit = "step"  # of what is still to come each step has been credited with its share
-        host = minibatches(trajectories, rewards, row_length=config.row_length,
-                           batch_rows=config.batch_rows, credit=credit, rng=rng)  # fmt: skip
+        groups = number_groups(trajectories)
+        is_equal = equal_groups(scores.rewards, groups, totals=config.returns == "total")
+        is_kept = np.ones_like(is_equal)
+        if config.is_grouped and config.drop_equal and not is_equal.all():  # an iteration is never empty
+            is_kept = ~is_equal
+        kept, rest = (np.flatnonzero(x).tolist() for x in (is_kept, ~is_kept))
+
+        def earned(some: list[int]) -> tuple[list[Trajectory], list[np.ndarray]]:
+            return [trajectories[i] for i in some], [scores.rewards[i] for i in some]
+
+        host = minibatches(*earned(kept), row_length=config.row_length, batch_rows=config.batch_rows, rng=rng)
+        left_out = pack_trajectories(*earned(rest), row_length=config.row_length, first=len(kept))
+        table = tabulate([*host, left_out], groups[kept + rest])
         batches: list[TrainBatch] = [put_batch(mesh, batch) for batch in host]
         scored = [self._score(self.state.params, self._ref_params, batch, self._frozen) for batch in batches]
-        targets, stats = learner.whiten_all(
-            [t for t, _ in scored], [b.loss_mask for b in batches], config.negative_weight
+        targets, stats = self._estimate(
+            [found for found, _ in scored], table, self.kl, (config.batch_rows, config.row_length)
         )
         logs = [metrics for _, metrics in scored]
         order = [i for _ in range(config.epochs) for i in rng.permutation(len(batches))]
         for number, i in enumerate(order):
             progress = (self.iteration + (number + 1) / len(order)) / config.iterations
             lr_scale = learner.schedule(progress, config.warmup, 0.1)
-            self.state, metrics = self._step(self.state, batches[i], targets[i], lr_scale, self._frozen)
+            self.state, metrics = self._step(
+                self.state, batches[i], targets[i], lr_scale, self._frozen, np.float32(self.kl)
+            )
             sampler_gap = metrics.pop("sampler_gap")
             logs.append(metrics | ({} if number else {"sampler_gap": sampler_gap}))  # later the policy has moved
         self.iteration += 1
-        values: dict[str, list[float]] = {}
-        for metrics in [*jax.device_get(logs), jax.device_get(stats)]:
-            for name, value in metrics.items():
-                values.setdefault(name, []).append(float(value))
-        means = {name: float(np.mean(v)) for name, v in values.items()}
+        means = mean_metrics([*jax.device_get(logs), jax.device_get(stats)])
         means["fill"] = float(np.mean([fill_fraction(batch) for batch in host]))
-        return means | {"learnt_from": len(trajectories) / played}
+        means["learnt_from"] = len(kept) / len(trajectories)
+        means["equal_groups"] = len(np.unique(groups[is_equal])) / len(np.unique(groups))
+        if config.kl_target > 0:
+            means["kl_weight"] = self.kl
+            self.kl = adapted_kl(self.kl, means["kl"], config.kl_target, config.kl_rate)
+        return means
 
 
-def relative_to_group(
-    trajectories: Sequence[Trajectory], rewards: Sequence[np.ndarray], discount: float
-) -> tuple[list[Trajectory], list[np.ndarray]]:
-    """Trajectories to learn from, and the return of each of their steps, counted from the group baseline.
+def mean_metrics(logs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of each metric the mean over the updates that tell it."""
+    values: dict[str, list[float]] = {}
+    for metrics in logs:
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(float(value))
+    return {name: float(np.mean(v)) for name, v in values.items()}
 
-    G_k = r_k + discount G_(k+1), less what the question's other trajectories return from step k on. Where all
-    trajectories of a question earned the same step by step there is nothing to learn: they are left out, unless that
-    leaves none (the dynamic sampling of DAPO, arXiv 2503.14476, without drawing more).
-    """
+
+def number_groups(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """int [N]: the number of each trajectory's question, in the order they come."""
     numbers = {id: number for number, id in enumerate(dict.fromkeys(t.question.id for t in trajectories))}
-    groups = np.asarray([numbers[t.question.id] for t in trajectories])
-    table = np.zeros((len(rewards), max(map(len, rewards))), np.float32)
-    mask = np.zeros_like(table, bool)
-    for row, r in enumerate(rewards):
-        table[row, : len(r)], mask[row, : len(r)] = r, True
-    returns = table.copy()
-    for step in range(table.shape[1] - 2, -1, -1):
-        returns[:, step] += discount * returns[:, step + 1]
-    relative = returns - np.asarray(group_baseline(returns, mask, groups, num_groups=len(trajectories)))
-    differs = np.asarray([np.ptp(table[groups == group], axis=0).max() > 1e-6 for group in groups])
-    kept = np.flatnonzero(differs if differs.any() else np.ones_like(differs)).tolist()
-    return [trajectories[i] for i in kept], [relative[i, : len(rewards[i])] for i in kept]
+    return np.asarray([numbers[t.question.id] for t in trajectories])
+
+
+def equal_groups(rewards: Sequence[np.ndarray], groups: np.ndarray, *, totals: bool) -> np.ndarray:
+    """bool [N]: whether all trajectories of one's question earned the same, step by step or (`totals`) in all.
+
+    There is nothing to learn from them by comparison, and whitening makes much of their rounding: they are left out
+    (the dynamic sampling of DAPO, arXiv 2503.14476, without drawing others in their place).
+    """
+    table = np.zeros((len(rewards), max(map(len, rewards), default=0)), np.float32)
+    for line, earned in enumerate(rewards):
+        table[line, : len(earned)] = earned
+    table = table.sum(axis=1, keepdims=True) if totals else table
+    return np.asarray([np.ptp(table[groups == group], axis=0).max(initial=0) <= 1e-6 for group in groups])

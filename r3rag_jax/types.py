@@ -157,9 +157,27 @@ class SFTBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch(SFTBatch):
-    """What RL adds: a row holds several episodes one after the other. All [B, L]."""
+    """What RL adds: a row holds samples of several trajectories one after the other. All [B, L]."""
 
     behaviour_logprobs: jax.Array  # float32
-    rewards: jax.Array  # float32, on the last token of each step
-    continues: jax.Array  # bool, False on the last policy token of each episode
+    rewards: jax.Array  # float32, on the last policy token of each step
+    trajectory_ids: jax.Array  # int32, which of the iteration's trajectories wrote the token; -1 where nothing is kept
+    step_ids: jax.Array  # int32, in which of its steps; -1 where nothing is kept
     temperature: jax.Array  # float32, sampling temperature of the token's trajectory (> 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrajectoryTable:
+    """The policy's tokens of an iteration by trajectory, in the order they were written, whatever rows they lie in.
+
+    N trajectories, M of an iteration's batches stacked, T policy tokens of one trajectory, padded at the end. Credit
+    flows along a line of it: it is the same for one sequence per trajectory and for one per step. Trajectories that
+    are left out of the updates have lines too, for what the others are compared with.
+    """
+
+    places: jax.Array  # int32 [N, T], index into the M * B * L tokens of the batches; behind them for what is left out
+    rewards: jax.Array  # float32 [N, T], on the last token of each step
+    step_ids: jax.Array  # int32 [N, T], 0 where mask is False
+    mask: jax.Array  # bool [N, T], False behind the end of a trajectory
+    groups: jax.Array  # int32 [N], number of the question, in [0, N)

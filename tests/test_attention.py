@@ -139,7 +139,9 @@ def test_each_device_of_a_mesh_computes_its_own_rows_and_heads() -> None:
     step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
     zeros = {field.name: jnp.zeros((4, 24)) for field in dataclasses.fields(TrainBatch)}
     train_batch = TrainBatch(**zeros | {f.name: getattr(rows, f.name) for f in dataclasses.fields(SFTBatch)})
-    score = learner.make_scorer(mesh, {"policy": graphdef}, graphdef, ModelConfig(), RLConfig(critic="none", kl=0.1))
+    score = learner.make_scorer(
+        mesh, {"policy": graphdef}, graphdef, ModelConfig(), RLConfig(algorithm="reinforce++", kl=0.1)
+    )
     for traced in (step.trace(state, rows), score.trace({"policy": params}, params, train_batch)):
         jaxpr = str(traced.jaxpr)
         assert "shard_map" in jaxpr

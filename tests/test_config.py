@@ -200,6 +200,7 @@ def test_errors_in_a_file_name_line_key_rule_and_what_came(write: Write, text: s
         ("rl.lr=", "override 'rl.lr=': rl.lr must be a finite number; got nothing"),
         ("rl.lr=1\n2", "override 'rl.lr=1\\n2': rl.lr must be a finite number; got '1 2'"),
         ("seed=1.5", "override 'seed=1.5': seed must be an integer; got 1.5"),
+        ("rl.baseline=group", "unknown key 'rl.baseline' (override 'rl.baseline=group'); it is rl.algorithm=rloo now"),
         ("rl.clp=1", "unknown key 'rl.clp' (override 'rl.clp=1'); did you mean 'rl.clip'?"),
         ("rl.lr", "override 'rl.lr': expected key=value; did you mean 'rl.lr=…'?"),
         ("rl=1", "override 'rl=1': rl is a section; expected one of its keys, rl.…=value"),
@@ -239,6 +240,18 @@ def test_files_that_cannot_be_read(write: Write) -> None:
         (["rl.clip=0"], "rl.clip must be above 0; got 0.0"),
         (["rl.batch_rows=0"], "rl.batch_rows must be at least 1; got 0"),
         (["rl.gamma=1.1"], "rl.gamma must be in [0, 1]; got 1.1"),
+        (["rl.returns=total"], "rl.returns must be to_go with rl.algorithm=ppo and unless rl.gamma and"
+         " rl.step_discount are 1; got total with ppo, 1.0 and 1.0"),
+        (["rl.algorithm=grpo", "rl.step_discount=0.5", "rl.returns=total"], "rl.returns must be to_go with"
+         " rl.algorithm=ppo and unless rl.gamma and rl.step_discount are 1; got total with grpo, 1.0 and 0.5"),
+        (["rl.algorithm=reinforce++", "rl.whiten_advantages=false"], "rl.whiten_advantages must be true when"
+         " rl.algorithm is reinforce++, whose baseline it is; got false"),
+        (["rl.algorithm=rloo", "rl.std=true"], "rl.std must be false unless rl.algorithm is grpo; got true with rloo"),
+        (["rl.kl_in=loss"], "rl.kl_estimator must be k2 or k3 when rl.kl_in is loss, for the gradient of k1 is 0 on"
+         " average; got k1"),
+        (["rl.kl_target=0.1", "rl.kl=0"], "rl.kl must be above 0, what rl.kl_target=0.1 adapts; got 0.0"),
+        (["rl.algorithm=grpo", "rollout.samples=1"], "rollout.samples must be at least 2 when rl.algorithm is grpo;"
+         " got 1"),
         (["sft.lr=-1"], "sft.lr must be at least 0; got -1.0"),
         (["world.waste=2"], "world.waste must be in [0, 1]; got 2.0"),
         (["seed=-1"], "seed must be in [0, 4294967295]; got -1"),
@@ -383,8 +396,9 @@ def test_every_key_has_help_and_stands_in_the_help_text() -> None:
         assert field.help and "\n" not in field.help
         (line,) = [line for line in lines if line.split()[:1] == [name]]
         assert line.endswith(field.help)
-    assert "  rl.clip              float               -           0.2         PPO ratio clip" in lines
-    assert "rl: PPO against the live retriever." in lines
+    (line,) = [line for line in lines if line.startswith("  rl.value_clip ")]
+    assert line.split(maxsplit=4) == ["rl.value_clip", "float", "-", "0.2", "value clip"]
+    assert "rl: Policy gradients against the live retriever." in lines
 
 
 def test_columns_of_a_section_are_aligned() -> None:

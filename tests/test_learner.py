@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from r3rag_jax import learner
-from r3rag_jax.batch import minibatches, pack
+from r3rag_jax.batch import minibatches, pack, tabulate
 from r3rag_jax.config import MeshConfig, ModelConfig, RLConfig, RolloutConfig, SFTConfig
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.protocol import make_protocol
@@ -58,9 +58,9 @@ def rewards_of(made: list[Sample]) -> list[np.ndarray]:
     return [rng.uniform(-1, 2, sample.step_ids.max() + 1).astype(np.float32) for sample in made]
 
 
-def rl_batch(row_length: int = 40, num_rows: int | None = 8, credit: str = "trajectory") -> TrainBatch:
+def rl_batch(row_length: int = 40, num_rows: int | None = 8) -> TrainBatch:
     made = samples()
-    return pack(made, rewards_of(made), row_length=row_length, num_rows=num_rows, credit=credit)
+    return pack(made, rewards_of(made), range(len(made)), row_length=row_length, num_rows=num_rows)
 
 
 def sft_batch(**options: Any) -> SFTBatch:
@@ -71,6 +71,20 @@ def sft_batch(**options: Any) -> SFTBatch:
 def targets_like(batch: TrainBatch) -> learner.Targets:
     rng = np.random.default_rng(2)
     return learner.Targets(*(rng.normal(size=batch.tokens.shape).astype(np.float32) for _ in range(3)))
+
+
+def targets_of(
+    mesh: Mesh, graphdefs: dict[str, Any], params: Any, reference: Any, batches: list[TrainBatch], config: RLConfig,
+    groups: np.ndarray | None = None,
+) -> tuple[list[learner.Targets], list[dict[str, Any]]]:  # fmt: skip
+    """What an iteration makes of host batches: (targets, metrics of the scorer and the estimator)."""
+    score = learner.make_scorer(mesh, graphdefs, graphdefs["policy"], ModelConfig(), config)
+    scored = [score(params, reference, put_batch(mesh, batch)) for batch in batches]
+    groups = np.arange(1 + max(batch.trajectory_ids.max() for batch in batches)) if groups is None else groups
+    estimate = learner.make_estimator(mesh, config, num_steps=3)
+    shape = batches[0].tokens.shape
+    targets, stats = estimate([found for found, _ in scored], tabulate(batches, groups), config.kl, shape)
+    return targets, [metrics for _, metrics in scored] + [stats]
 
 
 @functools.cache
@@ -163,12 +177,9 @@ def two_rl_updates(mesh: Mesh) -> tuple[Any, Any]:
     graphdefs, params = parts()
     tx = learner.rl_optimizer(RL)
     state = learner.init_state(mesh, params, tx)
-    score = learner.make_scorer(mesh, graphdefs, graphdefs["policy"], ModelConfig(), RL)
     step = learner.make_rl_step(mesh, graphdefs, tx, ModelConfig(), RL, state)
     batch = put_batch(mesh, rl_batch())
-    targets, logs = score(state.params, params["policy"], batch)
-    [targets], stats = learner.whiten_all([targets], [batch.loss_mask])
-    logs = [logs, stats]
+    [targets], logs = targets_of(mesh, graphdefs, state.params, params["policy"], [rl_batch()], RL)
     for _ in range(2):
         state, metrics = step(state, batch, targets, jnp.float32(1.0))
         logs.append(metrics)
@@ -241,7 +252,7 @@ def test_a_batch_without_policy_tokens_trains_nothing() -> None:
 def test_packed_rows_are_separate_rows() -> None:
     made = samples()
     packed = rl_batch(num_rows=len(made))  # the same shape: the last rows are empty
-    each = [pack([s], [r], row_length=40, credit="trajectory") for s, r in zip(made, rewards_of(made), strict=True)]
+    each = [pack([s], [r], [i], row_length=40) for i, (s, r) in enumerate(zip(made, rewards_of(made), strict=True))]
     separate = jax.tree.map(lambda *rows: np.concatenate(rows), *each)
     assert packed.tokens.shape == separate.tokens.shape
     assert packed.loss_mask.any(axis=1).sum() < separate.loss_mask.any(axis=1).sum() == len(made)
@@ -249,13 +260,10 @@ def test_packed_rows_are_separate_rows() -> None:
     sft_of = lambda b: SFTBatch(b.tokens, b.positions, b.segment_ids, b.loss_mask)  # noqa: E731
     assert_close(sft_grads(mesh, sft_of(packed)), sft_grads(mesh, sft_of(separate)))
     graphdefs, params = parts()
-    score = learner.make_scorer(mesh, graphdefs, graphdefs["policy"], ModelConfig(), RL)
     results = []
     for batch in (packed, separate):
-        batch = put_batch(mesh, batch)
-        targets, metrics = score(params, params["policy"], batch)
-        [targets], stats = learner.whiten_all([targets], [batch.loss_mask])
-        results.append((jax.device_get((metrics, stats)), rl_grads(mesh, batch, targets)))
+        [targets], logs = targets_of(mesh, graphdefs, params, params["policy"], [batch], RL)
+        results.append((jax.device_get(logs), rl_grads(mesh, batch, targets)))
     assert_close(*results)
 
 
@@ -334,7 +342,7 @@ def sampler_gap(
     graphdefs, params = parts()
     loss = jax.jit(functools.partial(learner.rl_loss, graphdefs, config=RL, remat="none", truncation=truncation))
     rewards = [np.zeros(len(t.steps), np.float32) for t in trajectories]
-    options = {"row_length": MAX_LENGTH, "batch_rows": 4, "credit": "trajectory", "rng": np.random.default_rng(0)}
+    options = {"row_length": MAX_LENGTH, "batch_rows": 4, "rng": np.random.default_rng(0)}
     batches = minibatches(trajectories, rewards, **options)
     logs = [loss(params, batch=change(batch), targets=targets_like(batch))[1] for batch in batches]
     return max(float(metrics["sampler_gap"]) for metrics in logs)
@@ -409,13 +417,13 @@ def test_the_value_loss_reaches_the_policy_only_through_a_shared_trunk(critic: s
 
 def test_without_a_critic_the_advantages_are_returns_and_the_loss_is_the_policys() -> None:
     graphdefs, params = ({"policy": part["policy"]} for part in parts())
-    config = dataclasses.replace(RL, critic="none", kl=0.0, gamma=1.0, lam=1.0)
+    config = RLConfig(algorithm="rloo", kl=0.0, entropy=0.01, whiten_advantages=False)
     sample, rewards = two_steps()
-    batch = pack([sample], [rewards], row_length=6, credit="trajectory")
-    targets, _ = learner.make_scorer(one_device(), graphdefs, graphdefs["policy"], ModelConfig(), config)(
-        params, params["policy"], batch
-    )
-    np.testing.assert_allclose(targets.advantages, [[0, 2.5, 2.5, 0, 2, 2]], atol=1e-6)
+    batch = pack([sample], [rewards], [0], row_length=6)
+    [targets], [_, stats] = targets_of(one_device(), graphdefs, params, params["policy"], [batch], config)
+    np.testing.assert_allclose(targets.advantages, [[0, 2.5, 2.5, 0, 2, 2]], atol=1e-6)  # no other sample: no baseline
+    assert targets.returns is None and targets.old_values is None
+    assert stats == {}  # nothing is explained where nothing explains
     loss, metrics = learner.rl_loss(graphdefs, params, batch, targets, config, "none")
     assert "value_loss" not in metrics
     assert float(loss) == pytest.approx(float(metrics["policy_loss"] - config.entropy * metrics["entropy"]), rel=1e-6)
@@ -450,58 +458,131 @@ def two_steps() -> tuple[Sample, np.ndarray]:
     return Sample(np.arange(6, dtype=np.int32), step_ids >= 0, logprobs, step_ids), np.asarray([0.5, 2.0], np.float32)
 
 
-@pytest.mark.parametrize(
-    ("credit", "returns"),
-    [("trajectory", [0, 2.5, 2.5, 0, 2, 2]), ("step", [0, 0.5, 0.5, 0, 2, 2])],
-)
-def test_credit_flows_within_an_episode(credit: str, returns: list[float]) -> None:
+def per_step(sample: Sample) -> list[Sample]:
+    """The same trajectory in the protocol `steps`."""
+    first = Sample(sample.ids[:3], sample.loss_mask[:3], sample.behaviour_logprobs[:3], sample.step_ids[:3])
+    later = np.where(sample.step_ids == 1, 1, -1).astype(np.int32)
+    return [first, Sample(sample.ids, later == 1, np.where(later == 1, -2.0, 0).astype(np.float32), later)]
+
+
+@pytest.mark.parametrize(("step_discount", "first"), [(1.0, 2.5), (0.5, 1.5), (0.0, 0.5)])
+@pytest.mark.parametrize("protocol", ["tags", "steps"])
+def test_credit_flows_along_a_trajectory_in_both_protocols(protocol: str, step_discount: float, first: float) -> None:
+    """Also where its steps are samples of their own, in rows or batches of their own."""
     sample, rewards = two_steps()
-    batch = pack([sample], [rewards], row_length=6, credit=credit)
     graphdefs, params = parts()
-    critic_params = jax.tree.map(jnp.zeros_like, params["critic"])
-    config = dataclasses.replace(RL, kl=0.0, gamma=1.0, lam=1.0)
-    score = learner.make_scorer(one_device(), graphdefs, graphdefs["policy"], ModelConfig(), config)
-    targets, _ = score({"policy": params["policy"], "critic": critic_params}, params["policy"], batch)
-    np.testing.assert_allclose(targets.returns, [returns], atol=1e-6)
-    np.testing.assert_allclose(targets.advantages, [returns], atol=1e-6)
-    assert not np.asarray(targets.old_values).any()
+    blind = {"policy": params["policy"], "critic": jax.tree.map(jnp.zeros_like, params["critic"])}
+    config = RLConfig(critic="head", kl=0.0, step_discount=step_discount, whiten_advantages=False)
+    if protocol == "tags":
+        batches, want = [pack([sample], [rewards], [0], row_length=6)], [[[0, first, first, 0, 2, 2]]]
+    else:
+        batches = [pack([s], [rewards], [0], row_length=6) for s in per_step(sample)]
+        want = [[[0, first, first, 0, 0, 0]], [[0, 0, 0, 0, 2, 2]]]
+    targets, _ = targets_of(one_device(), graphdefs, blind, params["policy"], batches, config)
+    for found, numbers in zip(targets, want, strict=True):
+        np.testing.assert_allclose(found.returns, numbers, atol=1e-6)
+        np.testing.assert_allclose(found.advantages, numbers, atol=1e-6)
+        assert not np.asarray(found.old_values).any()
 
 
-def test_the_kl_penalty_sits_on_every_token() -> None:
+def changed_policy(params: Any) -> tuple[Any, np.ndarray]:
+    """A reference policy, and its log-probabilities of the policy tokens 1, 2, 4, 5 of `two_steps`."""
+    sample, _ = two_steps()
+    reference = jax.tree.map(lambda x: 0.9 * x, params["policy"])
+    policy = nnx.merge(parts()[0]["policy"], reference)
+    positions = np.arange(6, dtype=np.int32)[None]
+    logits = policy.logits(policy(sample.ids[None], positions, np.ones_like(positions)))
+    return reference, np.asarray(jax.nn.log_softmax(logits)[0, np.arange(5), sample.ids[1:]])[[0, 1, 3, 4]]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2"])
+def test_the_kl_penalty_sits_on_every_token(estimator: str) -> None:
     """return of the last token = its reward - kl * (behaviour - reference log-probability)."""
     sample, rewards = two_steps()
-    batch = pack([sample], [rewards], row_length=6, credit="trajectory")
+    batch = pack([sample], [rewards], [0], row_length=6)
     graphdefs, params = parts()
-    reference = jax.tree.map(lambda x: 0.9 * x, params["policy"])
-    policy = nnx.merge(graphdefs["policy"], reference)
-    logits = policy.logits(policy(batch.tokens, batch.positions, batch.segment_ids))
-    logprobs = jax.nn.log_softmax(logits)[0, np.arange(5), batch.tokens[0, 1:]]  # of tokens 1..5
-    config = dataclasses.replace(RL, kl=0.1, gamma=1.0, lam=1.0)
-    score = learner.make_scorer(one_device(), graphdefs, graphdefs["policy"], ModelConfig(), config)
-    critic_params = jax.tree.map(jnp.zeros_like, params["critic"])
-    targets, metrics = score({"policy": params["policy"], "critic": critic_params}, reference, batch)
-    kl = -2.0 - np.asarray(logprobs)
-    np.testing.assert_allclose(targets.returns[0, 5], 2.0 - 0.1 * kl[4], rtol=1e-5)
-    np.testing.assert_allclose(targets.returns[0, 1], 2.5 - 0.1 * kl[[0, 1, 3, 4]].sum(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["kl"], kl[[0, 1, 3, 4]].mean(), rtol=1e-5)
+    reference, logprobs = changed_policy(params)
+    config = RLConfig(critic="head", kl=0.1, kl_estimator=estimator, whiten_advantages=False)
+    blind = {"policy": params["policy"], "critic": jax.tree.map(jnp.zeros_like, params["critic"])}
+    [targets], [metrics, _] = targets_of(one_device(), graphdefs, blind, reference, [batch], config)
+    difference = -2.0 - logprobs
+    kl = difference if estimator == "k1" else difference**2 / 2
+    np.testing.assert_allclose(targets.returns[0, 5], 2.0 - 0.1 * kl[3], rtol=1e-5)
+    np.testing.assert_allclose(targets.returns[0, 1], 2.5 - 0.1 * kl.sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl"], difference.mean(), rtol=1e-5)
+    assert targets.ref_logprobs is None
 
 
-def test_whitening_runs_over_all_batches() -> None:
-    mask = jnp.asarray([[True, True, False]])
-    make = lambda *a: learner.Targets(*(jnp.asarray([x], jnp.float32) for x in a))  # noqa: E731
-    first, second = make([1, 3, 9], [1, 2, 9], [0, 0, 9]), make([5, 7, 9], [3, 4, 9], [0, 0, 9])
-    white, stats = learner.whiten_all([first, second], [mask, mask])
-    spread = 5**0.5  # of 1 3 5 7 around 4
-    np.testing.assert_allclose(white[0].advantages, [[-3 / spread, -1 / spread, 0]], rtol=1e-6)
-    np.testing.assert_allclose(white[1].advantages, [[1 / spread, 3 / spread, 0]], rtol=1e-6)
-    np.testing.assert_array_equal(white[1].returns, second.returns)
-    white, _ = learner.whiten_all([first, second], [mask, mask], 0.25)
-    np.testing.assert_allclose(white[0].advantages, [[-0.75 / spread, -0.25 / spread, 0]], rtol=1e-6)
-    np.testing.assert_allclose(white[1].advantages, [[1 / spread, 3 / spread, 0]], rtol=1e-6)
-    assert float(stats["explained_variance"]) == pytest.approx(0.0, abs=1e-6)  # a constant explains nothing
-    _, perfect = learner.whiten_all([dataclasses.replace(first, old_values=first.returns)], [mask])
-    assert float(perfect["explained_variance"]) == pytest.approx(1.0)
-    assert float(perfect["value"]) == pytest.approx(1.5)
+def test_a_kl_in_the_loss_leaves_the_rewards_alone_and_pulls_the_policy() -> None:
+    sample, rewards = two_steps()
+    batch = pack([sample], [rewards], [0], row_length=6)
+    graphdefs, params = parts()
+    reference, logprobs = changed_policy(params)
+    config = RLConfig(algorithm="rloo", kl=0.1, kl_in="loss", kl_estimator="k3", whiten_advantages=False)
+    graphdefs, params = {"policy": graphdefs["policy"]}, {"policy": params["policy"]}
+    [targets], [metrics, _] = targets_of(one_device(), graphdefs, params, reference, [batch], config)
+    np.testing.assert_allclose(targets.advantages, [[0, 2.5, 2.5, 0, 2, 2]], atol=1e-6)
+    np.testing.assert_allclose(np.asarray(targets.ref_logprobs)[0, [1, 2, 4, 5]], logprobs, rtol=1e-5)
+    np.testing.assert_allclose(metrics["kl"], np.mean(-2.0 - logprobs), rtol=1e-5)
+
+    def loss(params: Any, kl: float | None = None) -> Any:
+        return learner.rl_loss(graphdefs, params, batch, targets, config, "none", kl=kl)
+
+    found, metrics = loss(params)
+    np.testing.assert_allclose(found, metrics["policy_loss"] + 0.1 * metrics["kl_loss"], rtol=1e-6)
+    np.testing.assert_allclose(loss(params, 2.0)[0], metrics["policy_loss"] + 2 * metrics["kl_loss"], rtol=1e-6)
+    grads = {kl: flat(jax.grad(lambda p, kl=kl: loss(p, kl)[0])(params)) for kl in (0.0, 1.0, 3.0)}
+    assert np.abs(grads[1.0] - grads[0.0]).max() > 1e-4
+    np.testing.assert_allclose(grads[3.0] - grads[0.0], 3 * (grads[1.0] - grads[0.0]), atol=1e-5)
+    # at the reference nothing pulls
+    at_home = {kl: flat(jax.grad(lambda p, kl=kl: loss(p, kl)[0])({"policy": reference})) for kl in (0.0, 3.0)}
+    np.testing.assert_allclose(at_home[3.0], at_home[0.0], atol=1e-5)
+
+
+def test_truncated_weights_take_the_ratio_against_the_policy_before_the_update() -> None:
+    """The sampler's log-probabilities are of another policy: whatever it is, the first ratio is 1 and nothing clips."""
+    made = samples()
+    batch = rl_batch()
+    graphdefs, params = parts()
+    config = dataclasses.replace(RL, truncate_weights=2.0, kl=0.0)
+    [targets], [metrics, _] = targets_of(one_device(), graphdefs, params, params["policy"], [batch], config)
+    ratio = np.exp(np.asarray(targets.old_logprobs) - batch.behaviour_logprobs)[batch.loss_mask]
+    np.testing.assert_allclose(np.asarray(targets.weights)[batch.loss_mask], np.minimum(ratio, 2.0), rtol=1e-5)
+    np.testing.assert_allclose(metrics["truncated_fraction"], np.mean(ratio > 2), rtol=1e-5)
+    assert 0.1 < metrics["truncated_fraction"] < 0.9 and len(made) > 1
+    metrics, _ = rl_grads(one_device(), batch, targets, config=config)
+    assert metrics["clip_fraction"] == 0 and abs(metrics["approx_kl"]) < 1e-8
+    assert metrics["sampler_gap"] > 1
+    np.testing.assert_allclose(
+        metrics["policy_loss"], -np.mean(np.minimum(ratio, 2.0) * np.asarray(targets.advantages)[batch.loss_mask]),
+        rtol=1e-4,
+    )  # fmt: skip
+    plain, _ = rl_grads(one_device(), batch, dataclasses.replace(targets, old_logprobs=None, weights=None))
+    assert plain["clip_fraction"] > 0.5
+
+
+def test_every_trajectory_counts_alike_in_a_sequence_mean_whatever_batches_its_steps_are_in() -> None:
+    sample, rewards = two_steps()
+    batches = [pack([s], [rewards], [0], row_length=6) for s in per_step(sample)]
+    graphdefs, params = ({"policy": part["policy"]} for part in parts())
+    config = RLConfig(algorithm="reinforce++", kl=0.0, loss_mean="sequence")
+    targets, _ = targets_of(one_device(), graphdefs, params, params["policy"], batches, config)
+    np.testing.assert_allclose(targets[0].shares, [[0, 0.25, 0.25, 0, 0, 0]])
+    np.testing.assert_allclose(targets[1].shares, [[0, 0, 0, 0, 0.25, 0.25]])
+
+
+def test_a_critic_is_told_how_much_it_explains() -> None:
+    sample, rewards = two_steps()
+    batch = pack([sample], [rewards], [0], row_length=6)
+    config = RLConfig(critic="head", kl=0.0)
+    estimate = learner.make_estimator(one_device(), config, num_steps=2)
+    explained = []
+    for values in ([0, 0, 0, 0, 0, 0], [0, 2.5, 2.5, 0, 2, 2]):
+        scored = [learner.Scored(values=jnp.asarray([values], jnp.float32))]
+        _, metrics = estimate(scored, tabulate([batch], np.zeros(1, int)), 0.0, (1, 6))
+        explained.append(float(metrics["explained_variance"]))
+    np.testing.assert_allclose(explained, [0, 1], atol=1e-6)
+    np.testing.assert_allclose(metrics["value"], 2.25)
 
 
 def test_the_schedule_rises_and_falls() -> None:

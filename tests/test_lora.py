@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from test_learner import RL, VOCAB
 
 from r3rag_jax import learner
+from r3rag_jax.batch import tabulate
 from r3rag_jax.config import ConfigError, LoraConfig, MeshConfig, ModelConfig, SFTConfig
 from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
@@ -122,7 +123,10 @@ def test_on_a_mesh_targets_and_gradients_are_those_of_one_device() -> None:
         params, frozen = (put(tree, tree_shardings(mesh, tree, PARAM_AXES)) for tree in trees)
         batch = put_batch(mesh, test_learner.rl_batch())
         score = learner.make_scorer(mesh, graphdefs, plain, ModelConfig(), RL)
-        targets, scored = score(params, frozen["policy"], batch, frozen)
+        found, scored = score(params, frozen["policy"], batch, frozen)
+        estimate = learner.make_estimator(mesh, RL, num_steps=3)
+        table = tabulate([test_learner.rl_batch()], np.arange(14))
+        [targets], _ = estimate([found], table, RL.kl, batch.tokens.shape)
 
         def loss(params: Any) -> Any:
             return learner.rl_loss(graphdefs, params, batch, targets, RL, "none", frozen=frozen)

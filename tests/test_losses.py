@@ -9,11 +9,14 @@ import pytest
 
 from r3rag_jax.rl.distribution import Truncation
 from r3rag_jax.rl.losses import (
+    adapted_kl,
     chunked_logprobs,
     cross_entropy,
     kl_penalty,
+    loss_mean,
     masked_mean,
     ppo_policy_loss,
+    truncated_weights,
     value_loss,
 )
 
@@ -127,6 +130,79 @@ def test_ppo_policy_loss_typed_out():
     np.testing.assert_allclose(loss, -(1.0 + 1.2 - 2.0 + 0.5 - 0.8 + 2.2) / 6, rtol=1e-5)
     np.testing.assert_allclose(stats["clip_fraction"], 4 / 6)
     np.testing.assert_allclose(stats["approx_kl"], np.mean(ratio - 1 - np.log(ratio)), rtol=1e-5)
+    # of what did better than expected: ratios 1, 2, .5 and 1.1
+    np.testing.assert_allclose(stats["displacement"], np.mean(np.log([1, 2, 0.5, 1.1])), rtol=1e-5)
+
+
+def test_ppo_policy_loss_with_two_bounds_and_weights_typed_out():
+    ratio = jnp.array([1.25, 1.5, 0.75, 0.7, 1.5])
+    advantages = jnp.array([1.0, 1.0, -1.0, -1.0, -1.0])
+    weights = jnp.array([1.0, 2.0, 0.5, 1.0, jnp.nan])
+    mask = jnp.arange(5) < 4
+    # 1.25 within 1.28; 1.5 clipped to 1.28, twice; .75 clipped to .8, half; .7 clipped to .8
+    loss = functools.partial(ppo_policy_loss, mask=mask, clip=0.2, clip_high=0.28, weights=weights)
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: loss(x, jnp.zeros(5), advantages)[0]))(jnp.log(ratio))
+    np.testing.assert_allclose(value, -(1.25 + 2 * 1.28 - 0.5 * 0.8 - 0.8) / 4, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [-1.25 / 4, 0, 0, 0, 0], rtol=1e-6)
+    stats = loss(jnp.log(ratio), jnp.zeros(5), advantages)[1]
+    np.testing.assert_allclose(stats["clip_fraction"], 3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "gradient"),
+    [
+        ("token", (1 + 2 + 3 + 6) / 4, [1 / 4, 1 / 4, 1 / 4, 1 / 4, 0]),
+        ("sequence", ((1 + 2 + 3) / 3 + 6) / 2, [1 / 6, 1 / 6, 1 / 6, 1 / 2, 0]),
+        ("constant", (1 + 2 + 3 + 6) / 10 / 2, [1 / 20, 1 / 20, 1 / 20, 1 / 20, 0]),
+    ],
+)
+def test_loss_means_typed_out(kind, value, gradient):
+    """A trajectory of three tokens and one of one; the fifth token is a passage."""
+    x, shares = jnp.array([1.0, 2, 3, 6, jnp.nan]), jnp.array([1 / 3, 1 / 3, 1 / 3, 1, jnp.nan])
+    mean = functools.partial(loss_mean, mask=jnp.arange(5) < 4, shares=shares, kind=kind, length=10)
+    found = jax.jit(jax.value_and_grad(lambda x: mean(x)))(x)
+    np.testing.assert_allclose(found[0], value, rtol=1e-6)
+    np.testing.assert_allclose(found[1], gradient, rtol=1e-6)
+    rows = jax.jit(jax.vmap(lambda x, s, m: loss_mean(x, m, s, kind=kind, length=10)))
+    masks = jnp.stack([jnp.arange(5) < 4, jnp.zeros(5, bool)])
+    np.testing.assert_allclose(rows(jnp.stack([x, x]), jnp.stack([shares, shares]), masks), [value, 0], rtol=1e-6)
+
+
+def test_a_trajectory_in_two_batches_counts_once_in_all():
+    x, shares, mask = jnp.array([1.0, 2, 3]), jnp.full(3, 1 / 3), jnp.array([True, True, False])
+    # two thirds of a trajectory, and its mean over those: 2/3 (1 + 2) / 2 over 2/3
+    np.testing.assert_allclose(loss_mean(x, mask, shares, kind="sequence", length=1), 1.5, rtol=1e-6)
+    np.testing.assert_allclose(loss_mean(x, mask, shares, kind="constant", length=6), (1 + 2) / 6 / (2 / 3), rtol=1e-6)
+    with pytest.raises(ValueError, match="token, sequence, constant; got 'batch'"):
+        loss_mean(x, mask, shares, kind="batch", length=1)
+
+
+def test_truncated_weights_typed_out():
+    old = jnp.log(jnp.array([0.5, 0.9, 0.2, 0.1]))
+    behaviour = jnp.append(jnp.log(jnp.array([0.5, 0.3, 0.4])), jnp.nan)
+    mask = jnp.arange(4) < 3
+    weights, stats = jax.jit(functools.partial(truncated_weights, limit=2.0))(old, behaviour, mask)
+    np.testing.assert_allclose(weights, [1, 2, 0.5, 0], rtol=1e-6)
+    np.testing.assert_allclose(stats["weight"], 3.5 / 3, rtol=1e-6)
+    np.testing.assert_allclose(stats["truncated_fraction"], 1 / 3, rtol=1e-6)
+    huge, _ = truncated_weights(jnp.zeros(1), jnp.array([-500.0]), jnp.ones(1, bool), 3.0)
+    np.testing.assert_allclose(huge, [3.0])
+
+
+def test_truncated_weights_give_the_policys_gradient_from_anothers_samples():
+    """Averaged over what the sampler writes, weight times grad log-probability is the policy's own average."""
+    logits, behaviour = jnp.array([0.2, -0.4, 0.9]), jax.nn.log_softmax(jnp.array([0.0, 0.5, 0.1]))
+    advantages, old = jnp.array([1.0, -2.0, 0.5]), jax.nn.log_softmax(logits)
+
+    def surrogate(logits, limit):
+        weights, _ = truncated_weights(old, behaviour, jnp.ones(3, bool), limit)
+        per_token = lambda x, _: jnp.sum(jnp.exp(behaviour) * x)  # the average over the sampler  # noqa: E731
+        return ppo_policy_loss(jax.nn.log_softmax(logits), old, advantages, jnp.ones(3, bool), clip=0.2,
+                               weights=weights, mean=per_token)[0]  # fmt: skip
+
+    expected = jax.grad(lambda x: -jnp.sum(jax.nn.softmax(x) * advantages))(logits)
+    np.testing.assert_allclose(jax.grad(surrogate)(logits, 100.0), expected, rtol=1e-5)
+    assert np.abs(jax.grad(surrogate)(logits, 1.0) - expected).max() > 0.01
 
 
 def test_ppo_gradient_is_policy_gradient_on_policy_and_stops_at_the_clip():
@@ -177,6 +253,29 @@ def test_kl_estimates_are_unbiased():
     for kind in ("k1", "k3"):
         estimate = jnp.sum(jnp.exp(policy_V) * kl_penalty(policy_V, ref_V, kind))
         np.testing.assert_allclose(estimate, divergence, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
+def test_gradients_of_kl_losses_are_what_the_docstring_says(kind):
+    # Averaged over the policy's own distribution, which itself is not differentiated: samples are constants.
+    logits, ref_V = jax.random.normal(jax.random.key(1), (VOCAB,)), jax.nn.log_softmax(jnp.linspace(-1, 1, VOCAB))
+    policy_V = jax.nn.softmax(logits)
+    found = jax.jit(jax.grad(lambda x: jnp.sum(policy_V * kl_penalty(jax.nn.log_softmax(x), ref_V, kind))))(logits)
+    kl = lambda p_V, q_V: jnp.sum(jnp.exp(p_V) * (p_V - q_V))  # noqa: E731
+    expected = {
+        "k1": jnp.zeros(VOCAB),
+        "k2": jax.grad(lambda x: kl(jax.nn.log_softmax(x), ref_V))(logits),
+        "k3": jax.grad(lambda x: kl(ref_V, jax.nn.log_softmax(x)))(logits),
+    }[kind]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert (np.abs(found).max() > 1e-2) == (kind != "k1")
+
+
+def test_adapted_kl_typed_out():
+    assert adapted_kl(0.5, 0.11, 0.1, 0.1) == pytest.approx(0.5 * 1.01)  # a tenth above the target
+    assert adapted_kl(0.5, 9.0, 0.1, 0.1) == pytest.approx(0.5 * 1.02)  # clipped at a fifth
+    assert adapted_kl(0.5, -1.0, 0.1, 0.5) == pytest.approx(0.5 * 0.9)
+    assert adapted_kl(0.5, 0.1, 0.1, 0.1) == 0.5
 
 
 @pytest.mark.parametrize("min_p", [0.0, 0.1])

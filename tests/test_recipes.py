@@ -143,7 +143,7 @@ def test_constants_are_those_of_the_paper(name: str, sft_lr: float) -> None:
     assert (sft.lr, sft.warmup, sft.epochs, sft.row_length) == (sft_lr, 0.1, 3, 4096)
     assert (rl.lr, rl.critic_lr, rl.warmup, rl.clip, rl.value_clip) == (5e-7, 9e-6, 0.03, 0.2, 0.2)
     assert (rl.gamma, rl.lam, rl.kl, rl.epochs, rl.grad_norm) == (1, 1, 0.01, 1, 1)
-    assert (rl.critic, rl.credit, rl.baseline, rl.negative_weight) == ("separate", "step", "none", 1)
+    assert (rl.algorithm, rl.critic, rl.step_discount, rl.negative_weight) == ("ppo", "separate", 0, 1)
     assert rl.questions == 64 and rl.iterations * rl.questions == 4 * 8192
     assert (rollout.protocol, rollout.max_steps, rollout.max_new_tokens) == ("steps", 5, 512)
     assert Truncation.of(rollout) == WHOLE
@@ -181,7 +181,7 @@ def state_of(params: Any, tx: Any) -> learner.TrainState:
 
 
 def batch_of(rows: int, length: int) -> Any:
-    batch = pack([], [], row_length=length, num_rows=rows, credit="step")
+    batch = pack([], [], [], row_length=length, num_rows=rows)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
 
 
@@ -208,8 +208,10 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
     tx = learner.rl_optimizer(config.rl)
     state, batch = state_of(params, tx), batch_of(config.rl.batch_rows, config.rl.row_length)
     score = learner.make_scorer(mesh, graphdefs, graphdefs["policy"], config.model, config.rl)
-    targets, _ = jax.eval_shape(score, params, policy, batch)
-    assert targets.advantages.shape == (config.rl.batch_rows, config.rl.row_length)
+    scored, _ = jax.eval_shape(score, params, policy, batch)
+    for found in (scored.values, scored.penalties):
+        assert found.shape == (config.rl.batch_rows, config.rl.row_length)
+    targets = learner.Targets(scored.values, scored.values, scored.values)
     step = learner.make_rl_step(mesh, graphdefs, tx, config.model, config.rl, state)
     after, metrics = jax.eval_shape(step, state, batch, targets, jax.ShapeDtypeStruct((), jnp.float32))
     assert shapes(after) == shapes(state) and metrics["value_loss"].shape == ()

@@ -207,7 +207,7 @@ def test_who_tells_no_logprobs_cannot_be_trained_on(codec: Codec) -> None:
     assert not any(sample.has_logprobs for sample in trajectory.samples)
     rewards = [np.ones(2, np.float32) for _ in trajectory.samples]
     with pytest.raises(ValueError, match="must hold the log-probabilities"):
-        pack(trajectory.samples, rewards, row_length=2000, credit="step")
+        pack(trajectory.samples, rewards, [0] * len(rewards), row_length=2000)
 
 
 def test_logprobs_count_only_where_they_are_those_of_the_sampling(codec: Codec) -> None:

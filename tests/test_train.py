@@ -20,10 +20,11 @@ from r3rag_jax.config import Config, RLConfig, RolloutConfig
 from r3rag_jax.configio import load_config
 from r3rag_jax.data.qa import read_passages, read_questions, read_rows, trajectory_from_dict
 from r3rag_jax.errors import UserError
+from r3rag_jax.rewards.score import Scores
 from r3rag_jax.sampler import memory
 from r3rag_jax.session import Session
-from r3rag_jax.trainer import RLTrainer, relative_to_group
-from r3rag_jax.types import Question, Status, Trajectory
+from r3rag_jax.trainer import RLTrainer, equal_groups, number_groups
+from r3rag_jax.types import Question, Sample, Status, Step, Trajectory
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 PROTOCOLS = ("tags", "steps")
@@ -251,25 +252,14 @@ def test_ask_shows_a_trajectory(
     assert "Who wrote The Red Door?" in capsys.readouterr().out
 
 
-def test_groups_without_a_difference_teach_nothing() -> None:
-    rewards = [np.array(r, np.float32) for r in ([0.5, 2.0], [0.5, 2.0], [1.0], [0.5, 0.5, 2.0])]
-    trajectories = [
-        Trajectory(Question(id, "q", ("a",), {}), (), Status.ANSWERED, (), sample)
-        for id, sample in (("easy", 0), ("easy", 1), ("hard", 0), ("hard", 1))
-    ]
-    kept, relative = relative_to_group(trajectories, rewards, 1.0)
-    assert [(t.question.id, t.sample_index) for t in kept] == [("hard", 0), ("hard", 1)]
-    np.testing.assert_allclose(relative[0], [1.0 - 3.0])
-    # from the second step on only the easy ones, with a return of 2, go on; from the third on nobody
-    np.testing.assert_allclose(relative[1], [3.0 - 1.0, 2.5 - 2.0, 2.0 - 0.0])
-    _, relative = relative_to_group(trajectories, rewards, 0.5)
-    np.testing.assert_allclose(relative[1], [1.25 - 1.0, 1.5 - 2.0, 2.0 - 0.0])
-    _, relative = relative_to_group(trajectories, rewards, 0.0)  # each step for itself
-    np.testing.assert_allclose(relative[0], [1.0 - 0.5])
-    np.testing.assert_allclose(relative[1], [0.5 - 1.0, 0.5 - 2.0, 2.0 - 0.0])
-    # an iteration is never empty
-    kept, relative = relative_to_group(trajectories[:2], rewards[:2], 1.0)
-    assert len(kept) == 2 and relative[0].sum() == relative[1].sum() == 0
+def test_groups_without_a_difference_are_found() -> None:
+    rewards = [np.array(r, np.float32) for r in ([0.5, 2.0], [0.5, 2.0], [1.0], [0.5, 0.5], [1.0], [1.0, 0.0])]
+    ids = ("easy", "easy", "hard", "hard", "short", "short")
+    trajectories = [Trajectory(Question(id, "q", ("a",)), (), Status.ANSWERED) for id in ids]
+    groups = number_groups(trajectories)
+    assert groups.tolist() == [0, 0, 1, 1, 2, 2]
+    assert equal_groups(rewards, groups, totals=False).tolist() == [True, True, False, False, True, True]
+    assert equal_groups(rewards, groups, totals=True).tolist() == [True] * 6
 
 
 # ----------------------------------------------------------------------------------- memory
@@ -299,3 +289,63 @@ def test_more_slots_than_memory_are_refused_before_anything_runs(
     with pytest.raises(UserError, match=r"rollout.slots must be at most \d+ for 1.00 GiB of memory; got 1000000"):
         tiny_run.train(tmp_path, base, rollout__slots=1000000)
     assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------- algorithms
+
+OPTIONS = {
+    "ppo": {"rl.kl_target": 1e-3, "rl.truncate_weights": 2.0, "rollout.protocol": "steps"},
+    "grpo": {
+        "rl.std": "true", "rl.returns": "total", "rl.loss_mean": "sequence", "rl.clip_high": 0.28, "rl.kl": 0.1,
+        "rl.kl_in": "loss", "rl.kl_estimator": "k3", "rl.whiten_advantages": "false",
+    },
+    "rloo": {"rl.loss_mean": "constant", "rl.kl": 0.0, "rollout.protocol": "steps", "rl.step_discount": 0.5},
+    "reinforce++": {"rl.whiten_rewards": "true", "rl.kl_estimator": "k2"},
+}  # fmt: skip
+NUM_PROMPT, STEP_TOKENS = 6, 5
+
+
+def written(session: Session, question: str, index: int, num_steps: int) -> Trajectory:
+    """A trajectory of random tokens in the session's layout, as a sampler would hand it over."""
+    rng = np.random.default_rng((ord(question), index))
+    rows = [[-1] * NUM_PROMPT + [step] * STEP_TOKENS for step in range(num_steps)]
+    if session.codec.protocol.is_one_sequence:
+        rows = [[id for row in rows for id in row]]
+    samples = []
+    for row in rows:
+        steps = np.asarray(row, np.int32)
+        logprobs = np.where(steps >= 0, -rng.uniform(5, 9, len(row)), 0).astype(np.float32)
+        samples.append(Sample(rng.integers(0, 1000, len(row)).astype(np.int32), steps >= 0, logprobs, steps))
+    taken = (Step("a", query="q"),) * (num_steps - 1) + (Step("a", answer="b"),)
+    return Trajectory(Question(question, "?", ("b",)), taken, Status.ANSWERED, tuple(samples), index)
+
+
+@pytest.mark.parametrize("algorithm", OPTIONS)
+def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Path, tmp_path: Path) -> None:
+    settings = {"rl.algorithm": algorithm, "rl.questions": 3, "rl.batch_rows": 8, "rl.row_length": 320}
+    keys = {name.replace(".", "__"): value for name, value in (settings | OPTIONS[algorithm]).items()}
+    config = tiny_run.config(tmp_path, base, keys.pop("rollout__protocol", "tags"), **keys)
+    session = Session(config, config.run_directory)
+    plays = zip("xxyyzz", (0, 1) * 3, (3, 1, 2, 2, 1, 2), strict=True)
+    trajectories = [written(session, q, i, n) for q, i, n in plays]
+    rewards = [np.asarray(r, np.float32) for r in ([0.5, 0.5, 2], [-1], [0.8, 2], [0.8, 2], [0], [1, -0.5])]
+    scores = Scores(rewards, np.zeros((6, 3), np.float32), {})
+    one = RLTrainer(session)
+    metrics = one.update(trajectories, scores)
+    assert all(math.isfinite(value) for value in metrics.values())
+    is_grouped = algorithm in ("grpo", "rloo")
+    assert metrics["equal_groups"] == pytest.approx(1 / 3)  # y
+    assert metrics["learnt_from"] == pytest.approx(2 / 3 if is_grouped else 1)
+    assert ("explained_variance" in metrics) == ("value_loss" in metrics) == (algorithm == "ppo")
+    assert ("kl" in metrics) == (algorithm != "rloo")
+    assert ("kl_loss" in metrics) == (algorithm == "grpo")
+    assert ("weight" in metrics) == (algorithm == "ppo")
+    assert metrics["grad_norm"] > 0
+    one.save()
+    other = RLTrainer(session)  # from the checkpoint
+    assert other.iteration == 1 and other.kl == one.kl
+    if algorithm == "ppo":
+        change = min(max((metrics["kl"] - 1e-3) / 1e-3, -0.2), 0.2)
+        assert one.kl == pytest.approx(config.rl.kl * (1 + 0.1 * change), rel=1e-6) and one.kl != config.rl.kl
+    again, resumed = (trainer.update(trajectories, scores) for trainer in (one, other))
+    assert again == resumed and again["policy_loss"] != metrics["policy_loss"]

@@ -5,6 +5,7 @@ Token losses take arrays of any one shape; masks are bool, True = keep; sums run
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -24,41 +25,115 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     return total / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
 
 
+def loss_mean(
+    x: jax.Array,
+    mask: jax.Array,
+    shares: jax.Array,
+    *,
+    kind: Literal["token", "sequence", "constant"],
+    length: float,
+) -> jax.Array:
+    """One number from a batch's tokens; a sequence is a trajectory, n_i its kept tokens, N their number in the batch.
+
+        token     sum_t x_t / sum_i n_i            every token counts alike (DAPO, arXiv 2503.14476, eq. 12)
+        sequence  1/N sum_i 1/n_i sum_t x_t        every trajectory counts alike (GRPO, arXiv 2402.03300, eq. 3)
+        constant  1/N sum_i 1/length sum_t x_t     no bias towards short right or long wrong ones
+                                                   (Dr. GRPO, arXiv 2503.20783)
+
+    A trajectory whose tokens lie in several batches counts in each for the share of its tokens there.
+
+    Args:
+        x: float [...], per token. mask: bool, same shape, True = keep; the rest may hold anything.
+        shares: float, same shape, 1 / n_i, the token's share of its whole trajectory.
+        length: of constant: tokens that a trajectory's sum is divided by.
+
+    Returns:
+        float32 scalar; 0 when nothing is kept.
+
+    Raises:
+        ValueError: kind is none of the three.
+    """
+    if kind == "token":
+        return masked_mean(x, mask)
+    if kind not in ("sequence", "constant"):
+        raise ValueError(f"kind of loss mean must be one of token, sequence, constant; got {kind!r}")
+    shares = jnp.where(mask, shares.astype(jnp.float32), 0.0)
+    num_sequences = jnp.sum(shares)
+    weights = shares if kind == "sequence" else jnp.where(mask, 1.0 / length, 0.0)
+    total = jnp.sum(weights * jnp.where(mask, x.astype(jnp.float32), 0.0))
+    return total / jnp.where(num_sequences > 0, num_sequences, 1.0)
+
+
 def ppo_policy_loss(
     logprobs: jax.Array,
-    behaviour_logprobs: jax.Array,
+    old_logprobs: jax.Array,
     advantages: jax.Array,
     mask: jax.Array,
     *,
     clip: float,
+    clip_high: float | None = None,
+    weights: jax.Array | None = None,
+    mean: Callable[[jax.Array, jax.Array], jax.Array] = masked_mean,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Clipped surrogate loss, - mean_t min(rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t).
+    """Clipped surrogate loss, - mean_t w_t min(rho_t A_t, clip(rho_t, 1 - clip, 1 + clip_high) A_t).
 
-    rho_t = exp(logprobs_t - behaviour_logprobs_t) (arXiv 1707.06347, eq. 7); the log-ratio is held
-    within +-20, which no clip range reaches.
+    rho_t = exp(logprobs_t - old_logprobs_t) (arXiv 1707.06347, eq. 7; two bounds: arXiv 2503.14476, eq. 10); the
+    log-ratio is held within +-20, which no clip range reaches.
 
     Args:
         logprobs: float [...], of the sampled tokens under the policy being trained.
-        behaviour_logprobs: same shape, recorded while sampling, at the same temperature.
+        old_logprobs: same shape, under the policy that the clip keeps it close to, at the same temperature: recorded
+            while sampling, or recomputed before the first update, and then with the weights of `truncated_weights`.
         advantages: same shape, taken as constants.
         mask: bool, same shape, True = keep; the rest may hold anything.
-        clip: half-width of the trusted range of the ratio.
+        clip: how far below 1 the ratio is trusted.
+        clip_high: how far above; None: as far as below.
+        weights: float, same shape, taken as constants; None: 1.
+        mean: of the tokens' terms and the mask, e.g. `loss_mean`.
 
     Returns:
-        The scalar loss, and stats: `clip_fraction`, the share of kept tokens with |rho - 1| > clip,
-        and `approx_kl`, the mean of rho - 1 - log rho, an estimate of KL(behaviour, policy) in nats
-        per token.
+        The scalar loss, and stats: `clip_fraction`, the share of kept tokens with a ratio out of its range,
+        `approx_kl`, the mean of rho - 1 - log rho, an estimate of KL(old, policy) in nats per token, and
+        `displacement`, the mean log-ratio of what did better than expected: a policy that makes *that* less likely
+        is on its way to a collapse (likelihood displacement, arXiv 2410.08847).
     """
-    log_ratio = jnp.where(mask, (logprobs - behaviour_logprobs).astype(jnp.float32), 0.0)
+    log_ratio = jnp.where(mask, (logprobs - old_logprobs).astype(jnp.float32), 0.0)
     log_ratio = jnp.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio = jnp.exp(log_ratio)
+    low, high = 1 - clip, 1 + (clip if clip_high is None else clip_high)
     advantages = lax.stop_gradient(jnp.where(mask, advantages.astype(jnp.float32), 0.0))
-    surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * advantages)
+    surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, low, high) * advantages)
+    if weights is not None:
+        surrogate = surrogate * lax.stop_gradient(jnp.where(mask, weights.astype(jnp.float32), 0.0))
     stats = {
-        "clip_fraction": masked_mean(jnp.abs(ratio - 1) > clip, mask),
+        "clip_fraction": masked_mean((ratio < low) | (ratio > high), mask),
         "approx_kl": masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
+        "displacement": masked_mean(log_ratio, mask & (advantages > 0)),
     }
-    return -masked_mean(surrogate, mask), lax.stop_gradient(stats)
+    return -mean(surrogate, mask), lax.stop_gradient(stats)
+
+
+def truncated_weights(
+    old_logprobs: jax.Array, behaviour_logprobs: jax.Array, mask: jax.Array, limit: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Importance weights of tokens that another policy sampled, or this one in other numerics: min(pi_old / mu, limit).
+
+    Truncated as in V-trace (arXiv 1802.01561, eq. 1); with a ratio against pi_old in the surrogate it is the decoupled
+    objective of arXiv 2110.00641. Where mu is pi_old all weights are 1.
+
+    Args:
+        old_logprobs: float [...], log pi_old of the sampled tokens, before the first update.
+        behaviour_logprobs: same shape, log mu, recorded while sampling; both at the sampling temperature.
+        mask: bool, same shape, True = keep; the rest may hold anything.
+
+    Returns:
+        weights, float32 of the same shape, 0 where not kept, and stats: `weight`, their mean, and
+        `truncated_fraction`, the share at the limit.
+    """
+    log_ratio = jnp.where(mask, (old_logprobs - behaviour_logprobs).astype(jnp.float32), 0.0)
+    ratio = jnp.exp(jnp.minimum(log_ratio, _MAX_LOG_RATIO))
+    weights = jnp.where(mask, jnp.minimum(ratio, limit), 0.0)
+    return weights, {"weight": masked_mean(weights, mask), "truncated_fraction": masked_mean(ratio > limit, mask)}
 
 
 def value_loss(
@@ -90,6 +165,9 @@ def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, kind: Literal["k1",
 
     With d = logprobs - ref_logprobs: k1 = d (unbiased, noisy; the penalty of PPO), k2 = d^2 / 2
     (low variance, biased), k3 = exp(-d) - 1 + d (unbiased, never negative; the KL loss of GRPO).
+    As a loss, differentiated through `logprobs`: the gradient of k1 is 0 on average, so it teaches nothing; that of k2
+    is the gradient of KL(policy, reference), that of k3 of KL(reference, policy) (both on average, for tokens that
+    today's policy sampled).
     Source: J. Schulman, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
 
     Args:
@@ -112,6 +190,17 @@ def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, kind: Literal["k1",
         diff = jnp.clip(diff, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
         return jnp.expm1(-diff) + diff
     raise ValueError(f"kind of KL estimate must be one of k1, k2, k3; got {kind!r}")
+
+
+def adapted_kl(coefficient: float, kl: float, target: float, rate: float) -> float:
+    """The next coefficient of a KL penalty: beta (1 + rate clip((kl - target) / target, -0.2, 0.2)).
+
+    The proportional controller of arXiv 1909.08593, section 2.2, where the rate is 0.1.
+
+    Args:
+        kl: measured, of any estimate and unit; `target` in the same.
+    """
+    return coefficient * (1.0 + rate * min(max((kl - target) / target, -0.2), 0.2))
 
 
 def chunked_logprobs(
