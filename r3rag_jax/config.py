@@ -225,6 +225,9 @@ class RolloutConfig:
         "auto", "type of cached keys and values; auto: model.dtype. On CPU bfloat16 is slower, and half as large"
     )
     decode_chunk: int = key(32, "most tokens per row in one call on the device", "tokens")
+    search_turns: int = key(
+        0, "decode calls that a search runs beside, in a thread, while its rows wait; 0: all wait. For slow retrievers"
+    )
     samples: int = key(4, "trajectories per question in RL", "trajectories")
     temperatures: tuple[float, ...] = key((1.0,), "one per sample, repeated as needed; 0 is greedy")
     min_p: float = key(0.0, "tokens below this share of the largest probability are not sampled", "fraction")
@@ -243,7 +246,7 @@ class RolloutConfig:
     server_timeout_s: float = key(600.0, "longest silence of the server in a call", "seconds")
 
     def __post_init__(self) -> None:
-        _each(self, "rollout.", AT_LEAST_0, "server_retries")
+        _each(self, "rollout.", AT_LEAST_0, "server_retries search_turns")
         _each(self, "rollout.", ABOVE_0, "server_timeout_s")
         _require(
             self.server == "" or re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", self.server) is not None,

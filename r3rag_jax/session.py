@@ -44,7 +44,7 @@ from r3rag_jax.protocol import TAGS, make_protocol
 from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.faiss_index import FaissIndex
 from r3rag_jax.rl.distribution import Truncation
-from r3rag_jax.rollout import Player, Roller, ServedRoller
+from r3rag_jax.rollout import Player, Roller, Rules, ServedRoller
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.server import Server
 from r3rag_jax.sharding import make_mesh, partition_spec, tree_shardings
@@ -356,17 +356,12 @@ class Session:
     def roller(self, top_k: int | None = None) -> Player:
         """The engine, or the user's server, set up for trajectories of the configured protocol."""
         codec, retrieval = self.codec, self.config.retrieval
+        rules = Rules(codec, self.retriever, self.config.rollout, top_k or retrieval.top_k, retrieval.max_passages)
         if self.config.rollout.server:
-            return ServedRoller(
-                self.server(codec.eos_id, codec.stop_ids), codec, self.retriever, self.config.rollout,
-                top_k=top_k or retrieval.top_k, max_passages=retrieval.max_passages,
-            )  # fmt: skip
+            return ServedRoller(self.server(codec.eos_id, codec.stop_ids), rules)
         pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
         self.engine.stop_at(pauses, [i for i in (codec.eos_id,) if i not in pauses])
-        return Roller(
-            self.engine, codec, self.retriever, self.config.rollout,
-            top_k=top_k or retrieval.top_k, max_passages=retrieval.max_passages,
-        )  # fmt: skip
+        return Roller(self.engine, rules)
 
     def reading_engine(self) -> Engine | Server:
         """The engine, or the user's server, set up for the baselines' one line of answer."""

@@ -12,6 +12,7 @@ from flax import nnx
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.rl.losses import chunked_logprobs
+from r3rag_jax.sampler import engine as engine_module
 from r3rag_jax.sampler.engine import Context, Engine, invert
 from r3rag_jax.sampler.state import RowStatus
 from r3rag_jax.sharding import make_mesh
@@ -26,7 +27,8 @@ def model():
 
 def make_engine(model, slots=4, pauses=(), stops=(), **options):
     graphdef, params = nnx.split(model)
-    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), slots=slots, max_length=MAX_LENGTH, **options)
+    options = {"slots": slots, "max_length": MAX_LENGTH, **options}
+    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), **options)
     engine.stop_at(pauses, stops)
     return engine, params
 
@@ -175,6 +177,33 @@ def test_trajectory_does_not_depend_on_slot_or_neighbours(model):
     for _ in range(7):
         crowd.decode(params, 3, leave_at=1)
     assert crowd.rows.tokens[5, 24:44].tolist() == alone.rows.tokens[0, 24:44].tolist()
+
+
+def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monkeypatch):
+    """Short rows write what they write with the whole cache; a longer one that is held meanwhile keeps what it has."""
+
+    def play():
+        engine, params = make_engine(model, max_length=300)
+        engine.set_context(params, {0: Context(prompt(0, 30), 100), 3: Context(prompt(3, 200), 100)})
+        engine.hold(3)
+        before = [np.array(leaf[3, :, :199]) for leaf in engine._cache.v]
+        engine.decode(params, 32, leave_at=4)
+        for leaf, old in zip(engine._cache.v, before, strict=True):
+            np.testing.assert_array_equal(leaf[3, :, :199], old)
+        spans = engine._decode._cache_size()
+        engine.decode(params, 100, leave_at=4)  # over the border of what the first call had
+        engine.set_context(params, {3: Context(prompt(3, 200), 100)})
+        engine.decode(params, 100, leave_at=4)
+        return engine, spans, engine._decode._cache_size()
+
+    parts, first, last = play()
+    assert (parts._spans, first, last) == ([75, 150, 300], 1, 3)
+    monkeypatch.setattr(engine_module, "SPAN_SHARES", (1,))
+    whole, first, last = play()
+    assert (whole._spans, first, last) == ([300], 1, 1)
+    np.testing.assert_array_equal(parts.rows.tokens, whole.rows.tokens)
+    np.testing.assert_allclose(parts.rows.logprobs, whole.rows.logprobs, atol=2e-5)
+    assert parts.rows.lengths.tolist() == [130, 1, 1, 300]
 
 
 def test_pause_stop_and_budget(model):

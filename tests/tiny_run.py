@@ -19,6 +19,7 @@ from r3rag_jax.config import Config
 from r3rag_jax.configio import load_config
 from r3rag_jax.data.world import World
 from r3rag_jax.models.hf import save_decoder
+from r3rag_jax.session import Session
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.train import run
 
@@ -113,6 +114,12 @@ def train(directory: Path, base: Path, protocol: str = "tags", **settings: Any) 
 def files(run_dir: Path) -> dict[str, bytes]:
     """Every file of a run by its relative path."""
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def open_session(run_dir: Path, *overrides: str) -> Session:
+    """A finished run to work with; it is only read."""
+    config = load_config(run_dir / "config.yaml", [*overrides, "phases=index"])
+    return Session(config, run_dir, console=Console(quiet=True))
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

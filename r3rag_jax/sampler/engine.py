@@ -29,6 +29,7 @@ from r3rag_jax.sharding import batch_shardings, put, replicated
 
 # Tokens of a row and share of the slots (one over this) in a prefill call; few shapes are compiled.
 PREFILL_LENGTHS, PREFILL_SHARES = (32, 64, 128), (8, 4, 2, 1)
+SPAN_SHARES, MIN_SPAN = (8, 4, 2, 1), 64  # shares of the cache (one over this) that a decode call may read, tokens
 MAX_STOPS = 16
 INVERT_BLOCK = 64  # tokens of the vocabulary per block of `invert`
 
@@ -69,8 +70,11 @@ class Engine:
         self._cache = jax.jit(cache_of, out_shardings=self._shardings.cache)()
         self.stop_at(pause_ids, stop_ids)
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
+        spans = {-(-max_length // share) for share in SPAN_SHARES} - {max_length}
+        self._spans = [*sorted(span for span in spans if span >= MIN_SPAN), max_length]
         self._decode = jax.jit(
             functools.partial(decode, graphdef, truncation=truncation),
+            static_argnames="span",
             donate_argnums=1,  # the cache; rows come back whole, in another layout
             out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
         )
@@ -128,11 +132,19 @@ class Engine:
             self._cache = self._copy(self._cache, sources, targets)
 
     def decode(self, params: Any, max_tokens: int, leave_at: int) -> None:
-        """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended."""
+        """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended.
+
+        A step takes time by the positions that it can see: the call works on the part of the cache that it needs.
+        """
+        active = self.find(RowStatus.ACTIVE)
+        if not active:
+            return
         before = self.rows.lengths.sum()
+        reach = int(np.max(self.rows.lengths[active] + np.minimum(max_tokens, self.rows.budgets[active])))
+        span = next(span for span in self._spans if span >= reach)
         rows = put(self.rows, self._shardings.rows)
         limits = np.int32(max_tokens), np.int32(leave_at)
-        state = self._decode(params, self._cache, rows, *limits, self._stops, self._pauses)
+        state = self._decode(params, self._cache, rows, *limits, self._stops, self._pauses, span=span)
         self._cache = state.cache
         self.rows = jax.tree.map(lambda x: np.array(x), state.rows)
         self.num_sampled += int(self.rows.lengths.sum() - before)
@@ -140,6 +152,15 @@ class Engine:
     def release(self, row: int) -> None:
         """Free a slot; its cache stays for a context with a common prefix."""
         self.rows.status[row] = RowStatus.EMPTY
+
+    def hold(self, row: int) -> None:
+        """Keep a slot that has paused for a context to come."""
+        self.rows.status[row] = RowStatus.HELD
+
+    @property
+    def num_compiled(self) -> int:
+        """Shapes that programs were compiled for so far."""
+        return sum(program._cache_size() for program in (self._decode, self._prefill, self._copy))
 
     def find(self, *status: RowStatus) -> list[int]:
         return np.flatnonzero(np.isin(self.rows.status, status)).tolist()
@@ -191,8 +212,12 @@ def decode(
     stops: jax.Array,
     pauses: jax.Array,
     truncation: Truncation,
+    span: int,
 ) -> DecodeState:
-    """The bounded loop on the device: leaves after max_tokens, when no row is active, or when `leave_at` wait."""
+    """The bounded loop on the device: leaves after max_tokens, when no row is active, or when `leave_at` wait.
+
+    `span`: positions of the cache that active rows can reach; the others are neither read nor written.
+    """
     model = nnx.merge(graphdef, params)
     num_active = jnp.sum(rows.status == RowStatus.ACTIVE)
 
@@ -209,7 +234,9 @@ def decode(
         token, logprob, logprob_t1 = sample(model.logits(hidden[:, 0]), rows, truncation)
         return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
 
-    return jax.lax.while_loop(is_going, body, (jnp.int32(0), DecodeState(cache, rows)))[1]
+    start = DecodeState(cache.head(span), rows)
+    state: DecodeState = jax.lax.while_loop(is_going, body, (jnp.int32(0), start))[1]
+    return DecodeState(cache.with_head(state.cache), state.rows)
 
 
 def sample(logits_BV: jax.Array, rows: Rows, truncation: Truncation) -> tuple[jax.Array, jax.Array, jax.Array]:
