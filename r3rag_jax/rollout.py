@@ -100,10 +100,15 @@ class Rules:
         row.transcript.write(ids, logprobs)
         step = self.codec.parse_step(ids, len(row.steps) + 1)
         row.num_sampled += len(ids)
-        row.was_cut_off = ids[-1] != self.codec.eos_id and ids[-1] not in self.codec.stop_ids
+        row.was_cut_off = ids[-1] not in {self.codec.eos_id, *self.codec.stop_ids} and self.end_of(ids) == 0
         if row.was_cut_off:
             step = Step(step.analysis, step.query, step.answer, is_well_formed=False)
         row.steps.append(step)
+
+    def end_of(self, ids: Sequence[int]) -> int:
+        """Where the first stop string ends, or 0; see `Engine.stop_at`."""
+        strings = self.config.stop_strings
+        return self.codec.tokenizer.end_of(strings, ids) if strings else 0
 
     def end(self, row: _Row) -> Trajectory | None:
         """The trajectory, where the step just read ends it; None where it asks."""

@@ -16,6 +16,7 @@ import tiny_run
 from flax import nnx
 
 from r3rag_jax.config import RolloutConfig
+from r3rag_jax.metrics import num_compiled
 from r3rag_jax.retrieval.base import Hit, Retriever
 from r3rag_jax.retrieval.passages import select_passages
 from r3rag_jax.rollout import Job, Roller, Rules
@@ -60,13 +61,18 @@ def play(
     **options: Any,
 ) -> list[Trajectory]:
     """Trajectories by an engine of `slots`."""
-    config: RolloutConfig = dataclasses.replace(session.config.rollout, slots=slots, **options)
-    engine = Engine(session.graphdef, session.decoder_config, session.mesh, slots=slots, max_length=config.max_length)
+    config = dataclasses.replace(session.config.rollout, slots=slots, **options)
+    return roller_of(session, config, retriever).play(params, jobs)
+
+
+def roller_of(session: Session, config: RolloutConfig, retriever: Retriever | None = None) -> Roller:
+    shape = {"slots": config.slots, "max_length": config.max_length}
+    engine = Engine(session.graphdef, session.decoder_config, session.mesh, **shape)
     codec = session.codec
     pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
     engine.stop_at(pauses, [i for i in (codec.eos_id,) if i not in pauses])
     rules = Rules(codec, retriever or session.retriever, config, session.config.retrieval.top_k, 10)
-    return Roller(engine, rules).play(params, jobs)
+    return Roller(engine, rules)
 
 
 def naive(session: Session, params: Any, job: Job) -> list[tuple[list[int], list[float]]]:
@@ -157,3 +163,18 @@ def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Session, Any]) -> No
         for a, b in zip(one.samples, other.samples, strict=True):
             np.testing.assert_array_equal(a.ids, b.ids)
             np.testing.assert_array_equal(a.behaviour_logprobs, b.behaviour_logprobs)
+
+
+def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Session, Any]) -> None:
+    """Two hundred trajectories of all lengths, groups and temperatures, some slots full and some not."""
+    session, params = trained
+    config = dataclasses.replace(session.config.rollout, slots=16)
+    roller = roller_of(session, config)
+    roller.engine.warm_up(params)
+    roller.play(params, jobs_of(session, 1)[:1])  # what else is compiled once, outside of the engine
+    before = num_compiled()
+    questions = [dataclasses.replace(q, id=f"{q.id}-{i}") for i in range(50) for q in session.questions("test")]
+    assert len(questions) == 200
+    played = roller.play(params, [Job(q, i % 4, TEMPERATURES[i % 3]) for i, q in enumerate(questions)])
+    assert num_compiled() == before
+    assert len({len(sample) for t in played for sample in t.samples}) > 10

@@ -123,7 +123,7 @@ def open_session(run_dir: Path, *overrides: str) -> Session:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """The lines of metrics.jsonl without what depends on the clock or on when a process began."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    clocked = ("time_s", "tokens_per_s", "rollout_s")
+    clocked = ("time_s", "tokens_per_s", "rollout_s", "num_compiled")
     return [{name: value for name, value in row.items() if name not in clocked} for row in rows]
