@@ -6,9 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from r3rag_jax.errors import UserError
+
+
+def save_arrays(path: Path, tree: Any) -> None:
+    """One `.npz` of a pytree's arrays by their path in it; process 0 alone writes."""
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        arrays: Any = {jax.tree_util.keystr(key, simple=True, separator="."): np.asarray(x) for key, x in leaves}
+        np.savez(path, **arrays)
+
+
+def load_arrays(path: Path, like: Any) -> Any:
+    """What `save_arrays` wrote, as numpy arrays in the structure of `like`, whose leaves are not looked at."""
+    with np.load(path) as file:
+        return jax.tree_util.tree_map_with_path(
+            lambda key, _: file[jax.tree_util.keystr(key, simple=True, separator=".")], like
+        )
 
 
 class Checkpoints:

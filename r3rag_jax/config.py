@@ -463,6 +463,47 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardsConfig:
+    """What is done when RL goes wrong. A threshold of 0 is none."""
+
+    action: Literal["warn", "stop", "rollback"] = key(
+        "warn", "when a threshold is broken: say so, end the run, or go on from the last good checkpoint"
+    )
+    patience: int = key(1, "iterations in a row that a threshold has to be broken", "iterations")
+    rollbacks: int = key(3, "after so many the run ends", "rollbacks")
+    nonfinite: Literal["skip", "stop", "rollback"] = key(
+        "stop", "when a loss or gradient is NaN or infinite, which changes no parameter: go on, end, or roll back"
+    )
+    save_state: bool = key(True, "keep the state before the first such step beside its batch, to replay it")
+    approx_kl: float = key(0.0, "most that an iteration's updates move the policy", "nats per token")
+    kl: float = key(0.0, "most KL to the cold-start policy", "nats per token")
+    clip_fraction: float = key(0.0, "most tokens whose ratio is clipped", "fraction")
+    min_entropy: float = key(0.0, "least entropy", "nats per token")
+    max_entropy: float = key(0.0, "most entropy", "nats per token")
+    no_answer_rate: float = key(0.0, "most trajectories without an answer", "fraction")
+    format_error_rate: float = key(0.0, "most trajectories that break the format", "fraction")
+    repeated_query_rate: float = key(0.0, "most queries that the same trajectory has asked before", "fraction")
+    equal_groups: float = key(0.0, "most questions whose samples all earned the same", "fraction")
+    length_drift: float = key(
+        0.0, "most that the tokens of a trajectory may grow or shrink since the first iteration, as a factor"
+    )
+    displacement: float = key(
+        0.0, "most log-probability that tokens of better than expected trajectories lose in updates", "nats per token"
+    )
+
+    def __post_init__(self) -> None:
+        _each(self, "guards.", AT_LEAST_1, "patience")
+        _each(self, "guards.", AT_LEAST_0, "rollbacks approx_kl kl min_entropy max_entropy displacement")
+        _each(self, "guards.", FRACTION, "clip_fraction no_answer_rate format_error_rate repeated_query_rate")
+        _each(self, "guards.", FRACTION, "equal_groups")
+        _require(
+            self.length_drift == 0 or self.length_drift > 1,
+            f"guards.length_drift must be a factor above 1, or 0 for none; got {self.length_drift}",
+            "guards.length_drift",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """The final tables."""
 
@@ -565,6 +606,7 @@ class Config:
     sft: SFTConfig = dataclasses.field(default_factory=SFTConfig)
     rl: RLConfig = dataclasses.field(default_factory=RLConfig)
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    guards: GuardsConfig = dataclasses.field(default_factory=GuardsConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)

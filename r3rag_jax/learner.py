@@ -353,11 +353,17 @@ def _logprobs(
 def _update(
     loss: Callable[[Any], Any], tx: optax.GradientTransformation, state: TrainState, lr_scale: Any
 ) -> tuple[TrainState, Metrics]:
-    (_, metrics), grads = jax.value_and_grad(lambda params: loss(params), has_aux=True)(state.params)
+    """A step; one whose loss or gradient is NaN or infinite changes nothing but the count of steps."""
+    (value, metrics), grads = jax.value_and_grad(lambda params: loss(params), has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda update: update * lr_scale, updates)  # Adam's update is linear in its rate
     metrics["grad_norm"] = optax.tree.norm(grads)
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+    is_finite = jnp.isfinite(value) & jnp.isfinite(metrics["grad_norm"])
+    moved = optax.apply_updates(state.params, updates), opt_state
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old), moved, (state.params, state.opt_state)
+    )
+    return TrainState(state.step + 1, params, opt_state), metrics
 
 
 def _jit_step(mesh: Mesh, step: Callable[..., Any], state: TrainState) -> Callable[..., Any]:

@@ -53,7 +53,7 @@ from r3rag_jax.transcript import Codec
 from r3rag_jax.types import Passage, Question, Trajectory
 
 # Sections that may change when a run is resumed: they do not change what was computed.
-FREE_KEYS = ("run_dir", "phases", "eval", "mesh", "log", "rollout.server")
+FREE_KEYS = ("run_dir", "phases", "eval", "guards", "mesh", "log", "rollout.server")
 SPLITS = ("sft", "rl", "dev", "test")
 
 

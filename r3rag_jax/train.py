@@ -18,15 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
+from rich.markup import escape
 
 from r3rag_jax import learner
-from r3rag_jax.checkpoint import Checkpoints
+from r3rag_jax.checkpoint import Checkpoints, save_arrays
 from r3rag_jax.config import Config
 from r3rag_jax.configio import parse_args
 from r3rag_jax.data.qa import trajectory_to_dict
 from r3rag_jax.data.sft import SFTBatches, SFTSample
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluator import fingerprint, play_greedy, read_answers, summarise
+from r3rag_jax.guards import is_finite
 from r3rag_jax.metrics import Bar, num_compiled
 from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
@@ -38,7 +40,7 @@ from r3rag_jax.session import Session, barrier, open_run, use_compile_cache
 from r3rag_jax.sharding import put_batch, start_distributed, tree_shardings
 from r3rag_jax.trainer import RLTrainer
 from r3rag_jax.transcript import teacher_samples
-from r3rag_jax.types import Question, Status, Trajectory
+from r3rag_jax.types import Question, SFTBatch, Status, Trajectory
 from r3rag_jax.view import groups_table, results_table
 
 
@@ -177,6 +179,8 @@ def sft_phase(session: Session) -> bool:
             batch = next(batches)
             state, metrics = step(state, put_batch(session.mesh, batch), policy.frozen)
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not is_finite(numbers):
+                report_bad_step(session, number, batch, numbers)
             numbers["tokens_per_s"] = float(np.sum(batch.segment_ids > 0)) / (time.monotonic() - started)
             session.log.write("sft", number, numbers)
             bar.advance(**{name: numbers[name] for name in ("loss", "accuracy", "tokens_per_s")})
@@ -185,6 +189,19 @@ def sft_phase(session: Session) -> bool:
     session.save_policy("sft", jax.jit(lora.merge, static_argnums=0)(policy.graphdef, state.params, policy.frozen))
     checkpoints.close()
     return True
+
+
+def report_bad_step(session: Session, number: int, batch: SFTBatch, numbers: dict[str, float]) -> None:
+    """Keep the batch of an update that was none, and end the cold start or (`guards.nonfinite`) go on without it."""
+    path = session.run_dir / "checkpoints" / f"bad_step_sft_{number}.npz"
+    save_arrays(path, batch)
+    told = (
+        f"cold start, step {number}: loss and gradient norm must be finite; got {numbers['loss']} and "
+        f"{numbers['grad_norm']}; its batch is kept: {path}"
+    )
+    if session.config.guards.nonfinite != "skip":
+        raise UserError(told)
+    session.console.print(f"[yellow]{escape(told)}; skipped[/]", highlight=False)
 
 
 # --------------------------------------------------------------------------------------------- rl
@@ -207,6 +224,7 @@ def rl_phase(session: Session) -> bool:
     with bar, rollouts:
         while trainer.iteration < config.iterations:
             started, number, compiled = time.monotonic(), trainer.iteration, num_compiled()
+            num_rollbacks = trainer.guards.rollbacks
             trajectories = rollouts.of(number, trainer.policy_params)
             following = number + 1
             # Not across a checkpoint, which a run may resume from, nor an evaluation, which takes the sampler itself.
@@ -224,6 +242,9 @@ def rl_phase(session: Session) -> bool:
             metrics["tokens_per_s"] = tokens / (time.monotonic() - started)
             metrics["num_compiled"] = num_compiled() - compiled
             session.log.write("rl", number, metrics)
+            trainer.guard(metrics)
+            if trainer.guards.rollbacks > num_rollbacks:
+                rollouts.forget()
             keep_trajectories(session, trajectories, scores, number)
             bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
             if is_at(trainer.iteration, config.checkpoint_every) and trainer.iteration < config.iterations:
@@ -273,6 +294,12 @@ class Rollouts:
             own = self._session.to_sampler(params)
         self._ahead = iteration, self._thread.submit(self._play, iteration, own)
 
+    def forget(self) -> None:
+        """Leave what was started alone: it is of a policy that is no more."""
+        if self._ahead is not None:
+            self._ahead[1].result()
+        self._ahead = None
+
     def _play(self, iteration: int, params: Any) -> list[Trajectory]:
         return self._roller.play(params, iteration_jobs(self._session.config, self._questions, iteration))
 
@@ -302,8 +329,17 @@ def rollout_metrics(trajectories: Sequence[Trajectory], scores: Scores) -> dict[
         "f1": float(scores.answers["f1"].mean()),
         "no_answer_rate": float(np.mean(status == Status.NO_ANSWER)),
         "format_error_rate": float(np.mean(status == Status.FORMAT_ERROR)),
+        "repeated_query_rate": repeated_query_rate(trajectories),
+        "trajectory_tokens": float(np.mean([t.num_policy_tokens for t in trajectories])),
         "mean_retrievals": float(np.mean([t.num_retrievals for t in trajectories])),
     }
+
+
+def repeated_query_rate(trajectories: Sequence[Trajectory]) -> float:
+    """Share of queries that the same trajectory has asked before, but for case and spaces; 0 without queries."""
+    asked = [[" ".join(s.query.casefold().split()) for s in t.steps if s.query is not None] for t in trajectories]
+    num_queries = sum(map(len, asked))
+    return (num_queries - sum(len(set(queries)) for queries in asked)) / max(1, num_queries)
 
 
 def keep_trajectories(session: Session, trajectories: Sequence[Trajectory], scores: Scores, iteration: int) -> None:

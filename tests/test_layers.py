@@ -18,7 +18,7 @@ LAYERS = (
     "errors config configio types protocol sharding metrics",
     "models text data retrieval rl",
     "sampler rewards transcript",
-    "rollout batch checkpoint view",
+    "rollout batch checkpoint view guards",
     "learner evaluator session report",
     "trainer",
     "train evaluate ask pretrain index serve coldstart convert compile demo",

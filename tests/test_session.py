@@ -15,7 +15,17 @@ import tiny
 import tiny_run
 from flax import nnx
 
-from r3rag_jax.config import Config, ConfigError, DataConfig, EvalConfig, LogConfig, MeshConfig, RLConfig, RolloutConfig
+from r3rag_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    GuardsConfig,
+    LogConfig,
+    MeshConfig,
+    RLConfig,
+    RolloutConfig,
+)
 from r3rag_jax.configio import load_config
 from r3rag_jax.data.qa import read_passages, read_questions, read_trajectories, write_jsonl
 from r3rag_jax.errors import UserError
@@ -47,6 +57,7 @@ def test_a_new_directory_records_its_configuration(tmp_path: Path) -> None:
         {"eval": EvalConfig(max_questions=3)},
         {"mesh": MeshConfig(fsdp=2)},
         {"log": LogConfig(progress=False)},
+        {"guards": GuardsConfig(kl=1.0, action="stop")},
         {"phases": ("index",), "rollout": RolloutConfig(server="http://host/v1", server_model="policy")},
     ],
     ids=str,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import itertools
 import json
 import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from rich.console import Console
 from safetensors.numpy import load_file
 
 from r3rag_jax import ask, evaluate, learner, train
+from r3rag_jax.checkpoint import Checkpoints
 from r3rag_jax.config import Config, RLConfig, RolloutConfig
 from r3rag_jax.configio import load_config
 from r3rag_jax.data.qa import read_passages, read_questions, read_rows, trajectory_from_dict
@@ -403,3 +409,119 @@ def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Pa
         assert one.kl == pytest.approx(config.rl.kl * (1 + 0.1 * change), rel=1e-6) and one.kl != config.rl.kl
     again, resumed = (trainer.update(trajectories, scores) for trainer in (one, other))
     assert again == resumed and again["policy_loss"] != metrics["policy_loss"]
+
+
+# ------------------------------------------------------------------------------------ injected faults
+
+MARK = -123.0  # the log-probability of a token whose batch makes the loss NaN
+
+
+def marked(trajectory: Trajectory) -> Trajectory:
+    [sample] = trajectory.samples
+    logprobs = np.where(np.arange(len(sample)) == NUM_PROMPT, MARK, sample.behaviour_logprobs).astype(np.float32)
+    return dataclasses.replace(trajectory, samples=(dataclasses.replace(sample, behaviour_logprobs=logprobs),))
+
+
+def inject_fault(patch: pytest.MonkeyPatch) -> None:
+    policy_loss = learner.ppo_policy_loss
+
+    def faulty(logprobs: jax.Array, old: jax.Array, *args: Any, **keys: Any) -> Any:
+        loss, stats = policy_loss(logprobs, old, *args, **keys)
+        return loss * jnp.where(jnp.any(old == MARK), jnp.nan, 1.0), stats
+
+    patch.setattr(learner, "ppo_policy_loss", faulty)
+
+
+def faulty_session(base: Path, tmp_path: Path, **keys: Any) -> tuple[Session, list[Trajectory], Scores]:
+    """Four updates of one row each; the second question's first trajectory is the faulty one."""
+    short = {"rollout__max_length": 64, "rl__row_length": 64, "rl__batch_rows": 1, "rl__algorithm": "rloo",
+             "rl__kl": 0.0, "rl__warmup": 0.0}  # fmt: skip
+    config = tiny_run.config(tmp_path, base, **short | keys)
+    session = Session(config, config.run_directory, console=Console(file=io.StringIO(), width=1000))
+    trajectories = [written(session, q, i, 3) for q in "xy" for i in (0, 1)]  # 33 tokens each
+    trajectories[2] = marked(trajectories[2])
+    rewards = [np.asarray(r, np.float32) for r in ([0, 0, 2], [0, 0, 0], [1, 0, 2], [0, 1, 0])]
+    return session, trajectories, Scores(rewards, np.zeros((4, 3), np.float32), {})
+
+
+def on_host(tree: Any) -> list[np.ndarray]:
+    return [np.array(x) for x in jax.tree.leaves(tree)]
+
+
+def test_a_step_of_nan_is_named_kept_and_replayed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, trajectories, scores = faulty_session(base, tmp_path)
+    with monkeypatch.context() as patch:
+        inject_fault(patch)
+        trainer = RLTrainer(session)
+        with pytest.raises(UserError, match=r"RL iteration 0, update \d of 4: .* finite; got nan and nan; kept"):
+            trainer.update(trajectories, scores)
+        before = on_host(trainer.state.params)
+        assert all(np.isfinite(x).all() for x in before)
+        [path] = (session.run_dir / "checkpoints").glob("bad_step_*.npz")
+        assert (np.load(path)["batch.behaviour_logprobs"] == MARK).any()
+        replayed = RLTrainer(session).replay(path)
+        assert math.isnan(replayed["loss"]) and math.isfinite(replayed["entropy"])
+    sound = RLTrainer(session)  # the fault is repaired
+    replayed = sound.replay(path)
+    assert math.isfinite(replayed["loss"]) and replayed["grad_norm"] > 0
+    state, _ = Checkpoints(session.run_dir, path.stem).restore(trainer.state)
+    np.testing.assert_equal(on_host(state.params), before)
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "rollback"])
+def test_a_step_of_nan_is_skipped_or_rolled_back(
+    nonfinite: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, trajectories, scores = faulty_session(base, tmp_path, guards__nonfinite=nonfinite, guards__rollbacks=1)
+    inject_fault(monkeypatch)
+    trainer = RLTrainer(session)
+    start = on_host(trainer.state.params)
+    metrics = trainer.update(trajectories, scores)
+    assert metrics["bad_steps"] == 1 and trainer.iteration == 1
+    moved = not all(np.array_equal(a, b) for a, b in zip(on_host(trainer.state.params), start, strict=True))
+    assert all(np.isfinite(x).all() for x in on_host(trainer.state))
+    said = session.console.file.getvalue()  # type: ignore[attr-defined]
+    if nonfinite == "skip":
+        assert moved and math.isfinite(metrics["policy_loss"]) and "skipped" in said
+        return
+    assert not moved and "back to the state before iteration 0" in said
+    with pytest.raises(UserError, match=r"rolled back 1 times before \(guards.rollbacks\)"):
+        trainer.update(trajectories, scores)
+
+
+def test_rewards_that_are_all_equal_move_nothing_and_are_told(base: Path, tmp_path: Path) -> None:
+    keys = {"guards__equal_groups": 0.9, "guards__action": "rollback", "guards__rollbacks": 1}
+    session, trajectories, scores = faulty_session(base, tmp_path, **keys)
+    equal = dataclasses.replace(scores, rewards=[np.ones(3, np.float32)] * 4)
+    trainer = RLTrainer(session)
+    start = on_host(trainer.state.params)
+    seen = {"trajectory_tokens": 20.0}
+    metrics = trainer.update(trajectories, equal) | seen
+    assert metrics["equal_groups"] == metrics["learnt_from"] == 1
+    assert all(np.array_equal(a, b) for a, b in zip(on_host(trainer.state.params), start, strict=True))
+    trainer.guards.check(metrics)
+    trainer.save()
+    assert trainer.checkpoints.latest is None  # what may have to be rolled back is not kept
+    trainer.guard(trainer.update(trajectories, scores) | seen)
+    trainer.save()
+    good, kl = on_host(trainer.state.params), trainer.kl
+    trainer.update(trajectories, scores)
+    trainer.guard(metrics)  # it has collapsed
+    assert trainer.guards.rollbacks == 1 and trainer.iteration == 3 and trainer.kl == kl
+    np.testing.assert_equal(on_host(trainer.state.params), good)
+    with pytest.raises(UserError, match=r"RL iteration 2: equal_groups must be at most 0.9 .*; rolled back 1 times"):
+        trainer.guard(metrics)
+
+
+def test_the_cold_start_ends_at_a_step_of_nan(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sft_loss = learner.sft_loss
+
+    def faulty(*args: Any, **keys: Any) -> Any:
+        loss, metrics = sft_loss(*args, **keys)
+        return loss * jnp.nan, metrics | {"loss": loss * jnp.nan}
+
+    monkeypatch.setattr(learner, "sft_loss", faulty)
+    with pytest.raises(UserError, match=r"cold start, step 0: loss and gradient norm must be finite; got nan and nan"):
+        tiny_run.train(tmp_path, base, phases="[index, sft]")
+    [path] = (tmp_path / "run" / "checkpoints").glob("bad_step_sft_0.npz")
+    assert {"tokens", "positions", "segment_ids", "loss_mask"} == set(np.load(path).files)
