@@ -147,7 +147,7 @@ def pack_trajectories(
 def tabulate(batches: Sequence[TrainBatch], groups: np.ndarray) -> TrajectoryTable:
     """Finds the tokens of each trajectory in the batches of an iteration, host arrays; one line per trajectory.
 
-    The width is rounded up to a power of two, so that few shapes are compiled for.
+    Lines and width are rounded up to a power of two, so that few shapes are compiled for.
 
     batches  trajectory_ids  1 1 . 0 0 | 1 . . 0 .      places      3 4 8
              step_ids        0 0 . 0 0 | 1 . . 2 .  ->              0 1 5
@@ -163,8 +163,9 @@ def tabulate(batches: Sequence[TrainBatch], groups: np.ndarray) -> TrajectoryTab
     ids, step_ids, rewards = flat("trajectory_ids"), flat("step_ids"), flat("rewards")
     places = np.flatnonzero(ids >= 0)
     places = places[np.lexsort((places, step_ids[places], ids[places]))]
-    counts = np.bincount(ids[places], minlength=len(groups))
-    width = 1 << max(0, int(counts.max(initial=1)) - 1).bit_length()
+    num_lines = _bucket(len(groups))
+    counts = np.bincount(ids[places], minlength=num_lines)
+    width = _bucket(int(counts.max(initial=1)))
     mask = np.arange(width) < counts[:, None]
     table: dict[str, np.ndarray] = {
         "places": np.full(mask.shape, len(ids), np.int32),
@@ -173,7 +174,14 @@ def tabulate(batches: Sequence[TrainBatch], groups: np.ndarray) -> TrajectoryTab
     }
     for name, values in (("places", places), ("rewards", rewards[places]), ("step_ids", step_ids[places])):
         table[name][mask] = values
-    return TrajectoryTable(**table, mask=mask, groups=np.asarray(groups, np.int32))  # type: ignore[arg-type]  # numpy until they are put
+    numbers = np.zeros(num_lines, np.int32)
+    numbers[: len(groups)] = groups
+    return TrajectoryTable(**table, mask=mask, groups=numbers)  # type: ignore[arg-type]  # numpy until they are put
+
+
+def _bucket(size: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def _check_rewards(trajectory: Trajectory, rewards_T: np.ndarray) -> None:

@@ -348,6 +348,9 @@ class RLConfig:
     whiten_rewards: bool = key(False, "scale step rewards to deviation 1 over an iteration; their mean stays")
     negative_weight: float = key(1.0, "weight of negative advantages; 0 learns only from what did better than expected")
     drop_equal: bool = key(True, "grpo and rloo: leave out questions whose samples all earned the same")
+    draws: int = key(
+        1, "so often questions are drawn in an iteration until enough have samples that did not earn the same", "rounds"
+    )
     # Policy loss.
     clip: float = key(0.2, "how far below 1 the ratio of new to old probability is trusted")
     clip_high: float = key(0.0, "how far above 1; 0: as far as `clip`")
@@ -377,7 +380,7 @@ class RLConfig:
     checkpoint_every: int = key(10, "iterations between checkpoints", "iterations")
 
     def __post_init__(self) -> None:
-        _each(self, "rl.", AT_LEAST_1, "iterations questions epochs batch_rows row_length loss_length")
+        _each(self, "rl.", AT_LEAST_1, "iterations questions epochs batch_rows row_length loss_length draws")
         _each(self, "rl.", AT_LEAST_1, "eval_every checkpoint_every")
         _each(self, "rl.", AT_LEAST_0, "lr critic_lr value_coef kl kl_target kl_rate entropy negative_weight")
         _each(self, "rl.", AT_LEAST_0, "clip_high truncate_weights")
@@ -407,6 +410,15 @@ class RLConfig:
             f"rl.std must be false unless rl.algorithm is grpo; got true with {self.algorithm}",
             "rl.std",
             "rl.algorithm",
+        )
+
+        _require(
+            self.draws == 1 or (self.is_grouped and self.drop_equal),
+            "rl.draws must be 1 unless rl.algorithm is grpo or rloo and rl.drop_equal true; got "
+            f"{self.draws} with {self.algorithm} and {str(self.drop_equal).lower()}",
+            "rl.draws",
+            "rl.algorithm",
+            "rl.drop_equal",
         )
 
     def _check_kl(self) -> None:

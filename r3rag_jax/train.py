@@ -38,7 +38,7 @@ from r3rag_jax.rollout import Job
 from r3rag_jax.sampler.memory import MemoryPlan, bytes_per_device, plan
 from r3rag_jax.session import Session, barrier, open_run, use_compile_cache
 from r3rag_jax.sharding import put_batch, start_distributed, tree_shardings
-from r3rag_jax.trainer import RLTrainer
+from r3rag_jax.trainer import RLTrainer, equal_groups, number_groups
 from r3rag_jax.transcript import teacher_samples
 from r3rag_jax.types import Question, SFTBatch, Status, Trajectory
 from r3rag_jax.view import groups_table, results_table
@@ -301,7 +301,20 @@ class Rollouts:
         self._ahead = None
 
     def _play(self, iteration: int, params: Any) -> list[Trajectory]:
-        return self._roller.play(params, iteration_jobs(self._session.config, self._questions, iteration))
+        """With `rl.draws`, also those of questions drawn in the place of those that teach nothing."""
+        config, encoder = self._session.config, self._session.retriever.encoder
+        trajectories = self._roller.play(params, iteration_jobs(config, self._questions, iteration))
+        for draw in range(1, config.rl.draws):
+            rewards = score(trajectories, config.rewards, encoder, max_steps=config.rollout.max_steps).rewards
+            groups = number_groups(trajectories)
+            is_equal = equal_groups(rewards, groups, totals=config.rl.returns == "total")
+            num_missing = config.rl.questions - len(np.unique(groups[~is_equal]))
+            taken = {trajectory.question.id for trajectory in trajectories}
+            jobs = more_jobs(config, self._questions, iteration, draw, num_missing, taken)
+            if not jobs:
+                break
+            trajectories = trajectories + self._roller.play(params, jobs)
+        return trajectories
 
 
 def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int) -> list[Job]:
@@ -309,15 +322,26 @@ def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int
 
     Questions come in a new random order each time through all of them.
     """
-    rl, rollout = config.rl, config.rollout
     jobs = []
-    for place in range(iteration * rl.questions, (iteration + 1) * rl.questions):
+    for place in range(iteration * config.rl.questions, (iteration + 1) * config.rl.questions):
         epoch, at = divmod(place, len(questions))
         order = np.random.default_rng((config.seed, epoch)).permutation(len(questions))
-        for sample in range(rollout.samples):
-            temperature = rollout.temperatures[sample % len(rollout.temperatures)]
-            jobs.append(Job(questions[order[at]], sample, temperature, seed=config.seed * 1_000_003 + iteration))
+        jobs += samples_of(config, questions[order[at]], iteration)
     return jobs
+
+
+def more_jobs(
+    config: Config, questions: Sequence[Question], iteration: int, draw: int, count: int, taken: set[str]
+) -> list[Job]:
+    """Jobs of `count` questions more for an iteration, drawn by chance from those that are not `taken`."""
+    free = [question for question in questions if question.id not in taken]
+    order = np.random.default_rng((config.seed, iteration, draw)).permutation(len(free))[: max(0, count)]
+    return [job for at in order for job in samples_of(config, free[at], iteration)]
+
+
+def samples_of(config: Config, question: Question, iteration: int) -> list[Job]:
+    temperatures, seed = config.rollout.temperatures, config.seed * 1_000_003 + iteration
+    return [Job(question, i, temperatures[i % len(temperatures)], seed=seed) for i in range(config.rollout.samples)]
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory], scores: Scores) -> dict[str, float]:

@@ -121,12 +121,12 @@ class RLTrainer:
         told = f"{why}; back to the state before iteration {to}"
         self._session.console.print(f"[yellow]{escape(told)}[/]", highlight=False)
 
-    def _on_bad_step(self, step: int, num_steps: int, inputs: StepInputs, metrics: Mapping[str, Any]) -> None:
+    def _on_bad_step(self, step: int, where: str, inputs: StepInputs, metrics: Mapping[str, Any]) -> None:
         """Keep the first update that was none, and do as `guards.nonfinite` says."""
         guards = self._session.config.guards
         told = (
-            f"RL iteration {self.iteration}, update {step + 1} of {num_steps}: loss and gradient norm must be finite; "
-            f"got {metrics['loss']} and {metrics['grad_norm']}"
+            f"RL iteration {self.iteration}, {where}: loss and gradient norm must be finite; got "
+            f"{metrics['loss']} and {metrics['grad_norm']}"
         )
         if not self._kept_bad_step:
             self._kept_bad_step, name = True, f"bad_step_{self.iteration}_{step}"
@@ -203,7 +203,7 @@ class RLTrainer:
             if not is_finite(metrics):
                 num_bad += 1
                 inputs = StepInputs(batches[i], targets[i], lr_scale, np.float32(self.kl))
-                self._on_bad_step(number, len(order), inputs, metrics)
+                self._on_bad_step(number, f"update {number + 1} of {len(order)} (batch {i})", inputs, metrics)
                 if self._session.config.guards.nonfinite == "rollback":
                     break
                 continue
@@ -245,7 +245,7 @@ def equal_groups(rewards: Sequence[np.ndarray], groups: np.ndarray, *, totals: b
     """bool [N]: whether all trajectories of one's question earned the same, step by step or (`totals`) in all.
 
     There is nothing to learn from them by comparison, and whitening makes much of their rounding: they are left out
-    (the dynamic sampling of DAPO, arXiv 2503.14476, without drawing others in their place).
+    (the dynamic sampling of DAPO, arXiv 2503.14476; `rl.draws` plays others in their place).
     """
     table = np.zeros((len(rewards), max(map(len, rewards), default=0)), np.float32)
     for line, earned in enumerate(rewards):

@@ -247,6 +247,8 @@ def test_files_that_cannot_be_read(write: Write) -> None:
         (["rl.algorithm=reinforce++", "rl.whiten_advantages=false"], "rl.whiten_advantages must be true when"
          " rl.algorithm is reinforce++, whose baseline it is; got false"),
         (["rl.algorithm=rloo", "rl.std=true"], "rl.std must be false unless rl.algorithm is grpo; got true with rloo"),
+        (["rl.draws=2"], "rl.draws must be 1 unless rl.algorithm is grpo or rloo and rl.drop_equal true; got 2 with"
+         " ppo and true"),
         (["rl.kl_in=loss"], "rl.kl_estimator must be k2 or k3 when rl.kl_in is loss, for the gradient of k1 is 0 on"
          " average; got k1"),
         (["rl.kl_target=0.1", "rl.kl=0"], "rl.kl must be above 0, what rl.kl_target=0.1 adapts; got 0.0"),

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from r3rag_jax.configio import load_config
 from r3rag_jax.data.qa import read_passages, read_questions, read_rows, trajectory_from_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.rewards.score import Scores
+from r3rag_jax.rollout import Job
 from r3rag_jax.sampler import memory
 from r3rag_jax.session import Session
 from r3rag_jax.trainer import RLTrainer, equal_groups, number_groups
@@ -283,6 +285,37 @@ def test_every_question_comes_once_before_any_comes_again() -> None:
         Config(seed=1, rl=config.rl, rollout=config.rollout), questions, 0)})  # fmt: skip
 
 
+def test_questions_that_teach_nothing_make_room_for_others() -> None:
+    """A fake policy answers questions of an even number right or wrong in turn, and all others wrong."""
+    questions = [Question(str(i), f"q{i}", ("x",)) for i in range(12)]
+    rl = RLConfig(algorithm="grpo", questions=4, draws=3)
+    config = Config(rl=rl, rollout=RolloutConfig(samples=2, temperatures=(1.0,)))
+    played: list[list[int]] = []
+
+    def play(params: Any, jobs: list[Job]) -> list[Trajectory]:
+        played.append([int(job.question.id) for job in jobs[::2]])
+        is_right = [int(job.question.id) % 2 == 0 and job.sample_index == 0 for job in jobs]
+        steps = [(Step("a", answer="x" if right else "y"),) for right in is_right]
+        return [Trajectory(job.question, s, Status.ANSWERED) for job, s in zip(jobs, steps, strict=True)]
+
+    session = SimpleNamespace(
+        config=config, mesh=None, sampler_mesh=None, questions=lambda _: questions, to_sampler=lambda params: params,
+        roller=lambda: SimpleNamespace(play=play), retriever=SimpleNamespace(encoder=None),
+    )  # fmt: skip
+    for iteration in range(3):
+        played.clear()
+        trajectories = train.Rollouts(session).of(iteration, None)
+        numbers = [number for draw in played for number in draw]
+        assert len(set(numbers)) == len(numbers) and 1 < len(played) <= 3
+        for draw, before in zip(played[1:], itertools.accumulate(played), strict=False):
+            assert len(draw) == min(4 - sum(n % 2 == 0 for n in before), 12 - len(before))  # as many as are missing
+        assert [int(t.question.id) for t in trajectories[::2]] == numbers
+        again = [*played]
+        played.clear()
+        train.Rollouts(session).of(iteration, None)
+        assert played == again
+
+
 # ------------------------------------------------------------------------ entry points on the result
 
 
@@ -453,7 +486,9 @@ def test_a_step_of_nan_is_named_kept_and_replayed(base: Path, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         inject_fault(patch)
         trainer = RLTrainer(session)
-        with pytest.raises(UserError, match=r"RL iteration 0, update \d of 4: .* finite; got nan and nan; kept"):
+        with pytest.raises(
+            UserError, match=r"RL iteration 0, update \d of 4 \(batch \d\): .* finite; got nan and nan; kept"
+        ):
             trainer.update(trajectories, scores)
         before = on_host(trainer.state.params)
         assert all(np.isfinite(x).all() for x in before)
