@@ -184,7 +184,8 @@ def rl_loss(
     metrics |= {"policy_loss": policy_loss, "entropy": masked_mean(entropy, mask)}
     loss = policy_loss - config.entropy * mean(entropy, mask)
     if targets.ref_logprobs is not None:
-        metrics["kl_loss"] = mean(kl_penalty(logprobs, targets.ref_logprobs, config.kl_estimator), mask)
+        ref_logprobs = jnp.where(mask, targets.ref_logprobs, 0.0)  # 0 times the slope of NaN is NaN
+        metrics["kl_loss"] = mean(kl_penalty(logprobs, ref_logprobs, config.kl_estimator), mask)
         loss = loss + (config.kl if kl is None else kl) * metrics["kl_loss"]
     if "critic" in modules:
         assert targets.old_values is not None and targets.returns is not None

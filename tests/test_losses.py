@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from r3rag_jax.rl.distribution import Truncation
 from r3rag_jax.rl.losses import (
@@ -253,6 +255,39 @@ def test_kl_estimates_are_unbiased():
     for kind in ("k1", "k3"):
         estimate = jnp.sum(jnp.exp(policy_V) * kl_penalty(policy_V, ref_V, kind))
         np.testing.assert_allclose(estimate, divergence, rtol=1e-5)
+
+
+@functools.cache
+def _policy_losses():
+    """Of each kind of mean: value and gradient of a whole policy loss, with bounds and weights."""
+
+    def loss(logprobs, old, advantages, weights, shares, mask, kind):
+        mean = functools.partial(loss_mean, shares=shares, kind=kind, length=7)
+        options = {"clip": 0.2, "clip_high": 0.3, "weights": weights, "mean": mean}
+        policy_loss, _ = ppo_policy_loss(logprobs, old, advantages, mask, **options)
+        return policy_loss + 0.1 * mean(kl_penalty(logprobs, jnp.where(mask, weights - 2, 0.0), "k3"), mask)
+
+    kinds = ("token", "sequence", "constant")
+    return [jax.jit(jax.value_and_grad(functools.partial(loss, kind=kind))) for kind in kinds]
+
+
+@settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_masked_tokens_count_nothing_and_rows_may_come_in_any_order(seed, share_kept):
+    rng = np.random.default_rng(seed)
+    mask = rng.random((4, 6)) < share_kept
+    inputs = [rng.normal(size=mask.shape).astype(np.float32) for _ in range(3)]
+    inputs += [rng.random(mask.shape).astype(np.float32) for _ in range(2)]
+    spoilt = [np.where(mask, x, np.nan).astype(np.float32) for x in inputs]
+    order = rng.permutation(4)
+    for loss in _policy_losses():
+        value, gradient = loss(*inputs, mask)
+        assert np.isfinite(value) and (np.asarray(gradient)[~mask] == 0).all()
+        without, same = loss(inputs[0], *spoilt[1:], mask)
+        assert without == value and np.array_equal(same, gradient)
+        permuted, rows = loss(*(x[order] for x in inputs), mask[order])
+        np.testing.assert_allclose(permuted, value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(rows, np.asarray(gradient)[order], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
