@@ -64,7 +64,7 @@ class Endpoint:
         hints: Mapping[int, str] | None = None,
         limit: RateLimit | None = None,
         first_wait_s: float = FIRST_WAIT_S,
-        wait: Callable[[float], bool] | None = None,
+        wait: Callable[[float], object] | None = None,
     ):
         """
         Args:
@@ -73,7 +73,7 @@ class Endpoint:
             key_env: environment variable that holds the API key; empty: none is sent.
             hints: HTTP status of a refusal -> what may help.
             limit: of all requests, repeated ones included.
-            wait: waits so many seconds and tells whether the calls were given up meanwhile; tests bring their own.
+            wait: waits so many seconds; tests bring their own. Default: or until the calls are given up.
 
         Raises:
             UserError: the environment variable is not set.
@@ -135,7 +135,7 @@ class Endpoint:
         num_attempts = 1 if self._is_away else self._retries + 1
         error, attempt = "given up before it was asked", 0
         for attempt in range(num_attempts):
-            if self._limit is not None and self._wait(self._limit.reserve()):
+            if self._limit is not None and self._pause(self._limit.reserve()):
                 break
             least_wait_s = 0.0
             try:
@@ -157,7 +157,7 @@ class Endpoint:
             if attempt == self._retries:
                 self._is_away = True
             wait_s = min(LONGEST_WAIT_S, max(least_wait_s, self._first_wait_s * 2**attempt))
-            if attempt == num_attempts - 1 or self._wait(wait_s):
+            if attempt == num_attempts - 1 or self._pause(wait_s):
                 break
         raise UserError(f"{self._name}: {self.url}{path} failed, attempt {attempt + 1} of {self._retries + 1}: {error}")
 
@@ -170,6 +170,11 @@ class Endpoint:
         text = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else json.dumps(reply)
         text = text.replace(self._key, "***") if self._key else text
         return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+    def _pause(self, seconds: float) -> bool:
+        """Waits; returns whether the calls were given up."""
+        self._wait(seconds)
+        return self._given_up.is_set()
 
     def _headers(self) -> dict[str, str]:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}

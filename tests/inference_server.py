@@ -32,7 +32,7 @@ class Endpoint:
 
 @contextlib.contextmanager
 def serve(reply: Callable[[dict[str, Any]], Reply], extra_headers: dict[str, str] | None = None) -> Iterator[Endpoint]:
-    """`reply` answers the bodies of /v1/completions, from a thread each."""
+    """`reply` answers the bodies of /v1/completions and /v1/chat/completions, from a thread each."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -47,7 +47,7 @@ def serve(reply: Callable[[dict[str, Any]], Reply], extra_headers: dict[str, str
                 endpoint.num_busy += 1
                 endpoint.most_busy = max(endpoint.most_busy, endpoint.num_busy)
             try:
-                assert self.path == "/v1/completions"
+                assert self.path == ("/v1/chat/completions" if "messages" in body else "/v1/completions")
                 status, value = reply(body)
             finally:
                 with lock:
@@ -84,6 +84,11 @@ def serve(reply: Callable[[dict[str, Any]], Reply], extra_headers: dict[str, str
 def completion(text: str, finish: str = "stop", **fields: Any) -> dict[str, Any]:
     """The reply of a server that tells no more than OpenAI's API asks for."""
     return {"choices": [{"index": 0, "text": text, "finish_reason": finish} | fields]}
+
+
+def chat(text: Any, finish: str = "stop") -> dict[str, Any]:
+    """The reply of /v1/chat/completions."""
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
 
 
 class EngineReply:

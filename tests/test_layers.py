@@ -18,7 +18,7 @@ LAYERS = (
     "errors config configio types protocol sharding metrics endpoint",
     "models text data retrieval rl",
     "sampler rewards transcript",
-    "rollout batch checkpoint view",
+    "rollout batch checkpoint view judges",
     "learner evaluator session report",
     "train evaluate ask pretrain index serve coldstart convert compile demo",
 )

@@ -160,7 +160,7 @@ def test_half_width_is_the_agresti_coull_interval():
 def test_tables_in_a_terminal():
     text = printed(results_table(EVALS))
     header = text.splitlines()[1].split()
-    assert header == [title for _, title, *_ in COLUMNS]
+    assert header == [title for _, title, *_ in COLUMNS if title != "ACC"]  # no judge was asked
     assert text.splitlines()[5].split() == [
         "R3-RAG",
         "73.0",

@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from r3rag_jax.models.attention import IMPLEMENTATIONS, attention
 from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.sharding import partition_spec
 
 # Logical axes of every parameter by name; sharding.py maps logical axes to mesh axes.
 PARAM_AXES: dict[str, tuple[str | None, ...]] = {
@@ -80,6 +82,14 @@ def param_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes["lm_head"] = (D, V)
     return shapes
+
+
+def param_shardings(mesh: Mesh, config: DecoderConfig) -> dict[str, NamedSharding]:
+    """Where each parameter of a decoder goes, by name."""
+    return {
+        name: NamedSharding(mesh, partition_spec(mesh, PARAM_AXES[name], shape))
+        for name, shape in param_shapes(config).items()
+    }
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -166,6 +166,29 @@ class Engine:
                 left.append((row, ids, end))
         self._cache = self._prefill(params, self._cache, rows, tokens, starts)
         return left
+
+
+def complete_all(
+    engine: Engine, params: Any, contexts: Sequence[Context], *, chunk: int, leave_at: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Place and sampled ids of each context, as they come; a slot is refilled as soon as its row has ended.
+
+    `chunk` and `leave_at` are those of `Engine.decode`.
+    """
+    engine.reset()
+    waiting, busy = list(range(len(contexts)))[::-1], dict[int, int]()
+    while waiting or busy:
+        new = {}
+        for slot in engine.find(RowStatus.EMPTY)[: len(waiting)]:
+            busy[slot] = waiting.pop()
+            new[slot] = contexts[busy[slot]]
+        engine.set_context(params, new)
+        engine.decode(params, chunk, leave_at)
+        for slot in engine.find(RowStatus.NEEDS_RETRIEVAL, RowStatus.DONE):
+            place = busy.pop(slot)
+            ids = engine.rows.tokens[slot, len(contexts[place].ids) : engine.rows.lengths[slot]].tolist()
+            engine.release(slot)
+            yield place, ids
 
 
 def prefill(
