@@ -111,6 +111,8 @@ def read_verdict(reply: str, kind: Kind) -> float | None:
     "1.2", "high", "0.8 or so", "80%", "0,8"); if two of them disagree.
     """
     said = reply.rpartition("</think>")[2]
+    if "<think>" in said:
+        return None
     found = {_read_value(match["value"], kind) for line in said.splitlines() if (match := _LINES[kind].fullmatch(line))}
     return found.pop() if len(found) == 1 else None
 
