@@ -336,14 +336,15 @@ def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int
 def rollout_metrics(trajectories: Sequence[Trajectory], scores: Scores) -> dict[str, float]:
     """What the trajectories of an iteration look like."""
     status = np.asarray([t.status for t in trajectories])
-    parts = {f"reward_{name}": values for name, values in scores.parts.items()}
+    is_valid = scores.is_valid
+    parts = {f"reward_{name}": values[is_valid] for name, values in scores.parts.items()}
     asking = [[i, k] for i, t in enumerate(trajectories) for k, step in enumerate(t.steps) if step.query is not None]
     parts["relevance"] = scores.process[tuple(np.reshape(asking, (-1, 2)).astype(int).T)]
     parts |= {"acc": scores.answers["acc"]} if "acc" in scores.answers else {}
     return {
         "reward": _known_mean(np.asarray([r.sum() for r in scores.rewards])),
         **{name: _known_mean(values) for name, values in parts.items()},
-        **(scores.verdicts.metrics if scores.verdicts is not None else {}),
+        **(scores.verdicts.metrics | {"left_out": 1 - is_valid.mean()} if scores.verdicts is not None else {}),
         "em": float(scores.answers["em"].mean()),
         "f1": float(scores.answers["f1"].mean()),
         "no_answer_rate": float(np.mean(status == Status.NO_ANSWER)),

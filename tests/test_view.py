@@ -1,5 +1,6 @@
 """view.py: who wrote what, right or wrong, and the tables."""
 
+import copy
 import io
 import re
 from html.parser import HTMLParser
@@ -155,6 +156,16 @@ def test_half_width_is_the_agresti_coull_interval():
     assert half_width(50.0, 100) == pytest.approx(9.617, abs=1e-3)
     assert half_width(0.0, 100) > 1.5  # the textbook interval would claim certainty
     assert half_width(50.0, 400) < half_width(50.0, 100)
+
+
+def test_judged_accuracy_is_a_column_where_a_judge_was_asked():
+    judged = copy.deepcopy(EVALS)
+    judged[3]["groups"]["all"]["acc"] = 80.04
+    header = printed(results_table(judged)).splitlines()[1].split()
+    assert header == [title for _, title, *_ in COLUMNS]
+    at = header.index("ACC")
+    assert [row.cells[at].text for row in result_rows(judged)] == ["—", "—", "—", "80.0"]
+    assert ">ACC</th>" in results_html(judged) and ">ACC</th>" not in results_html(EVALS)
 
 
 def test_tables_in_a_terminal():
