@@ -21,7 +21,7 @@ import tiny_run
 from flax import nnx
 from inference_server import Reply, chat, serve
 
-from r3rag_jax import sharding, train
+from r3rag_jax import evaluate, sharding, train
 from r3rag_jax.config import JudgeConfig, MeshConfig, RewardConfig
 from r3rag_jax.endpoint import Endpoint, RateLimit
 from r3rag_jax.errors import UserError
@@ -203,6 +203,13 @@ def test_a_file_of_judgements_survives_a_kill(tmp_path: Path) -> None:
     assert len(endpoint.bodies) == 1 and len(left) == 1
     verdicts, endpoint = ask(tenths, path, [1, 2])
     assert len(endpoint.bodies) == 0  # the new line stands behind the half one, not in it
+
+
+def test_half_a_character_in_a_reply_is_no_reason_to_end_a_run(tmp_path: Path) -> None:
+    for _ in range(2):
+        verdicts, endpoint = ask(lambda _: (200, chat("\ud83d\nRelevance: 0.5")), tmp_path / "j", [1])
+        assert verdicts.values == np.float32(0.5)
+    assert len(endpoint.bodies) == 0
 
 
 def test_a_wrong_score_in_the_file_is_not_taken(tmp_path: Path) -> None:
@@ -795,6 +802,12 @@ def test_a_run_whose_judge_goes_down_goes_on_where_it_was(
         summary = json.loads((tmp_path / "run" / "eval" / f"{system}.json").read_text())
         everything = summary["groups"]["all"]
         assert summary["fingerprint"]["judge"] == "m" and everything["acc"] >= everything["em"]
+    test = tmp_path / "run" / "data" / "test.jsonl"
+    flags = ["--checkpoint", str(tmp_path / "run"), "--questions", str(test), "--name", "again"]
+    with serve(reply) as endpoint:
+        assert evaluate.main([*flags, f"judge.url={endpoint.url}"]) == 0
+    again = json.loads((tmp_path / "run" / "eval" / "again.json").read_text())
+    assert again["groups"] == summary["groups"] and all("Hm." in str(reply(body)) for body in endpoint.bodies)
     said = tiny_run.train(tmp_path, base, judge__url="http://127.0.0.1:9", **settings)
     assert "eval  done before" in said and "ACC" in said
     with pytest.raises(UserError, match=r"judge\.model was 'm', now 'another'"):

@@ -227,13 +227,13 @@ class Judge:
         different = list(dict.fromkeys(inquiries))
         if not different:
             return Verdicts(np.zeros(0, np.float32))
-        keys = [self._key(inquiry) for inquiry in different]
-        values = from_process_0(lambda: self._file.get_all(keys), len(keys))
+        # Keys name the model, which may have to be asked for: in process 0 alone.
+        values = from_process_0(lambda: self._file.get_all(list(map(self._key, different))), len(different))
         new = np.flatnonzero(np.isnan(values)).tolist()
         if new:
 
             def ask_new() -> np.ndarray:
-                return self._ask([different[i] for i in new], [keys[i] for i in new], len(different))
+                return self._ask([different[i] for i in new], len(different))
 
             values[new] = ask_new() if self._chat.is_collective else from_process_0(ask_new, len(new))
         value_of = dict(zip(different, values, strict=True))
@@ -242,8 +242,9 @@ class Judge:
             len(different), len(different) - len(new), int(np.isnan(values).sum()),
         )  # fmt: skip
 
-    def _ask(self, inquiries: Sequence[Inquiry], keys: Sequence[str], num_in_round: int) -> np.ndarray:
+    def _ask(self, inquiries: Sequence[Inquiry], num_in_round: int) -> np.ndarray:
         """float32 [N], NaN = failed."""
+        keys = list(map(self._key, inquiries))
         values = np.full(len(inquiries), np.nan, np.float32)
         allowed = self._max_failure_share * num_in_round
         reasons: list[str] = []
@@ -328,7 +329,8 @@ class Judgements:
             if "score" in row:
                 self._scores[key] = row["score"]
             if stream is not None:
-                stream.write(json.dumps({"key": key, **row}, ensure_ascii=False).encode() + b"\n")
+                line = json.dumps({"key": key, **row}, ensure_ascii=False)
+                stream.write(line.encode("utf-8", "replace") + b"\n")  # a reply may hold half a surrogate pair
 
         with stream or contextlib.nullcontext():
             yield add
