@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +69,10 @@ def serve(reply: Callable[[dict[str, Any]], Reply], extra_headers: dict[str, str
 
     class Listener(ThreadingHTTPServer):
         request_queue_size = 64
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exception(), ConnectionError):  # a client that has left is no news
+                super().handle_error(request, client_address)
 
     server = Listener(("127.0.0.1", 0), Handler)
     endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}/v1")

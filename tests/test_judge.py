@@ -20,6 +20,7 @@ import tiny
 import tiny_run
 from flax import nnx
 from inference_server import Reply, chat, serve
+from rich.console import Console
 
 from r3rag_jax import evaluate, sharding, train
 from r3rag_jax.config import JudgeConfig, MeshConfig, RewardConfig
@@ -31,6 +32,7 @@ from r3rag_jax.rewards.combine import shape_rewards
 from r3rag_jax.rewards.judge import FIELDS, Judge, Judgements, read_verdict
 from r3rag_jax.rewards.score import accuracy, learnable, score
 from r3rag_jax.sampler.chat import ServedChat
+from r3rag_jax.session import Session
 from r3rag_jax.sharding import make_mesh
 from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
 
@@ -186,10 +188,15 @@ def test_what_is_known_is_not_asked_again(tmp_path: Path) -> None:
         pass  # nobody listens there
     judge = open_at(away.url, path, retries=0)
     np.testing.assert_allclose(judge.ask([asking(judge, n) for n in (3, 1)]).values, [0.3, 0.1])
+    with serve(tenths) as endpoint:
+        judge = open_at(endpoint.url, path)
+        for known in (0, 1):  # a judge also remembers what it has just said
+            assert judge.ask([asking(judge, 4)]).num_known == known
+    assert len(endpoint.bodies) == 1
     verdicts, endpoint = ask(tenths, path, [1], model="another")
     assert len(endpoint.bodies) == 1  # another model says something else
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [sorted(row) for row in rows] == [["key", "reply", "score"]] * 4
+    assert [sorted(row) for row in rows] == [["key", "reply", "score"]] * 5
 
 
 def test_a_file_of_judgements_survives_a_kill(tmp_path: Path) -> None:
@@ -734,6 +741,22 @@ def test_what_a_local_judge_keeps_on_a_device_is_planned(judge_dir: Path, tmp_pa
 
     assert planned == {"judge": held(chat_._params), "judge's cache": held(chat_._engine._cache)}
     assert judge_memory(JudgeConfig(url="http://x"), mesh) == {}
+
+
+def test_a_session_plans_and_opens_a_local_judge(judge_dir: Path, base: Path, tmp_path: Path) -> None:
+    settings = {"rewards.process": "judge", "judge.kind": "local", "judge.model": judge_dir, "judge.slots": 8,
+                "judge.max_length": 1024, "judge.max_tokens": 8}  # fmt: skip
+    config = tiny_run.config(tmp_path, base, **{name.replace(".", "__"): value for name, value in settings.items()})
+    session = Session(config, config.run_directory, console=Console(quiet=True))
+    planned = {phase: train.plan_memory(session, phase).parts for phase in ("sft", "rl", "eval")}
+    expected = judge_memory(config.judge, session.mesh)
+    assert expected.items() <= planned["rl"].items()
+    assert not expected.keys() & {*planned["sft"], *planned["eval"]}
+    judge = session.judge
+    assert judge is session.judge and session.judge_mark() == {}
+    verdicts = judge.ask([judge.relevance(QUESTION, Step("hm", query="who", passages=FOUND)) for _ in range(2)])
+    assert np.isnan(verdicts.values).all()  # it has learnt no such line
+    assert (config.run_directory / "judgements.jsonl").read_text().count("failure") == 1
 
 
 def test_a_local_judge_that_is_no_model(tmp_path: Path) -> None:
