@@ -226,8 +226,12 @@ class RolloutConfig:
         "auto", "type of cached keys and values; auto: model.dtype. On CPU bfloat16 is slower, and half as large"
     )
     decode_chunk: int = key(32, "most tokens per row in one call on the device", "tokens")
+    search_turns: int = key(
+        0, "decode calls that a search runs beside, in a thread, while its rows wait; 0: all wait. For slow retrievers"
+    )
     samples: int = key(4, "trajectories per question in RL", "trajectories")
     temperatures: tuple[float, ...] = key((1.0,), "one per sample, repeated as needed; 0 is greedy")
+    stop_strings: tuple[str, ...] = key((), "text that ends a step like a stop token, wherever in a token it ends")
     min_p: float = key(0.0, "tokens below this share of the largest probability are not sampled", "fraction")
     top_k_tokens: int = key(0, "only so many of the most likely tokens are sampled; 0: all", "tokens")
     top_p: float = key(1.0, "only the most likely tokens that hold this share of them are sampled; 1: all", "fraction")
@@ -244,12 +248,19 @@ class RolloutConfig:
     server_timeout_s: float = key(600.0, "longest silence of the server in a call", "seconds")
 
     def __post_init__(self) -> None:
-        _each(self, "rollout.", AT_LEAST_0, "server_retries")
+        _each(self, "rollout.", AT_LEAST_0, "server_retries search_turns")
         _each(self, "rollout.", ABOVE_0, "server_timeout_s")
         _require(
             self.server == "" or URL.fullmatch(self.server) is not None,
             "rollout.server must be an http(s) URL without user, query or fragment, e.g. http://localhost:8000/v1; "
             f"got {self.server.rpartition('@')[2]!r}",
+            "rollout.server",
+        )
+        _require("" not in self.stop_strings, "rollout.stop_strings must not be empty; got ''", "rollout.stop_strings")
+        _require(
+            self.server == "" or self.stop_strings == (),
+            f"rollout.stop_strings must be none when rollout.server is given; got {', '.join(self.stop_strings)}",
+            "rollout.stop_strings",
             "rollout.server",
         )
         _require(
@@ -310,6 +321,9 @@ class RLConfig:
     iterations: int = key(40, "rollout-and-update rounds", "iterations")
     questions: int = key(32, "questions per iteration", "questions")
     epochs: int = key(1, "passes over an iteration's trajectories", "epochs")
+    ahead: bool = key(
+        False, "the next iteration's rollouts run beside the update, with the policy as it was before: one step behind"
+    )
     batch_rows: int = key(16, "packed rows per update", "rows")
     row_length: int = key(512, "length of a packed row", "tokens")
     lr: float = key(5e-7, "peak learning rate of the policy, cosine to 10 %")
@@ -477,6 +491,9 @@ class MeshConfig:
     data: int = key(-1, "data parallel size; -1 takes what the others leave", "devices")
     fsdp: int = key(1, "parameter sharding", "devices")
     tensor: int = key(1, "tensor parallel size", "devices")
+    sampler_devices: int = key(
+        0, "the last devices, which do rollouts alone while the others train (`rl.ahead`); 0: all do both", "devices"
+    )
     distributed: bool = key(False, "start jax.distributed; its coordinator is detected on TPU pods and Slurm")
     coordinator: str = key("", "host:port of process 0 where detection does not work")
     num_processes: int = key(0, "number of processes with an explicit coordinator", "processes")
@@ -485,6 +502,13 @@ class MeshConfig:
     def __post_init__(self) -> None:
         _each(self, "mesh.", MESH_SIZE, "data")
         _each(self, "mesh.", AT_LEAST_1, "fsdp tensor")
+        _each(self, "mesh.", AT_LEAST_0, "sampler_devices")
+        _require(
+            self.sampler_devices == 0 or not self.distributed,
+            f"mesh.sampler_devices must be 0 when mesh.distributed is true; got {self.sampler_devices}",
+            "mesh.sampler_devices",
+            "mesh.distributed",
+        )
         if self.coordinator:
             self._check_coordinator()
             return
@@ -577,6 +601,12 @@ class Config:
             f"{self.rollout.max_length}, for a trajectory fills one row; got {self.rl.row_length}",
             "rl.row_length",
             "rollout.max_length",
+        )
+        _require(
+            not (self.rl.ahead and self.mesh.distributed),
+            "rl.ahead must be false when mesh.distributed is true: processes launch programs in one order; got true",
+            "rl.ahead",
+            "mesh.distributed",
         )
         self._check_judge()
         if self.rollout.server:

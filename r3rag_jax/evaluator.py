@@ -97,9 +97,7 @@ def _reading_ids(
 def _read_trajectory(
     tokenizer: Tokenizer, question: Question, passages: tuple[Passage, ...], ids: list[int]
 ) -> Trajectory:
-    stops = reading_stops(tokenizer)
-    has_ended = bool(ids) and ids[-1] in stops
-    text = tokenizer.decode(ids[:-1] if has_ended else ids, skip_special=True).strip()
+    text = tokenizer.decode(ids, skip_special=True).partition("\n")[0].strip()  # a token may hold more than the newline
     steps = [Step("", query=question.question, passages=passages)] if passages else []
     if not text:
         return Trajectory(question, tuple(steps), Status.NO_ANSWER)

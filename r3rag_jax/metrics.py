@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -9,8 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.monitoring
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX tells its listeners at every compilation
+
+
+def num_compiled() -> int:
+    """Programs that were compiled, or read from the compile cache, in this process since the first call of this."""
+    return len(_compiled())
+
+
+@functools.cache
+def _compiled() -> list[str]:
+    events: list[str] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return events
 
 
 class MetricsLog:

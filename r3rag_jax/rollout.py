@@ -5,21 +5,27 @@
                └───────────────────────────────────────────────────────────────────┘
 A slot is refilled as soon as its row ends, so slow questions do not hold up the others. What a step means is the same
 whoever samples it: `Roller` plays with the engine of this package, `ServedRoller` with a user's inference server.
+
+With `rollout.search_turns` above 0 a search runs in a thread beside so many decode calls of the other rows. When it is
+awaited is counted in calls, never by the clock: however slow the retriever, the same calls are made with the same
+numbers in them, on every process of a pod.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
 from r3rag_jax.config import RolloutConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.retrieval.base import Hit, Retriever
 from r3rag_jax.retrieval.passages import select_passages
 from r3rag_jax.sampler.engine import Context, Engine
 from r3rag_jax.sampler.server import Completion, Server
@@ -28,7 +34,7 @@ from r3rag_jax.transcript import Codec, Transcript
 from r3rag_jax.types import Question, Status, Step, Trajectory
 
 OnDone = Callable[[Trajectory], None]
-Place = TypeVar("Place")  # what a backend calls a row by: its slot, or its place among the jobs
+Hits = Callable[[], list[list[Hit]]]  # of a search that may be under way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,140 +80,167 @@ class Player(Protocol):
         ...
 
 
-class _Loop:
-    """What every backend shares: reading a step, retrieving for it, ending a trajectory."""
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What every backend shares: what a row is to continue, what a step means, what its passages are."""
 
-    def __init__(
-        self, codec: Codec, retriever: Retriever, config: RolloutConfig, max_length: int, top_k: int, max_passages: int
-    ):
-        self.codec, self.retriever, self.config, self.max_length = codec, retriever, config, max_length
-        self.top_k, self.max_passages = top_k, max_passages
+    codec: Codec
+    retriever: Retriever
+    config: RolloutConfig
+    top_k: int
+    max_passages: int
 
-    def _context(self, row: _Row) -> Context:
+    def context(self, row: _Row) -> Context:
         """What the row is to continue. A prompt that does not fit the context at all is an error of the setting."""
         budget = min(self.config.max_new_tokens, self._num_left(row))
         return Context(row.transcript.context, budget, row.job.temperature, row.job.key(len(row.steps)))
 
-    def _num_left(self, row: _Row) -> int:
-        """Tokens that the trajectory may still sample."""
-        limit = self.config.max_trajectory_tokens
-        return limit - row.num_sampled if limit else self.max_length * self.config.max_steps
-
-    def _read(self, row: _Row, ids: Sequence[int], logprobs: np.ndarray) -> None:
+    def read(self, row: _Row, ids: Sequence[int], logprobs: np.ndarray) -> None:
         """Append the step that was sampled behind the row's context."""
         row.transcript.write(ids, logprobs)
         step = self.codec.parse_step(ids, len(row.steps) + 1)
         row.num_sampled += len(ids)
-        row.was_cut_off = ids[-1] != self.codec.eos_id and ids[-1] not in self.codec.stop_ids
+        row.was_cut_off = ids[-1] not in {self.codec.eos_id, *self.codec.stop_ids} and self.end_of(ids) == 0
         if row.was_cut_off:
             step = Step(step.analysis, step.query, step.answer, is_well_formed=False)
         row.steps.append(step)
 
-    def _go_on(self, rows: Mapping[Place, _Row]) -> tuple[dict[Place, Trajectory], dict[Place, Context]]:
-        """Of rows that have just written a step: the trajectories that ended, and what the others are to continue.
+    def end_of(self, ids: Sequence[int]) -> int:
+        """Where the first stop string ends, or 0; see `Engine.stop_at`."""
+        strings = self.config.stop_strings
+        return self.codec.tokenizer.end_of(strings, ids) if strings else 0
 
-        Those that ask are answered in one batched search.
-        """
-        ended: dict[Place, Trajectory] = {}
-        contexts: dict[Place, Context] = {}
-        asking: dict[Place, _Row] = {}
-        for place, row in rows.items():
-            step = row.steps[-1]
-            if row.was_cut_off and self._num_left(row) == 0:
-                ended[place] = row.finish(Status.NO_ANSWER)
-            elif not step.is_well_formed:
-                ended[place] = row.finish(Status.FORMAT_ERROR)
-            elif step.answer is not None:
-                ended[place] = row.finish(Status.ANSWERED)
-            else:
-                asking[place] = row
-        self._retrieve(list(asking.values()))
-        for place, row in asking.items():
-            has_room = len(row.transcript.context) < self.max_length - 1
-            if len(row.steps) < self.config.max_steps and has_room and self._num_left(row) > 0:
-                contexts[place] = self._context(row)
-            else:
-                ended[place] = row.finish(Status.NO_ANSWER)
-        return ended, contexts
+    def end(self, row: _Row) -> Trajectory | None:
+        """The trajectory, where the step just read ends it; None where it asks."""
+        step = row.steps[-1]
+        if row.was_cut_off and self._num_left(row) == 0:
+            return row.finish(Status.NO_ANSWER)
+        if not step.is_well_formed:
+            return row.finish(Status.FORMAT_ERROR)
+        return None if step.answer is None else row.finish(Status.ANSWERED)
 
-    def _retrieve(self, rows: Sequence[_Row]) -> None:
-        """One batched search for all rows; passages seen before make room for deeper hits."""
-        if not rows:
-            return
+    def search(self, rows: Sequence[_Row]) -> list[list[Hit]]:
+        """One batched search for the rows' queries; deep enough for `tell`."""
         depth = self.top_k + max(len(row.seen) for row in rows)
-        hits = self.retriever.search([row.steps[-1].query or "" for row in rows], depth)
-        for row, found in zip(rows, hits, strict=True):
-            passages = select_passages(found, row.seen, self.top_k, max_passages=self.max_passages)
-            row.seen |= {passage.id for passage in passages}
-            row.steps[-1] = dataclasses.replace(row.steps[-1], passages=passages)
-            row.transcript.splice(passages)
+        return self.retriever.search([row.steps[-1].query or "" for row in rows], depth)
+
+    def tell(self, row: _Row, hits: Sequence[Hit]) -> Trajectory | None:
+        """Append the passages; those seen before make room for deeper hits. The trajectory, where no budget is left."""
+        passages = select_passages(hits, row.seen, self.top_k, max_passages=self.max_passages)
+        row.seen |= {passage.id for passage in passages}
+        row.steps[-1] = dataclasses.replace(row.steps[-1], passages=passages)
+        row.transcript.splice(passages)
+        has_room = len(row.transcript.context) < self.config.max_length - 1
+        if len(row.steps) < self.config.max_steps and has_room and self._num_left(row) > 0:
+            return None
+        return row.finish(Status.NO_ANSWER)
+
+    def _num_left(self, row: _Row) -> int:
+        """Tokens that the trajectory may still sample."""
+        limit = self.config.max_trajectory_tokens
+        return limit - row.num_sampled if limit else self.config.max_length * self.config.max_steps
 
 
-class Roller(_Loop):
-    """Plays jobs with one engine, retriever and protocol."""
+class _Game:
+    """Jobs under way: which wait, which have a place to be written at, what has come of the others."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        codec: Codec,
-        retriever: Retriever,
-        config: RolloutConfig,
-        *,
-        top_k: int,
-        max_passages: int,
-    ):
-        super().__init__(codec, retriever, config, engine.max_length, top_k, max_passages)
-        self.engine = engine
+    def __init__(self, rules: Rules, jobs: Sequence[Job], on_done: OnDone | None):
+        self._rules, self._on_done = rules, on_done
+        self._queue = deque(enumerate(jobs))
+        self._numbers: dict[int, int] = {}  # place -> number of its job
+        self.rows: dict[int, _Row] = {}  # place -> row
+        self._done: dict[int, Trajectory] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    def start(self, place: int) -> Context:
+        """Give a place the next job that waits."""
+        self._numbers[place], job = self._queue.popleft()
+        self.rows[place] = _Row(job, self._rules.codec)
+        return self._rules.context(self.rows[place])
+
+    def end(self, place: int, trajectory: Trajectory | None) -> bool:
+        """Whether the place is free: it is where there is a trajectory."""
+        if trajectory is None:
+            return False
+        del self.rows[place]
+        self._done[self._numbers.pop(place)] = trajectory
+        if self._on_done is not None:
+            self._on_done(trajectory)
+        return True
+
+    def trajectories(self) -> list[Trajectory]:
+        """In the order of the jobs, all of which have ended."""
+        return [self._done[number] for number in range(len(self._done))]
+
+
+class Roller:
+    """Plays jobs with one engine."""
+
+    def __init__(self, engine: Engine, rules: Rules):
+        self.engine, self.rules = engine, rules
 
     def play(self, params: Any, jobs: Sequence[Job], on_done: OnDone | None = None) -> list[Trajectory]:
         """See `Player`; `params` are the policy's."""
         self.engine.reset()
-        done: dict[int, Trajectory] = {}
-        queue = deque(enumerate(jobs))
-        busy: dict[int, tuple[int, _Row]] = {}  # slot -> (place in jobs, row)
-        while queue or busy:
-            contexts: dict[int, Context] = {}
-            for slot in self.engine.find(RowStatus.EMPTY)[: len(queue)]:
-                place, job = queue.popleft()
-                busy[slot] = place, _Row(job, self.codec)
-                contexts[slot] = self._context(busy[slot][1])
-            self.engine.set_context(params, contexts)
-            leave_at = max(1, len(busy) // 4)
-            self.engine.decode(params, self.config.decode_chunk, leave_at)
-            waiting = self.engine.find(RowStatus.NEEDS_RETRIEVAL, RowStatus.DONE)
-            for slot in waiting:
-                self._read_slot(slot, busy[slot][1])
-            ended, contexts = self._go_on({slot: busy[slot][1] for slot in waiting})
-            self.engine.set_context(params, contexts)
-            for slot, trajectory in ended.items():
+        game, config = _Game(self.rules, jobs, on_done), self.rules.config
+        searches: deque[tuple[int, list[int], Hits]] = deque()  # the last turn it runs beside, slots, hits of each
+        with ThreadPoolExecutor(max(1, config.search_turns)) as pool:
+            for turn in itertools.count():
+                while searches and searches[0][0] < turn:
+                    self._tell(params, game, *searches.popleft()[1:])
+                empty = self.engine.find(RowStatus.EMPTY)[: game.num_waiting]
+                self.engine.set_context(params, {slot: game.start(slot) for slot in empty})
+                if not game.rows:
+                    return game.trajectories()
+                while searches and not self.engine.find(RowStatus.ACTIVE):
+                    self._tell(params, game, *searches.popleft()[1:])
+                if active := self.engine.find(RowStatus.ACTIVE):
+                    self.engine.decode(params, config.decode_chunk, leave_at=max(1, len(active) // 4))
+                if asking := self._read(game):
+                    hits = self._search(pool, [game.rows[slot] for slot in asking])
+                    searches.append((turn + config.search_turns, asking, hits))
+        raise AssertionError("the loop ends by returning")
+
+    def _read(self, game: _Game) -> list[int]:
+        """Read what has been written to its end; returns the slots that ask."""
+        asking = []
+        for slot in self.engine.find(RowStatus.NEEDS_RETRIEVAL, RowStatus.DONE):
+            row, rows = game.rows[slot], self.engine.rows
+            written = slice(len(row.transcript.context), int(rows.lengths[slot]))
+            self.rules.read(row, rows.tokens[slot, written].tolist(), rows.logprobs[slot, written].copy())
+            if game.end(slot, self.rules.end(row)):
                 self.engine.release(slot)
-                done[busy.pop(slot)[0]] = trajectory
-                if on_done is not None:
-                    on_done(trajectory)
-        return [done[place] for place in range(len(jobs))]
+            else:
+                self.engine.hold(slot)
+                asking.append(slot)
+        return asking
 
-    def _read_slot(self, slot: int, row: _Row) -> None:
-        """Read what the slot has sampled since its last context."""
-        start, end = len(row.transcript.context), int(self.engine.rows.lengths[slot])
-        ids = self.engine.rows.tokens[slot, start:end].tolist()
-        self._read(row, ids, self.engine.rows.logprobs[slot, start:end].copy())
+    def _search(self, pool: ThreadPoolExecutor, rows: Sequence[_Row]) -> Hits:
+        """Start a search: here, when its hits are asked for, where none is to run beside anything."""
+        if self.rules.config.search_turns == 0:
+            return functools.partial(self.rules.search, rows)
+        return pool.submit(self.rules.search, rows).result
+
+    def _tell(self, params: Any, game: _Game, slots: Sequence[int], hits: Hits) -> None:
+        """Let the slots go on with their passages, or end."""
+        contexts = {}
+        for slot, found in zip(slots, hits(), strict=True):
+            row = game.rows[slot]
+            if game.end(slot, self.rules.tell(row, found)):
+                self.engine.release(slot)
+            else:
+                contexts[slot] = self.rules.context(row)
+        self.engine.set_context(params, contexts)
 
 
-class ServedRoller(_Loop):
+class ServedRoller:
     """Plays jobs with a user's inference server, `rollout.slots` requests in flight; see `sampler/server.py`."""
 
-    def __init__(
-        self,
-        server: Server,
-        codec: Codec,
-        retriever: Retriever,
-        config: RolloutConfig,
-        *,
-        top_k: int,
-        max_passages: int,
-    ):
-        super().__init__(codec, retriever, config, config.max_length, top_k, max_passages)
-        self.server = server
+    def __init__(self, server: Server, rules: Rules):
+        self.server, self.rules = server, rules
 
     def play(self, params: Any, jobs: Sequence[Job], on_done: OnDone | None = None) -> list[Trajectory]:
         """See `Player`; `params` are not used, the server has its own.
@@ -215,19 +248,16 @@ class ServedRoller(_Loop):
         Raises:
             UserError: the server failed. Requests in flight are awaited first, and `on_done` hears of what they end.
         """
-        done: dict[int, Trajectory] = {}
-        queue = deque(enumerate(jobs))
-        rows: dict[int, _Row] = {}
-        busy: dict[Future[Completion], int] = {}  # a request in flight -> its place in jobs
-        failure: UserError | None = None
-        with ThreadPoolExecutor(self.config.slots) as pool, self.server.session():
-            while busy or (queue and failure is None):
-                while queue and failure is None and len(busy) < self.config.slots:
-                    place, job = queue.popleft()
-                    rows[place] = _Row(job, self.codec)
-                    busy[pool.submit(self.server.complete, self._context(rows[place]))] = place
-                written = {}
-                for future in wait(busy, return_when=FIRST_COMPLETED).done:
+        game, slots = _Game(self.rules, jobs, on_done), self.rules.config.slots
+        busy: dict[Future[Completion], int] = {}  # a request in flight -> its place
+        places, failure = itertools.count(), None
+        with ThreadPoolExecutor(slots) as pool, self.server.session():
+            while busy or (game.num_waiting and failure is None):
+                while game.num_waiting and failure is None and len(busy) < slots:
+                    place = next(places)
+                    busy[pool.submit(self.server.complete, game.start(place))] = place
+                asking = []
+                for future in sorted(wait(busy, return_when=FIRST_COMPLETED).done, key=busy.__getitem__):
                     place = busy.pop(future)
                     try:
                         completion = future.result()
@@ -235,15 +265,15 @@ class ServedRoller(_Loop):
                         failure = failure or error
                         self.server.give_up()
                         continue
-                    self._read(rows[place], completion.ids, completion.behaviour_logprobs)
-                    written[place] = rows[place]
-                ended, contexts = self._go_on(dict(sorted(written.items())))
-                for place, trajectory in ended.items():
-                    done[place] = trajectory
-                    if on_done is not None:
-                        on_done(trajectory)
-                if failure is None:
-                    busy |= {pool.submit(self.server.complete, context): place for place, context in contexts.items()}
+                    row = game.rows[place]
+                    self.rules.read(row, completion.ids, completion.behaviour_logprobs)
+                    if not game.end(place, self.rules.end(row)):
+                        asking.append(place)
+                hits = self.rules.search([game.rows[place] for place in asking]) if asking else []
+                for place, found in zip(asking, hits, strict=True):
+                    row = game.rows[place]
+                    if not game.end(place, self.rules.tell(row, found)) and failure is None:
+                        busy[pool.submit(self.server.complete, self.rules.context(row))] = place
         if failure is not None:
             raise failure
-        return [done[place] for place in range(len(jobs))]
+        return game.trajectories()

@@ -45,10 +45,10 @@ from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.faiss_index import FaissIndex
 from r3rag_jax.rewards.judge import Judge
 from r3rag_jax.rl.distribution import Truncation
-from r3rag_jax.rollout import Player, Roller, ServedRoller
+from r3rag_jax.rollout import Player, Roller, Rules, ServedRoller
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.server import Server
-from r3rag_jax.sharding import make_mesh, tree_shardings
+from r3rag_jax.sharding import make_mesh, make_sampler_mesh, tree_shardings
 from r3rag_jax.text import Tokenizer, read_template
 from r3rag_jax.transcript import Codec
 from r3rag_jax.types import Passage, Question, Trajectory
@@ -133,6 +133,7 @@ class Session:
     def __init__(self, config: Config, run_dir: Path, *, console: Console | None = None):
         self.config, self.run_dir = config, Path(run_dir)
         self.mesh: Mesh = make_mesh(config.mesh)
+        self.sampler_mesh: Mesh = make_sampler_mesh(config.mesh, self.mesh)
         self.console = console or Console(quiet=jax.process_index() != 0)
         self.log = MetricsLog(self.run_dir)
 
@@ -223,9 +224,9 @@ class Session:
             )
         return nnx.split(decoder)[1]
 
-    def _param_shardings(self) -> Any:
+    def _param_shardings(self, mesh: Mesh | None = None) -> Any:
         shapes = nnx.split(nnx.eval_shape(self.new_decoder))[1]
-        return tree_shardings(self.mesh, shapes, PARAM_AXES)
+        return tree_shardings(mesh or self.mesh, shapes, PARAM_AXES)
 
     def policy_dir(self, phase: str) -> Path:
         """Where a finished phase leaves the policy, as a Hugging Face directory."""
@@ -339,7 +340,7 @@ class Session:
     def engine(self) -> Engine:
         rollout = self.config.rollout
         return Engine(
-            self.graphdef, self.decoder_config, self.mesh, slots=rollout.slots, max_length=rollout.max_length,
+            self.graphdef, self.decoder_config, self.sampler_mesh, slots=rollout.slots, max_length=rollout.max_length,
             truncation=Truncation.of(rollout), dtype=self.cache_dtype,
         )  # fmt: skip
 
@@ -352,24 +353,20 @@ class Session:
     def roller(self, top_k: int | None = None) -> Player:
         """The engine, or the user's server, set up for trajectories of the configured protocol."""
         codec, retrieval = self.codec, self.config.retrieval
+        rules = Rules(codec, self.retriever, self.config.rollout, top_k or retrieval.top_k, retrieval.max_passages)
         if self.config.rollout.server:
-            return ServedRoller(
-                self.server(codec.eos_id, codec.stop_ids), codec, self.retriever, self.config.rollout,
-                top_k=top_k or retrieval.top_k, max_passages=retrieval.max_passages,
-            )  # fmt: skip
+            return ServedRoller(self.server(codec.eos_id, codec.stop_ids), rules)
         pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
-        self.engine.stop_at(pauses, [i for i in (codec.eos_id,) if i not in pauses])
-        return Roller(
-            self.engine, codec, self.retriever, self.config.rollout,
-            top_k=top_k or retrieval.top_k, max_passages=retrieval.max_passages,
-        )  # fmt: skip
+        end_of = rules.end_of if self.config.rollout.stop_strings else None
+        self.engine.stop_at(pauses, [i for i in (codec.eos_id,) if i not in pauses], end_of)
+        return Roller(self.engine, rules)
 
     def reading_engine(self) -> Engine | Server:
         """The engine, or the user's server, set up for the baselines' one line of answer."""
         stops = reading_stops(self.tokenizer)
         if self.config.rollout.server:
             return self.server(self.tokenizer.eos_id, [i for i in stops if i != self.tokenizer.eos_id])
-        self.engine.stop_at((), stops)
+        self.engine.stop_at((), stops, functools.partial(self.tokenizer.end_of, ("\n",)))
         return self.engine
 
     def server(self, eos_id: int, stop_ids: Sequence[int] = ()) -> Server:
@@ -396,7 +393,13 @@ class Session:
 
     def sampling_params(self, load: Callable[[], Any]) -> Any:
         """What rollouts take: the parameters that `load` gives, or None where a server has its own."""
-        return None if self.config.rollout.server else load()
+        return None if self.config.rollout.server else self.to_sampler(load())
+
+    def to_sampler(self, params: Any) -> Any:
+        """The policy's parameters where rollouts run."""
+        if self.sampler_mesh is self.mesh:
+            return params
+        return jax.device_put(params, self._param_shardings(self.sampler_mesh))
 
     def sampling_mark(self) -> dict[str, Any]:
         """What a fingerprint says of a user's server: which one, and which model it served."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -43,12 +43,17 @@ def start_distributed(config: MeshConfig) -> None:
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices of all processes, with Auto axes.
+    """The mesh (data, fsdp, tensor) over all devices of all processes but the sampler's own, with Auto axes.
 
     Raises:
         UserError: the sizes do not multiply to the number of devices.
     """
-    num_devices = jax.device_count()
+    devices = jax.devices()[: jax.device_count() - config.sampler_devices]
+    num_devices = len(devices)
+    if num_devices < 1:
+        raise UserError(
+            f"mesh.sampler_devices must leave one of the {jax.device_count()} devices; got {config.sampler_devices}"
+        )
     rest = config.fsdp * config.tensor
     data = num_devices // rest if config.data == -1 else config.data
     if data * rest != num_devices:
@@ -56,7 +61,17 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh.data * mesh.fsdp * mesh.tensor must be the number of devices, {num_devices}; "
             f"got {config.data} * {config.fsdp} * {config.tensor}"
         )
-    return jax.make_mesh((data, config.fsdp, config.tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    return _mesh((data, config.fsdp, config.tensor), devices)
+
+
+def make_sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
+    """Where rollouts run: on devices of their own, each with all the weights, or on `mesh` like everything else."""
+    num_devices = config.sampler_devices
+    return _mesh((num_devices, 1, 1), jax.devices()[-num_devices:]) if num_devices else mesh
+
+
+def _mesh(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> Mesh:
+    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
 def traced_on(mesh: Mesh, function: Callable[..., T]) -> Callable[..., T]:

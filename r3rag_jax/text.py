@@ -7,6 +7,7 @@ transformers renders with.
 
 from __future__ import annotations
 
+import bisect
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,18 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Return the text of ids, with special tokens written out unless skipped."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def end_of(self, strings: Sequence[str], ids: Sequence[int]) -> int:
+        """How many of the ids it takes to spell the first of the strings to its end; 0 where they spell none.
+
+        A string may begin and end within tokens: `.\\n` is one token in many vocabularies.
+        """
+
+        def spells(count: int) -> bool:
+            text = self.decode(ids[:count])
+            return any(string in text for string in strings)
+
+        return bisect.bisect_left(range(len(ids) + 1), True, key=spells) if spells(len(ids)) else 0
 
     def __contains__(self, token: str) -> bool:
         """Whether one token is spelled so."""

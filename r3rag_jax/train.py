@@ -6,10 +6,12 @@ Runs the configured phases in order; the same command again resumes where it sto
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -28,7 +30,7 @@ from r3rag_jax.data.sft import SFTBatches, SFTSample
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluator import fingerprint, play_greedy, read_answers, summarise
 from r3rag_jax.judges import judge_memory
-from r3rag_jax.metrics import Bar
+from r3rag_jax.metrics import Bar, num_compiled
 from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.report import write_report
@@ -58,15 +60,15 @@ def run(config: Config, console: Console | None = None) -> Session:
     session = Session(config, config.run_directory, console=console)
     say = session.console.print
     plans = {name: plan_memory(session, name) for name in config.phases if is_ahead(session, name)}
-    for planned in plans.values():
+    for planned in itertools.chain(*plans.values()):
         planned.check()  # before there is a directory, so that the same name can be had with other settings
     open_run(config)
     phases = {"index": index_phase, "sft": sft_phase, "rl": rl_phase, "eval": eval_phase}
     did_work = False
     for name in config.phases:
         started = time.monotonic()
-        if name in plans:
-            say(f"[dim]memory of {name}: {plans[name]}[/]", highlight=False)
+        for planned in plans.get(name, ()):
+            say(f"[dim]memory of {name}: {planned}[/]", highlight=False)
         if phases[name](session):
             say(f"[green]✓[/] {name}  {time.monotonic() - started:.0f} s", highlight=False)
             did_work = True
@@ -91,8 +93,11 @@ def is_ahead(session: Session, phase: str) -> bool:
     return phase != "index" and not session.policy_dir(phase).exists()
 
 
-def plan_memory(session: Session, phase: str) -> MemoryPlan:
-    """What the phase keeps on each device: what it starts from, what it trains, the sampler's cache."""
+def plan_memory(session: Session, phase: str) -> list[MemoryPlan]:
+    """What the phase keeps on each device: what it starts from, what it trains, the sampler's cache.
+
+    Two plans where the sampler has devices of its own.
+    """
     config, mesh = session.config, session.mesh
     session.codec  # noqa: B018  # a tokenizer without the protocol's tags is told of first
     shapes = nnx.split(nnx.eval_shape(session.new_decoder))[1]
@@ -119,12 +124,18 @@ def plan_memory(session: Session, phase: str) -> MemoryPlan:
         if phase == "rl" and config.lora.rank:
             parts["merged"] = size(shapes)
     if phase == "sft":
-        return plan(mesh, parts)
-    rollout = config.rollout
-    return plan(
-        mesh, parts, session.decoder_config, slots=rollout.slots, max_length=rollout.max_length,
+        return [plan(mesh, parts)]
+    rollout, sampler_mesh = config.rollout, session.sampler_mesh
+    own = parts
+    if sampler_mesh is not mesh:
+        own = {"weights": bytes_per_device(shapes, tree_shardings(sampler_mesh, shapes, PARAM_AXES))}
+    elif phase == "rl" and config.rl.ahead:
+        own = parts | {"weights ahead": size(shapes)}
+    sampler = plan(
+        sampler_mesh, own, session.decoder_config, slots=rollout.slots, max_length=rollout.max_length,
         dtype=session.cache_dtype,
     )  # fmt: skip
+    return [sampler] if sampler_mesh is mesh else [plan(mesh, parts), sampler]
 
 
 def shapes_to_zeros(shapes: Any) -> Any:
@@ -192,34 +203,86 @@ def rl_phase(session: Session) -> bool:
         return False
     trainer = PPO(session)
     rewind_trajectories(session, trainer.iteration)
-    questions, dev = session.questions("rl"), session.questions("dev")
-    roller = session.roller()
+    rollouts, dev = Rollouts(session), session.questions("dev")
     judge = session.judge if session.config.rewards.needs_judge else None
     bar = Bar("RL", config.iterations, console=session.console, live=session.config.log.progress,
               done=trainer.iteration)  # fmt: skip
-    with bar:
+
+    def is_at(number: int, every: int) -> bool:
+        return number % every == 0
+
+    with bar, rollouts:
         while trainer.iteration < config.iterations:
-            started, number = time.monotonic(), trainer.iteration
-            jobs = iteration_jobs(session.config, questions, number)
-            trajectories = roller.play(trainer.policy_params, jobs)
+            started, number, compiled = time.monotonic(), trainer.iteration, num_compiled()
+            trajectories = rollouts.of(number, trainer.policy_params)
+            following = number + 1
+            # Not across a checkpoint, which a run may resume from, nor an evaluation, which takes the sampler itself.
+            is_free = not (is_at(following, config.checkpoint_every) or (dev and is_at(following, config.eval_every)))
+            if config.ahead and is_free and following < config.iterations:
+                rollouts.start(following, trainer.policy_params)
             scores = score(trajectories, session.config.rewards, session.retriever.encoder,
                            max_steps=session.config.rollout.max_steps, judge=judge)  # fmt: skip
             metrics = rollout_metrics(trajectories, scores) | {"rollout_s": time.monotonic() - started}
             trajectories, scores = learnable(trajectories, scores)
             metrics |= trainer.update(trajectories, scores)
-            if dev and trainer.iteration % config.eval_every == 0:
-                played = play_greedy(session.roller(), trainer.policy_params, dev)
+            if dev and is_at(trainer.iteration, config.eval_every):
+                played = play_greedy(session.roller(), session.to_sampler(trainer.policy_params), dev)
                 metrics["dev_em"] = summarise("dev", played, {})["groups"]["all"]["em"] / 100
             tokens = sum(len(sample) for trajectory in trajectories for sample in trajectory.samples)
             metrics["tokens_per_s"] = tokens / (time.monotonic() - started)
+            metrics["num_compiled"] = num_compiled() - compiled
             session.log.write("rl", number, metrics)
             keep_trajectories(session, trajectories, scores, number)
             bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
-            if trainer.iteration % config.checkpoint_every == 0 and trainer.iteration < config.iterations:
+            if is_at(trainer.iteration, config.checkpoint_every) and trainer.iteration < config.iterations:
                 trainer.save()
     session.save_policy("rl", trainer.policy_params)
     trainer.checkpoints.close()
     return True
+
+
+class Rollouts:
+    """The trajectories of each iteration, sampled when they are asked for or, with `rl.ahead`, in a thread before.
+
+    What is sampled ahead has the policy before the update beside it, so the ratios of PPO correct for one update more:
+    they are to the log-probabilities that were recorded. Weights change without a new compilation.
+    """
+
+    def __init__(self, session: Session):
+        mesh = session.sampler_mesh
+        if session.config.rl.ahead and mesh is session.mesh and mesh.size > 1:
+            raise UserError(
+                "rl.ahead must have one device, or mesh.sampler_devices of its own: two threads cannot launch programs "
+                f"on the same {mesh.size} devices; got mesh.sampler_devices={session.config.mesh.sampler_devices}"
+            )
+        self._session, self._questions = session, session.questions("rl")
+        self._roller = session.roller()
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: tuple[int, Future[list[Trajectory]]] | None = None
+
+    def __enter__(self) -> Rollouts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def of(self, iteration: int, params: Any) -> list[Trajectory]:
+        """Those started for the iteration, or else sampled now by the policy of `params`."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == iteration:
+            return ahead[1].result()
+        return self._play(iteration, self._session.to_sampler(params))
+
+    def start(self, iteration: int, params: Any) -> None:
+        """Sample the iteration's in a thread; `params` may be donated as soon as this returns."""
+        if self._session.sampler_mesh is self._session.mesh:
+            own = jax.tree.map(jnp.copy, params)
+        else:
+            own = self._session.to_sampler(params)
+        self._ahead = iteration, self._thread.submit(self._play, iteration, own)
+
+    def _play(self, iteration: int, params: Any) -> list[Trajectory]:
+        return self._roller.play(params, iteration_jobs(self._session.config, self._questions, iteration))
 
 
 class PPO:

@@ -291,6 +291,8 @@ def test_files_that_cannot_be_read(write: Write) -> None:
          " false when rollout.server is given; got true"),
         (["phases=index", "rollout.server=http://h", "rollout.server_extras=false", "rollout.min_p=0.1"],
          "rollout.min_p and rollout.top_k_tokens must be 0 when rollout.server_extras is false; got 0.1 and 0"),
+        (["phases=index", "rollout.server=http://h", "rollout.stop_strings=a"],
+         "rollout.stop_strings must be none when rollout.server is given; got a"),
         (["rollout.server_retries=-1"], "rollout.server_retries must be at least 0; got -1"),
         (["rollout.server_timeout_s=0"], "rollout.server_timeout_s must be above 0; got 0.0"),
         (["rewards.process=judge"], "judge.url must be given when rewards.process is judge (and judge.kind is"

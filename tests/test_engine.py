@@ -12,6 +12,7 @@ from flax import nnx
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.rl.losses import chunked_logprobs
+from r3rag_jax.sampler import engine as engine_module
 from r3rag_jax.sampler.engine import Context, Engine, invert
 from r3rag_jax.sampler.state import RowStatus
 from r3rag_jax.sharding import make_mesh
@@ -26,7 +27,8 @@ def model():
 
 def make_engine(model, slots=4, pauses=(), stops=(), **options):
     graphdef, params = nnx.split(model)
-    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), slots=slots, max_length=MAX_LENGTH, **options)
+    options = {"slots": slots, "max_length": MAX_LENGTH, **options}
+    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), **options)
     engine.stop_at(pauses, stops)
     return engine, params
 
@@ -177,6 +179,38 @@ def test_trajectory_does_not_depend_on_slot_or_neighbours(model):
     assert crowd.rows.tokens[5, 24:44].tolist() == alone.rows.tokens[0, 24:44].tolist()
 
 
+def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monkeypatch):
+    """Short rows write what they write with the whole cache; a longer one that is held meanwhile keeps what it has."""
+
+    def play():
+        engine, params = make_engine(model, max_length=300)
+        engine.set_context(params, {0: Context(prompt(0, 30), 100), 3: Context(prompt(3, 200), 100)})
+        engine.hold(3)
+        before = [np.array(leaf[3, :, :199]) for leaf in engine._cache.v]
+        engine.decode(params, 32, leave_at=4)
+        for leaf, old in zip(engine._cache.v, before, strict=True):
+            np.testing.assert_array_equal(leaf[3, :, :199], old)
+        engine.decode(params, 100, leave_at=4)  # over the border of what the first call had
+        engine.set_context(params, {3: Context(prompt(3, 200), 100)})
+        engine.decode(params, 100, leave_at=4)
+        return engine
+
+    decode, spans = engine_module.decode, []
+
+    def spied(*args, span, **options):  # when it is compiled
+        spans.append(span)
+        return decode(*args, span=span, **options)
+
+    monkeypatch.setattr(engine_module, "decode", spied)
+    parts = play()
+    monkeypatch.setattr(engine_module, "SPAN_SHARES", (1,))
+    whole = play()
+    assert spans == [75, 150, 300, 300]
+    np.testing.assert_array_equal(parts.rows.tokens, whole.rows.tokens)
+    np.testing.assert_allclose(parts.rows.logprobs, whole.rows.logprobs, atol=2e-5)
+    assert parts.rows.lengths.tolist() == [130, 1, 1, 300]
+
+
 def test_pause_stop_and_budget(model):
     base, params = make_engine(model)
     ids, key = prompt(2, 8), np.array([5, 5], np.uint32)
@@ -195,6 +229,40 @@ def test_pause_stop_and_budget(model):
     engine.decode(params, 50, leave_at=4)
     assert engine.rows.lengths[2] == 12
     assert engine.rows.lengths[3] == MAX_LENGTH  # never beyond the cache
+
+
+@pytest.mark.parametrize("chunk", [3, 40])
+def test_a_stop_string_takes_back_what_was_sampled_behind_it(model, chunk):
+    """Whatever the calls on the device: the row ends with the string, and goes on as if it had never written more."""
+    contexts = {row: Context(prompt(row, 8), 30, 1.0, np.array([row, 4], np.uint32)) for row in range(3)}
+    free, params = make_engine(model)
+    free.set_context(params, contexts)
+    free.decode(params, 30, leave_at=4)
+    written = free.rows.tokens[:3, 8:38].tolist()
+    pair = written[0][10:12]  # stands for a string; in row 0 it may come earlier too, in row 1 it comes never
+
+    def end_of(ids):
+        return next((i + 2 for i in range(len(ids)) if ids[i : i + 2] == pair), 0)
+
+    engine, _ = make_engine(model)
+    engine.stop_at((), (), end_of)
+    engine.set_context(params, {**contexts, 2: Context([*prompt(2, 6), *pair], 30, 1.0, contexts[2].key)})
+    while engine.find(RowStatus.ACTIVE):
+        engine.decode(params, chunk, leave_at=4)
+    ends = [end_of(ids) for ids in written]
+    assert 0 < ends[0] <= 12 and ends[1] == 0
+    assert engine.find(RowStatus.DONE) == [0, 1, 2]
+    assert engine.rows.lengths[:2].tolist() == [8 + ends[0], 38]
+    assert engine.rows.lengths[2] > 9  # the string in its context is none that it wrote
+    assert engine.rows.tokens[0, 8 : 8 + ends[0]].tolist() == written[0][: ends[0]]
+    assert engine.num_sampled == int((engine.rows.lengths[:3] - 8).sum())
+    grown = engine.rows.tokens[0, : 8 + ends[0]].tolist() + prompt(9, 20)
+    fresh, _ = make_engine(model)
+    for either in (engine, fresh):
+        either.set_context(params, {0: Context(grown, 8)})
+        either.decode(params, 8, leave_at=1)
+    end = len(grown)
+    assert engine.rows.tokens[0, end : end + 8].tolist() == fresh.rows.tokens[0, end : end + 8].tolist()
 
 
 def test_decode_leaves_when_enough_rows_wait(model):

@@ -21,7 +21,7 @@ from r3rag_jax.config import MeshConfig, ModelConfig, RLConfig, RolloutConfig, S
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.protocol import make_protocol
 from r3rag_jax.rl.distribution import WHOLE, Truncation
-from r3rag_jax.rollout import Job, Roller
+from r3rag_jax.rollout import Job, Roller, Rules
 from r3rag_jax.sampler import engine as engine_module
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sharding import AXES, make_mesh, put, put_batch, tree_shardings
@@ -294,7 +294,7 @@ def play(codec: Codec, jobs: list[Job], truncation: Truncation = WHOLE) -> list[
     pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
     engine.stop_at(pauses, {codec.eos_id} - set(pauses))
     config = RolloutConfig(max_length=MAX_LENGTH, max_new_tokens=110, max_steps=3)
-    roller = Roller(engine, codec, tiny.DictRetriever(PASSAGES), config, top_k=1, max_passages=4)
+    roller = Roller(engine, Rules(codec, tiny.DictRetriever(PASSAGES), config, top_k=1, max_passages=4))
     return roller.play(params["policy"], jobs)
 
 

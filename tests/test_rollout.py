@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import tiny
 from r3rag_jax.config import RolloutConfig
 from r3rag_jax.protocol import make_protocol
 from r3rag_jax.retrieval.base import RetrievalError
-from r3rag_jax.rollout import Job, Roller
+from r3rag_jax.rollout import Job, Roller, Rules
 from r3rag_jax.sampler.state import Rows, RowStatus
 from r3rag_jax.transcript import Codec
 from r3rag_jax.types import Passage, Question, Status, Step
@@ -34,6 +35,7 @@ class ScriptedEngine:
         self.slots, self.max_length, self.scripts = slots, max_length, scripts
         self.contexts: list[list[int]] = []
         self.budgets: list[int] = []
+        self.num_decodes = 0
         self.reset()
 
     def reset(self):
@@ -47,6 +49,9 @@ class ScriptedEngine:
         self.rows.status[slot] = RowStatus.EMPTY
         del self._owner[slot]
 
+    def hold(self, slot):
+        self.rows.status[slot] = RowStatus.HELD
+
     def set_context(self, params, contexts):
         for slot, context in contexts.items():
             self.contexts.append(list(context.ids))
@@ -58,6 +63,7 @@ class ScriptedEngine:
             self.rows.status[slot] = RowStatus.ACTIVE
 
     def decode(self, params, max_tokens, leave_at):
+        self.num_decodes += 1
         for slot in self.find(RowStatus.ACTIVE):
             ids = next(self._owner[slot])[: self.rows.budgets[slot]]
             start = self.rows.lengths[slot]
@@ -80,8 +86,9 @@ def codec(request, tokenizer):
 def play(codec, scripts, jobs=None, retriever=None, **settings):
     engine = ScriptedEngine(scripts)
     retriever = retriever or tiny.DictRetriever(PASSAGES)
+    retriever.engine = engine
     config = RolloutConfig(**{"max_length": 2000, "max_new_tokens": 1000, **settings})
-    roller = Roller(engine, codec, retriever, config, top_k=1, max_passages=10)
+    roller = Roller(engine, Rules(codec, retriever, config, top_k=1, max_passages=10))
     return roller.play(None, jobs or [Job(QUESTION)]), engine
 
 
@@ -189,6 +196,43 @@ def test_documents_cannot_forge_tags(tokenizer):
 def test_a_failed_search_is_not_an_empty_one(codec):
     with pytest.raises(RetrievalError):
         play(codec, [script(codec, FIRST, LAST)], retriever=tiny.DictRetriever(PASSAGES, fails_on="Origin"))
+
+
+class Patient(tiny.DictRetriever):
+    """Answers when the engine has decoded so many times since it was asked, or fails."""
+
+    def __init__(self, patience):
+        super().__init__(PASSAGES)
+        self.engine, self.patience = None, patience
+
+    def search(self, queries, k):
+        asked = self.engine.num_decodes
+        for _ in range(2000):
+            if self.engine.num_decodes >= asked + self.patience:
+                return super().search(queries, k)
+            time.sleep(0.005)
+        raise RetrievalError("nothing was decoded meanwhile")
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_search_runs_beside_decoding(codec, turns):
+    """A row that asks at once, beside one that writes on: its search has what the other decodes to come back."""
+    scripts = [script(codec, FIRST, LAST), *([script(codec, LAST)] * 4)]
+    jobs = [Job(dataclasses.replace(QUESTION, id=str(i))) for i in range(5)]
+    retriever = Patient(turns)
+    trajectories, _ = play(codec, scripts, jobs=jobs, retriever=retriever, search_turns=turns)
+    assert [t.status for t in trajectories] == [Status.ANSWERED] * 5
+    assert trajectories[0].retrieved_ids == ("a",)
+    assert [len(t.steps) for t in trajectories] == [2, 1, 1, 1, 1]
+    plain, _ = play(codec, [script(codec, FIRST, LAST), *([script(codec, LAST)] * 4)], jobs=jobs)
+    for one, other in zip(trajectories, plain, strict=True):
+        assert one.steps == other.steps
+
+
+def test_a_failed_search_in_a_thread_is_told(codec):
+    retriever = tiny.DictRetriever(PASSAGES, fails_on="Origin")
+    with pytest.raises(RetrievalError, match="no search for 'Origin'"):
+        play(codec, [script(codec, FIRST, LAST)], retriever=retriever, search_turns=1)
 
 
 def test_results_come_in_the_order_of_the_jobs(codec):

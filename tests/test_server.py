@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+import tiny_run
 from inference_server import EngineReply, Reply, completion, serve
 from rich.console import Console
 
@@ -26,10 +27,9 @@ from r3rag_jax.data.qa import read_rows
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluator import read_answers, reading_stops
 from r3rag_jax.protocol import make_protocol
-from r3rag_jax.rollout import Job, ServedRoller
+from r3rag_jax.rollout import Job, Rules, ServedRoller
 from r3rag_jax.sampler.engine import Context
 from r3rag_jax.sampler.server import Server
-from r3rag_jax.session import Session
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.transcript import Codec
 from r3rag_jax.types import Passage, Question, Sample, Status, Step, Trajectory
@@ -47,18 +47,13 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------- the trajectories of a trained policy
 
 
-def open_session(run_dir: Path, *overrides: str) -> Session:
-    config = load_config(run_dir / "config.yaml", [*overrides, "phases=index"])
-    return Session(config, run_dir, console=Console(quiet=True))
-
-
 needs_devices = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 
 
 @needs_devices
 @pytest.mark.parametrize("protocol", ["tags", "steps"])
 def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Callable[[str], Path]) -> None:
-    session = open_session(finished(protocol))
+    session = tiny_run.open_session(finished(protocol))
     params = session.phase_params("rl")
     jobs = [Job(question) for question in [*session.questions("rl")[:4], *session.questions("test")]]
     local = session.roller().play(params, jobs)
@@ -68,7 +63,7 @@ def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Ca
         reply.dialect = dialect  # what is written is kept: one greedy generation for all
         plain = ["rollout.server_extras=false", "rollout.server_prompt=text"] if dialect == "openai" else []
         with serve(reply) as endpoint:
-            client = open_session(session.run_dir, f"rollout.server={endpoint.url}", *plain)
+            client = tiny_run.open_session(session.run_dir, f"rollout.server={endpoint.url}", *plain)
             client.retriever = session.retriever
             heard: list[Trajectory] = []
             served = client.roller().play(None, jobs, heard.append)
@@ -98,13 +93,13 @@ def is_as_encoded(tokenizer: Tokenizer, sample: Sample) -> bool:
 @needs_devices
 def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path], tmp_path: Path) -> None:
     run_dir = shutil.copytree(finished("tags"), tmp_path / "run")
-    session = open_session(run_dir)
+    session = tiny_run.open_session(run_dir)
     params = session.phase_params("rl")
     assert evaluate.main(["--checkpoint", str(run_dir), "--name", "local"]) == 0
     with serve(EngineReply(session, params)) as endpoint:
         served = f"rollout.server={endpoint.url}"
         assert evaluate.main(["--checkpoint", str(run_dir), "--name", "served", served]) == 0
-        client = open_session(run_dir, served)
+        client = tiny_run.open_session(run_dir, served)
         arguments = client.tokenizer, None, session.questions("test"), session.retriever, 2
         lines = read_answers(client.reading_engine(), *arguments)
         copy = shutil.copytree(run_dir, tmp_path / "copy")
@@ -141,7 +136,7 @@ def codec(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Codec:
 def roller(codec: Codec, url: str, **settings: Any) -> ServedRoller:
     config = RolloutConfig(**{"server": url, "max_length": 2000, "server_retries": 2} | settings)
     server = Server(config, codec.tokenizer, eos_id=codec.eos_id, stop_ids=codec.stop_ids, first_wait_s=0.01)
-    return ServedRoller(server, codec, tiny.DictRetriever(PASSAGES), config, top_k=1, max_passages=10)
+    return ServedRoller(server, Rules(codec, tiny.DictRetriever(PASSAGES), config, top_k=1, max_passages=10))
 
 
 def play(

@@ -183,3 +183,21 @@ def test_added_tokens_survive_saving(directory, tmp_path):
 def test_a_directory_without_tokenizer_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must hold tokenizer\.json"):
         Tokenizer(tmp_path)
+
+
+def test_where_a_stop_string_ends(directory):
+    """Counted in tokens, the last of which may hold more than the string: nothing behind the string is a token less."""
+    tokenizer = Tokenizer(directory)
+    ids = tokenizer.encode("the answer Darwin\n中\nmore")
+    for strings, spelled in (
+        (("\n",), "the answer Darwin\n"),
+        (("中",), "the answer Darwin\n中"),
+        (("wer", "\n"), None),
+    ):
+        count = tokenizer.end_of(strings, ids)
+        assert any(string in tokenizer.decode(ids[:count]) for string in strings)
+        assert not any(string in tokenizer.decode(ids[: count - 1]) for string in strings)
+        assert spelled is None or tokenizer.decode(ids[:count]) == spelled
+    assert tokenizer.end_of(("wer", "\n"), ids) < tokenizer.end_of(("\n",), ids)
+    assert tokenizer.end_of(("answers",), ids) == tokenizer.end_of(("\n",), []) == 0
+    assert tokenizer.end_of(("the",), tokenizer.encode("the")) == len(tokenizer.encode("the"))

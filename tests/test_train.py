@@ -204,6 +204,60 @@ def test_adapters_are_trained_resumed_and_merged(
         before = after
 
 
+# ---------------------------------------------------------------------------------- rollouts ahead
+
+
+def test_rollouts_ahead_are_one_step_behind_and_resume_as_they_were(
+    finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On devices of their own; killed while some are under way, and the same bits in the end."""
+    settings = {
+        "mesh__sampler_devices": 4, "rl__ahead": "true", "rl__iterations": 5, "rl__checkpoint_every": 3,
+        "rl__eval_every": 5, "phases": "[index, rl]",
+    }  # fmt: skip
+    base, played = finished("tags") / "policy" / "sft", []
+    play, update = train.Rollouts._play, train.PPO.update
+
+    def kept_play(rollouts, iteration, params):
+        trajectories = play(rollouts, iteration, params)
+        played.append((iteration, jax.tree.leaves(params), trajectories))
+        return trajectories
+
+    def mortal_update(trainer, trajectories, scores):
+        if trainer.iteration == 4:
+            raise Killed
+        return update(trainer, trajectories, scores)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Rollouts, "_play", kept_play)
+        tiny_run.train(tmp_path / "whole", base, **settings)
+    assert [iteration for iteration, _, _ in played] == [0, 1, 2, 3, 4]
+    policies = [params for _, params, _ in played]
+    # 1 has the policy of 0, 2 that behind the first update; 3 is sampled behind the checkpoint, by today's policy.
+    assert are_equal(policies[0], policies[1]) and not are_equal(policies[1], policies[2])
+    assert are_equal(policies[3], policies[4]) and not are_equal(policies[2], policies[3])
+    assert all(leaf.sharding.device_set == set(jax.devices()[4:]) for leaf in policies[1])
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.PPO, "update", mortal_update)
+        tiny_run.train(tmp_path / "resumed", base, **settings)
+    tiny_run.train(tmp_path / "resumed", base, **settings)
+    whole, resumed = tmp_path / "whole" / "run", tmp_path / "resumed" / "run"
+    assert tiny_run.metrics(whole) == tiny_run.metrics(resumed)
+    np.testing.assert_equal(weights(whole, "rl"), weights(resumed, "rl"))
+    gaps = [row["sampler_gap"] for row in tiny_run.metrics(whole)]
+    assert max(gaps[0], gaps[3]) < 1e-4 < min(gaps[1], gaps[2], gaps[4])
+
+
+def are_equal(one: list[jax.Array], other: list[jax.Array]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_rollouts_ahead_need_devices_that_nothing_else_launches_on(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rl.ahead must have one device, or mesh.sampler_devices of its own"):
+        tiny_run.train(tmp_path, base, rl__ahead="true", phases="[index, rl]")
+
+
 # ---------------------------------------------------------------------------- jobs of an iteration
 
 
@@ -278,7 +332,7 @@ def test_groups_without_a_difference_teach_nothing() -> None:
 def test_planned_memory_is_what_the_trainer_holds(base: Path, tmp_path: Path, rank: int) -> None:
     config = tiny_run.config(tmp_path, base, lora__rank=rank, rl__critic="separate", mesh__fsdp=2)
     session = Session(config, config.run_directory)
-    planned = train.plan_memory(session, "rl")
+    [planned] = train.plan_memory(session, "rl")
     trainer = train.PPO(session)
 
     def held(tree: object) -> int:

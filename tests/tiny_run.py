@@ -19,6 +19,7 @@ from r3rag_jax.config import Config
 from r3rag_jax.configio import load_config
 from r3rag_jax.data.world import World
 from r3rag_jax.models.hf import save_decoder
+from r3rag_jax.session import Session
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.train import run
 
@@ -115,8 +116,14 @@ def files(run_dir: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
+def open_session(run_dir: Path, *overrides: str) -> Session:
+    """A finished run to work with; it is only read."""
+    config = load_config(run_dir / "config.yaml", [*overrides, "phases=index"])
+    return Session(config, run_dir, console=Console(quiet=True))
+
+
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """The lines of metrics.jsonl without what depends on the clock or on when a process began."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    clocked = ("time_s", "tokens_per_s", "rollout_s")
+    clocked = ("time_s", "tokens_per_s", "rollout_s", "num_compiled")
     return [{name: value for name, value in row.items() if name not in clocked} for row in rows]

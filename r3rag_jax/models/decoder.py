@@ -119,6 +119,18 @@ class KVCache:
         """S, the number of positions a row can hold."""
         return self.v[0].shape[2]
 
+    def head(self, slots: int) -> KVCache:
+        """The first positions of every row."""
+        return KVCache(k=tuple(k[..., :slots] for k in self.k), v=tuple(v[:, :, :slots] for v in self.v))
+
+    def with_head(self, sub: KVCache) -> KVCache:
+        """This cache with the first positions of every row from `sub`."""
+        S = sub.slots
+        return KVCache(
+            k=tuple(k.at[..., :S].set(new) for k, new in zip(self.k, sub.k, strict=True)),
+            v=tuple(v.at[:, :, :S].set(new) for v, new in zip(self.v, sub.v, strict=True)),
+        )
+
     def take(self, rows: jax.Array) -> KVCache:
         """Gather rows (int32 [R]) into a cache of R rows."""
         return jax.tree.map(lambda x: x[rows], self)

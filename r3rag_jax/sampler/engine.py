@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,8 +27,10 @@ from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sharding import batch_shardings, put, replicated
 
+EndOf = Callable[[Sequence[int]], int]
 # Tokens of a row and share of the slots (one over this) in a prefill call; few shapes are compiled.
 PREFILL_LENGTHS, PREFILL_SHARES = (32, 64, 128), (8, 4, 2, 1)
+SPAN_SHARES, MIN_SPAN = (8, 4, 2, 1), 64  # shares of the cache (one over this) that a decode call may read, tokens
 MAX_STOPS = 16
 INVERT_BLOCK = 64  # tokens of the vocabulary per block of `invert`
 
@@ -62,6 +64,7 @@ class Engine:
         """`pause_ids` end a step with NEEDS_RETRIEVAL, `stop_ids` with DONE; `slots` rows of `max_length` tokens."""
         self.mesh, self.slots, self.max_length = mesh, slots, max_length
         self.rows = Rows.empty(slots, max_length)
+        self._starts = np.zeros(slots, np.int32)  # length of each row's context
         cache_of = functools.partial(KVCache.init, config, slots, max_length, dtype)
         self._shardings = DecodeState(
             cache=batch_shardings(mesh, jax.eval_shape(cache_of)), rows=batch_shardings(mesh, self.rows)
@@ -69,8 +72,10 @@ class Engine:
         self._cache = jax.jit(cache_of, out_shardings=self._shardings.cache)()
         self.stop_at(pause_ids, stop_ids)
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
+        self._spans = spans(max_length)
         self._decode = jax.jit(
             functools.partial(decode, graphdef, truncation=truncation),
+            static_argnames="span",
             donate_argnums=1,  # the cache; rows come back whole, in another layout
             out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
         )
@@ -81,8 +86,15 @@ class Engine:
         self.num_prefilled = 0  # tokens, padding not counted
         self.num_sampled = 0
 
-    def stop_at(self, pause_ids: Sequence[int], stop_ids: Sequence[int] = ()) -> None:
-        """Change which tokens end a step, without a new compilation. At most MAX_STOPS in all."""
+    def stop_at(self, pause_ids: Sequence[int], stop_ids: Sequence[int] = (), end_of: EndOf | None = None) -> None:
+        """Change what ends a step, without a new compilation.
+
+        Args:
+            pause_ids, stop_ids: tokens, at most MAX_STOPS in all.
+            end_of: of the ids that a row has sampled, how many there are up to and with a stop string, or 0. It is
+                asked between calls on the device; a row gives back what it has sampled behind, and is DONE.
+        """
+        self._end_of = end_of
         if len(pause_ids) + len(stop_ids) > MAX_STOPS:
             raise ValueError(f"at most {MAX_STOPS} stop tokens; got {len(pause_ids) + len(stop_ids)}")
         self._stops, self._pauses = np.full((2, MAX_STOPS), -1, np.int32)
@@ -115,7 +127,7 @@ class Engine:
                     copies.append((source, row))
             rows = self.rows
             rows.tokens[row, :length] = context.ids
-            rows.lengths[row] = length
+            rows.lengths[row] = self._starts[row] = length
             rows.status[row] = RowStatus.ACTIVE
             rows.budgets[row] = min(context.budget, self.max_length - length)
             rows.temperature[row] = context.temperature
@@ -128,18 +140,54 @@ class Engine:
             self._cache = self._copy(self._cache, sources, targets)
 
     def decode(self, params: Any, max_tokens: int, leave_at: int) -> None:
-        """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended."""
-        before = self.rows.lengths.sum()
+        """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended.
+
+        A step takes time by the positions that it can see: the call works on the part of the cache that it needs.
+        """
+        active = self.find(RowStatus.ACTIVE)
+        if not active:
+            return
+        before = self.rows.lengths.copy()
+        reach = int(np.max(self.rows.lengths[active] + np.minimum(max_tokens, self.rows.budgets[active])))
+        self._decode_once(params, max_tokens, leave_at, next(span for span in self._spans if span >= reach))
+        self._stop_at_strings(active)
+        self.num_sampled += int((self.rows.lengths - before).sum())
+
+    def _stop_at_strings(self, rows: Sequence[int]) -> None:
+        for row in rows if self._end_of is not None else ():
+            start, end = int(self._starts[row]), int(self.rows.lengths[row])
+            if num_kept := self._end_of(self.rows.tokens[row, start:end].tolist()):
+                if start + num_kept < end or self.rows.status[row] == RowStatus.ACTIVE:
+                    self.rows.status[row] = RowStatus.DONE
+                self.rows.lengths[row] = start + num_kept
+
+    def _decode_once(self, params: Any, max_tokens: int, leave_at: int, span: int) -> None:
         rows = put(self.rows, self._shardings.rows)
         limits = np.int32(max_tokens), np.int32(leave_at)
-        state = self._decode(params, self._cache, rows, *limits, self._stops, self._pauses)
+        state = self._decode(params, self._cache, rows, *limits, self._stops, self._pauses, span=span)
         self._cache = state.cache
         self.rows = jax.tree.map(lambda x: np.array(x), state.rows)
-        self.num_sampled += int(self.rows.lengths.sum() - before)
+
+    def warm_up(self, params: Any) -> None:
+        """Compile every program that there is for this engine, 17 at most; forgets all rows."""
+        self.reset()
+        for size in {max(1, self.slots // share) for share in PREFILL_SHARES}:
+            for width in PREFILL_LENGTHS:
+                nowhere, starts = np.full(size, self.slots, np.int32), np.zeros(size, np.int32)
+                tokens = np.zeros((size, width), np.int32)
+                self._cache = self._prefill(params, self._cache, nowhere, tokens, starts)
+        nowhere, sources = np.full(self.slots, self.slots, np.int32), np.zeros(self.slots, np.int32)
+        self._cache = self._copy(self._cache, sources, nowhere)
+        for span in self._spans:
+            self._decode_once(params, max_tokens=0, leave_at=1, span=span)
 
     def release(self, row: int) -> None:
         """Free a slot; its cache stays for a context with a common prefix."""
         self.rows.status[row] = RowStatus.EMPTY
+
+    def hold(self, row: int) -> None:
+        """Keep a slot that has paused for a context to come."""
+        self.rows.status[row] = RowStatus.HELD
 
     def find(self, *status: RowStatus) -> list[int]:
         return np.flatnonzero(np.isin(self.rows.status, status)).tolist()
@@ -166,6 +214,12 @@ class Engine:
                 left.append((row, ids, end))
         self._cache = self._prefill(params, self._cache, rows, tokens, starts)
         return left
+
+
+def spans(max_length: int) -> list[int]:
+    """Positions that decode calls can be compiled for, ascending; the last is the whole cache."""
+    parts = {-(-max_length // share) for share in SPAN_SHARES} - {max_length}
+    return [*sorted(part for part in parts if part >= MIN_SPAN), max_length]
 
 
 def complete_all(
@@ -214,8 +268,12 @@ def decode(
     stops: jax.Array,
     pauses: jax.Array,
     truncation: Truncation,
+    span: int,
 ) -> DecodeState:
-    """The bounded loop on the device: leaves after max_tokens, when no row is active, or when `leave_at` wait."""
+    """The bounded loop on the device: leaves after max_tokens, when no row is active, or when `leave_at` wait.
+
+    `span`: positions of the cache that active rows can reach; the others are neither read nor written.
+    """
     model = nnx.merge(graphdef, params)
     num_active = jnp.sum(rows.status == RowStatus.ACTIVE)
 
@@ -232,7 +290,9 @@ def decode(
         token, logprob, logprob_t1 = sample(model.logits(hidden[:, 0]), rows, truncation)
         return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
 
-    return jax.lax.while_loop(is_going, body, (jnp.int32(0), DecodeState(cache, rows)))[1]
+    start = DecodeState(cache.head(span), rows)
+    state: DecodeState = jax.lax.while_loop(is_going, body, (jnp.int32(0), start))[1]
+    return DecodeState(cache.with_head(state.cache), state.rows)
 
 
 def sample(logits_BV: jax.Array, rows: Rows, truncation: Truncation) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import KVCache
+from r3rag_jax.sampler.engine import spans
 from r3rag_jax.sharding import RULES
 
 GIB = 2**30
@@ -31,7 +32,7 @@ class MemoryPlan:
     parts: dict[str, int]  # what there is beside the cache
     slots: int  # rows of the sampler over all devices; 0 = no sampler
     ways: int  # devices that rows are split over
-    slot: int  # keys and values of one row
+    slot: int  # keys and values of one row, and the part of them that a decode call works on
     limit: int | None  # what the device has; None = it does not say
 
     @property
@@ -74,7 +75,8 @@ def plan(
     """The plan of a phase: `parts` as `bytes_per_device` counts them, and the cache of such an `Engine`."""
     slot = 0
     if decoder is not None:
-        one = jax.eval_shape(functools.partial(KVCache.init, decoder, 1, max_length, dtype))
+        positions = sum(spans(max_length)[-2:])
+        one = jax.eval_shape(functools.partial(KVCache.init, decoder, 1, positions, dtype))
         slot = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
     ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     return MemoryPlan(parts, slots if decoder is not None else 0, ways, slot, device_memory(mesh))

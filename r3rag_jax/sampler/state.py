@@ -19,6 +19,7 @@ class RowStatus(enum.IntEnum):
     ACTIVE = 1  # being decoded
     NEEDS_RETRIEVAL = 2  # paused behind a token after which the host has the word
     DONE = 3  # wrote a stop token, or ran out of budget
+    HELD = 4  # the host has read it, and what it is to continue with is on its way
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,229 @@
+"""Rollouts against slower ways to do them: the same policy, questions and machine, in turn, in one run.
+
+    python benchmarks/rollouts.py steps MODEL [--dtypes float32 bfloat16]     trajectories of five steps, three ways
+    python benchmarks/rollouts.py run RUN [--latencies 5 50 500]             a run's own questions, e.g. runs/quickstart
+
+`steps`: every row writes 80 tokens and is given 300, five times over, whatever they are (MODEL is a Hugging Face
+directory or package:NAME). The cache kept is compared with prefilling the whole history at every step, and with one
+question at a time. In float32 the tokens must be the same.
+
+`run`: the policy of a finished run answers test questions, sampled at temperature 1. Slots that are refilled at once
+are compared with lockstep, in which a batch waits for its slowest row; then each search is made so many milliseconds
+slower, and rows that wait while the others write (`rollout.search_turns`) are compared with everybody waiting.
+
+Every figure is the median of the rounds, in which all ways take their turn; a ratio is of two medians of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from r3rag_jax.config import MeshConfig
+from r3rag_jax.configio import load_config
+from r3rag_jax.models.hf import load_decoder
+from r3rag_jax.models.paths import model_path
+from r3rag_jax.retrieval.base import Hit, Retriever
+from r3rag_jax.rl.distribution import Truncation
+from r3rag_jax.rollout import Job, Roller, Rules
+from r3rag_jax.sampler.engine import Context, Engine
+from r3rag_jax.session import Session, use_compile_cache
+from r3rag_jax.sharding import make_mesh
+
+WRITTEN, GIVEN, STEPS = 80, 300, 5  # tokens, tokens, and how often
+
+
+def medians(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Seconds of each way; the first call of each, which compiles, is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if number > 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+# ------------------------------------------------------------------------------------------ steps
+
+
+class Steps:
+    """Rows of random prompts that write and are given tokens in turn."""
+
+    def __init__(self, path: Path, dtype: str, batch: int, prompt: int):
+        decoder = load_decoder(path, dtype=dtype)
+        self.graphdef, self.params = nnx.split(decoder)
+        self.config, self.dtype, self.batch = decoder.config, jnp.dtype(dtype), batch
+        rng = np.random.default_rng(0)
+        self.prompts = rng.integers(0, self.config.vocab_size, (batch, prompt)).tolist()
+        self.given = rng.integers(0, self.config.vocab_size, (batch, STEPS, GIVEN)).tolist()
+        self.max_length = prompt + STEPS * (WRITTEN + GIVEN)
+        self.prefill_s = 0.0
+
+    def engine(self, slots: int) -> Engine:
+        mesh = make_mesh(MeshConfig())
+        return Engine(self.graphdef, self.config, mesh, slots=slots, max_length=self.max_length, dtype=self.dtype)
+
+    def play(self, engine: Engine, rows: Sequence[int], keep: bool) -> list[list[int]]:
+        """The ids of the rows in the end; the cache is kept between steps, or not."""
+        engine.reset()
+        contexts = {slot: list(self.prompts[row]) for slot, row in enumerate(rows)}
+        self.prefill_s = 0.0
+        for step in range(STEPS):
+            start = time.perf_counter()
+            if not keep:
+                engine.reset()
+            engine.set_context(self.params, {slot: Context(ids, WRITTEN) for slot, ids in contexts.items()})
+            engine._cache.v[-1].block_until_ready()
+            self.prefill_s += time.perf_counter() - start
+            engine.decode(self.params, WRITTEN, leave_at=len(rows))
+            for slot, ids in contexts.items():
+                ids += engine.rows.tokens[slot, len(ids) : len(ids) + WRITTEN].tolist()
+                ids += self.given[rows[slot]][step]
+        return list(contexts.values())
+
+
+def steps(console: Console, model: str, dtypes: Sequence[str], batch: int, prompt: int, rounds: int) -> None:
+    table = Table("", "way", "s", "of it prefill", title=f"{batch} rows, {STEPS} x ({WRITTEN} written + {GIVEN} given)")
+    for dtype in dtypes:
+        work = Steps(model_path(model), dtype, batch, prompt)
+        whole, single = work.engine(batch), work.engine(1)
+        written: dict[str, list[list[int]]] = {}
+        prefills: dict[str, list[float]] = {"cache kept": [], "prefilled anew": []}
+
+        def batched(name: str) -> None:
+            written[name] = work.play(whole, range(batch), keep=name == "cache kept")  # noqa: B023
+            prefills[name].append(work.prefill_s)  # noqa: B023
+
+        def one_at_a_time() -> None:
+            written["one at a time"] = [work.play(single, [row], keep=True)[0] for row in range(batch)]  # noqa: B023
+
+        seconds = medians(
+            {
+                "cache kept": lambda: batched("cache kept"),
+                "prefilled anew": lambda: batched("prefilled anew"),
+                "one at a time": one_at_a_time,
+            },
+            rounds,
+        )
+        if dtype == "float32" and not all(ids == written["cache kept"] for ids in written.values()):
+            raise RuntimeError("the tokens must be the same in float32")
+        prefill = {name: statistics.median(taken[1:]) for name, taken in prefills.items()}
+        for name, taken in seconds.items():
+            table.add_row(dtype, name, f"{taken:.1f}", f"{prefill[name]:.1f}" if name in prefill else "")
+        for name in ("prefilled anew", "one at a time"):
+            ratio = f"{seconds[name] / seconds['cache kept']:.2f}"
+            table.add_row(
+                "", f"ratio to {name}", ratio, f"{prefill[name] / prefill['cache kept']:.2f}" if name in prefill else ""
+            )
+        table.add_section()
+    console.print(table)
+
+
+# -------------------------------------------------------------------------------------------- run
+
+
+class Lockstep(Engine):
+    """Decodes until the last row of the batch waits."""
+
+    def decode(self, params: Any, max_tokens: int, leave_at: int) -> None:
+        super().decode(params, self.max_length, self.slots)
+
+
+@dataclasses.dataclass
+class Slow:
+    """A retriever that takes so much longer."""
+
+    inner: Retriever
+    seconds: float
+
+    def search(self, queries: list[str], k: int) -> list[list[Hit]]:
+        time.sleep(self.seconds)
+        return self.inner.search(queries, k)
+
+
+def run(console: Console, path: Path, num: int, slots: int, latencies: Sequence[float], rounds: int) -> None:
+    config = load_config(path / "config.yaml", ["phases=index"])
+    session = Session(config, path, console=console)
+    params = session.phase_params("rl" if session.policy_dir("rl").exists() else "sft")
+    codec, retrieval = session.codec, config.retrieval
+    pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
+    ends = [i for i in (codec.eos_id,) if i not in pauses]
+    jobs = [Job(question, temperature=1.0) for question in session.questions("test")[:num]]
+
+    def roller(engine: Engine, latency_ms: float = 0.0, search_turns: int = 0) -> Roller:
+        rollout = dataclasses.replace(config.rollout, slots=slots, search_turns=search_turns)
+        retriever = Slow(session.retriever, latency_ms / 1e3) if latency_ms else session.retriever
+        return Roller(engine, Rules(codec, retriever, rollout, retrieval.top_k, retrieval.max_passages))
+
+    def engine(kind: type[Engine]) -> Engine:
+        made = kind(
+            session.graphdef, session.decoder_config, session.mesh, slots=slots, max_length=config.rollout.max_length,
+            truncation=Truncation.of(config.rollout), dtype=session.cache_dtype,
+        )  # fmt: skip
+        made.stop_at(pauses, ends)
+        return made
+
+    ours, lockstep = engine(Engine), engine(Lockstep)
+
+    def in_lockstep() -> None:
+        waiting = roller(lockstep)
+        for start in range(0, len(jobs), slots):
+            waiting.play(params, jobs[start : start + slots])
+
+    ways: dict[str, Callable[[], Any]] = {
+        "slots refilled at once": lambda: roller(ours).play(params, jobs),
+        "lockstep": in_lockstep,
+    }
+    for latency in latencies:
+        for turns in (0, 1, 2):
+            player = roller(ours, latency, turns)
+            ways[f"{latency:g} ms, search_turns={turns}"] = lambda player=player: player.play(params, jobs)
+    seconds = medians(ways, rounds)
+    ours_s = seconds["slots refilled at once"]
+    table = Table(
+        "way", "s", "trajectories/s", "speed, of slots refilled at once", title=f"{len(jobs)} questions of {path}"
+    )
+    for name, taken in seconds.items():
+        table.add_row(name, f"{taken:.2f}", f"{len(jobs) / taken:.1f}", f"{ours_s / taken:.2f}")
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    steps_of = commands.add_parser("steps")
+    steps_of.add_argument("model", metavar="MODEL")
+    steps_of.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    steps_of.add_argument("--batch", type=int, default=8, help="rows")
+    steps_of.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    run_of = commands.add_parser("run")
+    run_of.add_argument("run", metavar="RUN", type=Path)
+    run_of.add_argument("--questions", type=int, default=200)
+    run_of.add_argument("--slots", type=int, default=64)
+    run_of.add_argument("--latencies", type=float, nargs="*", default=[5.0, 50.0, 500.0], help="milliseconds")
+    for command in (steps_of, run_of):
+        command.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args(argv)
+    use_compile_cache()
+    console = Console()
+    if args.command == "steps":
+        steps(console, args.model, args.dtypes, args.batch, args.prompt, args.rounds)
+    else:
+        run(console, args.run, args.questions, args.slots, args.latencies, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
