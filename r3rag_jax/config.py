@@ -222,8 +222,8 @@ class RolloutConfig:
     max_trajectory_tokens: int = key(0, "budget of sampled tokens over all steps of a trajectory; 0: none", "tokens")
     max_length: int = key(512, "budget of a context; cache slots per row", "tokens")
     slots: int = key(64, "rows decoded side by side", "rows")
-    kv_dtype: Literal["auto", "bfloat16", "float32"] = key(
-        "auto", "type of cached keys and values; auto: model.dtype. On CPU bfloat16 is slower, and half as large"
+    kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = key(
+        "auto", "type of cached keys and values; auto: model.dtype. int8 is not exact; CPUs widen all but float32"
     )
     decode_chunk: int = key(32, "most tokens per row in one call on the device", "tokens")
     search_turns: int = key(

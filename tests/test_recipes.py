@@ -23,8 +23,9 @@ from r3rag_jax import learner
 from r3rag_jax.batch import pack
 from r3rag_jax.config import Config
 from r3rag_jax.configio import load_config
+from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
-from r3rag_jax.models.decoder import Decoder, KVCache, param_shapes, rope_frequencies
+from r3rag_jax.models.decoder import Decoder, param_shapes, rope_frequencies
 from r3rag_jax.models.hf import hf_tensors
 from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.sampler import engine

@@ -21,8 +21,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.models.decoder import KVCache
 from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sharding import batch_shardings, put, replicated
