@@ -406,7 +406,7 @@ def _type_name(kind: Any) -> str:
 def _default(value: Any) -> str:
     """A default as one would type it in an override."""
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or "[]"
     return str(value).lower() if isinstance(value, bool) else str(value) or "''"
 
 

@@ -227,7 +227,7 @@ def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
     prefilled = jax.eval_shape(prefill, policy, cache, np.zeros(slots, np.int32), chunk, chunk[:, 0])
     assert shapes(prefilled) == shapes(cache)
     stops = np.zeros(engine.MAX_STOPS, np.int32)
-    decode = functools.partial(engine.decode, graphdef, truncation=WHOLE)
+    decode = functools.partial(engine.decode, graphdef, truncation=WHOLE, span=engine.spans(length)[-2])
     decoded = jax.eval_shape(decode, policy, cache, Rows.empty(slots, length), 64, 4, stops, stops)
     assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (slots, length)
 

@@ -150,13 +150,14 @@ class Engine:
         before = self.rows.lengths.copy()
         reach = int(np.max(self.rows.lengths[active] + np.minimum(max_tokens, self.rows.budgets[active])))
         self._decode_once(params, max_tokens, leave_at, next(span for span in self._spans if span >= reach))
-        self._stop_at_strings(active)
+        if self._end_of is not None:
+            self._stop_at_strings(active, self._end_of)
         self.num_sampled += int((self.rows.lengths - before).sum())
 
-    def _stop_at_strings(self, rows: Sequence[int]) -> None:
-        for row in rows if self._end_of is not None else ():
+    def _stop_at_strings(self, rows: Sequence[int], end_of: EndOf) -> None:
+        for row in rows:
             start, end = int(self._starts[row]), int(self.rows.lengths[row])
-            if num_kept := self._end_of(self.rows.tokens[row, start:end].tolist()):
+            if num_kept := end_of(self.rows.tokens[row, start:end].tolist()):
                 if start + num_kept < end or self.rows.status[row] == RowStatus.ACTIVE:
                     self.rows.status[row] = RowStatus.DONE
                 self.rows.lengths[row] = start + num_kept
