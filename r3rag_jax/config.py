@@ -17,6 +17,7 @@ PHASES = ("index", "sft", "rl", "eval")
 SYSTEMS = ("closed_book", "oneshot_rag", "cold_start", "r3rag")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MAX_SEED = 2**32 - 1  # what numpy takes
+URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")  # without user, query or fragment: no place for a key
 
 Rule = tuple[str, Callable[[Any], bool]]
 AT_LEAST_0: Rule = ("at least 0", lambda x: x >= 0)
@@ -221,8 +222,8 @@ class RolloutConfig:
     max_trajectory_tokens: int = key(0, "budget of sampled tokens over all steps of a trajectory; 0: none", "tokens")
     max_length: int = key(512, "budget of a context; cache slots per row", "tokens")
     slots: int = key(64, "rows decoded side by side", "rows")
-    kv_dtype: Literal["auto", "bfloat16", "float32"] = key(
-        "auto", "type of cached keys and values; auto: model.dtype. On CPU bfloat16 is slower, and half as large"
+    kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = key(
+        "auto", "type of cached keys and values; auto: model.dtype. int8 is not exact; CPUs widen all but float32"
     )
     decode_chunk: int = key(32, "most tokens per row in one call on the device", "tokens")
     search_turns: int = key(
@@ -250,7 +251,7 @@ class RolloutConfig:
         _each(self, "rollout.", AT_LEAST_0, "server_retries search_turns")
         _each(self, "rollout.", ABOVE_0, "server_timeout_s")
         _require(
-            self.server == "" or re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", self.server) is not None,
+            self.server == "" or URL.fullmatch(self.server) is not None,
             "rollout.server must be an http(s) URL without user, query or fragment, e.g. http://localhost:8000/v1; "
             f"got {self.server.rpartition('@')[2]!r}",
             "rollout.server",
@@ -450,11 +451,16 @@ class RLConfig:
 class RewardConfig:
     """R3 shaping (arXiv 2505.23794)."""
 
-    outcome: Literal["em", "f1", "cover_em"] = key("em", "what makes an answer correct")
-    process: Literal["gold", "embedding"] = key("gold", "relevance of a retrieval: gold passage found, or similarity")
+    outcome: Literal["em", "f1", "cover_em", "judge"] = key(
+        "em", "what makes an answer correct; `judge`: exact match, else a judge agrees (the paper's Acc)"
+    )
+    process: Literal["gold", "embedding", "judge"] = key(
+        "gold", "relevance of a retrieval: gold passage found, similarity, or what a judge says"
+    )
     use_outcome: bool = key(True, "False: process rewards only")
     use_process: bool = key(True, "False: outcome reward only")
     outcome_weight: float = key(2.0, "reward of a correct answer")
+    process_weight: float = key(1.0, "reward of a retrieval of relevance 1, before the trajectory's factor")
     malformed: float = key(-1.0, "reward of a malformed step")
     no_answer: float = key(0.5, "penalty on the last step of a trajectory without answer (not in compat: paper)")
     factor_correct: float = key(1.6, "process factor of a correct trajectory")
@@ -464,7 +470,7 @@ class RewardConfig:
     clip: float = key(10.0, "rewards are clipped to plus or minus this")
 
     def __post_init__(self) -> None:
-        _each(self, "rewards.", AT_LEAST_0, "no_answer factor_correct factor_wrong factor_no_answer")
+        _each(self, "rewards.", AT_LEAST_0, "no_answer factor_correct factor_wrong factor_no_answer process_weight")
         _each(self, "rewards.", ABOVE_0, "clip")
         _require(
             self.use_outcome or self.use_process,
@@ -472,6 +478,79 @@ class RewardConfig:
             "rewards.use_outcome",
             "rewards.use_process",
         )
+
+    @property
+    def needs_judge(self) -> bool:
+        """Whether a judge has a say in a reward."""
+        return (self.use_outcome and self.outcome == "judge") or (self.use_process and self.process == "judge")
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """A language model that says how relevant passages are, or whether an answer is right."""
+
+    kind: Literal["server", "local"] = key(
+        "server", "`server`: any OpenAI-compatible endpoint; `local`: a Hugging Face model on the run's own devices"
+    )
+    url: str = key("", "with kind server: e.g. http://localhost:8000/v1", "url")
+    model: str = key(
+        "",
+        "with kind server its name there, empty: the first that it lists; "
+        "with kind local a Hugging Face directory or `package:NAME`",
+    )
+    key_env: str = key("", "environment variable that holds the server's API key; empty: none is sent")
+    max_in_flight: int = key(16, "requests to the server at once", "requests")
+    requests_per_minute: int = key(0, "most requests to the server, evenly spaced; 0: no limit", "requests")
+    retries: int = key(6, "calls repeated while the server is busy or away, with doubling waits", "calls")
+    timeout_s: float = key(120.0, "longest silence of the server in a call", "seconds")
+    max_failure_share: float = key(
+        0.2, "a larger share of failed judgements in a round ends the run; fewer are left out of the loss", "fraction"
+    )
+    max_tokens: int = key(256, "longest reply; a longer one has failed", "tokens")
+    cache: str = key("", "JSONL that keeps every judgement, one file for many runs; empty: in the run's folder", "path")
+    relevance_prompt: str = key(
+        "",
+        "a text file with {question}, {query}, {passages}, asking for a line `Relevance: 0.7`; empty: ours",
+        "path",
+    )
+    correctness_prompt: str = key(
+        "", "a text file with {question}, {golds}, {answer}, asking for a line `Correct: yes`; empty: ours", "path"
+    )
+    slots: int = key(16, "with kind local: prompts read side by side", "rows")
+    max_length: int = key(2048, "with kind local: longest prompt and reply together", "tokens")
+    dtype: Literal["float32", "bfloat16"] = key("float32", "with kind local: type of weights and computation")
+
+    def __post_init__(self) -> None:
+        _each(self, "judge.", AT_LEAST_0, "requests_per_minute retries")
+        _each(self, "judge.", AT_LEAST_1, "max_in_flight max_tokens slots max_length")
+        _each(self, "judge.", ABOVE_0, "timeout_s")
+        _each(self, "judge.", FRACTION, "max_failure_share")
+        _require(
+            self.url == "" or URL.fullmatch(self.url) is not None,
+            "judge.url must be an http(s) URL without user, query or fragment, e.g. http://localhost:8000/v1; "
+            f"got {self.url.rpartition('@')[2]!r}",
+            "judge.url",
+        )
+        if self.kind == "local":
+            for name in ("url", "key_env"):
+                value = getattr(self, name)
+                _require(
+                    value == "",
+                    f"judge.{name} must be empty when judge.kind is local; got {value!r}",
+                    f"judge.{name}",
+                    "judge.kind",
+                )
+            _require(
+                self.max_tokens < self.max_length,
+                f"judge.max_tokens must be less than judge.max_length={self.max_length}; got {self.max_tokens}",
+                "judge.max_tokens",
+                "judge.max_length",
+            )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a judge to ask."""
+        return (self.url if self.kind == "server" else self.model) != ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -526,6 +605,7 @@ class EvalConfig:
         "reading", "the baselines' prompt: plain reading for a base model, an instruction for a chat model"
     )
     max_questions: int = key(0, "0 takes all test questions", "questions")
+    judge: bool = key(False, "also report the share of answers that are exact matches or that a judge takes for right")
 
     def __post_init__(self) -> None:
         _names(self.systems, SYSTEMS, "eval.systems")
@@ -619,6 +699,7 @@ class Config:
     rl: RLConfig = dataclasses.field(default_factory=RLConfig)
     rewards: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     guards: GuardsConfig = dataclasses.field(default_factory=GuardsConfig)
+    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
@@ -662,8 +743,26 @@ class Config:
             "rl.ahead",
             "mesh.distributed",
         )
+        self._check_judge()
         if self.rollout.server:
             self._check_server()
+
+    def _check_judge(self) -> None:
+        """Whoever asks a judge has one."""
+        asked = {"eval.judge is true": self.eval.judge}
+        if "rl" in self.phases:
+            asked |= {
+                "rewards.outcome is judge": self.rewards.use_outcome and self.rewards.outcome == "judge",
+                "rewards.process is judge": self.rewards.use_process and self.rewards.process == "judge",
+            }
+        where = "url" if self.judge.kind == "server" else "model"
+        for reason in (reason for reason, is_so in asked.items() if is_so):
+            _require(
+                self.judge.is_given,
+                f"judge.{where} must be given when {reason} (and judge.kind is {self.judge.kind}); got none",
+                f"judge.{where}",
+                reason.split()[0],
+            )
 
     def _check_server(self) -> None:
         """What a server, which holds one policy that this package cannot change, cannot be used for."""

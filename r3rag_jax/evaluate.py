@@ -44,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = args.name or path.stem
     mark = fingerprint(
         questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k, phase=phase,
-        **session.sampling_mark(),
+        **session.sampling_mark(), **session.judge_mark(),
     )  # fmt: skip
-    summary = summarise(name, trajectories, mark)
+    write_jsonl(session.run_dir / "trajectories" / f"{name}.jsonl", map(trajectory_to_dict, trajectories))
+    summary = summarise(name, trajectories, mark, session.judge if session.config.eval.judge else None)
     (session.run_dir / "eval").mkdir(exist_ok=True)
     (session.run_dir / "eval" / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
-    write_jsonl(session.run_dir / "trajectories" / f"{name}.jsonl", map(trajectory_to_dict, trajectories))
     session.console.print(results_table([summary]))
     return 0
 

@@ -10,13 +10,12 @@ import numpy as np
 
 from r3rag_jax.protocol import example_turns, instruction_prompt, reading_prompt
 from r3rag_jax.retrieval.base import Retriever
-from r3rag_jax.rewards.score import answers_of
+from r3rag_jax.rewards.judge import Judge
+from r3rag_jax.rewards.score import accuracy, answers_of
 from r3rag_jax.rollout import Job, OnDone, Player
-from r3rag_jax.sampler.engine import Context, Engine
+from r3rag_jax.sampler.engine import Context, Engine, complete_all
 from r3rag_jax.sampler.server import Server
-from r3rag_jax.sampler.state import RowStatus
-from r3rag_jax.text import Tokenizer
-from r3rag_jax.transcript import chat_frame
+from r3rag_jax.text import Tokenizer, chat_frame
 from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
 
 TITLES = {
@@ -63,32 +62,13 @@ def read_answers(
     if isinstance(engine, Server):
         lines: Iterator[tuple[int, list[int]]] = ((place, line.ids) for place, line in engine.complete_all(contexts))
     else:
-        lines = _write_lines(engine, params, contexts)
+        lines = complete_all(engine, params, contexts, chunk=MAX_ANSWER_TOKENS, leave_at=engine.slots)
     done: dict[int, Trajectory] = {}
     for place, ids in lines:
         done[place] = _read_trajectory(tokenizer, questions[place], found[place], ids)
         if on_done is not None:
             on_done(done[place])
     return [done[place] for place in range(len(questions))]
-
-
-def _write_lines(engine: Engine, params: Any, lines: Sequence[Context]) -> Iterator[tuple[int, list[int]]]:
-    """Place and sampled ids of each context, as they come."""
-    engine.reset()
-    waiting, busy = list(range(len(lines)))[::-1], dict[int, int]()
-    while waiting or busy:
-        contexts = {}
-        for slot in engine.find(RowStatus.EMPTY)[: len(waiting)]:
-            busy[slot] = waiting.pop()
-            contexts[slot] = lines[busy[slot]]
-        starts = {slot: int(engine.rows.lengths[slot]) for slot in busy}
-        engine.set_context(params, contexts)
-        starts |= {slot: len(context.ids) for slot, context in contexts.items()}
-        engine.decode(params, MAX_ANSWER_TOKENS, engine.slots)
-        for slot in engine.find(RowStatus.NEEDS_RETRIEVAL, RowStatus.DONE):
-            ids = engine.rows.tokens[slot, starts[slot] : engine.rows.lengths[slot]].tolist()
-            engine.release(slot)
-            yield busy.pop(slot), ids
 
 
 def reading_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -125,8 +105,11 @@ def _read_trajectory(
     return Trajectory(question, tuple(steps), Status.ANSWERED, num_tokens=len(ids))
 
 
-def measure(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """One row of a table; percentages are 0..100."""
+def measure(trajectories: Sequence[Trajectory], acc: np.ndarray | None = None) -> dict[str, Any]:
+    """One row of a table; percentages are 0..100.
+
+    `acc`: `score.accuracy` of the trajectories, where a judge was asked; those it failed on are counted apart.
+    """
     scores = {name: float(100 * values.mean()) for name, values in answers_of(trajectories).items()}
     correct = round(scores["em"] / 100 * len(trajectories))
     found = [
@@ -138,6 +121,7 @@ def measure(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     return {
         "num": len(trajectories),
         **scores,
+        **({} if acc is None else _judged(acc)),
         "retrievals": float(np.mean([t.num_retrievals for t in trajectories])),
         "support_found": 100 * float(np.mean(found)) if found else None,
         "tokens_per_correct": tokens / correct if correct else None,
@@ -145,22 +129,37 @@ def measure(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     }
 
 
-def summarise(system: str, trajectories: Sequence[Trajectory], fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The content of `eval/<system>.json`: metrics of all questions and of each group."""
-    groups: dict[str, list[Trajectory]] = {"all": list(trajectories)}
-    for trajectory in trajectories:
+def _judged(acc: np.ndarray) -> dict[str, Any]:
+    known = acc[np.isfinite(acc)]
+    return {"acc": 100 * float(known.mean()) if len(known) else None, "judge_failures": len(acc) - len(known)}
+
+
+def summarise(
+    system: str, trajectories: Sequence[Trajectory], fingerprint: dict[str, Any], judge: Judge | None = None
+) -> dict[str, Any]:
+    """The content of `eval/<system>.json`: metrics of all questions and of each group.
+
+    Raises:
+        UserError: the judge fails too often.
+    """
+    acc = None if judge is None else accuracy(trajectories, judge)[0]
+    groups: dict[str, list[int]] = {"all": list(range(len(trajectories)))}
+    for place, trajectory in enumerate(trajectories):
         metadata = trajectory.question.metadata
         names = [str(metadata["type"])] if "type" in metadata else []
         if "unseen" in metadata:
             names.append("unseen" if metadata["unseen"] else "seen")
         for name in names:
-            groups.setdefault(name, []).append(trajectory)
+            groups.setdefault(name, []).append(place)
     return {
         "system": system,
         "title": TITLES.get(system, system),
         "num_questions": len(trajectories),
         "fingerprint": fingerprint,
-        "groups": {name: measure(group) for name, group in groups.items()},
+        "groups": {
+            name: measure([trajectories[i] for i in places], None if acc is None else acc[places])
+            for name, places in groups.items()
+        },
     }
 
 

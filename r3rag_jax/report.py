@@ -128,6 +128,7 @@ PLOTS = {
     "rl": (
         Plot("Reward", "mean reward of a trajectory", (("reward", "reward"),), from_zero=False),
         Plot("Exact match", "% of questions", (("em", "rollouts"), ("dev_em", "dev, greedy")), 100),
+        Plot("Right, says the judge", "% of questions", (("acc", "rollouts"),), 100),
         Plot("Retrievals", "searches per question", (("mean_retrievals", "retrievals"),)),
         Plot(
             "Attempts without an answer",
@@ -135,6 +136,7 @@ PLOTS = {
             (("no_answer_rate", "out of steps"), ("format_error_rate", "malformed step")),
             100,
         ),
+        Plot("Judge", "%", (("judge_failure_rate", "failed judgements"), ("left_out", "trajectories left out")), 100),
         Plot("KL to the reference policy", "nats per token", (("kl", "KL"),)),
         Plot("Entropy", "nats per token", (("entropy", "entropy"),)),
         Plot("Clip fraction", "% of tokens", (("clip_fraction", "clipped"),), 100),

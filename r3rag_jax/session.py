@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from rich.console import Console
 
 from r3rag_jax.config import Config, ConfigError
@@ -33,27 +32,34 @@ from r3rag_jax.data.qa import (
 from r3rag_jax.data.world import World, teach
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluator import reading_stops
+from r3rag_jax.judges import open_judge
 from r3rag_jax.metrics import Bar, MetricsLog
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shapes
+from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shardings
 from r3rag_jax.models.hf import load_config as load_decoder_config
 from r3rag_jax.models.hf import load_decoder, load_generation, save_decoder
 from r3rag_jax.models.lora import Parts, attach
-from r3rag_jax.models.paths import model_path
+from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.protocol import TAGS, make_protocol
 from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.faiss_index import FaissIndex
+from r3rag_jax.rewards.judge import Judge
 from r3rag_jax.rl.distribution import Truncation
 from r3rag_jax.rollout import Player, Roller, Rules, ServedRoller
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.server import Server
-from r3rag_jax.sharding import make_mesh, make_sampler_mesh, partition_spec, tree_shardings
+from r3rag_jax.sharding import make_mesh, make_sampler_mesh, tree_shardings
 from r3rag_jax.text import Tokenizer, read_template
 from r3rag_jax.transcript import Codec
 from r3rag_jax.types import Passage, Question, Trajectory
 
 # Sections that may change when a run is resumed: they do not change what was computed.
 FREE_KEYS = ("run_dir", "phases", "eval", "guards", "mesh", "log", "rollout.server")
+# Of a judge also while it has a say in rewards: where it is and how patiently it is asked.
+FREE_OF_JUDGE = tuple(
+    f"judge.{name}"
+    for name in "url key_env max_in_flight requests_per_minute retries timeout_s max_failure_share cache slots".split()
+)
 SPLITS = ("sft", "rl", "dev", "test")
 
 
@@ -75,7 +81,7 @@ def open_run(config: Config) -> Path:
     if path.exists():
         old = load_config(path)
         changed = [name for name, (was, now) in _differences(old, config).items()
-                   if not _is_free(name) and was != now]  # fmt: skip
+                   if not _is_free(name, old) and was != now]  # fmt: skip
         if changed:
             was, now = _differences(old, config)[changed[0]]
             raise UserError(
@@ -92,8 +98,13 @@ def open_run(config: Config) -> Path:
     return run_dir
 
 
-def _is_free(name: str) -> bool:
-    """Whether a dotted key is one of FREE_KEYS, of such a section, or (`server_…`) of such a group."""
+def _is_free(name: str, old: Config) -> bool:
+    """Whether a dotted key is one of FREE_KEYS, of such a section, or (`server_…`) of such a group.
+
+    What a judge is may change where the run has trained on no word of it.
+    """
+    if name.startswith("judge."):
+        return name in FREE_OF_JUDGE or not old.rewards.needs_judge
     return any(name == free or name.startswith((f"{free}.", f"{free}_")) for free in FREE_KEYS)
 
 
@@ -114,17 +125,6 @@ def barrier(name: str) -> None:
     """Wait for the other processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """What is wrong with the files of a model is the user's to fix."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"the model at {path} cannot be read: {error}") from error
 
 
 class Session:
@@ -214,16 +214,12 @@ class Session:
         return self._load(self.policy_dir(phase))
 
     def _load(self, path: Path) -> Any:
-        shardings = {
-            name: NamedSharding(self.mesh, partition_spec(self.mesh, PARAM_AXES[name], shape))
-            for name, shape in param_shapes(self.decoder_config).items()
-        }
         with reading(path):
             decoder = load_decoder(
                 path,
                 dtype=jnp.dtype(self.config.model.dtype),
                 param_dtype=self.param_dtype,
-                shardings=shardings,
+                shardings=param_shardings(self.mesh, self.decoder_config),
                 attention_implementation=self.config.model.attention,
             )
         return nnx.split(decoder)[1]
@@ -376,6 +372,24 @@ class Session:
     def server(self, eos_id: int, stop_ids: Sequence[int] = ()) -> Server:
         """The user's inference server, with what ends a completion."""
         return Server(self.config.rollout, self.tokenizer, eos_id=eos_id, stop_ids=stop_ids)
+
+    # ---- judge
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        """The judge of the configuration.
+
+        Raises:
+            UserError: its model, key, prompts or file of judgements cannot be read.
+        """
+        return open_judge(self.config.judge, self.mesh, self.run_dir / "judgements.jsonl")
+
+    def judge_mark(self) -> dict[str, Any]:
+        """What a fingerprint says of the evaluation's judge."""
+        judge = self.config.judge
+        return {"judge": judge.model or judge.url} if self.config.eval.judge else {}
+
+    # ---- a user's inference server
 
     def sampling_params(self, load: Callable[[], Any]) -> Any:
         """What rollouts take: the parameters that `load` gives, or None where a server has its own."""

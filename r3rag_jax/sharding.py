@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from r3rag_jax.config import MeshConfig
@@ -128,6 +129,28 @@ def batch_shardings(mesh: Mesh, tree: Any) -> Any:
     """Rows over (data, fsdp); everything behind the first dimension is whole on each device."""
     rest = lambda leaf: ("batch",) + (None,) * (leaf.ndim - 1)  # noqa: E731
     return jax.tree.map(lambda x: NamedSharding(mesh, partition_spec(mesh, rest(x), x.shape)), tree)
+
+
+def from_process_0(compute: Callable[[], np.ndarray], length: int) -> np.ndarray:
+    """What `compute` gives in process 0, in every process: float32 [length]. All must call.
+
+    Raises:
+        Exception: whatever `compute` raises in process 0; the others, who would wait for ever, get a UserError.
+    """
+    if jax.process_count() == 1:
+        return compute()
+    told, error = np.zeros(1 + length, np.float32), None  # whether it failed, and the values
+    if jax.process_index() == 0:
+        try:
+            told[1:] = compute()
+        except Exception as caught:
+            told[0], error = 1, caught
+    told = np.asarray(multihost_utils.broadcast_one_to_all(told))
+    if error is not None:
+        raise error
+    if told[0]:
+        raise UserError("process 0 has failed; see what it says")
+    return told[1:].copy()
 
 
 def put(tree: Any, shardings: Any) -> Any:

@@ -30,6 +30,7 @@ CONFIG_FILE = "tokenizer_config.json"
 SPECIALS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATES = ("chatml", "llama3")  # of this package: what the published checkpoints were trained under
+CONTENT = "\x00content\x00"  # stands for a text that is encoded by itself while what surrounds it is rendered
 _SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -211,6 +212,12 @@ class Tokenizer:
             named = {entry["name"]: entry["template"] for entry in template}
             return named.get("default")
         return template
+
+
+def chat_frame(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]] = ()) -> tuple[list[int], list[int]]:
+    """What the chat template puts before and after a user's message that follows the given turns."""
+    prefix, _, suffix = tokenizer.render_chat([*turns, {"role": "user", "content": CONTENT}]).partition(CONTENT)
+    return tokenizer.encode(prefix), tokenizer.encode(suffix)
 
 
 def read_template(name: str) -> str:

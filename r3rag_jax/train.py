@@ -29,11 +29,12 @@ from r3rag_jax.data.sft import SFTBatches, SFTSample
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluator import fingerprint, play_greedy, read_answers, summarise
 from r3rag_jax.guards import is_finite
+from r3rag_jax.judges import judge_memory
 from r3rag_jax.metrics import Bar, num_compiled
 from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.report import write_report
-from r3rag_jax.rewards.score import Scores, score
+from r3rag_jax.rewards.score import Scores, learnable, score
 from r3rag_jax.rollout import Job
 from r3rag_jax.sampler.memory import MemoryPlan, bytes_per_device, plan
 from r3rag_jax.session import Session, barrier, open_run, use_compile_cache
@@ -114,6 +115,8 @@ def plan_memory(session: Session, phase: str) -> list[MemoryPlan]:
         return params, learner.rl_optimizer(config.rl).init(params)
 
     parts = {"weights" if phase == "eval" else "start" if phase == "sft" else "reference": size(shapes)}
+    if (phase == "rl" and config.rewards.needs_judge) or (phase == "eval" and config.eval.judge):
+        parts |= judge_memory(config.judge, mesh)
     if phase != "eval":
         params, optimizer = jax.eval_shape(trained)
         parts |= {"trained": size(params), "optimizer": size(optimizer)}
@@ -215,6 +218,7 @@ def rl_phase(session: Session) -> bool:
     trainer = RLTrainer(session)
     rewind_trajectories(session, trainer.iteration)
     rollouts, dev = Rollouts(session), session.questions("dev")
+    judge = session.judge if session.config.rewards.needs_judge else None
     bar = Bar("RL", config.iterations, console=session.console, live=session.config.log.progress,
               done=trainer.iteration)  # fmt: skip
 
@@ -232,8 +236,9 @@ def rl_phase(session: Session) -> bool:
             if config.ahead and is_free and following < config.iterations:
                 rollouts.start(following, trainer.policy_params)
             scores = score(trajectories, session.config.rewards, session.retriever.encoder,
-                           max_steps=session.config.rollout.max_steps)  # fmt: skip
+                           max_steps=session.config.rollout.max_steps, judge=judge)  # fmt: skip
             metrics = rollout_metrics(trajectories, scores) | {"rollout_s": time.monotonic() - started}
+            trajectories, scores = learnable(trajectories, scores)
             metrics |= trainer.update(trajectories, scores)
             if dev and is_at(trainer.iteration, config.eval_every):
                 played = play_greedy(session.roller(), session.to_sampler(trainer.policy_params), dev)
@@ -302,12 +307,15 @@ class Rollouts:
 
     def _play(self, iteration: int, params: Any) -> list[Trajectory]:
         """With `rl.draws`, also those of questions drawn in the place of those that teach nothing."""
-        config, encoder = self._session.config, self._session.retriever.encoder
+        config, session = self._session.config, self._session
+        judge = session.judge if config.rewards.needs_judge else None
         trajectories = self._roller.play(params, iteration_jobs(config, self._questions, iteration))
         for draw in range(1, config.rl.draws):
-            rewards = score(trajectories, config.rewards, encoder, max_steps=config.rollout.max_steps).rewards
-            groups = number_groups(trajectories)
-            is_equal = equal_groups(rewards, groups, totals=config.rl.returns == "total")
+            scores = score(trajectories, config.rewards, session.retriever.encoder,
+                           max_steps=config.rollout.max_steps, judge=judge)  # fmt: skip
+            known, scores = learnable(trajectories, scores)
+            groups = number_groups(known)
+            is_equal = equal_groups(scores.rewards, groups, totals=config.rl.returns == "total")
             num_missing = config.rl.questions - len(np.unique(groups[~is_equal]))
             taken = {trajectory.question.id for trajectory in trajectories}
             jobs = more_jobs(config, self._questions, iteration, draw, num_missing, taken)
@@ -347,8 +355,15 @@ def samples_of(config: Config, question: Question, iteration: int) -> list[Job]:
 def rollout_metrics(trajectories: Sequence[Trajectory], scores: Scores) -> dict[str, float]:
     """What the trajectories of an iteration look like."""
     status = np.asarray([t.status for t in trajectories])
+    is_valid = scores.is_valid
+    parts = {f"reward_{name}": values[is_valid] for name, values in scores.parts.items()}
+    asking = [[i, k] for i, t in enumerate(trajectories) for k, step in enumerate(t.steps) if step.query is not None]
+    parts["relevance"] = scores.process[tuple(np.reshape(asking, (-1, 2)).astype(int).T)]
+    parts |= {"acc": scores.answers["acc"]} if "acc" in scores.answers else {}
     return {
-        "reward": float(np.mean([r.sum() for r in scores.rewards])),
+        "reward": _known_mean(np.asarray([r.sum() for r in scores.rewards])),
+        **{name: _known_mean(values) for name, values in parts.items()},
+        **(scores.verdicts.metrics | {"left_out": 1 - is_valid.mean()} if scores.verdicts is not None else {}),
         "em": float(scores.answers["em"].mean()),
         "f1": float(scores.answers["f1"].mean()),
         "no_answer_rate": float(np.mean(status == Status.NO_ANSWER)),
@@ -364,6 +379,12 @@ def repeated_query_rate(trajectories: Sequence[Trajectory]) -> float:
     asked = [[" ".join(s.query.casefold().split()) for s in t.steps if s.query is not None] for t in trajectories]
     num_queries = sum(map(len, asked))
     return (num_queries - sum(len(set(queries)) for queries in asked)) / max(1, num_queries)
+
+
+def _known_mean(values: np.ndarray) -> float:
+    """Of what no failed judgement left open; 0 where there is nothing."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else 0.0
 
 
 def keep_trajectories(session: Session, trajectories: Sequence[Trajectory], scores: Scores, iteration: int) -> None:
@@ -395,7 +416,7 @@ def eval_phase(session: Session) -> bool:
     """Baselines, cold start and R3-RAG on the test questions."""
     questions = session.questions("test")[: session.config.eval.max_questions or None]
     mark = fingerprint(questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k,
-                       **session.sampling_mark())  # fmt: skip
+                       **session.sampling_mark(), **session.judge_mark())  # fmt: skip
     did_work = False
     for system in session.config.eval.systems:
         path = session.run_dir / "eval" / f"{system}.json"
@@ -405,8 +426,7 @@ def eval_phase(session: Session) -> bool:
         bar = Bar(f"eval {system}", len(questions), console=session.console, live=session.config.log.progress)
         with bar:
             trajectories = evaluate_system(session, system, questions, bar)
-        if jax.process_index() == 0:
-            write_eval(session, system, trajectories, mark)
+        write_eval(session, system, trajectories, mark)
     barrier("eval")
     return did_work
 
@@ -431,12 +451,16 @@ def evaluate_system(session: Session, system: str, questions: Sequence[Question]
 
 
 def write_eval(session: Session, system: str, trajectories: Sequence[Trajectory], mark: dict[str, Any]) -> None:
-    for name in ("eval", "trajectories"):
-        (session.run_dir / name).mkdir(exist_ok=True)
-    lines = (json.dumps(trajectory_to_dict(t), ensure_ascii=False) for t in trajectories)
-    (session.run_dir / "trajectories" / f"{system}.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    summary = summarise(system, trajectories, mark)
-    (session.run_dir / "eval" / f"{system}.json").write_text(json.dumps(summary, indent=2) + "\n")
+    """Trajectories first: a judge may fail. Process 0 alone writes."""
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        for name in ("eval", "trajectories"):
+            (session.run_dir / name).mkdir(exist_ok=True)
+        lines = (json.dumps(trajectory_to_dict(t), ensure_ascii=False) for t in trajectories)
+        (session.run_dir / "trajectories" / f"{system}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    summary = summarise(system, trajectories, mark, session.judge if session.config.eval.judge else None)
+    if is_writer:
+        (session.run_dir / "eval" / f"{system}.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def load_evals(session: Session) -> list[dict[str, Any]]:

@@ -9,21 +9,13 @@ the passages and the chat frame are ever encoded, each piece by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from r3rag_jax.protocol import TextProtocol, question_text
-from r3rag_jax.text import Tokenizer
+from r3rag_jax.text import CONTENT, Tokenizer, chat_frame
 from r3rag_jax.types import Passage, Sample, Step, Trajectory
-
-_CONTENT = "\x00content\x00"  # stands for the user's message while the chat template is rendered
-
-
-def chat_frame(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]] = ()) -> tuple[list[int], list[int]]:
-    """What the chat template puts before and after a user's message that follows the given turns."""
-    prefix, _, suffix = tokenizer.render_chat([*turns, {"role": "user", "content": _CONTENT}]).partition(_CONTENT)
-    return tokenizer.encode(prefix), tokenizer.encode(suffix)
 
 
 class Codec:
@@ -41,8 +33,8 @@ class Codec:
 
     def passage_ids(self, passages: Sequence[Passage]) -> list[int]:
         """The passages as they are spliced in, each cut to the token budget."""
-        frame = self.protocol.render_passages([_CONTENT])
-        before, _, after = frame.partition(_CONTENT)
+        frame = self.protocol.render_passages([CONTENT])
+        before, _, after = frame.partition(CONTENT)
         ids = self.tokenizer.encode(before)
         for number, passage in enumerate(passages):
             ids += self._newline if number else []

@@ -40,15 +40,18 @@ HTML_PASSAGE = 260  # a longer passage is folded
 Z_95 = 1.96  # standard normal quantile of a two-sided 95 % interval
 
 # metric of eval/<system>.json, column title, what it says, decimals, whether the largest is best
-COLUMNS = (
+Column = tuple[str, str, str, int, bool]
+COLUMNS: tuple[Column, ...] = (
     ("em", "EM", "exact match, %", 1, True),
     ("f1", "F1", "word overlap, %", 1, True),
     ("cover_em", "cover-EM", "a gold answer stands in the answer, %", 1, True),
+    ("acc", "ACC", "exact match, or right says a judge, %", 1, True),
     ("retrievals", "retrievals", "searches per question", 2, False),
     ("support_found", "support", "supporting passages found, %", 1, True),
     ("tokens_per_correct", "tokens/correct", "tokens written per correct answer", 0, False),
     ("num", "n", "questions", 0, False),
 )
+OPTIONAL = ("acc",)  # shown where an evaluation has it
 
 
 # ------------------------------------------------------------------------------------ trajectories
@@ -180,11 +183,17 @@ class Row(NamedTuple):
     cells: list[Cell]
 
 
+def columns_of(evals: Sequence[Eval]) -> list[Column]:
+    """Those of COLUMNS that the table of these evaluations has."""
+    measured = {name for evaluation in evals for name in evaluation["groups"].get("all", {})}
+    return [column for column in COLUMNS if column[0] not in OPTIONAL or column[0] in measured]
+
+
 def result_rows(evals: Sequence[Eval]) -> list[Row]:
-    """One row a system: the metrics of COLUMNS over all questions."""
+    """One row a system: the metrics of `columns_of` over all questions."""
     whole = [evaluation["groups"].get("all", {}) for evaluation in evals]
     columns = []
-    for name, _, _, decimals, largest_is_best in COLUMNS:
+    for name, _, _, decimals, largest_is_best in columns_of(evals):
         values = [metrics.get(name) for metrics in whole]
         nums = [int(metrics.get("num", 0)) for metrics in whole] if name == "em" else None
         columns.append(_column(values, decimals, largest_is_best, nums))
@@ -252,7 +261,7 @@ def title_of(evaluation: Eval) -> str:
 def results_table(evals: Sequence[Eval]) -> Table:
     """Systems and their metrics over all questions, for a terminal; the best value is bold."""
     caption = "EM ± half the 95 % interval" + "".join(f"\n{s}" for s in not_comparable(evals))
-    return _table("Results", [title for _, title, *_ in COLUMNS], result_rows(evals), caption)
+    return _table("Results", [title for _, title, *_ in columns_of(evals)], result_rows(evals), caption)
 
 
 def groups_table(evals: Sequence[Eval]) -> Table:
@@ -294,8 +303,8 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     functions = (
-        outcome, facts, is_supporting, visible, pretty, result_rows, group_rows, not_comparable
+        outcome, facts, is_supporting, visible, pretty, columns_of, result_rows, group_rows, not_comparable
     )  # fmt: skip
     templates.globals.update({function.__name__: function for function in functions})
-    templates.globals.update(SUPPORT_MARK=SUPPORT_MARK, HTML_PASSAGE=HTML_PASSAGE, COLUMNS=COLUMNS)
+    templates.globals.update(SUPPORT_MARK=SUPPORT_MARK, HTML_PASSAGE=HTML_PASSAGE)
     return templates

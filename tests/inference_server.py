@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ class Endpoint:
 
 @contextlib.contextmanager
 def serve(reply: Callable[[dict[str, Any]], Reply], extra_headers: dict[str, str] | None = None) -> Iterator[Endpoint]:
-    """`reply` answers the bodies of /v1/completions, from a thread each."""
+    """`reply` answers the bodies of /v1/completions and /v1/chat/completions, from a thread each."""
     lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
@@ -47,7 +48,7 @@ def serve(reply: Callable[[dict[str, Any]], Reply], extra_headers: dict[str, str
                 endpoint.num_busy += 1
                 endpoint.most_busy = max(endpoint.most_busy, endpoint.num_busy)
             try:
-                assert self.path == "/v1/completions"
+                assert self.path == ("/v1/chat/completions" if "messages" in body else "/v1/completions")
                 status, value = reply(body)
             finally:
                 with lock:
@@ -69,6 +70,10 @@ def serve(reply: Callable[[dict[str, Any]], Reply], extra_headers: dict[str, str
     class Listener(ThreadingHTTPServer):
         request_queue_size = 64
 
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exception(), ConnectionError):  # a client that has left is no news
+                super().handle_error(request, client_address)
+
     server = Listener(("127.0.0.1", 0), Handler)
     endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -84,6 +89,11 @@ def serve(reply: Callable[[dict[str, Any]], Reply], extra_headers: dict[str, str
 def completion(text: str, finish: str = "stop", **fields: Any) -> dict[str, Any]:
     """The reply of a server that tells no more than OpenAI's API asks for."""
     return {"choices": [{"index": 0, "text": text, "finish_reason": finish} | fields]}
+
+
+def chat(text: Any, finish: str = "stop") -> dict[str, Any]:
+    """The reply of /v1/chat/completions."""
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
 
 
 class EngineReply:

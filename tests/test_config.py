@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r3rag_jax import configio
-from r3rag_jax.config import Config, ConfigError, DataConfig, EvalConfig, MeshConfig, RLConfig, RolloutConfig
+from r3rag_jax.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    JudgeConfig,
+    MeshConfig,
+    RewardConfig,
+    RLConfig,
+    RolloutConfig,
+)
 from r3rag_jax.configio import help_text, load_config, parse_args, to_yaml
 from r3rag_jax.errors import UserError, main_guard
 
@@ -300,6 +310,22 @@ def test_files_that_cannot_be_read(write: Write) -> None:
          "rollout.stop_strings must be none when rollout.server is given; got a"),
         (["rollout.server_retries=-1"], "rollout.server_retries must be at least 0; got -1"),
         (["rollout.server_timeout_s=0"], "rollout.server_timeout_s must be above 0; got 0.0"),
+        (["rewards.process=judge"], "judge.url must be given when rewards.process is judge (and judge.kind is"
+         " server); got none"),
+        (["judge.kind=local", "rewards.outcome=judge"], "judge.model must be given when rewards.outcome is judge"
+         " (and judge.kind is local); got none"),
+        (["phases=index", "eval.judge=true"], "judge.url must be given when eval.judge is true (and judge.kind is"
+         " server); got none"),
+        (["judge.url=http://me:secret@h/v1"], "judge.url must be an http(s) URL without user, query or fragment,"
+         " e.g. http://localhost:8000/v1; got 'h/v1'"),
+        (["judge.kind=local", "judge.url=http://h"], "judge.url must be empty when judge.kind is local; got"
+         " 'http://h'"),
+        (["judge.kind=local", "judge.key_env=K"], "judge.key_env must be empty when judge.kind is local; got 'K'"),
+        (["judge.kind=local", "judge.max_length=256"], "judge.max_tokens must be less than judge.max_length=256;"
+         " got 256"),
+        (["judge.max_failure_share=1.5"], "judge.max_failure_share must be in [0, 1]; got 1.5"),
+        (["judge.max_in_flight=0"], "judge.max_in_flight must be at least 1; got 0"),
+        (["rewards.process_weight=-1"], "rewards.process_weight must be at least 0; got -1.0"),
     ],
 )  # fmt: skip
 def test_broken_relations_name_the_key_and_the_override(write: Write, overrides: list[str], rule: str) -> None:
@@ -341,6 +367,15 @@ def test_a_server_evaluates_the_systems_of_one_policy(systems: tuple[str, ...]) 
     rollout = RolloutConfig(server="https://host:8000/v1")
     config = Config(phases=("index", "eval"), rollout=rollout, eval=EvalConfig(systems=systems))
     assert config.eval.systems == systems
+
+
+def test_a_judge_is_needed_by_whoever_asks_it() -> None:
+    by_judge = RewardConfig(process="judge", outcome="judge")
+    assert Config(phases=("sft", "eval"), rewards=by_judge).rewards.needs_judge
+    assert Config(rewards=dataclasses.replace(by_judge, use_process=False, outcome="em")).judge.url == ""
+    assert Config(rewards=by_judge, judge=JudgeConfig(url="http://h/v1")).judge.is_given
+    assert Config(rewards=by_judge, judge=JudgeConfig(kind="local", model="package:x")).judge.is_given
+    assert not RewardConfig().needs_judge and not JudgeConfig(model="m").is_given
 
 
 def test_an_explicit_coordinator_needs_its_rank_and_size() -> None:

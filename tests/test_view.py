@@ -1,5 +1,6 @@
 """view.py: who wrote what, right or wrong, and the tables."""
 
+import copy
 import io
 import re
 from html.parser import HTMLParser
@@ -157,10 +158,20 @@ def test_half_width_is_the_agresti_coull_interval():
     assert half_width(50.0, 400) < half_width(50.0, 100)
 
 
+def test_judged_accuracy_is_a_column_where_a_judge_was_asked():
+    judged = copy.deepcopy(EVALS)
+    judged[3]["groups"]["all"]["acc"] = 80.04
+    header = printed(results_table(judged)).splitlines()[1].split()
+    assert header == [title for _, title, *_ in COLUMNS]
+    at = header.index("ACC")
+    assert [row.cells[at].text for row in result_rows(judged)] == ["—", "—", "—", "80.0"]
+    assert ">ACC</th>" in results_html(judged) and ">ACC</th>" not in results_html(EVALS)
+
+
 def test_tables_in_a_terminal():
     text = printed(results_table(EVALS))
     header = text.splitlines()[1].split()
-    assert header == [title for _, title, *_ in COLUMNS]
+    assert header == [title for _, title, *_ in COLUMNS if title != "ACC"]  # no judge was asked
     assert text.splitlines()[5].split() == [
         "R3-RAG",
         "73.0",

@@ -7,7 +7,6 @@ sliding windows, biases on the output projection (no supported checkpoint has th
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -15,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from r3rag_jax.models.attention import IMPLEMENTATIONS, attention
+from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.sharding import partition_spec
 
 # Logical axes of every parameter by name; sharding.py maps logical axes to mesh axes.
 PARAM_AXES: dict[str, tuple[str | None, ...]] = {
@@ -82,52 +84,12 @@ def param_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of every layer; slot s of a row holds the token at position s.
-
-    Keys are stored transposed, so that both matmuls of a decode step run along contiguous memory:
-    on CPU this layout takes half the time of [B, S, K, H].
-    """
-
-    k: tuple[jax.Array, ...]  # Ly x [B, K, H, S]
-    v: tuple[jax.Array, ...]  # Ly x [B, K, S, H]
-
-    @classmethod
-    def init(cls, config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
-        """Return zeros for `batch` rows of `slots` positions."""
-        K, H = config.num_kv_heads, config.head_dim
-        # Distinct buffers: a donated pytree may not hold one array twice.
-        return cls(
-            k=tuple(jnp.zeros((batch, K, H, slots), dtype) for _ in range(config.num_layers)),
-            v=tuple(jnp.zeros((batch, K, slots, H), dtype) for _ in range(config.num_layers)),
-        )
-
-    @property
-    def slots(self) -> int:
-        """S, the number of positions a row can hold."""
-        return self.v[0].shape[2]
-
-    def head(self, slots: int) -> KVCache:
-        """The first positions of every row."""
-        return KVCache(k=tuple(k[..., :slots] for k in self.k), v=tuple(v[:, :, :slots] for v in self.v))
-
-    def with_head(self, sub: KVCache) -> KVCache:
-        """This cache with the first positions of every row from `sub`."""
-        S = sub.slots
-        return KVCache(
-            k=tuple(k.at[..., :S].set(new) for k, new in zip(self.k, sub.k, strict=True)),
-            v=tuple(v.at[:, :, :S].set(new) for v, new in zip(self.v, sub.v, strict=True)),
-        )
-
-    def take(self, rows: jax.Array) -> KVCache:
-        """Gather rows (int32 [R]) into a cache of R rows."""
-        return jax.tree.map(lambda x: x[rows], self)
-
-    def put(self, rows: jax.Array, sub: KVCache) -> KVCache:
-        """Scatter the rows of `sub` to `rows` (int32 [R]); a row index >= B is dropped."""
-        return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), self, sub)
+def param_shardings(mesh: Mesh, config: DecoderConfig) -> dict[str, NamedSharding]:
+    """Where each parameter of a decoder goes, by name."""
+    return {
+        name: NamedSharding(mesh, partition_spec(mesh, PARAM_AXES[name], shape))
+        for name, shape in param_shapes(config).items()
+    }
 
 
 class Layers(nnx.Module):
@@ -254,25 +216,13 @@ class Decoder(nnx.Module):
         cos, sin = rope_tables(self.config, positions_BC)
         stacked = self._layer_params()
         x = self._embed(tokens_BC)
-        k_cache, v_cache = list(cache.k), list(cache.v)
-        rows_B1 = jnp.arange(tokens_BC.shape[0])[:, None]
         for i in range(self.config.num_layers):
             w = {name: value[i] for name, value in stacked.items()}
             q, k, v = self._qkv(w, x, cos, sin)
-            k_cache[i] = (
-                k_cache[i]
-                .at[rows_B1, :, :, positions_BC]
-                .set(k.astype(k_cache[i].dtype), mode="drop", unique_indices=True)
-            )
-            v_cache[i] = (
-                v_cache[i]
-                .at[rows_B1, :, positions_BC]
-                .set(v.astype(v_cache[i].dtype), mode="drop", unique_indices=True)
-            )
-            out = _cached_attention(q, k_cache[i], v_cache[i], positions_BC)
-            x = self._finish_layer(w, x, out)
+            cache = cache.write(i, k, v, positions_BC)
+            x = self._finish_layer(w, x, cache.attend(i, q, positions_BC))
         hidden = rms_norm(x, self.param("final_norm")[...], self.config.norm_eps)
-        return KVCache(k=tuple(k_cache), v=tuple(v_cache)), hidden
+        return cache, hidden
 
     def param(self, name: str) -> nnx.Param:
         """Return a parameter by its name in PARAM_AXES, whether stacked or not."""
@@ -395,37 +345,3 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate the pairs (x[i], x[i + H/2]) of [..., heads, H], the layout of Hugging Face files."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def _cached_attention(q_BCNH: jax.Array, k_BKHS: jax.Array, v_BKSH: jax.Array, positions_BC: jax.Array) -> jax.Array:
-    """Attend to cache slots <= each query's position; returns [B, C, N, H].
-
-    The G query heads of a kv head and the C tokens are laid out as rows R of one matmul, so the cache is read
-    once; left to an einsum over all the axes, XLA's CPU backend takes 5 x as long (a decode step of 64 rows).
-    """
-    B, C, N, H = q_BCNH.shape
-    K, S = k_BKHS.shape[1], k_BKHS.shape[3]
-    G = N // K
-    q_BKRH = q_BCNH.reshape(B, C, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * C, H)
-    scores = _einsum32("bkrh,bkhs->bkrs", q_BKRH.astype(k_BKHS.dtype), k_BKHS).reshape(B, K, G, C, S)
-    mask = jnp.arange(S) <= positions_BC[:, :, None]
-    scores = jnp.where(mask[:, None, None], scores * H**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    out = _einsum32("bkrs,bksh->bkrh", weights.reshape(B, K, G * C, S), v_BKSH)
-    return out.reshape(B, K, G, C, H).transpose(0, 3, 1, 2, 4).reshape(B, C, N, H).astype(q_BCNH.dtype)
-
-
-def _einsum32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Contract two arrays of one dtype into float32.
-
-    XLA's CPU backend (seen in jaxlib 0.10.2) cannot run a bfloat16 product of two batch dimensions with a
-    float32 result ("Unsupported element type for DotThunk"); there the inputs are widened first.
-    """
-
-    def native(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
-
-    def widened(x: jax.Array, y: jax.Array) -> jax.Array:
-        return native(x.astype(jnp.float32), y.astype(jnp.float32))
-
-    return jax.lax.platform_dependent(x, y, cpu=widened, default=native)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 from r3rag_jax.errors import UserError
@@ -33,3 +35,14 @@ def model_path(text: str | Path) -> Path:
         found = ", ".join(sorted(str(path.relative_to(root)) for path in models)) or "none"
         raise UserError(f"{text} must hold one model, a directory with config.json or a .gguf file; found {found}")
     return models.pop()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What is wrong with the files of a model is the user's to fix."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model at {path} cannot be read: {error}") from error

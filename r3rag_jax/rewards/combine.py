@@ -22,6 +22,7 @@ def shape_rewards(
     malformed_BK: jax.Array,
     *,
     outcome_weight: float = 2.0,
+    process_weight: float = 1.0,
     use_process: bool = True,
     use_outcome: bool = True,
     compat: Literal["r3", "paper"] = "r3",
@@ -39,7 +40,7 @@ def shape_rewards(
     | malformed                  | malformed_reward, whatever else it is                           |
     | last of an ANSWERED one    | outcome_weight * correct                                        |
     | last of a NO_ANSWER one    | compat r3: -no_answer_penalty; compat paper: as any other step  |
-    | any other                  | process * factor                                                |
+    | any other                  | process_weight * process * factor                               |
 
     The factor is that of the trajectory: `factor_correct` or `factor_wrong` when ANSWERED (correct
     from 0.5 on), `factor_no_answer` when NO_ANSWER; on a FORMAT_ERROR that of a wrong answer (compat paper: 1).
@@ -53,9 +54,11 @@ def shape_rewards(
     answer's reward goes to *every* step of its trajectory, as released). Without `use_outcome` the
     factor is 1, and neither answer nor missing answer is rewarded.
 
+    A judgement that failed is NaN, and so is every reward that depends on it, and no other: nothing stands in for it.
+
     Args:
-        process_BK: float [B, K], relevance in [0, 1] of the passages a step retrieved.
-        correct_B: float [B], exact match or F1 of the final answer, in [0, 1]; read where ANSWERED.
+        process_BK: float [B, K], relevance in [0, 1] of the passages a step retrieved; NaN = unknown.
+        correct_B: float [B], exact match or F1 of the final answer, in [0, 1]; NaN = unknown; read where ANSWERED.
         status_B: int [B], of `Status`.
         step_mask_BK: bool [B, K], True = the step was taken; the last True is the last step.
         malformed_BK: bool [B, K], True = the step broke the protocol.
@@ -75,25 +78,28 @@ def shape_rewards(
     correct_B = correct_B.astype(jnp.float32)
     is_answered_B, is_no_answer_B = status_B == Status.ANSWERED, status_B == Status.NO_ANSWER
     is_right_B = is_answered_B & (correct_B >= 0.5)
+    is_unknown_B = is_answered_B & jnp.isnan(correct_B)
     taken_after_BK = jnp.cumsum(step_mask_BK[:, ::-1], axis=1)[:, ::-1]
     is_last_BK = step_mask_BK & (taken_after_BK == 1)
     is_answer_BK = is_last_BK & is_answered_B[:, None]
 
-    rewards_BK = process_BK.astype(jnp.float32) if use_process else jnp.zeros_like(process_BK, jnp.float32)
+    process_BK = process_weight * process_BK.astype(jnp.float32)
+    rewards_BK = process_BK if use_process else jnp.zeros_like(process_BK)
     if use_outcome:
         factor_missing = jnp.minimum(factor_no_answer, factor_wrong) if compat == "r3" else factor_no_answer
         factor_B = jnp.select(
-            [is_right_B, is_answered_B, is_no_answer_B],
-            [factor_correct, factor_wrong, factor_missing],
+            [is_unknown_B, is_right_B, is_answered_B, is_no_answer_B],
+            [jnp.nan, factor_correct, factor_wrong, factor_missing],
             factor_wrong if compat == "r3" else 1.0,
         )
-        rewards_BK = rewards_BK * factor_B[:, None]
+        if use_process:
+            rewards_BK = rewards_BK * factor_B[:, None]
     outcome_B = outcome_weight * correct_B if use_outcome else jnp.zeros_like(correct_B)
     rewards_BK = jnp.where(is_answer_BK, outcome_B[:, None], rewards_BK)
     if use_outcome and compat == "r3":
         is_missing_BK = is_last_BK & is_no_answer_B[:, None]
         rewards_BK = jnp.where(is_missing_BK, -no_answer_penalty, rewards_BK)
     if use_outcome and compat == "paper" and not use_process:
-        rewards_BK = jnp.where(is_right_B[:, None], outcome_B[:, None], rewards_BK)
+        rewards_BK = jnp.where((is_right_B | is_unknown_B)[:, None], outcome_B[:, None], rewards_BK)
     rewards_BK = format_rewards(rewards_BK, malformed_BK, malformed_reward)
     return jnp.where(step_mask_BK, jnp.clip(rewards_BK, -clip, clip), 0.0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.models.decoder import KVCache
 from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sharding import batch_shardings, put, replicated
@@ -150,13 +150,14 @@ class Engine:
         before = self.rows.lengths.copy()
         reach = int(np.max(self.rows.lengths[active] + np.minimum(max_tokens, self.rows.budgets[active])))
         self._decode_once(params, max_tokens, leave_at, next(span for span in self._spans if span >= reach))
-        self._stop_at_strings(active)
+        if self._end_of is not None:
+            self._stop_at_strings(active, self._end_of)
         self.num_sampled += int((self.rows.lengths - before).sum())
 
-    def _stop_at_strings(self, rows: Sequence[int]) -> None:
-        for row in rows if self._end_of is not None else ():
+    def _stop_at_strings(self, rows: Sequence[int], end_of: EndOf) -> None:
+        for row in rows:
             start, end = int(self._starts[row]), int(self.rows.lengths[row])
-            if num_kept := self._end_of(self.rows.tokens[row, start:end].tolist()):
+            if num_kept := end_of(self.rows.tokens[row, start:end].tolist()):
                 if start + num_kept < end or self.rows.status[row] == RowStatus.ACTIVE:
                     self.rows.status[row] = RowStatus.DONE
                 self.rows.lengths[row] = start + num_kept
@@ -220,6 +221,29 @@ def spans(max_length: int) -> list[int]:
     """Positions that decode calls can be compiled for, ascending; the last is the whole cache."""
     parts = {-(-max_length // share) for share in SPAN_SHARES} - {max_length}
     return [*sorted(part for part in parts if part >= MIN_SPAN), max_length]
+
+
+def complete_all(
+    engine: Engine, params: Any, contexts: Sequence[Context], *, chunk: int, leave_at: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Place and sampled ids of each context, as they come; a slot is refilled as soon as its row has ended.
+
+    `chunk` and `leave_at` are those of `Engine.decode`.
+    """
+    engine.reset()
+    waiting, busy = list(range(len(contexts)))[::-1], dict[int, int]()
+    while waiting or busy:
+        new = {}
+        for slot in engine.find(RowStatus.EMPTY)[: len(waiting)]:
+            busy[slot] = waiting.pop()
+            new[slot] = contexts[busy[slot]]
+        engine.set_context(params, new)
+        engine.decode(params, chunk, leave_at)
+        for slot in engine.find(RowStatus.NEEDS_RETRIEVAL, RowStatus.DONE):
+            place = busy.pop(slot)
+            ids = engine.rows.tokens[slot, len(contexts[place].ids) : engine.rows.lengths[slot]].tolist()
+            engine.release(slot)
+            yield place, ids
 
 
 def prefill(

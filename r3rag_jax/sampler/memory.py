@@ -17,8 +17,8 @@ import jax
 from jax.sharding import Mesh
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.models.decoder import KVCache
 from r3rag_jax.sampler.engine import spans
 from r3rag_jax.sharding import RULES
 

@@ -15,31 +15,22 @@ a closing tag without its opening one as an end of turn (that step is malformed 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import http.client
-import json
 import math
-import os
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from r3rag_jax.config import RolloutConfig
+from r3rag_jax.endpoint import FIRST_WAIT_S, Endpoint
 from r3rag_jax.errors import UserError
 from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.sampler.engine import Context
 from r3rag_jax.text import Tokenizer
-
-RETRIED = (408, 409, 429, 500, 502, 503, 504, 529)  # HTTP status: busy or broken for the moment
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # before the first retry; doubled for each further one
-SHOWN = 300  # characters of a reply in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +44,6 @@ class Completion:
     def behaviour_logprobs(self) -> np.ndarray:
         """NaN where there are none, which no training takes."""
         return np.full(len(self.ids), np.nan, np.float32) if self.logprobs is None else self.logprobs
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: followed, it would carry the key to another host and lose the request's body."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
 
 
 class Server:
@@ -80,35 +64,20 @@ class Server:
             UserError: the environment variable that `rollout.server_key_env` names is not set.
         """
         self.max_length = config.max_length
-        self._config, self._tokenizer, self._first_wait_s = config, tokenizer, first_wait_s
-        self._url = config.server.rstrip("/")
+        self._config, self._tokenizer = config, tokenizer
         self._eos_id = eos_id
         self._ends = {id: tokenizer.decode([id]) for id in (*stop_ids, eos_id)}
-        self._key = os.environ.get(config.server_key_env, "") if config.server_key_env else ""
-        if config.server_key_env and not self._key:
-            raise UserError(
-                f"rollout.server_key_env names the environment variable {config.server_key_env}: it is not set"
-            )
-        self._opener = urllib.request.build_opener(_NoRedirect)
-        self._given_up = threading.Event()
-        self._lock = threading.Lock()
+        hint = "for a server that refuses fields beyond OpenAI's: rollout.server_extras=false"
+        self._endpoint = Endpoint(
+            config.server, name="rollout.server", key_name="rollout.server_key_env", key_env=config.server_key_env,
+            retries=config.server_retries, timeout_s=config.server_timeout_s, first_wait_s=first_wait_s,
+            hints=dict.fromkeys((400, 422), hint) if config.server_extras else None,
+        )  # fmt: skip
 
     @property
     def model(self) -> str:
         """`rollout.server_model`, or the first model that the server lists."""
-        with self._lock:
-            return self._config.server_model or self._first_model
-
-    @functools.cached_property
-    def _first_model(self) -> str:
-        reply = self._call("/models")
-        try:
-            name = reply["data"][0]["id"]
-        except (KeyError, IndexError, TypeError):
-            name = None
-        if not isinstance(name, str):
-            raise self._malformed("/models", "a list of models", reply)
-        return name
+        return self._config.server_model or self._endpoint.first_model
 
     def complete(self, context: Context) -> Completion:
         """Sample behind a context.
@@ -145,7 +114,7 @@ class Server:
                 "top_k": self._config.top_k_tokens or -1,
                 "repetition_penalty": 1.0,
             }
-        reply = self._call("/completions", body)
+        reply = self._endpoint.call("/completions", body)
         ids, logprobs = self._read(reply)
         # Servers report them at temperature 1 or at the sampling temperature, and before a truncation or behind it.
         is_as_sampled = context.temperature in (0.0, 1.0) and Truncation.of(self._config) == WHOLE
@@ -178,19 +147,19 @@ class Server:
             choice = reply["choices"][0]
             text, finish = choice["text"], choice["finish_reason"]
         except (KeyError, IndexError, TypeError):
-            raise self._malformed("/completions", "choices with text and finish_reason", reply) from None
+            raise self._endpoint.malformed("/completions", "choices with text and finish_reason", reply) from None
         if not isinstance(text, str) or finish not in ("stop", "length"):
-            raise self._malformed("/completions", "a text with finish_reason stop or length", reply)
+            raise self._endpoint.malformed("/completions", "a text with finish_reason stop or length", reply)
         usage = reply.get("usage")
         if isinstance(usage, dict) and usage.get("completion_tokens") == 0:
-            raise self._malformed("/completions", "at least one sampled token", reply)
+            raise self._endpoint.malformed("/completions", "at least one sampled token", reply)
         ids, values = self._told(choice, reply)
         if ids is None:
             ids, values = self._tokenizer.encode(text), []
         if finish == "stop" and not self._has_ended(ids):
             ids = [*ids, self._ending(choice, text)]
         if not ids:
-            raise self._malformed("/completions", "at least one sampled token", reply)
+            raise self._endpoint.malformed("/completions", "at least one sampled token", reply)
         is_known = len(values) == len(ids) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
         return ids, np.asarray(values, np.float32) if is_known else None
 
@@ -210,9 +179,11 @@ class Server:
             elif ids is None and spelled:
                 ids = self._unspelled(spelled, choice["text"])
         except (AttributeError, TypeError, ValueError):
-            raise self._malformed("/completions", "logprobs of OpenAI's form", reply) from None
+            raise self._endpoint.malformed("/completions", "logprobs of OpenAI's form", reply) from None
         if ids is not None and not all(isinstance(i, int) and 0 <= i < self._tokenizer.vocab_size for i in ids):
-            raise self._malformed("/completions", f"ids below {self._tokenizer.vocab_size}, the tokenizer's", reply)
+            raise self._endpoint.malformed(
+                "/completions", f"ids below {self._tokenizer.vocab_size}, the tokenizer's", reply
+            )
         return ids, values
 
     def _unspelled(self, tokens: list[str], text: str) -> list[int] | None:
@@ -248,82 +219,12 @@ class Server:
                 return opened[max(opened)]
         return self._eos_id
 
-    # ---- HTTP
+    # ---- a round of calls
 
-    @contextlib.contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self) -> AbstractContextManager[None]:
         """A round of calls; an exception inside ends the retries of those in flight."""
-        self._given_up.clear()
-        try:
-            yield
-        except BaseException:
-            self.give_up()
-            raise
+        return self._endpoint.session()
 
     def give_up(self) -> None:
         """Calls in flight are not retried any more."""
-        self._given_up.set()
-
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON reply; retried with exponential backoff while the server is busy, broken or away."""
-        data = None if body is None else json.dumps(body).encode()
-        for attempt in range(self._config.server_retries + 1):
-            error, least_wait_s = "", 0.0
-            try:
-                request = urllib.request.Request(self._url + path, data, self._headers())
-                with self._opener.open(request, timeout=self._config.server_timeout_s) as response:
-                    content = response.read()
-                return self._json(path, content)
-            except urllib.error.HTTPError as refusal:
-                with refusal:
-                    error = f"{refusal.code} {self._shown(_content(refusal))}"
-                if refusal.code not in RETRIED:
-                    raise UserError(
-                        f"rollout.server: {self._url}{path} answered {error}{self._hint(refusal)}"
-                    ) from None
-                least_wait_s = _seconds(refusal.headers.get("Retry-After", ""))
-            except (OSError, http.client.HTTPException) as away:  # refused, reset, timed out, cut off
-                error = str(getattr(away, "reason", "") or away) or type(away).__name__
-            wait_s = min(LONGEST_WAIT_S, max(least_wait_s, self._first_wait_s * 2**attempt))
-            if attempt == self._config.server_retries or self._given_up.wait(wait_s):
-                break
-        raise UserError(f"rollout.server: {self._url}{path} failed, attempt {attempt + 1} of "
-                        f"{self._config.server_retries + 1}: {error}")  # fmt: skip
-
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        return headers | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-
-    def _json(self, path: str, content: bytes) -> Any:
-        try:
-            return json.loads(content)
-        except ValueError:
-            raise self._malformed(path, "JSON", content) from None
-
-    def _hint(self, refusal: urllib.error.HTTPError) -> str:
-        if refusal.code in (401, 403):
-            return " (rollout.server_key_env names the variable that holds the key)"
-        if refusal.code in (400, 422) and self._config.server_extras:
-            return " (for a server that refuses fields beyond OpenAI's: rollout.server_extras=false)"
-        return ""
-
-    def _malformed(self, path: str, rule: str, reply: Any) -> UserError:
-        return UserError(f"rollout.server: {self._url}{path} must answer {rule}; got {self._shown(reply)}")
-
-    def _shown(self, reply: Any) -> str:
-        """A reply cut to a line, without the key that a server may echo."""
-        text = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else json.dumps(reply)
-        text = text.replace(self._key, "***") if self._key else text
-        return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
-
-
-def _content(refusal: urllib.error.HTTPError) -> bytes:
-    try:
-        return refusal.read()
-    except (OSError, http.client.HTTPException):
-        return b""
-
-
-def _seconds(text: str) -> float:
-    """Of a Retry-After header; its other form, a date, counts as none."""
-    return float(text) if text.isdecimal() else 0.0
+        self._endpoint.give_up()

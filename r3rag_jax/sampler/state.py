@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from r3rag_jax.models.decoder import KVCache
+from r3rag_jax.models.cache import KVCache
 
 
 class RowStatus(enum.IntEnum):
@@ -56,5 +56,5 @@ class Rows:
 class DecodeState:
     """Everything a decode call reads and writes."""
 
-    cache: KVCache  # Ly x [B, S, K * H]
+    cache: KVCache
     rows: Rows

@@ -1,0 +1,74 @@
+"""Keys and values in eight bits: how far they are off, and that nothing else depends on them."""
+
+import dataclasses
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from flax import nnx
+from hypothesis import given
+
+from r3rag_jax.config import MeshConfig
+from r3rag_jax.models.cache import KVCache, quantize
+from r3rag_jax.sampler.engine import Context, Engine
+from r3rag_jax.sharding import make_mesh
+
+CONFIG = tiny.decoder().config
+
+
+@given(hnp.arrays(np.float32, (3, 8), elements=st.floats(-1e3, 1e3, width=32)))
+def test_quantized_values_are_off_by_half_a_step_at_most(x):
+    values, scale = quantize(jnp.asarray(x))
+    assert values.dtype == jnp.int8 and scale.shape == (3,)
+    np.testing.assert_allclose(np.asarray(scale), np.abs(x).max(axis=1) / 127, rtol=1e-6)
+    assert (np.abs(np.asarray(values) * np.asarray(scale)[:, None] - x) <= 0.5001 * np.asarray(scale)[:, None]).all()
+
+
+def test_typed_out():
+    values, scale = quantize(jnp.array([[127.0, -63.6, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0]]))
+    assert values.tolist() == [[127, -64, 0, 0], [0, 0, 0, 0]]
+    assert scale.tolist() == [1.0, 0.0]
+
+
+def test_attention_in_eight_bits():
+    """The weights of keys and the sum of values, each with its own scale, whatever their sizes."""
+    B, C, K, H, S = 2, 3, CONFIG.num_kv_heads, CONFIG.head_dim, 8
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = jnp.exp(jax.random.normal(keys[3], (B, C, K, 1)))
+    k, v = (sizes * jax.random.normal(key, (B, C, K, H)) for key in keys[:2])
+    q = jax.random.normal(keys[2], (B, C, CONFIG.num_heads, H))
+    positions = jnp.array([[0, 1, 2], [3, 4, 5]])
+    outs = []
+    for dtype in (jnp.float32, jnp.int8):
+        cache = KVCache.init(CONFIG, B, S, dtype).write(1, k, v, positions)
+        outs.append(cache.attend(1, q, positions))
+        assert not cache.v[0].any() and cache.slots == S
+    assert outs[1].dtype == jnp.float32
+    difference = jnp.linalg.norm(outs[0] - outs[1]) / jnp.linalg.norm(outs[0])
+    assert 0 < difference < 0.02
+
+
+def test_sampling_with_an_int8_cache():
+    """A third of the bytes, about the same distribution; appended or prefilled at once, from any slot."""
+    graphdef, params = nnx.split(tiny.decoder())
+    mesh, ids = make_mesh(MeshConfig()), list(range(20, 50))
+    logprobs = []
+    for dtype in (jnp.float32, jnp.int8):
+        engine = Engine(graphdef, CONFIG, mesh, slots=3, max_length=200, dtype=dtype)
+        engine.set_context(params, {0: Context(ids, 4), 2: Context(ids, 4)})
+        engine.decode(params, 4, leave_at=3)
+        np.testing.assert_array_equal(engine.rows.logprobs[0], engine.rows.logprobs[2])
+        grown = [*engine.rows.tokens[0, :34].tolist(), *range(60, 100)]
+        engine.set_context(params, {0: Context(grown, 6), 1: Context(grown, 6)})  # behind what it holds, and whole
+        engine.decode(params, 6, leave_at=3)
+        np.testing.assert_allclose(engine.rows.logprobs[0, 74:80], engine.rows.logprobs[1, 74:80], atol=0.02)
+        logprobs.append(engine.rows.logprobs[2, 30:34])
+    np.testing.assert_allclose(logprobs[0], logprobs[1], atol=0.1)
+    sizes = [
+        sum(x.nbytes for x in jax.tree.leaves(KVCache.init(dataclasses.replace(CONFIG, head_dim=64), 1, 64, dtype)))
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
+    ]
+    assert sizes[2] < 0.27 * sizes[0] and sizes[2] < 0.54 * sizes[1]
