@@ -22,6 +22,7 @@ def pack(
     *,
     row_length: int,
     num_rows: int | None = None,
+    has_branches: bool = False,
 ) -> TrainBatch:
     """Packs samples, each whole, into rows of `row_length` tokens by first-fit-decreasing.
 
@@ -31,6 +32,7 @@ def pack(
         step_rewards: for each sample the rewards [T] of its trajectory, indexed by `step_ids`.
         trajectory_ids: for each sample the number of its trajectory.
         num_rows: rows of the batch, empty ones included; default: as many as are needed.
+        has_branches: whether the samples are trees.
 
     Returns:
         numpy arrays [num_rows, row_length].
@@ -50,12 +52,16 @@ def pack(
         cells = [join([columns[i][name] for i in row], row_length, dtype, fill) for row in rows]
         return np.stack(cells) if cells else np.zeros((0, row_length), dtype)
 
-    layouts = [row_layout([len(samples[i]) for i in row], row_length) for row in rows]
-    layout: Any = np.asarray(layouts, np.int32).reshape(len(rows), 2, row_length)
+    layouts = [row_layout([samples[i] for i in row], row_length, has_branches=has_branches) for row in rows]
+
+    def layout(name: str) -> Any:
+        return np.asarray([one[name] for one in layouts], np.int32).reshape(len(rows), row_length)
+
     return TrainBatch(
         tokens=stack("tokens", np.int32),
-        positions=layout[:, 0],
-        segment_ids=layout[:, 1],
+        positions=layout("positions"),
+        segment_ids=layout("segment_ids"),
+        branch_ids=layout("branch_ids") if has_branches else None,
         loss_mask=stack("loss_mask", np.bool_),
         behaviour_logprobs=stack("behaviour_logprobs", np.float32),
         rewards=stack("rewards", np.float32),
@@ -121,7 +127,10 @@ def minibatches(
     num_batches = -(-num_rows // batch_rows)
     batches = []
     for rows in np.array_split(rng.permutation(num_rows), num_batches) if num_rows else ():
-        empty = pack([], [], [], row_length=row_length, num_rows=batch_rows - len(rows))
+        empty = pack(
+            [], [], [], row_length=row_length, num_rows=batch_rows - len(rows),
+            has_branches=packed.branch_ids is not None,
+        )  # fmt: skip
         batches.append(jax.tree.map(lambda x, y, rows=rows: np.concatenate([x[rows], y]), packed, empty))
     return batches
 
@@ -141,7 +150,8 @@ def pack_trajectories(
         samples.extend(trajectory.samples)
         step_rewards.extend([rewards_T] * len(trajectory.samples))
         ids.extend([number] * len(trajectory.samples))
-    return pack(samples, step_rewards, ids, row_length=row_length)
+    has_branches = any(sample.branch_ids is not None for sample in samples)
+    return pack(samples, step_rewards, ids, row_length=row_length, has_branches=has_branches)
 
 
 def tabulate(batches: Sequence[TrainBatch], groups: np.ndarray) -> TrajectoryTable:

@@ -145,7 +145,7 @@ def init_state(mesh: Mesh, params: Any, tx: optax.GradientTransformation) -> Tra
 def sft_loss(graphdef: Any, params: Any, batch: SFTBatch, remat: str, frozen: Any = None) -> tuple[jax.Array, Metrics]:
     """Token-mean cross-entropy of the tokens in loss_mask. `frozen`: see `lora.Parts`."""
     policy = join(graphdef, params, frozen)
-    hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
+    hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids, remat=remat))
     loss, accuracy = cross_entropy(hidden, policy.output_weight(), batch.tokens, batch.loss_mask, chunk=LOSS_CHUNK)
     return loss, {"loss": loss, "accuracy": accuracy}
 
@@ -331,7 +331,7 @@ def _modules(graphdefs: dict[str, Any], params: Any, frozen: dict[str, Any] | No
 
 def _hidden(policy: Decoder, batch: TrainBatch, remat: str) -> jax.Array:
     """[B, L, D]: at index t what predicts token t."""
-    return _previous(policy(batch.tokens, batch.positions, batch.segment_ids, remat=remat))
+    return _previous(policy(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids, remat=remat))
 
 
 def _logprobs(

@@ -172,6 +172,11 @@ class Session:
             )
         return Codec(self.tokenizer, protocol, self.config.retrieval.passage_tokens)
 
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether samples that begin alike are trained in one sequence; see `prefix_tree.py`."""
+        return not self.codec.protocol.is_one_sequence and self.config.model.attention != "splash"
+
     @functools.cached_property
     def decoder_config(self) -> DecoderConfig:
         with reading(self.base_path):

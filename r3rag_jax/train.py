@@ -33,6 +33,7 @@ from r3rag_jax.judges import judge_memory
 from r3rag_jax.metrics import Bar, num_compiled
 from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
+from r3rag_jax.prefix_tree import share_prefixes
 from r3rag_jax.report import write_report
 from r3rag_jax.rewards.score import Scores, learnable, score
 from r3rag_jax.rollout import Job
@@ -161,8 +162,10 @@ def sft_phase(session: Session) -> bool:
     config = session.config.sft
     if session.policy_dir("sft").exists():
         return False
-    written = [sample for t in session.trajectories() for sample in teacher_samples(session.codec, t)]
-    samples = [SFTSample(sample.ids, sample.loss_mask) for sample in written]
+    written = [teacher_samples(session.codec, t) for t in session.trajectories()]
+    if session.shares_prefixes:
+        written = [share_prefixes(samples, config.row_length) for samples in written]
+    samples = [SFTSample(s.ids, s.loss_mask, s.positions, s.branch_ids) for s in itertools.chain(*written)]
     batches = SFTBatches(samples, row_length=config.row_length, batch_rows=config.batch_rows,
                          epochs=config.epochs, seed=session.config.seed)  # fmt: skip
     tx = learner.sft_optimizer(config, batches.num_steps)

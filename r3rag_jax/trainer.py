@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from r3rag_jax.checkpoint import Checkpoints, load_arrays, save_arrays
 from r3rag_jax.errors import UserError
 from r3rag_jax.guards import Guards, is_finite
 from r3rag_jax.models import lora
+from r3rag_jax.prefix_tree import share_prefixes
 from r3rag_jax.rewards.score import Scores
 from r3rag_jax.rl.distribution import Truncation
 from r3rag_jax.rl.losses import adapted_kl
@@ -172,6 +174,10 @@ class RLTrainer:
     def update(self, trajectories: Sequence[Trajectory], scores: Scores) -> dict[str, float]:
         """One iteration: reference and values, advantages, then an epoch or more of clipped updates."""
         config, mesh = self._config, self._session.mesh
+        if self._session.shares_prefixes:
+            trajectories = [
+                dataclasses.replace(t, samples=share_prefixes(t.samples, config.row_length)) for t in trajectories
+            ]
         rng = np.random.default_rng((self._session.config.seed, self.iteration))
         groups = number_groups(trajectories)
         is_equal = equal_groups(scores.rewards, groups, totals=config.returns == "total")

@@ -75,7 +75,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One training sequence. `tags`: one per trajectory; `steps`: one per step.
+    """One training sequence. `tags`: one per trajectory; `steps`: one per step, or a tree of them (`prefix_tree.py`).
 
     Fields, all of length L:
         ids: int32, tokens as the sampler saw them, never re-tokenised.
@@ -83,6 +83,8 @@ class Sample:
         behaviour_logprobs: float32, at the sampling temperature; 0 where loss_mask is False; NaN where whoever
             sampled did not tell them.
         step_ids: int32, index of the step that the token belongs to; -1 where loss_mask is False.
+        positions: int32; None: 0, 1, 2, …
+        branch_ids: int32; a token sees those before it of branch 0 and of its own; None: all before it.
     temperature: the sampling temperature (0 = greedy, trained at 1).
     """
 
@@ -91,6 +93,8 @@ class Sample:
     behaviour_logprobs: np.ndarray
     step_ids: np.ndarray
     temperature: float = 1.0
+    positions: np.ndarray | None = None
+    branch_ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         lengths = {
@@ -98,6 +102,9 @@ class Sample:
             "loss_mask": len(self.loss_mask),
             "behaviour_logprobs": len(self.behaviour_logprobs),
             "step_ids": len(self.step_ids),
+        }
+        lengths |= {
+            name: len(value) for name in ("positions", "branch_ids") if (value := getattr(self, name)) is not None
         }
         if len(set(lengths.values())) != 1:
             raise ValueError(f"all fields of a sample must have equal lengths; got {lengths}")
@@ -151,6 +158,7 @@ class SFTBatch:
     tokens: jax.Array  # int32
     positions: jax.Array  # int32, restarts at 0 with each sequence
     segment_ids: jax.Array  # int32, 1.. per sequence, 0 = padding
+    branch_ids: jax.Array | None  # int32, of trees (`prefix_tree.py`), 0 = trunk; None = there are no trees
     loss_mask: jax.Array  # bool, True where the loss counts the prediction of tokens[t]
 
 

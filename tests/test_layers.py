@@ -17,7 +17,7 @@ PACKAGE = Path(r3rag_jax.__file__).parent
 LAYERS = (
     "errors config configio types protocol sharding metrics endpoint",
     "models text data retrieval rl",
-    "sampler rewards transcript",
+    "sampler rewards transcript prefix_tree",
     "rollout batch checkpoint view judges guards",
     "learner evaluator session report",
     "trainer",

@@ -28,14 +28,17 @@ PACK_WINDOW = 2048
 class SFTSample:
     """One tokenised sequence.
 
-    Fields, both of length L:
+    Fields, all of length L:
         ids: int32.
         loss_mask: bool, True where the model is to learn the token; never for the first one,
             which nothing predicts.
+        positions, branch_ids: as of `types.Sample`; all of a source's samples have branches, or none.
     """
 
     ids: np.ndarray
     loss_mask: np.ndarray
+    positions: np.ndarray | None = None
+    branch_ids: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.loss_mask) or not len(self.ids):
@@ -47,6 +50,15 @@ class SFTSample:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+class Sequential(Protocol):
+    """What lies in a row: `SFTSample`, `types.Sample`."""
+
+    positions: np.ndarray | None
+    branch_ids: np.ndarray | None
+
+    def __len__(self) -> int: ...
 
 
 class SampleSource(Protocol):
@@ -94,14 +106,22 @@ def join(parts: Sequence[np.ndarray], row_length: int, dtype: Any, fill: float =
     return row
 
 
-def row_layout(lengths: Sequence[int], row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and segment ids, int32 [row_length], of a row of sequences of these lengths.
+def row_layout(samples: Sequence[Sequential], row_length: int, *, has_branches: bool) -> dict[str, np.ndarray]:
+    """Positions, segment ids and, of trees, branch ids, int32 [row_length], of a row of sequences.
 
     Lengths 2 3 in a row of 7:  positions 0 1 0 1 2 0 0,  segment ids 1 1 2 2 2 0 0.
+
+    Raises:
+        ValueError: some of a source's sequences have branches and others have none.
     """
-    positions = [np.arange(n) for n in lengths]
-    segments = [np.full(n, number) for number, n in enumerate(lengths, 1)]
-    return join(positions, row_length, np.int32), join(segments, row_length, np.int32)
+    if any((sample.branch_ids is not None) != has_branches for sample in samples):
+        raise ValueError("all sequences or none of them must have branch_ids; got some of each")
+    positions = [np.arange(len(s)) if s.positions is None else s.positions for s in samples]
+    segments = [np.full(len(sample), number) for number, sample in enumerate(samples, 1)]
+    layout = {"positions": positions, "segment_ids": segments}
+    if has_branches:
+        layout["branch_ids"] = [sample.branch_ids for sample in samples]  # type: ignore[misc]  # checked above
+    return {name: join(parts, row_length, np.int32) for name, parts in layout.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +186,7 @@ class _RowSource:
     """Random access to the plan's rows from `start` on, as dicts of [L] arrays."""
 
     def __init__(self, samples: SampleSource, plan: Plan, row_length: int, batch_rows: int, start: int) -> None:
+        self._has_branches = samples[0].branch_ids is not None
         self._samples, self._plan, self._row_length, self._start = samples, plan, row_length, start
         self._len = -(-(len(plan.rows) - start) // batch_rows) * batch_rows
 
@@ -177,11 +198,9 @@ class _RowSource:
         # Rows past the plan are empty: they fill up the last batch, and train nothing.
         members = self._plan.rows[row] if row < len(self._plan.rows) else ()
         samples = [self._samples[i] for i in members]
-        positions, segment_ids = row_layout([len(sample) for sample in samples], self._row_length)
         return {
             "tokens": join([sample.ids for sample in samples], self._row_length, np.int32),
-            "positions": positions,
-            "segment_ids": segment_ids,
+            **row_layout(samples, self._row_length, has_branches=self._has_branches),
             "loss_mask": join([sample.loss_mask for sample in samples], self._row_length, np.bool_),
         }
 
@@ -248,7 +267,7 @@ class SFTBatches(Iterator[SFTBatch]):
         self._iterator = iter(dataset.to_iter_dataset(options))
 
     def __next__(self) -> SFTBatch:
-        batch = SFTBatch(**next(self._iterator))
+        batch = SFTBatch(**({"branch_ids": None} | next(self._iterator)))
         self._next_row = min(self._next_row + self._batch_rows, len(self.plan.rows))
         return batch
 

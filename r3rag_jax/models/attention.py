@@ -26,6 +26,7 @@ def attention(
     k_BLKH: jax.Array,
     v_BLKH: jax.Array,
     segment_ids_BL: jax.Array | None = None,
+    branch_ids_BL: jax.Array | None = None,
     *,
     implementation: str = "xla",
 ) -> jax.Array:
@@ -42,6 +43,7 @@ def attention(
         q_BLNH: queries. k_BLKH, v_BLKH: keys and values; query head n reads kv head n // G.
         segment_ids_BL: int32; token i sees token j when j <= i and both have one id. A token
             always sees itself, so padding (id 0, seen by padding alone) yields finite numbers.
+        branch_ids_BL: int32; and j's branch is 0 or i's (`prefix_tree.py`). Not with "splash".
         implementation: "xla" (any device), "cudnn" (NVIDIA; bfloat16 or float16; H a multiple of 8, at most 128, or
             256 from Hopper on; an even L where there are segment ids) or "splash" (TPU; on CPU the kernel is
             interpreted, slowly).
@@ -56,14 +58,29 @@ def attention(
     if platform not in PLATFORMS.get(implementation, (platform,)):
         known = " or ".join(PLATFORMS[implementation])
         raise UserError(f"attention {implementation!r} must run on {known}; got {platform}")
+    if implementation == "splash" and branch_ids_BL is not None:
+        raise UserError("attention 'splash' must have no branch_ids: its kernel knows equal segments alone")
     if implementation == "splash":
         return _splash(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, interpret=platform == "cpu")
     if implementation == "cudnn":
-        mask = None
-        if segment_ids_BL is not None:
-            mask = (segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :])[:, None]
+        visible = _visible(segment_ids_BL, branch_ids_BL, 0, q_BLNH.shape[1])
+        mask = None if visible is None else visible[:, None]
         return jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, mask=mask, is_causal=True, implementation="cudnn")
-    return _chunked(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL)
+    return _chunked(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL)
+
+
+def _visible(
+    segment_ids_BL: jax.Array | None, branch_ids_BL: jax.Array | None, start: int, end: int
+) -> jax.Array | None:
+    """bool [B, end - start, end], whether a query from `start` on may see a key, but for causality; None: all."""
+    mask = None
+    if segment_ids_BL is not None:
+        mask = segment_ids_BL[:, start:end, None] == segment_ids_BL[:, None, :end]
+    if branch_ids_BL is not None:
+        keys = branch_ids_BL[:, None, :end]
+        is_on_path = (keys == 0) | (branch_ids_BL[:, start:end, None] == keys)
+        mask = is_on_path if mask is None else mask & is_on_path
+    return mask
 
 
 def _platform() -> str:
@@ -130,33 +147,43 @@ def _splash_kernel(
 
 
 @jax.custom_vjp
-def _chunked(q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, segment_ids_BL: jax.Array | None) -> jax.Array:
+def _chunked(
+    q_BLNH: jax.Array,
+    k_BLKH: jax.Array,
+    v_BLKH: jax.Array,
+    segment_ids_BL: jax.Array | None,
+    branch_ids_BL: jax.Array | None,
+) -> jax.Array:
     """Exact attention, QUERY_CHUNK queries at a time against the keys up to theirs.
 
     Skips the masked half above the diagonal. Of the weights only the log of their sum is kept, and the backward
     pass forms them anew from it (arXiv 2205.14135).
     """
-    return _chunked_forward(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL)[0]
+    return _chunked_forward(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL)[0]
 
 
 def _chunked_forward(
-    q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, segment_ids_BL: jax.Array | None
+    q_BLNH: jax.Array,
+    k_BLKH: jax.Array,
+    v_BLKH: jax.Array,
+    segment_ids_BL: jax.Array | None,
+    branch_ids_BL: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
     q, k, v = _by_head(q_BLNH, k_BLKH.shape[2]), _by_head(k_BLKH), _by_head(v_BLKH)
     outs, lses = [], []
     for start, end in _query_chunks(q_BLNH):
-        scores = _scores(q[..., start:end, :], k[:, :, :end], segment_ids_BL, start)
+        scores = _scores(q[..., start:end, :], k[:, :, :end], segment_ids_BL, branch_ids_BL, start)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         outs.append((_weighted(weights.astype(v.dtype), v[:, :, :end]) / total).astype(q.dtype))
         lses.append(largest + jnp.log(total))
     out, lse = jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
-    return _by_token(out), (q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, out, lse)
+    return _by_token(out), (q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL, out, lse)
 
 
-def _chunked_backward(saved: Any, grad_BLNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, out, lse = saved
+def _chunked_backward(saved: Any, grad_BLNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+    q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL, out, lse = saved
     K = k_BLKH.shape[2]
     q, k, v, grad = _by_head(q_BLNH, K), _by_head(k_BLKH), _by_head(v_BLKH), _by_head(grad_BLNH, K)
     # d weights . weights, summed over keys, is d out . out
@@ -164,7 +191,7 @@ def _chunked_backward(saved: Any, grad_BLNH: jax.Array) -> tuple[jax.Array, jax.
     grad_qs, grad_k, grad_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, end in _query_chunks(q_BLNH):
         here = (..., slice(start, end), slice(None))
-        weights = jnp.exp(_scores(q[here], k[:, :, :end], segment_ids_BL, start) - lse[here])
+        weights = jnp.exp(_scores(q[here], k[:, :, :end], segment_ids_BL, branch_ids_BL, start) - lse[here])
         grad_weights = _products(grad[here], v[:, :, :end])
         grad_scores = (weights * (grad_weights - inner[here]) * q.shape[-1] ** -0.5).astype(q.dtype)
         grad_v = grad_v.at[:, :, :end].add(_summed(weights.astype(v.dtype), grad[here]))
@@ -172,7 +199,7 @@ def _chunked_backward(saved: Any, grad_BLNH: jax.Array) -> tuple[jax.Array, jax.
         grad_qs.append(_weighted(grad_scores, k[:, :, :end]))
     grad_q = _by_token(jnp.concatenate(grad_qs, axis=3)).astype(q_BLNH.dtype)
     grad_k, grad_v = (jnp.swapaxes(g, 1, 2).astype(k.dtype) for g in (grad_k, grad_v))
-    return grad_q, grad_k, grad_v, None
+    return grad_q, grad_k, grad_v, None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -196,12 +223,14 @@ def _by_token(x_BKGLH: jax.Array) -> jax.Array:
     return x_BKGLH.transpose(0, 3, 1, 2, 4).reshape(B, L, K * G, H)
 
 
-def _scores(q: jax.Array, k: jax.Array, segment_ids_BL: jax.Array | None, start: int) -> jax.Array:
+def _scores(
+    q: jax.Array, k: jax.Array, segment_ids_BL: jax.Array | None, branch_ids_BL: jax.Array | None, start: int
+) -> jax.Array:
     """float32 [B, K, G, queries, keys], -inf where a query does not see a key."""
     end = k.shape[2]
     mask = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
-    if segment_ids_BL is not None:
-        mask = mask & (segment_ids_BL[:, start:end, None] == segment_ids_BL[:, None, :end])
+    visible = _visible(segment_ids_BL, branch_ids_BL, start, end)
+    mask = mask if visible is None else mask & visible
     return jnp.where(mask[:, None, None], _products(q, k) * q.shape[-1] ** -0.5, -jnp.inf)
 
 

@@ -161,6 +161,7 @@ class Decoder(nnx.Module):
         tokens_BL: jax.Array,
         positions_BL: jax.Array,
         segment_ids_BL: jax.Array | None = None,
+        branch_ids_BL: jax.Array | None = None,
         *,
         remat: str = "none",
     ) -> jax.Array:
@@ -171,6 +172,7 @@ class Decoder(nnx.Module):
                 in the row.
             segment_ids_BL: int32; tokens see earlier tokens of their own id. Padding has id 0.
                 None: one segment.
+            branch_ids_BL: int32; of these, only tokens of branch 0 and of their own. None: no branches.
             remat: "none", "full" (recompute everything but layer inputs) or "dots" (keep matmul
                 outputs).
 
@@ -183,7 +185,7 @@ class Decoder(nnx.Module):
 
         def body(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
             q, k, v = self._qkv(w, x, cos, sin)
-            out = attention(q, k, v, segment_ids_BL, implementation=self.attention_implementation)
+            out = attention(q, k, v, segment_ids_BL, branch_ids_BL, implementation=self.attention_implementation)
             return self._finish_layer(w, x, out), None
 
         if remat != "none":
