@@ -13,6 +13,7 @@ its sample has before it, for the rest of the trunk comes later.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,14 +42,14 @@ def share_prefixes(samples: Sequence[Sample], max_length: int) -> tuple[Sample, 
 def _fits(members: Sequence[Sample], max_length: int) -> bool:
     cuts = _cuts(members)
     length = cuts[-1] + sum(len(sample) - cut for sample, cut in zip(members, cuts, strict=True))
-    is_growing = all(one <= next_ for one, next_ in zip(cuts, cuts[1:], strict=False))
+    is_growing = all(one <= next_ for one, next_ in itertools.pairwise(cuts))
     return length <= max_length and is_growing and len({sample.temperature for sample in members}) == 1
 
 
 def _cuts(members: Sequence[Sample]) -> list[int]:
     """For each sample how many of its tokens are of the trunk: what its prompt shares with the next one's."""
     prompts = [sample.ids[: _prompt_length(sample)] for sample in members]
-    shared = [_common_prefix(one, next_) for one, next_ in zip(prompts, prompts[1:], strict=False)]
+    shared = [_common_prefix(one, next_) for one, next_ in itertools.pairwise(prompts)]
     return [*shared, len(prompts[-1])]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -158,10 +157,11 @@ class RLTrainer:
             self.state, _ = kept.restore(shapes_of(self.state))
             kept.close()
         with np.load(path) as file:
-            fields = {name.removeprefix("targets.") for name in file.files if name.startswith("targets.")}
-        names = [field.name for field in dataclasses.fields(TrainBatch)]
+            files = set(file.files)
+        fields = {name.removeprefix("targets.") for name in files if name.startswith("targets.")}
+        names = {field.name: f"batch.{field.name}" in files or None for field in dataclasses.fields(TrainBatch)}
         like = StepInputs(
-            TrainBatch(**dict.fromkeys(names, 0)),  # type: ignore[arg-type]  # placeholders
+            TrainBatch(**names),  # type: ignore[arg-type]  # placeholders
             learner.Targets(**dict.fromkeys(fields, 0)),  # type: ignore[arg-type]
             0,
             0,

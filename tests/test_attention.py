@@ -106,7 +106,7 @@ def batch() -> SFTBatch:
     tokens = jax.random.randint(jax.random.key(1), (4, 24), 0, 272)
     segments = jnp.tile(segments_of(10, 9, 5), (4, 1))
     positions = jnp.tile(jnp.concatenate([jnp.arange(n) for n in (10, 9, 5)]), (4, 1))
-    return SFTBatch(tokens, positions, segments, segments > 0)
+    return SFTBatch(tokens, positions, segments, None, segments > 0)
 
 
 def policy(implementation: str) -> tuple[Any, Any]:
@@ -195,7 +195,7 @@ def test_an_sft_step_compiles_for_a_pod(pod: Any, sizes: tuple[int, int, int]) -
     tx = learner.sft_optimizer(SFTConfig(), 100)
     state = jax.eval_shape(lambda p: learner.TrainState(jnp.int32(0), p, tx.init(p)), params)
     ids = jax.ShapeDtypeStruct((16, 2048), jnp.int32)
-    rows = SFTBatch(ids, ids, ids, jax.ShapeDtypeStruct(ids.shape, jnp.bool_))
+    rows = SFTBatch(ids, ids, ids, None, jax.ShapeDtypeStruct(ids.shape, jnp.bool_))
     step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(remat="full"), state)
     lowered = step.lower(
         place(state, tree_shardings(mesh, state, PARAM_AXES)), place(rows, batch_shardings(mesh, rows))

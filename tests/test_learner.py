@@ -65,7 +65,7 @@ def rl_batch(row_length: int = 40, num_rows: int | None = 8) -> TrainBatch:
 
 def sft_batch(**options: Any) -> SFTBatch:
     batch = rl_batch(**options)
-    return SFTBatch(batch.tokens, batch.positions, batch.segment_ids, batch.loss_mask)
+    return SFTBatch(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids, batch.loss_mask)
 
 
 def targets_like(batch: TrainBatch) -> learner.Targets:
@@ -242,7 +242,7 @@ def test_a_batch_without_policy_tokens_trains_nothing() -> None:
     batch = rl_batch()
     empty = dataclasses.replace(batch, loss_mask=np.zeros_like(batch.loss_mask))
     for metrics, grads in (
-        sft_grads(one_device(), SFTBatch(empty.tokens, empty.positions, empty.segment_ids, empty.loss_mask)),
+        sft_grads(one_device(), SFTBatch(empty.tokens, empty.positions, empty.segment_ids, None, empty.loss_mask)),
         rl_grads(one_device(), empty),
     ):
         assert metrics["loss"] == 0
@@ -257,7 +257,7 @@ def test_packed_rows_are_separate_rows() -> None:
     assert packed.tokens.shape == separate.tokens.shape
     assert packed.loss_mask.any(axis=1).sum() < separate.loss_mask.any(axis=1).sum() == len(made)
     mesh = one_device()
-    sft_of = lambda b: SFTBatch(b.tokens, b.positions, b.segment_ids, b.loss_mask)  # noqa: E731
+    sft_of = lambda b: SFTBatch(b.tokens, b.positions, b.segment_ids, None, b.loss_mask)  # noqa: E731
     assert_close(sft_grads(mesh, sft_of(packed)), sft_grads(mesh, sft_of(separate)))
     graphdefs, params = parts()
     results = []

@@ -198,7 +198,7 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
 
     tx = learner.sft_optimizer(config.sft, 1000)
     state, rows = state_of(policy, tx), batch_of(config.sft.batch_rows, config.sft.row_length)
-    batch = SFTBatch(rows.tokens, rows.positions, rows.segment_ids, rows.loss_mask)
+    batch = SFTBatch(rows.tokens, rows.positions, rows.segment_ids, None, rows.loss_mask)
     step = learner.make_sft_step(mesh, graphdef, tx, config.model, state)
     after, metrics = jax.eval_shape(step, state, batch)
     assert shapes(after) == shapes(state) and metrics["loss"].shape == ()
