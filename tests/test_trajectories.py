@@ -127,7 +127,7 @@ def test_a_trajectory_is_that_of_a_naive_loop(trained: tuple[Session, Any]) -> N
     session, params = trained
     jobs = jobs_of(session, 3)
     played = play(session, params, jobs)
-    assert sum(t.num_retrievals for t in played) > 5
+    assert sum(t.num_retrievals for t in played) > 3  # so that passages are in the contexts
     for job, trajectory in zip(jobs, played, strict=True):
         written = naive(session, params, job)
         assert len(written) == len(trajectory.steps)
