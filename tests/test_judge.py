@@ -772,6 +772,7 @@ def test_a_local_judge_that_is_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+@pytest.mark.slow
 def test_a_run_whose_judge_goes_down_goes_on_where_it_was(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

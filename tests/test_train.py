@@ -128,6 +128,7 @@ class Killed(Exception):
     """Stands for a preempted machine."""
 
 
+@pytest.mark.parametrize("protocol", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     protocol: str, finished: Callable[[str], Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +172,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
 # --------------------------------------------------------------------------------------- adapters
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_resumed_and_merged(
     finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +219,7 @@ def test_adapters_are_trained_resumed_and_merged(
 # ---------------------------------------------------------------------------------- rollouts ahead
 
 
+@pytest.mark.slow
 def test_rollouts_ahead_are_one_step_behind_and_resume_as_they_were(
     finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,7 +416,10 @@ def written(session: Session, question: str, index: int, num_steps: int) -> Traj
     return Trajectory(Question(question, "?", ("b",)), taken, Status.ANSWERED, tuple(samples), index)
 
 
-@pytest.mark.parametrize("algorithm", OPTIONS)
+@pytest.mark.parametrize(
+    "algorithm",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("grpo", "reinforce++") else ()) for name in OPTIONS],
+)
 def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Path, tmp_path: Path) -> None:
     settings = {"rl.algorithm": algorithm, "rl.questions": 3, "rl.batch_rows": 8, "rl.row_length": 320}
     keys = {name.replace(".", "__"): value for name, value in (settings | OPTIONS[algorithm]).items()}

@@ -138,6 +138,7 @@ def test_a_trajectory_is_that_of_a_naive_loop(trained: tuple[Session, Any]) -> N
             np.testing.assert_allclose(sample.behaviour_logprobs[mine], logprobs, atol=1e-4)
 
 
+@pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
 def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Session, Any]) -> None:
     session, params = trained
     jobs = jobs_of(session, 4)
@@ -152,6 +153,7 @@ def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Session, An
                 np.testing.assert_allclose(sample.behaviour_logprobs, one.behaviour_logprobs, atol=1e-4)
 
 
+@pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
 def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Session, Any]) -> None:
     session, params = trained
     jobs = jobs_of(session, 4)
@@ -165,6 +167,7 @@ def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Session, Any]) -> No
             np.testing.assert_array_equal(a.behaviour_logprobs, b.behaviour_logprobs)
 
 
+@pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
 def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Session, Any]) -> None:
     """Two hundred trajectories of all lengths, groups and temperatures, some slots full and some not."""
     session, params = trained
