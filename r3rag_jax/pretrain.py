@@ -226,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
             rows = token_rows(tokenizer, 1_000_000 * (1 + args.seed * len(STAGES) + stage), row_length, max_passages)
         chosen = itertools.islice(rows, TOKENS_PER_STEP // row_length)
         columns: list[Any] = [np.stack(column) for column in zip(*chosen, strict=True)]
-        state, metrics = step(state, put_batch(mesh, SFTBatch(*columns[:3], None, columns[3])))
+        tokens, positions, segments, mask = columns
+        state, metrics = step(state, put_batch(mesh, SFTBatch(tokens, positions, segments, None, mask)))
         history.append((metrics["loss"], metrics["accuracy"]))
         if number % 50 == 49 or number == args.steps - 1:
             loss, accuracy = np.mean(np.asarray(history[-50:]), axis=0)

@@ -55,8 +55,11 @@ class SFTSample:
 class Sequential(Protocol):
     """What lies in a row: `SFTSample`, `types.Sample`."""
 
-    positions: np.ndarray | None
-    branch_ids: np.ndarray | None
+    @property
+    def positions(self) -> np.ndarray | None: ...
+
+    @property
+    def branch_ids(self) -> np.ndarray | None: ...
 
     def __len__(self) -> int: ...
 
