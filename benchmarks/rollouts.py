@@ -159,8 +159,6 @@ def run(console: Console, path: Path, num: int, slots: int, latencies: Sequence[
     session = Session(config, path, console=console)
     params = session.phase_params("rl" if session.policy_dir("rl").exists() else "sft")
     codec, retrieval = session.codec, config.retrieval
-    pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
-    ends = [i for i in (codec.eos_id,) if i not in pauses]
     jobs = [Job(question, temperature=1.0) for question in session.questions("test")[:num]]
 
     def roller(engine: Engine, latency_ms: float = 0.0, search_turns: int = 0) -> Roller:
@@ -173,7 +171,7 @@ def run(console: Console, path: Path, num: int, slots: int, latencies: Sequence[
             session.graphdef, session.decoder_config, session.mesh, slots=slots, max_length=config.rollout.max_length,
             truncation=Truncation.of(config.rollout), dtype=session.cache_dtype,
         )  # fmt: skip
-        made.stop_at(pauses, ends)
+        made.stop_at(*codec.ends)
         return made
 
     ours, lockstep = engine(Engine), engine(Lockstep)

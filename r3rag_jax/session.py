@@ -361,9 +361,8 @@ class Session:
         rules = Rules(codec, self.retriever, self.config.rollout, top_k or retrieval.top_k, retrieval.max_passages)
         if self.config.rollout.server:
             return ServedRoller(self.server(codec.eos_id, codec.stop_ids), rules)
-        pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
         end_of = rules.end_of if self.config.rollout.stop_strings else None
-        self.engine.stop_at(pauses, [i for i in (codec.eos_id,) if i not in pauses], end_of)
+        self.engine.stop_at(*codec.ends, end_of)
         return Roller(self.engine, rules)
 
     def reading_engine(self) -> Engine | Server:

@@ -28,6 +28,12 @@ class Codec:
         self.stop_ids = tuple(tokenizer.token_id(text) for text in protocol.stop_strings)
         self._newline = tokenizer.encode("\n")
 
+    @property
+    def ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokens behind which the sampler pauses for the host, and others that stop it: what `Engine.stop_at` takes."""
+        pauses = self.stop_ids if self.protocol.is_one_sequence else (self.eos_id,)
+        return pauses, tuple(i for i in (self.eos_id,) if i not in pauses)
+
     def question_ids(self, question: str) -> list[int]:
         return self.tokenizer.encode(question_text(question), allow_special=False)
 

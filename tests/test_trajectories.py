@@ -69,8 +69,7 @@ def roller_of(session: Session, config: RolloutConfig, retriever: Retriever | No
     shape = {"slots": config.slots, "max_length": config.max_length}
     engine = Engine(session.graphdef, session.decoder_config, session.mesh, **shape)
     codec = session.codec
-    pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
-    engine.stop_at(pauses, [i for i in (codec.eos_id,) if i not in pauses])
+    engine.stop_at(*codec.ends)
     rules = Rules(codec, retriever or session.retriever, config, session.config.retrieval.top_k, 10)
     return Roller(engine, rules)
 
