@@ -29,6 +29,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from timing import medians
 
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.configio import load_config
@@ -42,18 +43,6 @@ from r3rag_jax.session import Session, use_compile_cache
 from r3rag_jax.sharding import make_mesh
 
 WRITTEN, GIVEN, STEPS = 80, 300, 5  # tokens, tokens, and how often
-
-
-def medians(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Seconds of each way; the first call of each, which compiles, is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if number > 0:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 # ------------------------------------------------------------------------------------------ steps

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -30,6 +28,7 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
+from timing import medians
 
 from r3rag_jax import learner
 from r3rag_jax.batch import minibatches
@@ -45,18 +44,6 @@ from r3rag_jax.sharding import make_mesh, put_batch
 from r3rag_jax.types import Question, Sample, SFTBatch, Status, Step, Trajectory
 
 GIB = 2**30
-
-
-def medians(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Seconds of each way; the first call of each, which compiles, is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if number > 0:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def path_of(model: str) -> Path:
