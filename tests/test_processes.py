@@ -108,7 +108,9 @@ from r3rag_jax.models.hf import load_config, load_decoder, save_decoder
 from r3rag_jax.sharding import make_mesh, partition_spec, start_distributed
 
 base, out, coordinator, rank = sys.argv[1:]
-mesh_config = MeshConfig(1, 2, 2, True, coordinator, 2, int(rank))
+mesh_config = MeshConfig(
+    data=1, fsdp=2, tensor=2, distributed=True, coordinator=coordinator, num_processes=2, process_id=int(rank)
+)
 start_distributed(mesh_config)
 mesh = make_mesh(mesh_config)
 shapes = param_shapes(load_config(base))
