@@ -2,6 +2,8 @@
 
     python benchmarks/generation.py MODEL [--batches 1 8 32] [--rounds 3]     (needs torch)
 
+On a GPU both engines use it: XLA_PYTHON_CLIENT_MEM_FRACTION=.4 leaves PyTorch its part.
+
 MODEL is a Hugging Face directory or package:NAME. Greedy, prompts of random tokens. Every figure is the median of the
 rounds, in which all engines take their turn; the ratio is of medians of one run. "decode" is the time behind the
 first token, taken as a whole run less one that generates a single token.
@@ -20,13 +22,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
+from timing import matmul_flops, read_bandwidth, torch_device
 
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.models.config import DecoderConfig
@@ -59,16 +61,16 @@ def transformers(path: Path, dtype: str) -> Generate:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval().to(torch_device())
 
     def generate(prompts: np.ndarray, new_tokens: int) -> None:
-        ids = torch.from_numpy(prompts)
+        ids = torch.from_numpy(prompts).to(torch_device())
         with torch.inference_mode():
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens, pad_token_id=0,
             )  # fmt: skip
-        if out.shape[1] != prompts.shape[1] + new_tokens:
+        if out.cpu().shape[1] != prompts.shape[1] + new_tokens:  # .cpu() waits for the device
             raise RuntimeError(f"every row must have {new_tokens} new tokens; got {out.shape}")
 
     return generate
@@ -78,22 +80,6 @@ def seconds(call: Callable[..., Any], *args: Any) -> float:
     start = time.perf_counter()
     call(*args)
     return time.perf_counter() - start
-
-
-def matmul_flops(dtype: str) -> float:
-    """Multiply-adds, counted as two, a second, of a matmul large enough to be bound by them."""
-    x, y = (jnp.ones((2048, 2048), dtype) for _ in range(2))
-    multiply = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
-    multiply(x, y).block_until_ready()
-    return 2 * 2048**3 / min(seconds(lambda: multiply(x, y).block_until_ready()) for _ in range(5))
-
-
-def read_bandwidth() -> float:
-    """Bytes a second of summing an array that no cache holds."""
-    array = jnp.ones(2**28, jnp.float32)
-    total = jax.jit(jnp.sum)
-    total(array).block_until_ready()
-    return array.nbytes / min(seconds(lambda: total(array).block_until_ready()) for _ in range(5))
 
 
 def step_limit(config: DecoderConfig, dtype: str, batch: int, length: float, bandwidth: float, flops: float) -> float:

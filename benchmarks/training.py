@@ -1,20 +1,26 @@
 """Training against other ways to do it: the same weights, data and machine, in turn, in one run.
 
-    python benchmarks/training.py sft MODEL [--rows 8 --length 512]     a step, against PyTorch (needs torch)
+    python benchmarks/training.py sft MODEL [--rows 8 --length 512]     an update, against PyTorch (needs torch)
+    python benchmarks/training.py ppo MODEL [--rows 8 --length 512]     the same of policy and critic
     python benchmarks/training.py trees MODEL [--retrievals 4]          `steps`: one tree against a sample per step
     python benchmarks/training.py arrays                                rewards and GAE, against loops (needs torch)
 
 MODEL is a Hugging Face directory, package:NAME or bundled. Every figure is the median of the rounds, in which all ways
 take their turn, behind a first one that compiles; a ratio is of two medians of one run.
 
-`sft` is AdamW on full rows of random tokens, all of them learnt. Its limit is what the 6 N multiply-adds of a token
-(N parameters, the embedding counted once, as the output layer) and those of attention take at the speed of a large
-matmul, measured here and now. `trees` packs the same trajectories both ways, to the same loss, and updates on all rows.
+`sft` is AdamW on full rows of random tokens, all of them learnt, with attention that PyTorch chooses; `ppo` is a
+clipped update of a policy and of a separate critic, advantages given. Both sides must come to the same loss. The limit
+is what the 6 N operations of a token (N parameters, the embedding counted once, as the output layer) and those of
+attention take at the speed of a large matmul, measured here and now: the share of it is the model FLOP utilization.
+`trees` packs the same trajectories both ways, to the same loss, and updates on all rows.
+
+On a GPU both sides use it: XLA_PYTHON_CLIENT_MEM_FRACTION=.5 leaves PyTorch its part.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -23,25 +29,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
-from timing import medians
+from timing import matmul_flops, medians, torch_device
 
 from r3rag_jax import learner
 from r3rag_jax.batch import minibatches
-from r3rag_jax.config import MeshConfig, ModelConfig, SFTConfig
-from r3rag_jax.models.decoder import param_shapes
-from r3rag_jax.models.hf import load_decoder
+from r3rag_jax.config import MeshConfig, ModelConfig, RLConfig, SFTConfig
+from r3rag_jax.models.decoder import Decoder, param_shapes
+from r3rag_jax.models.hf import load_config, load_decoder
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.prefix_tree import share_prefixes
 from r3rag_jax.rewards.answer import answer_scores, encode_answers, normalize_answer
 from r3rag_jax.rl.advantages import gae
 from r3rag_jax.session import use_compile_cache
 from r3rag_jax.sharding import make_mesh, put_batch
-from r3rag_jax.types import Question, Sample, SFTBatch, Status, Step, Trajectory
+from r3rag_jax.types import Question, Sample, SFTBatch, Status, Step, TrainBatch, Trajectory
 
 GIB = 2**30
 
@@ -53,13 +58,10 @@ def path_of(model: str) -> Path:
 class Ours:
     """The jitted SFT update over a mesh of all devices."""
 
-    def __init__(self, model: str, dtype: str, remat: str = "none"):
-        decoder = load_decoder(path_of(model), dtype=dtype, param_dtype="float32")
-        self.config, self.mesh = decoder.config, make_mesh(MeshConfig())
-        graphdef, params = nnx.split(decoder)
-        tx = learner.sft_optimizer(SFTConfig(lr=1e-5), 100)
+    def __init__(self, model: str, settings: ModelConfig):
+        graphdef, params = nnx.split(read(model, settings))
+        self.mesh, tx = make_mesh(MeshConfig()), learner.sft_optimizer(SFTConfig(lr=1e-5), 100)
         self.state = learner.init_state(self.mesh, params, tx)
-        settings = ModelConfig(dtype=dtype, remat=remat)  # type: ignore[arg-type]
         self._step = learner.make_sft_step(self.mesh, graphdef, tx, settings, self.state)
 
     def step(self, batch: SFTBatch) -> float:
@@ -68,66 +70,178 @@ class Ours:
 
     def temporaries(self, batch: SFTBatch) -> int:
         """Bytes that the compiled step takes beside its arguments and results."""
-        lowered = self._step.lower(self.state, put_batch(self.mesh, batch))  # type: ignore[attr-defined]
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        return temporaries(self._step, self.state, put_batch(self.mesh, batch))
 
 
-# -------------------------------------------------------------------------------------------- sft
+class OursPPO:
+    """The jitted PPO update of a policy and a critic over a mesh of all devices."""
+
+    def __init__(self, model: str, settings: ModelConfig):
+        policy, config = read(model, settings), RLConfig(lr=1e-5, critic_lr=1e-5, kl=0.0)
+        parts = {"policy": nnx.split(policy), "critic": nnx.split(learner.new_critic(policy, "separate"))}
+        graphdefs = {name: graphdef for name, (graphdef, _) in parts.items()}
+        self.mesh, tx = make_mesh(MeshConfig()), learner.rl_optimizer(config)
+        self.state = learner.init_state(self.mesh, {name: params for name, (_, params) in parts.items()}, tx)
+        self._step = learner.make_rl_step(self.mesh, graphdefs, tx, settings, config, self.state)
+
+    def step(self, work: PPOWork) -> float:
+        self.state, metrics = self._step(self.state, *put_batch(self.mesh, work.batch()), 1.0)
+        return float(metrics["loss"])
+
+    def temporaries(self, work: PPOWork) -> int:
+        """Bytes that the compiled step takes beside its arguments and results."""
+        return temporaries(self._step, self.state, *put_batch(self.mesh, work.batch()), 1.0)
 
 
-def pytorch_step(model: str, dtype: str, tokens: np.ndarray) -> Callable[[], float]:
-    import torch
-    from transformers import AutoModelForCausalLM
+def read(model: str, settings: ModelConfig) -> Decoder:
+    return load_decoder(
+        path_of(model), dtype=settings.dtype, param_dtype="float32", attention_implementation=settings.attention
+    )
 
-    policy = AutoModelForCausalLM.from_pretrained(path_of(model), dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-5, weight_decay=0.0)
-    ids = torch.from_numpy(tokens).long()
 
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = policy(input_ids=ids, labels=ids).loss
+def temporaries(step: Any, *args: Any) -> int:
+    return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+# ------------------------------------------------------------------------------------ sft and ppo
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOWork:
+    """Full rows of random tokens and what PPO knows of each, [B, L]; the first token of a row is not trained."""
+
+    tokens: np.ndarray
+    old_logprobs: np.ndarray
+    old_values: np.ndarray
+    advantages: np.ndarray
+    returns: np.ndarray
+
+    @classmethod
+    def random(cls, tokens: np.ndarray, rng: np.random.Generator) -> PPOWork:
+        draw = lambda mean: (mean + 0.1 * rng.normal(size=tokens.shape)).astype(np.float32)  # noqa: E731
+        return cls(tokens, draw(-10.0), draw(0.0), 10 * draw(0.0), 10 * draw(0.0))
+
+    def batch(self) -> tuple[TrainBatch, learner.Targets]:
+        rows, zeros = plain_rows(self.tokens), np.zeros_like(self.tokens)
+        batch = TrainBatch(
+            **vars(rows), behaviour_logprobs=self.old_logprobs, rewards=zeros.astype(np.float32), trajectory_ids=zeros,
+            step_ids=zeros, temperature=np.ones(zeros.shape, np.float32),
+        )  # fmt: skip
+        return batch, learner.Targets(self.advantages, self.returns, self.old_values)  # type: ignore[arg-type]
+
+
+def plain_rows(tokens: np.ndarray) -> SFTBatch:
+    """One segment a row, all of it learnt."""
+    ones = np.ones_like(tokens)
+    return SFTBatch(
+        tokens, np.cumsum(ones, axis=1, dtype=np.int32) - 1, ones, None, np.arange(tokens.shape[1]) > 0 * ones
+    )  # type: ignore[arg-type]
+
+
+class PyTorch:
+    """The same updates in PyTorch and transformers, in eager mode, with AdamW on float32 masters under autocast."""
+
+    def __init__(self, model: str, dtype: str, ppo: bool = False):
+        import torch
+        from transformers import AutoModel, AutoModelForCausalLM
+
+        self.torch, self.device, self.dtype = torch, torch_device(), dtype
+        read = {"dtype": torch.float32}
+        self.policy = AutoModelForCausalLM.from_pretrained(path_of(model), **read).train().to(self.device)
+        self.modules = [self.policy]
+        if ppo:
+            self.trunk = AutoModel.from_pretrained(path_of(model), **read).train().to(self.device)
+            self.head = torch.nn.Linear(self.trunk.config.hidden_size, 1, bias=False, device=self.device)
+            torch.nn.init.zeros_(self.head.weight)
+            self.modules += [self.trunk, self.head]
+        owned = [self.policy.parameters()] + ([[*self.trunk.parameters(), *self.head.parameters()]] if ppo else [])
+        self.optimizers = [torch.optim.AdamW(list(params), lr=1e-5, weight_decay=0.0) for params in owned]
+
+    def sft(self, tokens: np.ndarray) -> float:
+        ids = self._tensor(tokens).long()
+        with self._autocast():
+            loss = self.policy(input_ids=ids, labels=ids).loss
+        return self._update(loss)
+
+    def ppo(self, work: PPOWork) -> float:
+        torch, ids = self.torch, self._tensor(work.tokens).long()
+        old, values_before, advantages, returns = (
+            self._tensor(x)[:, 1:] for x in (work.old_logprobs, work.old_values, work.advantages, work.returns)
+        )
+        with self._autocast():
+            logits = self.policy(input_ids=ids).logits[:, :-1]
+            values = self.head(self.trunk(input_ids=ids).last_hidden_state[:, :-1])[..., 0].float()
+        logprobs = -torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
+        ratio = torch.exp(logprobs - old)
+        policy_loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+        clipped = values_before + (values - values_before).clamp(-0.2, 0.2)
+        value_loss = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2).mean()
+        return self._update(policy_loss + value_loss)
+
+    def _tensor(self, x: np.ndarray) -> Any:
+        return self.torch.from_numpy(x).to(self.device)
+
+    def _autocast(self) -> Any:
+        return self.torch.autocast(self.device, self.torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def _update(self, loss: Any) -> float:
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            self.torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return loss.item()
 
-    return step
 
-
-def sft(console: Console, model: str, rows: int, length: int, dtypes: Sequence[str], remat: str, rounds: int) -> None:
-    rng, table = np.random.default_rng(0), Table("way", "s a step", "tokens/s", "share of the limit", "temporaries")
+def updates(
+    console: Console, kind: str, model: str, rows: int, length: int, dtypes: Sequence[str], settings: ModelConfig,
+    rounds: int,
+) -> None:  # fmt: skip
+    """SFT or PPO updates, ours and PyTorch's, in turn."""
+    rng, table = np.random.default_rng(0), Table("way", "s", "tokens/s", "TFLOP/s", "share of the limit", "temporaries")
+    config = load_config(path_of(model))
+    tokens = rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
+    work = PPOWork.random(tokens, rng)
+    num = sum(int(np.prod(s)) for name, s in param_shapes(config).items() if name != "embed" or config.tie_embeddings)
+    num_head = config.vocab_size * config.hidden_size
+    attended = 6 * config.num_layers * config.num_heads * config.head_dim * length  # causal: half of 12
+    operations = rows * length * (6 * num + attended)
+    if kind == "ppo":
+        operations += rows * length * (6 * (num - num_head) + attended)
     ways: dict[str, Callable[[], Any]] = {}
     notes: dict[str, tuple[float, str]] = {}
+    first: dict[str, float] = {}
+
+    def way(name: str, step: Callable[[], float]) -> None:
+        ways[name] = lambda: first.setdefault(name, step()) if name not in first else step()
+
     for dtype in dtypes:
-        ours = Ours(model, dtype, remat)
-        tokens = rng.integers(0, ours.config.vocab_size, (rows, length)).astype(np.int32)
-        ones = np.ones_like(tokens)
-        batch = SFTBatch(tokens, np.cumsum(ones, axis=1) - 1, ones, None, np.arange(length) > 0 * ones)  # type: ignore[arg-type]
-        shapes = param_shapes(ours.config)
-        num = sum(int(np.prod(s)) for name, s in shapes.items() if name != "embed" or ours.config.tie_embeddings)
-        attended = 6 * ours.config.num_layers * ours.config.num_heads * ours.config.head_dim * length
-        limit = rows * length * (6 * num + attended) / matmul_flops(dtype)
-        notes[f"ours, {dtype}"] = limit, f"{ours.temporaries(batch) / GIB:.2f} GiB"
-        notes[f"PyTorch, {dtype}"] = limit, ""
-        ways[f"ours, {dtype}"] = functools.partial(ours.step, batch)
-        ways[f"PyTorch, {dtype}"] = pytorch_step(model, dtype, tokens)
+        chosen = dataclasses.replace(settings, dtype=dtype)
+        limit, peer = operations / matmul_flops(dtype), PyTorch(model, dtype, kind == "ppo")
+        if kind == "sft":
+            ours, batch = Ours(model, chosen), plain_rows(tokens)
+            taken = ours.temporaries(batch)
+            way(f"ours, {dtype}", functools.partial(ours.step, batch))
+            way(f"PyTorch, {dtype}", functools.partial(peer.sft, tokens))
+        else:
+            both = OursPPO(model, chosen)
+            taken = both.temporaries(work)
+            way(f"ours, {dtype}", functools.partial(both.step, work))
+            way(f"PyTorch, {dtype}", functools.partial(peer.ppo, work))
+        notes[f"ours, {dtype}"], notes[f"PyTorch, {dtype}"] = (limit, f"{taken / GIB:.2f} GiB"), (limit, "")
     seconds = medians(ways, rounds)
-    for name, taken in seconds.items():
-        limit, temporaries = notes[name]
-        share = f"{100 * limit / taken:.0f} %"
-        table.add_row(name, f"{taken:.2f}", f"{rows * length / taken:.0f}", share, temporaries)
     for dtype in dtypes:
-        table.add_row(f"ratio, {dtype}", f"{seconds[f'PyTorch, {dtype}'] / seconds[f'ours, {dtype}']:.2f}", "", "", "")
+        bound = 1e-3 if dtype == "float32" else 3e-2
+        np.testing.assert_allclose(first[f"ours, {dtype}"], first[f"PyTorch, {dtype}"], rtol=bound, err_msg=dtype)
+    for name, taken_s in seconds.items():
+        limit, memory = notes[name]
+        table.add_row(
+            name, f"{taken_s:.3f}", f"{rows * length / taken_s:.0f}", f"{operations / taken_s / 1e12:.2f}",
+            f"{100 * limit / taken_s:.0f} %", memory,
+        )  # fmt: skip
+    for dtype in dtypes:
+        table.add_row(f"ratio, {dtype}", f"{seconds[f'PyTorch, {dtype}'] / seconds[f'ours, {dtype}']:.2f}")
     console.print(table)
-
-
-def matmul_flops(dtype: str) -> float:
-    """Multiply-adds, counted as two, a second, of a matmul large enough to be bound by them."""
-    x, y = (jnp.ones((2048, 2048), dtype) for _ in range(2))
-    multiply = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
-    seconds = medians({"": lambda: multiply(x, y).block_until_ready()}, 5)[""]
-    return 2 * 2048**3 / seconds
 
 
 # ------------------------------------------------------------------------------------------ trees
@@ -153,8 +267,8 @@ def trajectories(vocab_size: int, count: int, retrievals: int, written: int, pas
 
 
 def trees(console: Console, model: str, retrievals: int, count: int, row_length: int, rounds: int) -> None:
-    ours = Ours(model, "float32")
-    played = trajectories(ours.config.vocab_size, count, retrievals, written=48, passages=200)
+    ours, vocab_size = Ours(model, ModelConfig()), load_config(path_of(model)).vocab_size
+    played = trajectories(vocab_size, count, retrievals, written=48, passages=200)
     shared = [share_prefixes(t.samples, row_length) for t in played]
     ways: dict[str, Callable[[], Any]] = {}
     sizes, losses = {}, {}
@@ -251,24 +365,27 @@ def torch_gae(rewards: Any, values: Any, discounts: Any) -> Any:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    sft_of = commands.add_parser("sft")
-    sft_of.add_argument("--rows", type=int, default=8)
-    sft_of.add_argument("--length", type=int, default=512, help="tokens")
-    sft_of.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    sft_of.add_argument("--remat", default="none", help="as model.remat")
+    update_of = {kind: commands.add_parser(kind) for kind in ("sft", "ppo")}
+    for command in update_of.values():
+        command.add_argument("--rows", type=int, default=8)
+        command.add_argument("--length", type=int, default=512, help="tokens")
+        command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+        command.add_argument("--remat", default="none", help="as model.remat")
+        command.add_argument("--attention", default="xla", help="as model.attention")
     trees_of = commands.add_parser("trees")
     trees_of.add_argument("--retrievals", type=int, default=4, help="of a trajectory, behind which it answers")
     trees_of.add_argument("--trajectories", type=int, default=8)
     trees_of.add_argument("--row-length", type=int, default=2048, help="tokens")
-    for command in (sft_of, trees_of):
+    for command in (*update_of.values(), trees_of):
         command.add_argument("model", metavar="MODEL")
-    for command in (sft_of, trees_of, commands.add_parser("arrays")):
+    for command in (*update_of.values(), trees_of, commands.add_parser("arrays")):
         command.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)
     use_compile_cache()
     console = Console()
-    if args.command == "sft":
-        sft(console, args.model, args.rows, args.length, args.dtypes, args.remat, args.rounds)
+    if args.command in update_of:
+        settings = ModelConfig(remat=args.remat, attention=args.attention)
+        updates(console, args.command, args.model, args.rows, args.length, args.dtypes, settings, args.rounds)
     elif args.command == "trees":
         trees(console, args.model, args.retrievals, args.trajectories, args.row_length, args.rounds)
     else:
