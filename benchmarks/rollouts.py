@@ -143,7 +143,9 @@ class Slow:
         return self.inner.search(queries, k)
 
 
-def run(console: Console, path: Path, num: int, slots: int, latencies: Sequence[float], rounds: int) -> None:
+def run(
+    console: Console, path: Path, num: int, slots: int, latencies: Sequence[float], turns: Sequence[int], rounds: int
+) -> None:
     config = load_config(path / "config.yaml", ["phases=index"])
     session = Session(config, path, console=console)
     params = session.phase_params("rl" if session.policy_dir("rl").exists() else "sft")
@@ -175,9 +177,9 @@ def run(console: Console, path: Path, num: int, slots: int, latencies: Sequence[
         "lockstep": in_lockstep,
     }
     for latency in latencies:
-        for turns in (0, 1, 2):
-            player = roller(ours, latency, turns)
-            ways[f"{latency:g} ms, search_turns={turns}"] = lambda player=player: player.play(params, jobs)
+        for wait in turns:
+            player = roller(ours, latency, wait)
+            ways[f"{latency:g} ms, search_turns={wait}"] = lambda player=player: player.play(params, jobs)
     seconds = medians(ways, rounds)
     ours_s = seconds["slots refilled at once"]
     table = Table(
@@ -201,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_of.add_argument("--questions", type=int, default=200)
     run_of.add_argument("--slots", type=int, default=64)
     run_of.add_argument("--latencies", type=float, nargs="*", default=[5.0, 50.0, 500.0], help="milliseconds")
+    run_of.add_argument("--turns", type=int, nargs="*", default=[0, 2, 4], help="each as rollout.search_turns")
     for command in (steps_of, run_of):
         command.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)
@@ -209,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.command == "steps":
         steps(console, args.model, args.dtypes, args.batch, args.prompt, args.rounds)
     else:
-        run(console, args.run, args.questions, args.slots, args.latencies, args.rounds)
+        run(console, args.run, args.questions, args.slots, args.latencies, args.turns, args.rounds)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,17 @@ class Plot:
 PLOTS = {
     "rl": (
         Plot("Reward", "mean reward of a trajectory", (("reward", "reward"),), from_zero=False),
+        Plot(
+            "Parts of the reward",
+            "mean of a trajectory",
+            (
+                ("reward_outcome", "right answer"),
+                ("reward_process", "relevant passages"),
+                ("reward_format", "malformed step"),
+                ("reward_no_answer", "no answer"),
+            ),
+            from_zero=False,
+        ),
         Plot("Exact match", "% of questions", (("em", "rollouts"), ("dev_em", "dev, greedy")), 100),
         Plot("Right, says the judge", "% of questions", (("acc", "rollouts"),), 100),
         Plot("Retrievals", "searches per question", (("mean_retrievals", "retrievals"),)),
@@ -136,10 +147,19 @@ PLOTS = {
             (("no_answer_rate", "out of steps"), ("format_error_rate", "malformed step")),
             100,
         ),
+        Plot(
+            "Signs of a collapse",
+            "%",
+            (("repeated_query_rate", "queries repeated"), ("equal_groups", "questions whose samples earned the same")),
+            100,
+        ),
+        Plot("Length", "sampled tokens per trajectory", (("trajectory_tokens", "tokens"),)),
         Plot("Judge", "%", (("judge_failure_rate", "failed judgements"), ("left_out", "trajectories left out")), 100),
         Plot("KL to the reference policy", "nats per token", (("kl", "KL"),)),
         Plot("Entropy", "nats per token", (("entropy", "entropy"),)),
         Plot("Clip fraction", "% of tokens", (("clip_fraction", "clipped"),), 100),
+        Plot("Move of the policy in an iteration", "nats per token", (("approx_kl", "approximate KL"),)),
+        Plot("Displacement", "mean log-ratio of better tokens", (("displacement", "displacement"),), from_zero=False),
         Plot("Critic", "explained variance", (("explained_variance", "explained"),), from_zero=False),
     ),
     "sft": (

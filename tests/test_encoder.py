@@ -371,8 +371,18 @@ def test_lengths_and_row_counts_by_hand() -> None:
         (50, [64]),
         (300, [64] * 4 + [16] * 3),
     ):
-        assert list(bert_encoder._row_counts(texts, 100)) == rows
-    assert list(bert_encoder._row_counts(3, 0)) == [1, 1, 1]
+        assert list(bert_encoder._row_counts(texts, 100, 1)) == rows
+    assert list(bert_encoder._row_counts(3, 0, 1)) == [1, 1, 1]
+    for texts, max_rows, rows in ((1, 1024, [64]), (191, 1024, [64] * 3), (192, 1024, [256]), (40, 32, [32, 32])):
+        assert list(bert_encoder._row_counts(texts, max_rows, 64)) == rows
+
+
+def test_an_accelerators_batches_give_the_same_vectors(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = BertEncoder(built).encode(TEXTS)
+    monkeypatch.setattr(bert_encoder, "_least_rows", lambda: 64)
+    encoder = BertEncoder(built)
+    assert {tokens.shape[0] for _, (tokens, _) in encoder._batches([[1] * 9] * 70)} == {64}
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=2e-6)
 
 
 def test_rows_that_divide_are_spread_over_the_devices(built: Path) -> None:

@@ -283,32 +283,54 @@ class Decoder(nnx.Module):
         return adapted_matmul(x, w[name], w[f"{name}_a"], self.adapter_scale * w[f"{name}_b"])
 
 
+@jax.custom_vjp
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply [..., A] by [A, Z], accumulating in float32, and return the dtype of x."""
+    """Multiply [..., in] by [in, out], accumulating in float32, and return the dtype of x.
+
+    The backward pass puts the narrow factor first in the product over all tokens: XLA's CPU backend transposes the
+    first one, and as autodiff writes it that is `out`, often the wide one.
+    """
+    return _product(x, w)
+
+
+def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _over_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[..., A] and [..., Z] -> their products summed over all tokens, [A, Z]."""
+    x_TA, y_TZ = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    return _product(x_TA.T, y_TZ) if x.shape[-1] <= y.shape[-1] else _product(y_TZ.T, x_TA).T
+
+
+def _matmul_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(x, w), (x, w)
+
+
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    return _product(grad, w.T), _over_tokens(x, grad)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @jax.custom_vjp
 def adapted_matmul(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply [..., in] by w [in, out] + a [in, rank] b [rank, out], which is never formed.
-
-    The backward pass puts the narrow factor first in products over all tokens: XLA's CPU backend transposes the
-    first one, and as autodiff writes them that is the wide one (a third of a training step).
-    """
+    """Multiply [..., in] by w [in, out] + a [in, rank] b [rank, out], which is never formed; backward as `matmul`."""
     return _adapted_forward(x, w, a, b)[0]
 
 
 def _adapted_forward(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    xa = matmul(x, a)
-    return matmul(x, w) + matmul(xa, b), (x, w, a, b, xa)
+    xa = _product(x, a)
+    return _product(x, w) + _product(xa, b), (x, w, a, b, xa)
 
 
 def _adapted_backward(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
     x, w, a, b, xa = saved
-    grad_xa = matmul(grad, b.T)
-    x_TI, xa_TR, grad_TO, grad_xa_TR = (v.reshape(-1, v.shape[-1]) for v in (x, xa, grad, grad_xa))
-    grad_x = matmul(grad, w.T) + matmul(grad_xa, a.T)
-    return grad_x, matmul(x_TI.T, grad_TO), matmul(grad_xa_TR.T, x_TI).T, matmul(xa_TR.T, grad_TO)
+    grad_xa = _product(grad, b.T)
+    grad_x = _product(grad, w.T) + _product(grad_xa, a.T)
+    return grad_x, _over_tokens(x, grad), _over_tokens(x, grad_xa), _over_tokens(xa, grad)
 
 
 adapted_matmul.defvjp(_adapted_forward, _adapted_backward)

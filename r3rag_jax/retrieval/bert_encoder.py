@@ -152,7 +152,7 @@ class BertEncoder:
         for bucket in np.unique(buckets):
             length = lengths[bucket]
             waiting = np.flatnonzero(buckets == bucket)
-            for num_rows in _row_counts(len(waiting), self._batch_tokens // length):
+            for num_rows in _row_counts(len(waiting), self._batch_tokens // length, _least_rows()):
                 rows, waiting = waiting[:num_rows], waiting[num_rows:]
                 tokens_BL = np.zeros((num_rows, length), np.int32)
                 for i, row in enumerate(rows):
@@ -203,13 +203,18 @@ def _lengths(max_length: int) -> list[int]:
     return [length for length in lengths if length < max_length] + [max_length]
 
 
-def _row_counts(num_texts: int, max_rows: int) -> Iterator[int]:
-    """Rows of the batches that hold `num_texts` texts: 1, 4, 16, … with at most a quarter of padding.
+def _least_rows() -> int:
+    """Rows of the smallest batch. Compiling a shape takes an accelerator seconds, and a padded row next to nothing."""
+    return 1 if jax.default_backend() == "cpu" else 64
 
-    At most 64 rows: 17 -> 16, 1 and 31 -> 16, 16 and 50 -> 64.
+
+def _row_counts(num_texts: int, max_rows: int, least: int) -> Iterator[int]:
+    """Rows of the batches that hold `num_texts` texts: `least` times 1, 4, 16, …, with at most a quarter of padding.
+
+    At most 64 rows, from 1: 17 -> 16, 1 and 31 -> 16, 16 and 50 -> 64. Fewer than `least` texts are padded to it.
     """
     while num_texts > 0:
-        rows = 1
+        rows = max(1, min(least, max_rows))
         while 4 * rows <= max_rows and 3 * rows <= num_texts:
             rows *= 4
         yield rows
