@@ -57,7 +57,7 @@ def test_page_has_dark_colours_and_fits_a_phone(html):
 
 def test_page_shows_every_part(html):
     assert "<h1>synthetic</h1>" in html
-    assert html.count('<figure class="plot">') == 10
+    assert html.count('<figure class="plot">') == 11
     assert html.count('<details class="card"') == 4 * 4 + 3 + 1  # types x cases, milestones, config
     assert "iterations: 40" in html
     assert 'class="missing"' not in html
@@ -78,8 +78,20 @@ def test_a_judge_has_plots_where_it_was_asked(tmp_path):
     rows = [row | (judged if row["phase"] == "rl" else {}) for row in rows]
     (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     html = write_report(run_dir).read_text(encoding="utf-8")
-    assert html.count('<figure class="plot">') == 12
+    assert html.count('<figure class="plot">') == 13
     assert all(name in html for name in ("Right, says the judge", "failed judgements", "trajectories left out"))
+
+
+def test_what_guards_watch_has_plots(tmp_path):
+    run_dir = synthetic_run.build(tmp_path / "guarded")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    names = ("repeated_query_rate", "equal_groups", "trajectory_tokens", "approx_kl", "displacement", "reward_format")
+    rows = [row | (dict.fromkeys(names, 0.1) if row["phase"] == "rl" else {}) for row in rows]
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    for title in ("Signs of a collapse", "Length", "Move of the policy in an iteration", "Displacement"):
+        assert f"<strong>{title}</strong>" in html
+    assert "malformed step" in html and "queries repeated" in html
 
 
 @pytest.mark.parametrize(
