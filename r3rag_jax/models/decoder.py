@@ -283,18 +283,26 @@ class Decoder(nnx.Module):
         return adapted_matmul(x, w[name], w[f"{name}_a"], self.adapter_scale * w[f"{name}_b"])
 
 
-@jax.custom_vjp
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply [..., in] by [in, out], accumulating in float32, and return the dtype of x.
 
-    The backward pass puts the narrow factor first in the product over all tokens: XLA's CPU backend transposes the
-    first one, and as autodiff writes it that is `out`, often the wide one.
+    On a mesh of several devices the backward pass is autodiff's, whose layout the partitioner knows.
     """
-    return _product(x, w)
+    mesh = jax.sharding.get_abstract_mesh()
+    return _product(x, w) if not mesh.empty and mesh.size > 1 else _narrow_first_matmul(x, w)
 
 
 def _product(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _narrow_first_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply; the backward pass puts the narrow factor first in the product over all tokens.
+
+    XLA's CPU backend transposes the first one, and as autodiff writes it that is the gradient, often the wide one.
+    """
+    return _product(x, w)
 
 
 def _over_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -312,12 +320,12 @@ def _matmul_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tup
     return _product(grad, w.T), _over_tokens(x, grad)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_narrow_first_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 @jax.custom_vjp
 def adapted_matmul(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply [..., in] by w [in, out] + a [in, rank] b [rank, out], which is never formed; backward as `matmul`."""
+    """Multiply [..., in] by w [in, out] + a [in, rank] b [rank, out], which is never formed; narrow factors first backward."""
     return _adapted_forward(x, w, a, b)[0]
 
 
