@@ -325,7 +325,7 @@ _narrow_first_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @jax.custom_vjp
 def adapted_matmul(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply [..., in] by w [in, out] + a [in, rank] b [rank, out], which is never formed; narrow factors first backward."""
+    """Multiply [..., in] by w [in, out] + a [in, rank] b [rank, out], which is never formed."""
     return _adapted_forward(x, w, a, b)[0]
 
 
