@@ -46,11 +46,12 @@ def ours(path: Path, mesh: Mesh, dtype: str, batch: int, length: int) -> Generat
     decoder = load_decoder(path, dtype=dtype)
     graphdef, params = nnx.split(decoder)
     engine = Engine(graphdef, decoder.config, mesh, slots=batch, max_length=length, dtype=jnp.dtype(dtype))
+    policy = engine.load(params)
 
     def generate(prompts: np.ndarray, new_tokens: int) -> None:
         engine.reset()
-        engine.set_context(params, {row: Context(ids.tolist(), new_tokens) for row, ids in enumerate(prompts)})
-        engine.decode(params, new_tokens, leave_at=batch)
+        engine.set_context(policy, {row: Context(ids.tolist(), new_tokens) for row, ids in enumerate(prompts)})
+        engine.decode(policy, new_tokens, leave_at=batch)
         if engine.rows.lengths.tolist() != [prompts.shape[1] + new_tokens] * batch:
             raise RuntimeError(f"every row must have {new_tokens} new tokens; got {engine.rows.lengths}")
 

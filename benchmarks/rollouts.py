@@ -33,6 +33,7 @@ from timing import medians
 
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.configio import load_config
+from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.hf import load_decoder
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.retrieval.base import Hit, Retriever
@@ -68,16 +69,17 @@ class Steps:
     def play(self, engine: Engine, rows: Sequence[int], keep: bool) -> list[list[int]]:
         """The ids of the rows in the end; the cache is kept between steps, or not."""
         engine.reset()
+        policy = engine.load(self.params)
         contexts = {slot: list(self.prompts[row]) for slot, row in enumerate(rows)}
         self.prefill_s = 0.0
         for step in range(STEPS):
             start = time.perf_counter()
             if not keep:
                 engine.reset()
-            engine.set_context(self.params, {slot: Context(ids, WRITTEN) for slot, ids in contexts.items()})
+            engine.set_context(policy, {slot: Context(ids, WRITTEN) for slot, ids in contexts.items()})
             engine._cache.v[-1].block_until_ready()
             self.prefill_s += time.perf_counter() - start
-            engine.decode(self.params, WRITTEN, leave_at=len(rows))
+            engine.decode(policy, WRITTEN, leave_at=len(rows))
             for slot, ids in contexts.items():
                 ids += engine.rows.tokens[slot, len(ids) : len(ids) + WRITTEN].tolist()
                 ids += self.given[rows[slot]][step]
@@ -127,8 +129,8 @@ def steps(console: Console, model: str, dtypes: Sequence[str], batch: int, promp
 class Lockstep(Engine):
     """Decodes until the last row of the batch waits."""
 
-    def decode(self, params: Any, max_tokens: int, leave_at: int) -> None:
-        super().decode(params, self.max_length, self.slots)
+    def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int) -> None:
+        super().decode(decoder, self.max_length, self.slots)
 
 
 @dataclasses.dataclass
@@ -166,20 +168,21 @@ def run(
         return made
 
     ours, lockstep = engine(Engine), engine(Lockstep)
+    policy = ours.load(params)
 
     def in_lockstep() -> None:
         waiting = roller(lockstep)
         for start in range(0, len(jobs), slots):
-            waiting.play(params, jobs[start : start + slots])
+            waiting.play(policy, jobs[start : start + slots])
 
     ways: dict[str, Callable[[], Any]] = {
-        "slots refilled at once": lambda: roller(ours).play(params, jobs),
+        "slots refilled at once": lambda: roller(ours).play(policy, jobs),
         "lockstep": in_lockstep,
     }
     for latency in latencies:
         for wait in turns:
             player = roller(ours, latency, wait)
-            ways[f"{latency:g} ms, search_turns={wait}"] = lambda player=player: player.play(params, jobs)
+            ways[f"{latency:g} ms, search_turns={wait}"] = lambda player=player: player.play(policy, jobs)
     seconds = medians(ways, rounds)
     ours_s = seconds["slots refilled at once"]
     table = Table(

@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_compile_cache()
     session, phase = open_session(args)
     question = Question("asked", args.question.strip(), ())
-    params = session.sampling_params(lambda: session.phase_params(phase))
-    [trajectory] = play_greedy(session.roller(), params, [question])
+    policy = session.sampling_policy(lambda: session.phase_params(phase))
+    [trajectory] = play_greedy(session.roller(), policy, [question])
     print_trajectory(trajectory, session.console)
     return 0
 

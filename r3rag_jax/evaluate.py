@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     session, phase = open_session(args)
     path = args.questions or session.path_of("test")
     questions = read_questions(path)
-    params = session.sampling_params(lambda: session.phase_params(phase))
+    policy = session.sampling_policy(lambda: session.phase_params(phase))
     with Bar(f"eval {path.name}", len(questions), console=session.console, live=session.config.log.progress) as bar:
-        trajectories = play_greedy(session.roller(), params, questions, lambda t: bar.advance(steps=len(t.steps)))
+        trajectories = play_greedy(session.roller(), policy, questions, lambda t: bar.advance(steps=len(t.steps)))
     name = args.name or path.stem
     mark = fingerprint(
         questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k, phase=phase,

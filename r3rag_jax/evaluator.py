@@ -28,16 +28,16 @@ MAX_ANSWER_TOKENS = 24
 
 
 def play_greedy(
-    roller: Player, params: Any, questions: Sequence[Question], on_done: OnDone | None = None
+    roller: Player, policy: Any, questions: Sequence[Question], on_done: OnDone | None = None
 ) -> list[Trajectory]:
     """The policy's own trajectories, one per question, greedy."""
-    return roller.play(params, [Job(question) for question in questions], on_done)
+    return roller.play(policy, [Job(question) for question in questions], on_done)
 
 
 def read_answers(
     engine: Engine | Server,
     tokenizer: Tokenizer,
-    params: Any,
+    policy: Any,
     questions: Sequence[Question],
     retriever: Retriever | None,
     top_k: int,
@@ -62,7 +62,7 @@ def read_answers(
     if isinstance(engine, Server):
         lines: Iterator[tuple[int, list[int]]] = ((place, line.ids) for place, line in engine.complete_all(contexts))
     else:
-        lines = complete_all(engine, params, contexts, chunk=MAX_ANSWER_TOKENS, leave_at=engine.slots)
+        lines = complete_all(engine, policy, contexts, chunk=MAX_ANSWER_TOKENS, leave_at=engine.slots)
     done: dict[int, Trajectory] = {}
     for place, ids in lines:
         done[place] = _read_trajectory(tokenizer, questions[place], found[place], ids)

@@ -77,8 +77,9 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> LocalChat:
     marks = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]  # other weights may take their place
     with reading(path):  # its chat template
         return LocalChat(
-            engine, params, tokenizer, model=config.model, identity=" ".join([config.model, config.dtype, *marks]),
-            stop_ids=sorted(stops), max_tokens=config.max_tokens,
+            engine, engine.load(params), tokenizer, model=config.model,
+            identity=" ".join([config.model, config.dtype, *marks]), stop_ids=sorted(stops),
+            max_tokens=config.max_tokens,
         )  # fmt: skip
 
 

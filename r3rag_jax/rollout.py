@@ -71,7 +71,7 @@ class _Row:
 class Player(Protocol):
     """Whatever plays jobs."""
 
-    def play(self, params: Any, jobs: Sequence[Job], on_done: OnDone | None = None) -> list[Trajectory]:
+    def play(self, policy: Any, jobs: Sequence[Job], on_done: OnDone | None = None) -> list[Trajectory]:
         """Trajectories of the jobs, in their order. `on_done` hears of each as it ends.
 
         Raises:
@@ -182,23 +182,23 @@ class Roller:
     def __init__(self, engine: Engine, rules: Rules):
         self.engine, self.rules = engine, rules
 
-    def play(self, params: Any, jobs: Sequence[Job], on_done: OnDone | None = None) -> list[Trajectory]:
-        """See `Player`; `params` are the policy's."""
+    def play(self, policy: Any, jobs: Sequence[Job], on_done: OnDone | None = None) -> list[Trajectory]:
+        """See `Player`; `policy` is what the engine loaded."""
         self.engine.reset()
         game, config = _Game(self.rules, jobs, on_done), self.rules.config
         searches: deque[tuple[int, list[int], Hits]] = deque()  # the last turn it runs beside, slots, hits of each
         with ThreadPoolExecutor(max(1, config.search_turns)) as pool:
             for turn in itertools.count():
                 while searches and searches[0][0] < turn:
-                    self._tell(params, game, *searches.popleft()[1:])
+                    self._tell(policy, game, *searches.popleft()[1:])
                 empty = self.engine.find(RowStatus.EMPTY)[: game.num_waiting]
-                self.engine.set_context(params, {slot: game.start(slot) for slot in empty})
+                self.engine.set_context(policy, {slot: game.start(slot) for slot in empty})
                 if not game.rows:
                     return game.trajectories()
                 while searches and not self.engine.find(RowStatus.ACTIVE):
-                    self._tell(params, game, *searches.popleft()[1:])
+                    self._tell(policy, game, *searches.popleft()[1:])
                 if active := self.engine.find(RowStatus.ACTIVE):
-                    self.engine.decode(params, config.decode_chunk, leave_at=max(1, len(active) // 4))
+                    self.engine.decode(policy, config.decode_chunk, leave_at=max(1, len(active) // 4))
                 if asking := self._read(game):
                     hits = self._search(pool, [game.rows[slot] for slot in asking])
                     searches.append((turn + config.search_turns, asking, hits))
@@ -224,7 +224,7 @@ class Roller:
             return functools.partial(self.rules.search, rows)
         return pool.submit(self.rules.search, rows).result
 
-    def _tell(self, params: Any, game: _Game, slots: Sequence[int], hits: Hits) -> None:
+    def _tell(self, policy: Any, game: _Game, slots: Sequence[int], hits: Hits) -> None:
         """Let the slots go on with their passages, or end."""
         contexts = {}
         for slot, found in zip(slots, hits(), strict=True):
@@ -233,7 +233,7 @@ class Roller:
                 self.engine.release(slot)
             else:
                 contexts[slot] = self.rules.context(row)
-        self.engine.set_context(params, contexts)
+        self.engine.set_context(policy, contexts)
 
 
 class ServedRoller:
@@ -242,8 +242,8 @@ class ServedRoller:
     def __init__(self, server: Server, rules: Rules):
         self.server, self.rules = server, rules
 
-    def play(self, params: Any, jobs: Sequence[Job], on_done: OnDone | None = None) -> list[Trajectory]:
-        """See `Player`; `params` are not used, the server has its own.
+    def play(self, policy: Any, jobs: Sequence[Job], on_done: OnDone | None = None) -> list[Trajectory]:
+        """See `Player`; `policy` is not used, the server has its own.
 
         Raises:
             UserError: the server failed. Requests in flight are awaited first, and `on_done` hears of what they end.

@@ -34,6 +34,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.evaluator import reading_stops
 from r3rag_jax.judges import open_judge
 from r3rag_jax.metrics import Bar, MetricsLog
+from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shardings
 from r3rag_jax.models.hf import load_config as load_decoder_config
@@ -351,9 +352,11 @@ class Session:
 
     @property
     def cache_dtype(self) -> Any:
-        """Of the sampler's keys and values."""
+        """Of the sampler's keys and values; "auto": the model's, but on a CPU, where a step widens all others."""
         kv_dtype = self.config.rollout.kv_dtype
-        return jnp.dtype(self.config.model.dtype if kv_dtype == "auto" else kv_dtype)
+        if kv_dtype == "auto":
+            kv_dtype = "float32" if jax.default_backend() == "cpu" else self.config.model.dtype
+        return jnp.dtype(kv_dtype)
 
     def roller(self, top_k: int | None = None) -> Player:
         """The engine, or the user's server, set up for trajectories of the configured protocol."""
@@ -395,15 +398,15 @@ class Session:
 
     # ---- a user's inference server
 
-    def sampling_params(self, load: Callable[[], Any]) -> Any:
-        """What rollouts take: the parameters that `load` gives, or None where a server has its own."""
+    def sampling_policy(self, load: Callable[[], Any]) -> Any:
+        """What rollouts take: that of the parameters that `load` gives, or None where a server has its own."""
         return None if self.config.rollout.server else self.to_sampler(load())
 
-    def to_sampler(self, params: Any) -> Any:
-        """The policy's parameters where rollouts run."""
-        if self.sampler_mesh is self.mesh:
-            return params
-        return jax.device_put(params, self._param_shardings(self.sampler_mesh))
+    def to_sampler(self, params: Any) -> CachedDecoder:
+        """A copy of the policy's parameters where rollouts run; `params` may be donated afterwards."""
+        if self.sampler_mesh is not self.mesh:
+            params = jax.device_put(params, self._param_shardings(self.sampler_mesh))
+        return self.engine.load(params)
 
     def sampling_mark(self) -> dict[str, Any]:
         """What a fingerprint says of a user's server: which one, and which model it served."""

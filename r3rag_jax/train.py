@@ -32,6 +32,7 @@ from r3rag_jax.guards import is_finite
 from r3rag_jax.judges import judge_memory
 from r3rag_jax.metrics import Bar, num_compiled
 from r3rag_jax.models import lora
+from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.prefix_tree import share_prefixes
 from r3rag_jax.report import write_report
@@ -126,11 +127,12 @@ def plan_memory(session: Session, phase: str) -> list[MemoryPlan]:
     if phase == "sft":
         return [plan(mesh, parts)]
     rollout, sampler_mesh = config.rollout, session.sampler_mesh
-    own = parts
-    if sampler_mesh is not mesh:
-        own = {"weights": bytes_per_device(shapes, tree_shardings(sampler_mesh, shapes, PARAM_AXES))}
-    elif phase == "rl" and config.rl.ahead:
-        own = parts | {"weights ahead": size(shapes)}
+    policy = jax.eval_shape(lambda: CachedDecoder.of(session.new_decoder()))
+    own = {"policy of rollouts": bytes_per_device(policy, policy.shardings(sampler_mesh))}
+    if sampler_mesh is mesh:
+        own = parts | own
+    else:
+        own = {"weights": bytes_per_device(shapes, tree_shardings(sampler_mesh, shapes, PARAM_AXES))} | own
     sampler = plan(
         sampler_mesh, own, session.decoder_config, slots=rollout.slots, max_length=rollout.max_length,
         dtype=session.cache_dtype,
@@ -296,11 +298,7 @@ class Rollouts:
 
     def start(self, iteration: int, params: Any) -> None:
         """Sample the iteration's in a thread; `params` may be donated as soon as this returns."""
-        if self._session.sampler_mesh is self._session.mesh:
-            own = jax.tree.map(jnp.copy, params)
-        else:
-            own = self._session.to_sampler(params)
-        self._ahead = iteration, self._thread.submit(self._play, iteration, own)
+        self._ahead = iteration, self._thread.submit(self._play, iteration, self._session.to_sampler(params))
 
     def forget(self) -> None:
         """Leave what was started alone: it is of a policy that is no more."""
@@ -308,11 +306,11 @@ class Rollouts:
             self._ahead[1].result()
         self._ahead = None
 
-    def _play(self, iteration: int, params: Any) -> list[Trajectory]:
+    def _play(self, iteration: int, policy: CachedDecoder) -> list[Trajectory]:
         """With `rl.draws`, also those of questions drawn in the place of those that teach nothing."""
         config, session = self._session.config, self._session
         judge = session.judge if config.rewards.needs_judge else None
-        trajectories = self._roller.play(params, iteration_jobs(config, self._questions, iteration))
+        trajectories = self._roller.play(policy, iteration_jobs(config, self._questions, iteration))
         for draw in range(1, config.rl.draws):
             scores = score(trajectories, config.rewards, session.retriever.encoder,
                            max_steps=config.rollout.max_steps, judge=judge)  # fmt: skip
@@ -324,7 +322,7 @@ class Rollouts:
             jobs = more_jobs(config, self._questions, iteration, draw, num_missing, taken)
             if not jobs:
                 break
-            trajectories = trajectories + self._roller.play(params, jobs)
+            trajectories = trajectories + self._roller.play(policy, jobs)
         return trajectories
 
 
@@ -442,15 +440,15 @@ def evaluate_system(session: Session, system: str, questions: Sequence[Question]
 
     if system in ("closed_book", "oneshot_rag"):
         retriever = session.retriever if system == "oneshot_rag" else None
-        params = session.sampling_params(session.base_params)
-        return read_answers(session.reading_engine(), session.tokenizer, params, questions, retriever,
+        policy = session.sampling_policy(session.base_params)
+        return read_answers(session.reading_engine(), session.tokenizer, policy, questions, retriever,
                             session.config.retrieval.oneshot_top_k, on_done,
                             chat=session.config.eval.prompt == "chat")  # fmt: skip
     phase = {"cold_start": "sft", "r3rag": "rl"}[system]
     if not session.policy_dir(phase).exists() and not session.config.rollout.server:
         raise UserError(f"eval.systems names {system}, but phase {phase} of {session.run_dir} has not finished")
-    params = session.sampling_params(lambda: session.phase_params(phase))
-    return play_greedy(session.roller(), params, questions, on_done)
+    policy = session.sampling_policy(lambda: session.phase_params(phase))
+    return play_greedy(session.roller(), policy, questions, on_done)
 
 
 def write_eval(session: Session, system: str, trajectories: Sequence[Trajectory], mark: dict[str, Any]) -> None:

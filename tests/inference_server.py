@@ -106,8 +106,8 @@ class EngineReply:
     openai    no ids, no log-probabilities, no name of the end, and the text lacks it
     """
 
-    def __init__(self, session: Session, params: Any, dialect: str = "vllm"):
-        self.session, self.params, self.dialect = session, params, dialect
+    def __init__(self, session: Session, policy: Any, dialect: str = "vllm"):
+        self.session, self.policy, self.dialect = session, policy, dialect
         self.written: dict[Asked, Written] = {}
         self._lock, self._waiting = threading.Lock(), set[Asked]()
 
@@ -130,9 +130,9 @@ class EngineReply:
         batch = [asked for asked in list(self._waiting) if asked[2] == stops][: engine.slots]
         engine.reset()
         engine.stop_at((), stops)
-        engine.set_context(self.params, {row: Context(ids, budget) for row, (ids, budget, _) in enumerate(batch)})
+        engine.set_context(self.policy, {row: Context(ids, budget) for row, (ids, budget, _) in enumerate(batch)})
         while len(engine.find(RowStatus.DONE)) < len(batch):
-            engine.decode(self.params, 512, len(batch))
+            engine.decode(self.policy, 512, len(batch))
         for row, asked in enumerate(batch):
             written = slice(len(asked[0]), int(engine.rows.lengths[row]))
             rows = engine.rows

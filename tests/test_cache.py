@@ -60,12 +60,13 @@ def test_sampling_with_an_int8_cache():
     logprobs = []
     for dtype in (jnp.float32, jnp.int8):
         engine = Engine(graphdef, CONFIG, mesh, slots=3, max_length=200, dtype=dtype)
-        engine.set_context(params, {0: Context(ids, 4), 2: Context(ids, 4)})
-        engine.decode(params, 4, leave_at=3)
+        policy = engine.load(params)
+        engine.set_context(policy, {0: Context(ids, 4), 2: Context(ids, 4)})
+        engine.decode(policy, 4, leave_at=3)
         np.testing.assert_array_equal(engine.rows.logprobs[0], engine.rows.logprobs[2])
         grown = [*engine.rows.tokens[0, :34].tolist(), *range(60, 100)]
-        engine.set_context(params, {0: Context(grown, 6), 1: Context(grown, 6)})  # behind what it holds, and whole
-        engine.decode(params, 6, leave_at=3)
+        engine.set_context(policy, {0: Context(grown, 6), 1: Context(grown, 6)})  # behind what it holds, and whole
+        engine.decode(policy, 6, leave_at=3)
         np.testing.assert_allclose(engine.rows.logprobs[0, 74:80], engine.rows.logprobs[1, 74:80], atol=0.02)
         logprobs.append(engine.rows.logprobs[2, 30:34])
     np.testing.assert_allclose(logprobs[0], logprobs[1], atol=0.1)

@@ -362,8 +362,9 @@ def test_smollm2_speaks_as_in_transformers(tmp_path: Path) -> None:
         (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
     )
     engine = Engine(graphdef, config, mesh, slots=1, max_length=len(ids) + 65)
-    engine.set_context(params, {0: Context(ids, budget=64)})
-    engine.decode(params, max_tokens=64, leave_at=1)
+    policy = engine.load(params)
+    engine.set_context(policy, {0: Context(ids, budget=64)})
+    engine.decode(policy, max_tokens=64, leave_at=1)
     assert engine.rows.tokens[0, : len(ids) + 64].tolist() == spoken[0].tolist()
 
 

@@ -12,6 +12,7 @@ from r3rag_jax.config import LoraConfig, MeshConfig
 from r3rag_jax.models import lora
 from r3rag_jax.models.attention import attention
 from r3rag_jax.models.cache import KVCache
+from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import (
     PARAM_AXES,
@@ -57,7 +58,7 @@ def make(config: DecoderConfig = TINY, **kwargs) -> Decoder:
 
 
 # Jitted: an eager call compiles every operation by itself, which takes longer.
-extend = nnx.jit(lambda model, cache, tokens, starts: model.extend(cache, tokens, starts))
+extend = nnx.jit(lambda model, cache, tokens, starts: CachedDecoder.of(model).extend(cache, tokens, starts))
 forward = nnx.jit(lambda model, tokens, positions, segments=None: model(tokens, positions, segments))
 
 
@@ -172,7 +173,7 @@ def test_donated_decode_loop_runs_on_device():
         def body(carry):
             i, cache, out = carry
             token = jax.lax.dynamic_slice_in_dim(tokens, i, 1, axis=1)
-            cache, hidden = nnx.merge(graphdef, params).extend(cache, token, jnp.full(2, i))
+            cache, hidden = CachedDecoder.of(nnx.merge(graphdef, params)).extend(cache, token, jnp.full(2, i))
             return i + 1, cache, out.at[:, i].set(hidden[:, 0])
 
         init = (0, cache, jnp.zeros((2, 6, TINY.hidden_size)))

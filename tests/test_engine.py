@@ -30,7 +30,7 @@ def make_engine(model, slots=4, pauses=(), stops=(), **options):
     options = {"slots": slots, "max_length": MAX_LENGTH, **options}
     engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), **options)
     engine.stop_at(pauses, stops)
-    return engine, params
+    return engine, engine.load(params)
 
 
 def prompt(seed, length):
@@ -63,12 +63,12 @@ def naive(model, ids, num, temperature, key, min_p=0.0):
 @pytest.mark.parametrize("min_p", [0.0, 0.3])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_engine_equals_naive_loop(model, temperature, min_p):
-    engine, params = make_engine(model, truncation=Truncation(min_p))
+    engine, policy = make_engine(model, truncation=Truncation(min_p))
     contexts = {
         row: Context(prompt(row, 5 + 17 * row), 12, temperature, np.array([row, 9], np.uint32)) for row in range(3)
     }
-    engine.set_context(params, contexts)
-    engine.decode(params, 100, leave_at=4)
+    engine.set_context(policy, contexts)
+    engine.decode(policy, 100, leave_at=4)
     assert engine.find(RowStatus.DONE) == [0, 1, 2]
     for row, context in contexts.items():
         start = len(context.ids)
@@ -82,16 +82,16 @@ def test_engine_equals_naive_loop(model, temperature, min_p):
 @pytest.mark.parametrize("min_p", [0.0, 0.1])
 def test_recorded_logprobs_are_the_trainers_for_every_truncation(model, min_p, top_k, top_p):
     how = Truncation(min_p, top_k, top_p)
-    engine, params = make_engine(model, truncation=how)
+    engine, policy = make_engine(model, truncation=how)
     temperatures = np.asarray([0.0, 0.5, 1.0, 1.4], np.float32)
     engine.set_context(
-        params,
+        policy,
         {
             row: Context(prompt(row, 8), 80, float(t), np.array([row, 9], np.uint32))
             for row, t in enumerate(temperatures)
         },
     )
-    engine.decode(params, 80, leave_at=4)
+    engine.decode(policy, 80, leave_at=4)
     tokens = engine.rows.tokens[:, :88]
     hidden = model(tokens, np.broadcast_to(np.arange(88), tokens.shape))[:, 7:-1]
     score = functools.partial(chunked_logprobs, chunk=64, truncation=how)
@@ -118,17 +118,17 @@ def test_sampling_by_inversion(size):
 
 def test_append_then_decode_equals_fresh_prefill(model):
     """A paused row whose context grows by passages: only these are prefilled, and nothing changes."""
-    engine, params = make_engine(model)
-    engine.set_context(params, {1: Context(prompt(0, 20), 6)})
-    engine.decode(params, 6, leave_at=1)
+    engine, policy = make_engine(model)
+    engine.set_context(policy, {1: Context(prompt(0, 20), 6)})
+    engine.decode(policy, 6, leave_at=1)
     grown = engine.rows.tokens[1, :26].tolist() + prompt(1, 40)
     before = engine.num_prefilled
-    engine.set_context(params, {1: Context(grown, 8)})
+    engine.set_context(policy, {1: Context(grown, 8)})
     assert engine.num_prefilled - before == 40  # the last sampled token and the passages, less the last one
-    engine.decode(params, 8, leave_at=1)
+    engine.decode(policy, 8, leave_at=1)
     fresh, _ = make_engine(model)
-    fresh.set_context(params, {0: Context(grown, 8)})
-    fresh.decode(params, 8, leave_at=1)
+    fresh.set_context(policy, {0: Context(grown, 8)})
+    fresh.decode(policy, 8, leave_at=1)
     assert engine.rows.tokens[1, 66:74].tolist() == fresh.rows.tokens[0, 66:74].tolist()
     np.testing.assert_allclose(engine.rows.logprobs[1, 66:74], fresh.rows.logprobs[0, 66:74], atol=2e-5)
 
@@ -137,45 +137,45 @@ def test_the_samples_of_a_question_are_prefilled_once(model):
     """Bit for bit what each row has when it is prefilled by itself, and what it then writes."""
     ids = prompt(1, 60)
     contexts = {row: Context(ids, 6, 1.0, np.array([row, 1], np.uint32)) for row in (0, 2, 3)}
-    together, params = make_engine(model)
-    together.set_context(params, {2: Context(ids[:20] + prompt(7, 20), 2)})  # a row that holds a part already
+    together, policy = make_engine(model)
+    together.set_context(policy, {2: Context(ids[:20] + prompt(7, 20), 2)})  # a row that holds a part already
     together.num_prefilled = 0
-    together.set_context(params, contexts)
+    together.set_context(policy, contexts)
     assert together.num_prefilled == 59
     alone, _ = make_engine(model)
     for row, context in contexts.items():
-        alone.set_context(params, {row: context})
+        alone.set_context(policy, {row: context})
     assert alone.num_prefilled == 3 * 59
     for mine, other in zip(*(jax.tree.leaves(engine._cache.v) for engine in (together, alone)), strict=True):
         np.testing.assert_array_equal(mine[np.array([0, 2, 3]), :, :59], other[np.array([0, 2, 3]), :, :59])
     for engine in (together, alone):
-        engine.decode(params, 6, leave_at=4)
+        engine.decode(policy, 6, leave_at=4)
     np.testing.assert_array_equal(together.rows.tokens[[0, 2, 3], :66], alone.rows.tokens[[0, 2, 3], :66])
     np.testing.assert_array_equal(together.rows.logprobs[[0, 2, 3], 60:66], alone.rows.logprobs[[0, 2, 3], 60:66])
 
 
 def test_a_changed_prefix_is_prefilled_anew(model):
-    engine, params = make_engine(model)
+    engine, policy = make_engine(model)
     first, second = prompt(0, 30), prompt(0, 10) + prompt(5, 25)
-    engine.set_context(params, {0: Context(first, 4)})
-    engine.decode(params, 4, leave_at=1)
+    engine.set_context(policy, {0: Context(first, 4)})
+    engine.decode(policy, 4, leave_at=1)
     before = engine.num_prefilled
-    engine.set_context(params, {0: Context(second, 5)})
+    engine.set_context(policy, {0: Context(second, 5)})
     assert engine.num_prefilled - before == len(second) - 1 - 10
-    engine.decode(params, 5, leave_at=1)
+    engine.decode(policy, 5, leave_at=1)
     assert engine.rows.tokens[0, 35:40].tolist() == naive(model, second, 5, 0.0, None)[0]
 
 
 def test_trajectory_does_not_depend_on_slot_or_neighbours(model):
     key = np.array([3, 4], np.uint32)
-    alone, params = make_engine(model)
-    alone.set_context(params, {0: Context(prompt(7, 24), 20, 1.0, key)})
-    alone.decode(params, 20, leave_at=1)
+    alone, policy = make_engine(model)
+    alone.set_context(policy, {0: Context(prompt(7, 24), 20, 1.0, key)})
+    alone.decode(policy, 20, leave_at=1)
     crowd, _ = make_engine(model, slots=6)
     contexts = {row: Context(prompt(row, 12), 9, 0.5, np.array([row, 1], np.uint32)) for row in (0, 2, 3)}
-    crowd.set_context(params, contexts | {5: Context(prompt(7, 24), 20, 1.0, key)})
+    crowd.set_context(policy, contexts | {5: Context(prompt(7, 24), 20, 1.0, key)})
     for _ in range(7):
-        crowd.decode(params, 3, leave_at=1)
+        crowd.decode(policy, 3, leave_at=1)
     assert crowd.rows.tokens[5, 24:44].tolist() == alone.rows.tokens[0, 24:44].tolist()
 
 
@@ -183,16 +183,16 @@ def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monke
     """Short rows write what they write with the whole cache; a longer one that is held meanwhile keeps what it has."""
 
     def play():
-        engine, params = make_engine(model, max_length=300)
-        engine.set_context(params, {0: Context(prompt(0, 30), 100), 3: Context(prompt(3, 200), 100)})
+        engine, policy = make_engine(model, max_length=300)
+        engine.set_context(policy, {0: Context(prompt(0, 30), 100), 3: Context(prompt(3, 200), 100)})
         engine.hold(3)
         before = [np.array(leaf[3, :, :199]) for leaf in engine._cache.v]
-        engine.decode(params, 32, leave_at=4)
+        engine.decode(policy, 32, leave_at=4)
         for leaf, old in zip(engine._cache.v, before, strict=True):
             np.testing.assert_array_equal(leaf[3, :, :199], old)
-        engine.decode(params, 100, leave_at=4)  # over the border of what the first call had
-        engine.set_context(params, {3: Context(prompt(3, 200), 100)})
-        engine.decode(params, 100, leave_at=4)
+        engine.decode(policy, 100, leave_at=4)  # over the border of what the first call had
+        engine.set_context(policy, {3: Context(prompt(3, 200), 100)})
+        engine.decode(policy, 100, leave_at=4)
         return engine
 
     decode, spans = engine_module.decode, []
@@ -212,21 +212,21 @@ def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monke
 
 
 def test_pause_stop_and_budget(model):
-    base, params = make_engine(model)
+    base, policy = make_engine(model)
     ids, key = prompt(2, 8), np.array([5, 5], np.uint32)
-    base.set_context(params, {0: Context(ids, 10, 1.0, key)})
-    base.decode(params, 10, leave_at=1)
+    base.set_context(policy, {0: Context(ids, 10, 1.0, key)})
+    base.decode(policy, 10, leave_at=1)
     third = int(base.rows.tokens[0, 10])
     assert third not in base.rows.tokens[0, 8:10]
     for name, status in (("pauses", RowStatus.NEEDS_RETRIEVAL), ("stops", RowStatus.DONE)):
         engine, _ = make_engine(model, **{name: (third,)})
-        engine.set_context(params, {2: Context(ids, 10, 1.0, key)})
-        engine.decode(params, 10, leave_at=1)
+        engine.set_context(policy, {2: Context(ids, 10, 1.0, key)})
+        engine.decode(policy, 10, leave_at=1)
         assert engine.rows.status[2] == status
         assert engine.rows.lengths[2] == 11
     engine, _ = make_engine(model)
-    engine.set_context(params, {2: Context(ids, 4), 3: Context(prompt(3, MAX_LENGTH - 3), 50)})
-    engine.decode(params, 50, leave_at=4)
+    engine.set_context(policy, {2: Context(ids, 4), 3: Context(prompt(3, MAX_LENGTH - 3), 50)})
+    engine.decode(policy, 50, leave_at=4)
     assert engine.rows.lengths[2] == 12
     assert engine.rows.lengths[3] == MAX_LENGTH  # never beyond the cache
 
@@ -235,9 +235,9 @@ def test_pause_stop_and_budget(model):
 def test_a_stop_string_takes_back_what_was_sampled_behind_it(model, chunk):
     """Whatever the calls on the device: the row ends with the string, and goes on as if it had never written more."""
     contexts = {row: Context(prompt(row, 8), 30, 1.0, np.array([row, 4], np.uint32)) for row in range(3)}
-    free, params = make_engine(model)
-    free.set_context(params, contexts)
-    free.decode(params, 30, leave_at=4)
+    free, policy = make_engine(model)
+    free.set_context(policy, contexts)
+    free.decode(policy, 30, leave_at=4)
     written = free.rows.tokens[:3, 8:38].tolist()
     pair = written[0][10:12]  # stands for a string; in row 0 it may come earlier too, in row 1 it comes never
 
@@ -246,9 +246,9 @@ def test_a_stop_string_takes_back_what_was_sampled_behind_it(model, chunk):
 
     engine, _ = make_engine(model)
     engine.stop_at((), (), end_of)
-    engine.set_context(params, {**contexts, 2: Context([*prompt(2, 6), *pair], 30, 1.0, contexts[2].key)})
+    engine.set_context(policy, {**contexts, 2: Context([*prompt(2, 6), *pair], 30, 1.0, contexts[2].key)})
     while engine.find(RowStatus.ACTIVE):
-        engine.decode(params, chunk, leave_at=4)
+        engine.decode(policy, chunk, leave_at=4)
     ends = [end_of(ids) for ids in written]
     assert 0 < ends[0] <= 12 and ends[1] == 0
     assert engine.find(RowStatus.DONE) == [0, 1, 2]
@@ -259,20 +259,20 @@ def test_a_stop_string_takes_back_what_was_sampled_behind_it(model, chunk):
     grown = engine.rows.tokens[0, : 8 + ends[0]].tolist() + prompt(9, 20)
     fresh, _ = make_engine(model)
     for either in (engine, fresh):
-        either.set_context(params, {0: Context(grown, 8)})
-        either.decode(params, 8, leave_at=1)
+        either.set_context(policy, {0: Context(grown, 8)})
+        either.decode(policy, 8, leave_at=1)
     end = len(grown)
     assert engine.rows.tokens[0, end : end + 8].tolist() == fresh.rows.tokens[0, end : end + 8].tolist()
 
 
 def test_decode_leaves_when_enough_rows_wait(model):
-    engine, params = make_engine(model)
-    engine.set_context(params, {0: Context(prompt(0, 8), 3), 1: Context(prompt(1, 8), 30)})
-    engine.decode(params, 30, leave_at=1)
+    engine, policy = make_engine(model)
+    engine.set_context(policy, {0: Context(prompt(0, 8), 3), 1: Context(prompt(1, 8), 30)})
+    engine.decode(policy, 30, leave_at=1)
     assert engine.rows.lengths[:2].tolist() == [11, 11]
 
 
 def test_too_long_context_is_refused(model):
-    engine, params = make_engine(model)
+    engine, policy = make_engine(model)
     with pytest.raises(ValueError, match="1 to 95 tokens; got 96"):
-        engine.set_context(params, {0: Context(prompt(0, MAX_LENGTH), 1)})
+        engine.set_context(policy, {0: Context(prompt(0, MAX_LENGTH), 1)})

@@ -157,7 +157,7 @@ class Reader:
     def release(self, slot: int) -> None:
         self.rows.status[slot] = RowStatus.EMPTY
 
-    def set_context(self, params, contexts) -> None:
+    def set_context(self, policy, contexts) -> None:
         for slot, context in contexts.items():
             assert (context.budget, context.temperature) == (MAX_ANSWER_TOKENS, 0.0)
             self.prompts.append(self.tokenizer.decode(context.ids))
@@ -165,7 +165,7 @@ class Reader:
             self.rows.lengths[slot] = len(context.ids)
             self.rows.status[slot] = RowStatus.ACTIVE
 
-    def decode(self, params, max_tokens: int, leave_at: int) -> None:
+    def decode(self, policy, max_tokens: int, leave_at: int) -> None:
         for slot in self.find(RowStatus.ACTIVE):
             start = self.rows.lengths[slot]
             text = self.tokenizer.decode(self.rows.tokens[slot, :start])

@@ -129,9 +129,10 @@ def test_64_greedy_tokens_are_those_of_transformers(model_type, tmp_path):
     graphdef, params = nnx.split(ours)
     mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     engine = Engine(graphdef, ours.config, mesh, slots=4, max_length=160)
+    policy = engine.load(params)
     prompts = [TOKENS[0, :length].tolist() for length in (3, 34, 90)]
-    engine.set_context(params, {row: Context(ids, budget=64) for row, ids in enumerate(prompts)})
-    engine.decode(params, max_tokens=64, leave_at=4)
+    engine.set_context(policy, {row: Context(ids, budget=64) for row, ids in enumerate(prompts)})
+    engine.decode(policy, max_tokens=64, leave_at=4)
     said = set()
     for row, ids in enumerate(prompts):
         tokens = torch.as_tensor([ids])

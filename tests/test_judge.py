@@ -740,7 +740,7 @@ def test_what_a_local_judge_keeps_on_a_device_is_planned(judge_dir: Path, tmp_pa
         shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
         return sum(shard.data.nbytes for shard in shards if shard.device == device)
 
-    assert planned == {"judge": held(chat_._params), "judge's cache": held(chat_._engine._cache)}
+    assert planned == {"judge": held(chat_._decoder), "judge's cache": held(chat_._engine._cache)}
     assert judge_memory(JudgeConfig(url="http://x"), mesh) == {}
 
 

@@ -303,7 +303,7 @@ def play(codec: Codec, jobs: list[Job], truncation: Truncation = WHOLE) -> list[
     engine.stop_at(pauses, {codec.eos_id} - set(pauses))
     config = RolloutConfig(max_length=MAX_LENGTH, max_new_tokens=110, max_steps=3)
     roller = Roller(engine, Rules(codec, tiny.DictRetriever(PASSAGES), config, top_k=1, max_passages=4))
-    return roller.play(params["policy"], jobs)
+    return roller.play(engine.load(params["policy"]), jobs)
 
 
 def force(monkeypatch: pytest.MonkeyPatch, codec: Codec, jobs: list[Job]) -> None:

@@ -52,7 +52,15 @@ def test_decoding_peaks_within_a_tenth_of_the_plan():
     engine, planned = Engine(graphdef, config, mesh, **shape), plan(mesh, {"weights": weights}, config, **shape)
     peaks = []
     for span in engine._spans:
-        arguments = params, engine._cache, engine.rows, np.int32(8), np.int32(1), engine._stops, engine._pauses
+        arguments = (
+            engine.load(params),
+            engine._cache,
+            engine.rows,
+            np.int32(8),
+            np.int32(1),
+            engine._stops,
+            engine._pauses,
+        )
         counted = engine._decode.lower(*arguments, span=span).compile().memory_analysis()
         held = counted.argument_size_in_bytes + counted.output_size_in_bytes - counted.alias_size_in_bytes
         peaks.append(held + counted.temp_size_in_bytes)
@@ -64,9 +72,10 @@ def test_a_bfloat16_cache_under_float32_compute():
     written = []
     for dtype in (jnp.float32, jnp.bfloat16):
         engine = Engine(graphdef, CONFIG, make_mesh(MeshConfig()), slots=2, max_length=96, dtype=dtype)
+        policy = engine.load(params)
         assert {leaf.dtype for leaf in jax.tree.leaves(engine._cache)} == {jnp.dtype(dtype)}
-        engine.set_context(params, {0: Context(list(range(20, 50)), 4)})
-        engine.decode(params, 4, leave_at=1)
+        engine.set_context(policy, {0: Context(list(range(20, 50)), 4)})
+        engine.decode(policy, 4, leave_at=1)
         written.append((engine.rows.tokens[0, 30], engine.rows.logprobs[0, 30]))
     assert written[0][0] == written[1][0]
     np.testing.assert_allclose(written[0][1], written[1][1], atol=0.05)

@@ -52,7 +52,7 @@ class ScriptedEngine:
     def hold(self, slot):
         self.rows.status[slot] = RowStatus.HELD
 
-    def set_context(self, params, contexts):
+    def set_context(self, policy, contexts):
         for slot, context in contexts.items():
             self.contexts.append(list(context.ids))
             self.budgets.append(context.budget)
@@ -62,7 +62,7 @@ class ScriptedEngine:
             self.rows.lengths[slot] = len(context.ids)
             self.rows.status[slot] = RowStatus.ACTIVE
 
-    def decode(self, params, max_tokens, leave_at):
+    def decode(self, policy, max_tokens, leave_at):
         self.num_decodes += 1
         for slot in self.find(RowStatus.ACTIVE):
             ids = next(self._owner[slot])[: self.rows.budgets[slot]]

@@ -54,11 +54,11 @@ needs_devices = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight 
 @pytest.mark.parametrize("protocol", ["tags", "steps"])
 def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Callable[[str], Path]) -> None:
     session = tiny_run.open_session(finished(protocol))
-    params = session.phase_params("rl")
+    policy = session.to_sampler(session.phase_params("rl"))
     jobs = [Job(question) for question in [*session.questions("rl")[:4], *session.questions("test")]]
-    local = session.roller().play(params, jobs)
+    local = session.roller().play(policy, jobs)
     assert sum(t.num_retrievals for t in local) > 3  # so that passages are in the contexts
-    reply = EngineReply(session, params)
+    reply = EngineReply(session, policy)
     for dialect in ("vllm", "tokens", "llama", "sglang", "openai"):
         reply.dialect = dialect  # what is written is kept: one greedy generation for all
         plain = ["rollout.server_extras=false", "rollout.server_prompt=text"] if dialect == "openai" else []
@@ -94,9 +94,9 @@ def is_as_encoded(tokenizer: Tokenizer, sample: Sample) -> bool:
 def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path], tmp_path: Path) -> None:
     run_dir = shutil.copytree(finished("tags"), tmp_path / "run")
     session = tiny_run.open_session(run_dir)
-    params = session.phase_params("rl")
+    policy = session.to_sampler(session.phase_params("rl"))
     assert evaluate.main(["--checkpoint", str(run_dir), "--name", "local"]) == 0
-    with serve(EngineReply(session, params)) as endpoint:
+    with serve(EngineReply(session, policy)) as endpoint:
         served = f"rollout.server={endpoint.url}"
         assert evaluate.main(["--checkpoint", str(run_dir), "--name", "served", served]) == 0
         client = tiny_run.open_session(run_dir, served)
@@ -114,7 +114,7 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
     assert rows["served"] == rows["local"]
     marks = {name: json.loads((run_dir / "eval" / f"{name}.json").read_text())["fingerprint"] for name in rows}
     assert marks["served"] == marks["local"] | {"server": endpoint.url}
-    own = read_answers(session.reading_engine(), session.tokenizer, params, *arguments[2:])
+    own = read_answers(session.reading_engine(), session.tokenizer, policy, *arguments[2:])
     assert [(t.steps, t.status, t.num_policy_tokens) for t in lines] == [
         (t.steps, t.status, t.num_policy_tokens) for t in own
     ]

@@ -376,6 +376,7 @@ def test_planned_memory_is_what_the_trainer_holds(base: Path, tmp_path: Path, ra
     assert planned.parts["trained"] == held(rl.state.params)
     assert planned.parts["optimizer"] == held(rl.state.opt_state)
     assert planned.parts.get("merged", 0) == (held(rl.policy_params) if rank else 0)
+    assert planned.parts["policy of rollouts"] == held(session.to_sampler(rl.policy_params))
 
 
 def test_more_slots_than_memory_are_refused_before_anything_runs(

@@ -62,7 +62,8 @@ def play(
 ) -> list[Trajectory]:
     """Trajectories by an engine of `slots`."""
     config = dataclasses.replace(session.config.rollout, slots=slots, **options)
-    return roller_of(session, config, retriever).play(params, jobs)
+    roller = roller_of(session, config, retriever)
+    return roller.play(roller.engine.load(params), jobs)
 
 
 def roller_of(session: Session, config: RolloutConfig, retriever: Retriever | None = None) -> Roller:
@@ -172,11 +173,12 @@ def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Session, Any]) -> No
     session, params = trained
     config = dataclasses.replace(session.config.rollout, slots=16)
     roller = roller_of(session, config)
-    roller.engine.warm_up(params)
-    roller.play(params, jobs_of(session, 1)[:1])  # what else is compiled once, outside of the engine
+    policy = roller.engine.load(params)
+    roller.engine.warm_up(policy)
+    roller.play(policy, jobs_of(session, 1)[:1])  # what else is compiled once, outside of the engine
     before = num_compiled()
     questions = [dataclasses.replace(q, id=f"{q.id}-{i}") for i in range(50) for q in session.questions("test")]
     assert len(questions) == 200
-    played = roller.play(params, [Job(q, i % 4, TEMPERATURES[i % 3]) for i, q in enumerate(questions)])
+    played = roller.play(policy, [Job(q, i % 4, TEMPERATURES[i % 3]) for i, q in enumerate(questions)])
     assert num_compiled() == before
     assert len({len(sample) for t in played for sample in t.samples}) > 10

@@ -1,8 +1,8 @@
-"""One decoder for Llama-3.x, Qwen2.5, Qwen3 and SmolLM2: a training and a cached forward.
+"""One decoder for Llama-3.x, Qwen2.5, Qwen3 and SmolLM2: its parameters, its layers and the training forward.
 
-Shapes: B rows, L tokens, C tokens of a chunk, S cache slots, D width, N query heads, K kv heads, G
-= N / K, H head dim, F feed-forward width, V vocab, Ly layers. Left out on purpose: dropout,
-sliding windows, biases on the output projection (no supported checkpoint has them).
+Shapes: B rows, L tokens, D width, N query heads, K kv heads, G = N / K, H head dim, F feed-forward width, V vocab,
+Ly layers. Left out on purpose: dropout, sliding windows, biases on the output projection (no supported checkpoint
+has them). The forward behind a cache is in `cached_decoder.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from r3rag_jax.models.attention import IMPLEMENTATIONS, attention
-from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.sharding import partition_spec
 
@@ -184,13 +183,13 @@ class Decoder(nnx.Module):
         cos, sin = rope_tables(self.config, positions_BL)
 
         def body(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-            q, k, v = self._qkv(w, x, cos, sin)
+            q, k, v = qkv(self.config, w, x, cos, sin)
             out = attention(q, k, v, segment_ids_BL, branch_ids_BL, implementation=self.attention_implementation)
-            return self._finish_layer(w, x, out), None
+            return finish_layer(self.config, w, x, out), None
 
         if remat != "none":
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-        x, _ = jax.lax.scan(body, self._embed(tokens_BL), self._layer_params())
+        x, _ = jax.lax.scan(body, self.table()[tokens_BL].astype(self.dtype), self.layer_params())
         return rms_norm(x, self.param("final_norm")[...], self.config.norm_eps)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -200,87 +199,68 @@ class Decoder(nnx.Module):
     def output_weight(self) -> jax.Array:
         """Return the output layer [D, V] in the compute dtype."""
         if self.config.tie_embeddings:
-            return self._table().T.astype(self.dtype)
+            return self.table().T.astype(self.dtype)
         weight = self.param("lm_head")[...]
         if self.adapter_tokens:
             weight = weight.at[:, jnp.asarray(self.adapter_tokens)].add(self.head_rows[...].T.astype(weight.dtype))
         return weight.astype(self.dtype)
-
-    def extend(self, cache: KVCache, tokens_BC: jax.Array, starts_B: jax.Array) -> tuple[KVCache, jax.Array]:
-        """Append C tokens to every row; returns the new cache and their hidden states [B, C, D].
-
-        Row b's tokens take positions starts_B[b] .. starts_B[b] + C - 1. Their keys and values are
-        written there; positions >= S are dropped. Each query sees the cache at positions <= its
-        own, so whatever lies beyond (an abandoned continuation, a padded tail) is never read
-        before it is overwritten.
-        """
-        positions_BC = starts_B[:, None] + jnp.arange(tokens_BC.shape[1])
-        cos, sin = rope_tables(self.config, positions_BC)
-        stacked = self._layer_params()
-        x = self._embed(tokens_BC)
-        for i in range(self.config.num_layers):
-            w = {name: value[i] for name, value in stacked.items()}
-            q, k, v = self._qkv(w, x, cos, sin)
-            cache = cache.write(i, k, v, positions_BC)
-            x = self._finish_layer(w, x, cache.attend(i, q, positions_BC))
-        hidden = rms_norm(x, self.param("final_norm")[...], self.config.norm_eps)
-        return cache, hidden
 
     def param(self, name: str) -> nnx.Param:
         """Return a parameter by its name in PARAM_AXES, whether stacked or not."""
         owner = self.layers if PARAM_AXES[name][0] == "layers" else self
         return getattr(owner, name)
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        """Look up [..., D] embeddings in the compute dtype."""
-        return self._table()[tokens].astype(self.dtype)
-
-    def _table(self) -> jax.Array:
+    def table(self) -> jax.Array:
         """Return the embeddings [V, D], those of tokens with an adapter moved by it."""
         table = self.param("embed")[...]
         if not self.adapter_tokens:
             return table
         return table.at[jnp.asarray(self.adapter_tokens)].add(self.embed_rows[...].astype(table.dtype))
 
-    def _layer_params(self) -> dict[str, jax.Array]:
-        """Return the stacked layer parameters by name, matmul inputs in the compute dtype."""
-        return {
-            name: param[...] if name.endswith("_norm") else param[...].astype(self.dtype)
-            for name, param in vars(self.layers).items()
-            if isinstance(param, nnx.Param)
-        }
+    def layer_params(self) -> dict[str, jax.Array]:
+        """Return the stacked layer parameters by name, matmul inputs in the compute dtype, adapters scaled."""
 
-    def _qkv(
-        self, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return queries [B, L, N, H], keys and values [B, L, K, H] of a layer, RoPE applied."""
-        c = self.config
-        h = rms_norm(x, w["input_norm"], c.norm_eps)
+        def prepared(name: str, value: jax.Array) -> jax.Array:
+            if name.endswith("_norm"):
+                return value
+            return (self.adapter_scale * value if name.endswith("_b") else value).astype(self.dtype)
 
-        def heads(name: str, num: int) -> jax.Array:
-            y = self._project(w, f"{name}_proj", h)
-            if c.attention_bias:
-                y = y + w[f"{name}_bias"]
-            return y.reshape(*y.shape[:-1], num, c.head_dim)
+        params = {name: param for name, param in vars(self.layers).items() if isinstance(param, nnx.Param)}
+        return {name: prepared(name, param[...]) for name, param in params.items()}
 
-        q, k, v = heads("q", c.num_heads), heads("k", c.num_kv_heads), heads("v", c.num_kv_heads)
-        if c.qk_norm:
-            q = rms_norm(q, w["q_norm"], c.norm_eps)
-            k = rms_norm(k, w["k_norm"], c.norm_eps)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
-    def _finish_layer(self, w: dict[str, jax.Array], x: jax.Array, out: jax.Array) -> jax.Array:
-        """Add attention output [B, L, N, H] and feed-forward to the residual stream [B, L, D]."""
-        x = x + self._project(w, "o_proj", out.reshape(*out.shape[:-2], -1))
-        h = rms_norm(x, w["post_norm"], self.config.norm_eps)
-        gated = jax.nn.silu(self._project(w, "gate_proj", h)) * self._project(w, "up_proj", h)
-        return x + self._project(w, "down_proj", gated)
+def qkv(
+    config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return queries [B, L, N, H], keys and values [B, L, K, H] of a layer's parameters `w`, RoPE applied."""
+    h = rms_norm(x, w["input_norm"], config.norm_eps)
 
-    def _project(self, w: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
-        """Multiply by a projection of the layer and, where it has one, add its adapter's share."""
-        if f"{name}_a" not in w:
-            return matmul(x, w[name])
-        return adapted_matmul(x, w[name], w[f"{name}_a"], self.adapter_scale * w[f"{name}_b"])
+    def heads(name: str, num: int) -> jax.Array:
+        y = _project(w, f"{name}_proj", h)
+        if config.attention_bias:
+            y = y + w[f"{name}_bias"]
+        return y.reshape(*y.shape[:-1], num, config.head_dim)
+
+    q, k, v = heads("q", config.num_heads), heads("k", config.num_kv_heads), heads("v", config.num_kv_heads)
+    if config.qk_norm:
+        q = rms_norm(q, w["q_norm"], config.norm_eps)
+        k = rms_norm(k, w["k_norm"], config.norm_eps)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def finish_layer(config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array, out: jax.Array) -> jax.Array:
+    """Add attention output [B, L, N, H] and feed-forward to the residual stream [B, L, D]."""
+    x = x + _project(w, "o_proj", out.reshape(*out.shape[:-2], -1))
+    h = rms_norm(x, w["post_norm"], config.norm_eps)
+    gated = jax.nn.silu(_project(w, "gate_proj", h)) * _project(w, "up_proj", h)
+    return x + _project(w, "down_proj", gated)
+
+
+def _project(w: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+    """Multiply by a projection of the layer and, where it has one, add its adapter's share."""
+    if f"{name}_a" not in w:
+        return matmul(x, w[name])
+    return adapted_matmul(x, w[name], w[f"{name}_a"], w[f"{name}_b"])
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:

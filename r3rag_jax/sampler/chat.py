@@ -12,6 +12,7 @@ from typing import Any
 
 from r3rag_jax.endpoint import Endpoint
 from r3rag_jax.errors import UserError
+from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.engine import Context, Engine, complete_all
 from r3rag_jax.text import Tokenizer, chat_frame
 
@@ -98,7 +99,7 @@ class LocalChat:
     def __init__(
         self,
         engine: Engine,
-        params: Any,
+        decoder: CachedDecoder,
         tokenizer: Tokenizer,
         *,
         model: str,
@@ -107,7 +108,7 @@ class LocalChat:
         max_tokens: int,
     ):
         """`model`: its name; `identity`: that of its weights, which replies depend on."""
-        self._engine, self._params, self._tokenizer = engine, params, tokenizer
+        self._engine, self._decoder, self._tokenizer = engine, decoder, tokenizer
         self.model, self.identity = model, identity
         self._frame, self._max_tokens = chat_frame(tokenizer), max_tokens
         self._stop_ids = frozenset(stop_ids)
@@ -135,7 +136,7 @@ class LocalChat:
             places.append(place)
             contexts.append(Context(ids, self._max_tokens))
         leave_at = max(1, self._engine.slots // 4)
-        for number, ids in complete_all(self._engine, self._params, contexts, chunk=CHUNK, leave_at=leave_at):
+        for number, ids in complete_all(self._engine, self._decoder, contexts, chunk=CHUNK, leave_at=leave_at):
             if ids[-1] in self._stop_ids:
                 yield places[number], self._tokenizer.decode(ids[:-1], skip_special=True)
             else:

@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from r3rag_jax.models.cache import KVCache
+from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
@@ -46,7 +47,7 @@ class Context:
 
 
 class Engine:
-    """A fixed number of slots over one model. Parameters are passed with each call, never held."""
+    """A fixed number of slots over one model. What `load` gives is passed with each call, never held."""
 
     def __init__(
         self,
@@ -71,17 +72,21 @@ class Engine:
         )
         self._cache = jax.jit(cache_of, out_shardings=self._shardings.cache)()
         self.stop_at(pause_ids, stop_ids)
+
+        def load(params: Any) -> CachedDecoder:
+            decoder = jax.tree.map(jnp.copy, CachedDecoder.of(nnx.merge(graphdef, params)))
+            return jax.lax.with_sharding_constraint(decoder, decoder.shardings(mesh))
+
+        self._load = jax.jit(load)
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
         self._spans = spans(max_length)
         self._decode = jax.jit(
-            functools.partial(decode, graphdef, truncation=truncation),
+            functools.partial(decode, truncation=truncation),
             static_argnames="span",
             donate_argnums=1,  # the cache; rows come back whole, in another layout
             out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
         )
-        self._prefill = jax.jit(
-            functools.partial(prefill, graphdef), donate_argnums=1, out_shardings=self._shardings.cache
-        )
+        self._prefill = jax.jit(prefill, donate_argnums=1, out_shardings=self._shardings.cache)
         self._copy = jax.jit(copy, donate_argnums=0, out_shardings=self._shardings.cache)
         self.num_prefilled = 0  # tokens, padding not counted
         self.num_sampled = 0
@@ -101,11 +106,15 @@ class Engine:
         self._stops[: len(pause_ids) + len(stop_ids)] = [*pause_ids, *stop_ids]
         self._pauses[: len(pause_ids)] = pause_ids
 
+    def load(self, params: Any) -> CachedDecoder:
+        """A copy of the parameters as the engine reads them; `params` may be donated afterwards."""
+        return self._load(params)
+
     def reset(self) -> None:
         """Forget all rows; needed when the parameters change, for the cache is then stale."""
         self.rows = Rows.empty(self.slots, self.max_length)
 
-    def set_context(self, params: Any, contexts: Mapping[int, Context]) -> None:
+    def set_context(self, decoder: CachedDecoder, contexts: Mapping[int, Context]) -> None:
         """Give rows new contexts and make them ACTIVE; only what the cache lacks is prefilled.
 
         Where several rows begin with the same context, as the samples of a question do, one of them is prefilled and
@@ -133,13 +142,13 @@ class Engine:
             rows.temperature[row] = context.temperature
             rows.keys[row] = 0 if context.key is None else context.key
         while todo:
-            todo = self._prefill_once(params, todo)
+            todo = self._prefill_once(decoder, todo)
         if copies:
             sources, targets = np.zeros(self.slots, np.int32), np.full(self.slots, self.slots, np.int32)
             sources[: len(copies)], targets[: len(copies)] = np.transpose(copies)  # the rest is dropped
             self._cache = self._copy(self._cache, sources, targets)
 
-    def decode(self, params: Any, max_tokens: int, leave_at: int) -> None:
+    def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int) -> None:
         """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended.
 
         A step takes time by the positions that it can see: the call works on the part of the cache that it needs.
@@ -149,7 +158,7 @@ class Engine:
             return
         before = self.rows.lengths.copy()
         reach = int(np.max(self.rows.lengths[active] + np.minimum(max_tokens, self.rows.budgets[active])))
-        self._decode_once(params, max_tokens, leave_at, next(span for span in self._spans if span >= reach))
+        self._decode_once(decoder, max_tokens, leave_at, next(span for span in self._spans if span >= reach))
         if self._end_of is not None:
             self._stop_at_strings(active, self._end_of)
         self.num_sampled += int((self.rows.lengths - before).sum())
@@ -162,25 +171,25 @@ class Engine:
                     self.rows.status[row] = RowStatus.DONE
                 self.rows.lengths[row] = start + num_kept
 
-    def _decode_once(self, params: Any, max_tokens: int, leave_at: int, span: int) -> None:
+    def _decode_once(self, decoder: CachedDecoder, max_tokens: int, leave_at: int, span: int) -> None:
         rows = put(self.rows, self._shardings.rows)
         limits = np.int32(max_tokens), np.int32(leave_at)
-        state = self._decode(params, self._cache, rows, *limits, self._stops, self._pauses, span=span)
+        state = self._decode(decoder, self._cache, rows, *limits, self._stops, self._pauses, span=span)
         self._cache = state.cache
         self.rows = jax.tree.map(lambda x: np.array(x), state.rows)
 
-    def warm_up(self, params: Any) -> None:
+    def warm_up(self, decoder: CachedDecoder) -> None:
         """Compile every program that there is for this engine, 17 at most; forgets all rows."""
         self.reset()
         for size in {max(1, self.slots // share) for share in PREFILL_SHARES}:
             for width in PREFILL_LENGTHS:
                 nowhere, starts = np.full(size, self.slots, np.int32), np.zeros(size, np.int32)
                 tokens = np.zeros((size, width), np.int32)
-                self._cache = self._prefill(params, self._cache, nowhere, tokens, starts)
+                self._cache = self._prefill(decoder, self._cache, nowhere, tokens, starts)
         nowhere, sources = np.full(self.slots, self.slots, np.int32), np.zeros(self.slots, np.int32)
         self._cache = self._copy(self._cache, sources, nowhere)
         for span in self._spans:
-            self._decode_once(params, max_tokens=0, leave_at=1, span=span)
+            self._decode_once(decoder, max_tokens=0, leave_at=1, span=span)
 
     def release(self, row: int) -> None:
         """Free a slot; its cache stays for a context with a common prefix."""
@@ -199,7 +208,7 @@ class Engine:
         differs = np.flatnonzero(self.rows.tokens[row, :cached] != np.asarray(ids[:cached], np.int32))
         return int(differs[0]) if len(differs) else cached
 
-    def _prefill_once(self, params: Any, todo: list[tuple[int, Sequence[int], int]]) -> list[Any]:
+    def _prefill_once(self, decoder: CachedDecoder, todo: list[tuple[int, Sequence[int], int]]) -> list[Any]:
         """One chunk of every row in `todo`; returns what is left."""
         longest = max(len(ids) - 1 - start for _, ids, start in todo)
         width = next((c for c in PREFILL_LENGTHS if c >= longest), PREFILL_LENGTHS[-1])
@@ -213,7 +222,7 @@ class Engine:
             self.num_prefilled += end - start
             if end < len(ids) - 1:
                 left.append((row, ids, end))
-        self._cache = self._prefill(params, self._cache, rows, tokens, starts)
+        self._cache = self._prefill(decoder, self._cache, rows, tokens, starts)
         return left
 
 
@@ -224,7 +233,7 @@ def spans(max_length: int) -> list[int]:
 
 
 def complete_all(
-    engine: Engine, params: Any, contexts: Sequence[Context], *, chunk: int, leave_at: int
+    engine: Engine, decoder: CachedDecoder, contexts: Sequence[Context], *, chunk: int, leave_at: int
 ) -> Iterator[tuple[int, list[int]]]:
     """Place and sampled ids of each context, as they come; a slot is refilled as soon as its row has ended.
 
@@ -237,8 +246,8 @@ def complete_all(
         for slot in engine.find(RowStatus.EMPTY)[: len(waiting)]:
             busy[slot] = waiting.pop()
             new[slot] = contexts[busy[slot]]
-        engine.set_context(params, new)
-        engine.decode(params, chunk, leave_at)
+        engine.set_context(decoder, new)
+        engine.decode(decoder, chunk, leave_at)
         for slot in engine.find(RowStatus.NEEDS_RETRIEVAL, RowStatus.DONE):
             place = busy.pop(slot)
             ids = engine.rows.tokens[slot, len(contexts[place].ids) : engine.rows.lengths[slot]].tolist()
@@ -247,10 +256,10 @@ def complete_all(
 
 
 def prefill(
-    graphdef: Any, params: Any, cache: KVCache, rows_R: jax.Array, tokens_RC: jax.Array, starts_R: jax.Array
+    decoder: CachedDecoder, cache: KVCache, rows_R: jax.Array, tokens_RC: jax.Array, starts_R: jax.Array
 ) -> KVCache:
     """Write keys and values of tokens_RC at positions starts_R + 0..C-1 of the given rows; rows >= B are dropped."""
-    sub, _ = nnx.merge(graphdef, params).extend(cache.take(rows_R), tokens_RC, starts_R)
+    sub, _ = decoder.extend(cache.take(rows_R), tokens_RC, starts_R)
     return cache.put(rows_R, sub)
 
 
@@ -260,8 +269,7 @@ def copy(cache: KVCache, sources_R: jax.Array, rows_R: jax.Array) -> KVCache:
 
 
 def decode(
-    graphdef: Any,
-    params: Any,
+    decoder: CachedDecoder,
     cache: KVCache,
     rows: Rows,
     max_tokens: jax.Array,
@@ -275,7 +283,6 @@ def decode(
 
     `span`: positions of the cache that active rows can reach; the others are neither read nor written.
     """
-    model = nnx.merge(graphdef, params)
     num_active = jnp.sum(rows.status == RowStatus.ACTIVE)
 
     def is_going(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
@@ -287,8 +294,8 @@ def decode(
         number, state = carry
         rows = state.rows
         last = jnp.take_along_axis(rows.tokens, rows.lengths[:, None] - 1, axis=1)
-        cache, hidden = model.extend(state.cache, last, rows.lengths - 1)
-        token, logprob, logprob_t1 = sample(model.logits(hidden[:, 0]), rows, truncation)
+        cache, hidden = decoder.extend(state.cache, last, rows.lengths - 1)
+        token, logprob, logprob_t1 = sample(decoder.logits(hidden[:, 0]), rows, truncation)
         return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
 
     start = DecodeState(cache.head(span), rows)

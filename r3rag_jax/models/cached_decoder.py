@@ -1,0 +1,72 @@
+"""The decoder as the sampler runs it: a forward behind a KV cache.
+
+Shapes: B rows, C tokens of a chunk, S cache slots, D width, V vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from r3rag_jax.models.cache import KVCache
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.decoder import PARAM_AXES, Decoder, finish_layer, qkv, rms_norm, rope_tables
+from r3rag_jax.sharding import tree_shardings
+
+APART_AXES = {name: tuple(axis for axis in axes if axis != "layers") for name, axes in PARAM_AXES.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CachedDecoder:
+    """Parameters of a decoder, each layer's apart and matrices in the compute dtype.
+
+    A decode loop over stacked layers slices, and that is to copy, every weight in every step: half its time on a CPU.
+    """
+
+    embed: jax.Array  # [V, D]
+    layers: tuple[dict[str, jax.Array], ...]
+    final_norm: jax.Array
+    lm_head: jax.Array | None  # [D, V]; None: the embeddings
+    config: DecoderConfig = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> CachedDecoder:
+        """The same numbers; adapters stay apart."""
+        stacked = decoder.layer_params()
+        return cls(
+            embed=decoder.table().astype(decoder.dtype),
+            layers=tuple({n: value[i] for n, value in stacked.items()} for i in range(decoder.config.num_layers)),
+            final_norm=decoder.param("final_norm")[...],
+            lm_head=None if decoder.config.tie_embeddings else decoder.output_weight(),
+            config=decoder.config,
+        )
+
+    def shardings(self, mesh: Mesh) -> CachedDecoder:
+        """Where each parameter goes: as in the stack that it is taken from."""
+        return tree_shardings(mesh, self, APART_AXES)
+
+    def extend(self, cache: KVCache, tokens_BC: jax.Array, starts_B: jax.Array) -> tuple[KVCache, jax.Array]:
+        """Append C tokens to every row; returns the new cache and their hidden states [B, C, D].
+
+        Row b's tokens take positions starts_B[b] .. starts_B[b] + C - 1. Their keys and values are
+        written there; positions >= S are dropped. Each query sees the cache at positions <= its
+        own, so whatever lies beyond (an abandoned continuation, a padded tail) is never read
+        before it is overwritten.
+        """
+        positions_BC = starts_B[:, None] + jnp.arange(tokens_BC.shape[1])
+        cos, sin = rope_tables(self.config, positions_BC)
+        x = self.embed[tokens_BC]
+        for i, w in enumerate(self.layers):
+            q, k, v = qkv(self.config, w, x, cos, sin)
+            cache = cache.write(i, k, v, positions_BC)
+            x = finish_layer(self.config, w, x, cache.attend(i, q, positions_BC))
+        return cache, rms_norm(x, self.final_norm, self.config.norm_eps)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Project hidden states [..., D] to float32 logits [..., V]."""
+        output = self.embed.T if self.lm_head is None else self.lm_head
+        return jnp.matmul(hidden, output, preferred_element_type=jnp.float32)
