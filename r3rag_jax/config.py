@@ -223,7 +223,7 @@ class RolloutConfig:
     max_length: int = key(512, "budget of a context; cache slots per row", "tokens")
     slots: int = key(64, "rows decoded side by side", "rows")
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = key(
-        "auto", "type of cached keys and values; auto: model.dtype, float32 on a CPU (it widens others); int8: not exact"
+        "auto", "type of cached keys and values; auto: model.dtype, float32 on CPUs (they widen all); int8: not exact"
     )
     decode_chunk: int = key(32, "most tokens per row in one call on the device", "tokens")
     search_turns: int = key(

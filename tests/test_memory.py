@@ -50,17 +50,9 @@ def test_decoding_peaks_within_a_tenth_of_the_plan():
     [device] = jax.devices()[:1]
     mesh = jax.make_mesh((1, 1, 1), AXES, devices=[device], axis_types=(AxisType.Auto,) * 3)
     engine, planned = Engine(graphdef, config, mesh, **shape), plan(mesh, {"weights": weights}, config, **shape)
+    arguments = engine.load(params), engine._cache, engine.rows, np.int32(8), np.int32(1), engine._stops, engine._pauses
     peaks = []
     for span in engine._spans:
-        arguments = (
-            engine.load(params),
-            engine._cache,
-            engine.rows,
-            np.int32(8),
-            np.int32(1),
-            engine._stops,
-            engine._pauses,
-        )
         counted = engine._decode.lower(*arguments, span=span).compile().memory_analysis()
         held = counted.argument_size_in_bytes + counted.output_size_in_bytes - counted.alias_size_in_bytes
         peaks.append(held + counted.temp_size_in_bytes)
