@@ -8,7 +8,8 @@ directory or package:NAME). The cache kept is compared with prefilling the whole
 question at a time. In float32 the tokens must be the same.
 
 `run`: the policy of a finished run answers test questions, sampled at temperature 1. Slots that are refilled at once
-are compared with lockstep, in which a batch waits for its slowest row; then each search is made so many milliseconds
+are compared with lockstep, in which a batch waits for its slowest row, and with one question at a time, as the released
+code does it; then each search is made so many milliseconds
 slower, and rows that wait while the others write (`rollout.search_turns`) are compared with everybody waiting.
 
 Every figure is the median of the rounds, in which all ways take their turn; a ratio is of two medians of one run.
@@ -159,7 +160,7 @@ def run(
         retriever = Slow(session.retriever, latency_ms / 1e3) if latency_ms else session.retriever
         return Roller(engine, Rules(codec, retriever, rollout, retrieval.top_k, retrieval.max_passages))
 
-    def engine(kind: type[Engine]) -> Engine:
+    def engine(kind: type[Engine], slots: int = slots) -> Engine:
         made = kind(
             session.graphdef, session.decoder_config, session.mesh, slots=slots, max_length=config.rollout.max_length,
             truncation=Truncation.of(config.rollout), dtype=session.cache_dtype,
@@ -167,7 +168,7 @@ def run(
         made.stop_at(*codec.ends)
         return made
 
-    ours, lockstep = engine(Engine), engine(Lockstep)
+    ours, lockstep, single = engine(Engine), engine(Lockstep), engine(Engine, 1)
     policy = ours.load(params)
 
     def in_lockstep() -> None:
@@ -178,6 +179,7 @@ def run(
     ways: dict[str, Callable[[], Any]] = {
         "slots refilled at once": lambda: roller(ours).play(policy, jobs),
         "lockstep": in_lockstep,
+        "one at a time": lambda: roller(single).play(policy, jobs),
     }
     for latency in latencies:
         for wait in turns:

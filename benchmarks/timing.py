@@ -11,11 +11,17 @@ import jax
 import jax.numpy as jnp
 
 
-def medians(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Seconds of each way; the first call of each, which compiles, is not counted."""
+def medians(ways: dict[str, Callable[[], Any]], rounds: int, settle: bool = False) -> dict[str, float]:
+    """Seconds of each way; the first call of each, which compiles, is not counted.
+
+    With `settle` every turn begins with a call that is not counted: it maps again the gigabytes of memory that the
+    other ways' turns gave back, which nobody who runs one way alone pays for.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
+            if settle and number > 0:
+                way()
             start = time.perf_counter()
             way()
             if number > 0:

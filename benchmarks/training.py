@@ -6,7 +6,8 @@
     python benchmarks/training.py arrays                                rewards and GAE, against loops (needs torch)
 
 MODEL is a Hugging Face directory, package:NAME or bundled. Every figure is the median of the rounds, in which all ways
-take their turn, behind a first one that compiles; a ratio is of two medians of one run.
+take their turn, behind a first one that compiles; a ratio is of two medians of one run. In `sft` and `ppo` each turn
+is two updates, of which the second is counted: the first maps memory that the other side gave back.
 
 `sft` is AdamW on full rows of random tokens, all of them learnt, with attention that PyTorch chooses; `ppo` is a
 clipped update of a policy and of a separate critic, advantages given. Both sides must come to the same loss. The limit
@@ -229,7 +230,7 @@ def updates(
             way(f"ours, {dtype}", functools.partial(both.step, work))
             way(f"PyTorch, {dtype}", functools.partial(peer.ppo, work))
         notes[f"ours, {dtype}"], notes[f"PyTorch, {dtype}"] = (limit, f"{taken / GIB:.2f} GiB"), (limit, "")
-    seconds = medians(ways, rounds)
+    seconds = medians(ways, rounds, settle=True)
     for dtype in dtypes:
         bound = 1e-3 if dtype == "float32" else 3e-2
         np.testing.assert_allclose(first[f"ours, {dtype}"], first[f"PyTorch, {dtype}"], rtol=bound, err_msg=dtype)
