@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from jax.sharding import AxisType
 from rich.console import Console
 from safetensors.numpy import load_file
 
 from r3rag_jax import ask, evaluate, learner, train
+from r3rag_jax import session as session_module
 from r3rag_jax.checkpoint import Checkpoints
 from r3rag_jax.config import Config, RLConfig, RolloutConfig
 from r3rag_jax.configio import load_config
@@ -31,6 +33,7 @@ from r3rag_jax.rewards.score import Scores
 from r3rag_jax.rollout import Job
 from r3rag_jax.sampler import memory
 from r3rag_jax.session import Session
+from r3rag_jax.sharding import AXES
 from r3rag_jax.trainer import RLTrainer, equal_groups, number_groups
 from r3rag_jax.types import Question, Sample, Status, Step, Trajectory
 
@@ -220,12 +223,16 @@ def test_adapters_are_trained_resumed_and_merged(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sampler_devices", [4, 0])
 def test_rollouts_ahead_are_one_step_behind_and_resume_as_they_were(
-    finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler_devices: int
 ) -> None:
-    """On devices of their own; killed while some are under way, and the same bits in the end."""
+    """On devices of their own, or beside the updates on one; killed while some are under way, and the same bits."""
+    if sampler_devices == 0:
+        alone = jax.make_mesh((1, 1, 1), AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
+        monkeypatch.setattr(session_module, "make_mesh", lambda config: alone)
     settings = {
-        "mesh__sampler_devices": 4, "rl__ahead": "true", "rl__iterations": 5, "rl__checkpoint_every": 3,
+        "mesh__sampler_devices": sampler_devices, "rl__ahead": "true", "rl__iterations": 5, "rl__checkpoint_every": 3,
         "rl__eval_every": 5, "phases": "[index, rl]", "rl__entropy": 0.1,
     }  # fmt: skip  # with entropy even the first update moves the policy, whatever the rewards
     base, played = finished("tags") / "policy" / "sft", []
@@ -249,7 +256,8 @@ def test_rollouts_ahead_are_one_step_behind_and_resume_as_they_were(
     # 1 has the policy of 0, 2 that behind the first update; 3 is sampled behind the checkpoint, by today's policy.
     assert are_equal(policies[0], policies[1]) and not are_equal(policies[1], policies[2])
     assert are_equal(policies[3], policies[4]) and not are_equal(policies[2], policies[3])
-    assert all(leaf.sharding.device_set == set(jax.devices()[4:]) for leaf in policies[1])
+    devices = jax.devices()[4:] if sampler_devices else jax.devices()[:1]
+    assert all(leaf.sharding.device_set == set(devices) for leaf in policies[1])
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(RLTrainer, "update", mortal_update)
