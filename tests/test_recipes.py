@@ -24,6 +24,7 @@ from r3rag_jax.batch import pack
 from r3rag_jax.config import Config
 from r3rag_jax.configio import load_config
 from r3rag_jax.models.cache import KVCache
+from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import Decoder, param_shapes, rope_frequencies
 from r3rag_jax.models.hf import hf_tensors
@@ -221,15 +222,14 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
 @pytest.mark.parametrize(("name", "model"), RECIPES.items())
 def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
     config, decoder = recipe(name), decoder_config(model)
-    graphdef, policy = nnx.split(nnx.eval_shape(functools.partial(new_decoder, config, decoder)))
+    policy = jax.eval_shape(lambda: CachedDecoder.of(new_decoder(config, decoder)))
     slots, length = config.rollout.slots, config.rollout.max_length
     cache = jax.eval_shape(functools.partial(KVCache.init, decoder, slots, length, jnp.bfloat16))
     chunk = np.zeros((slots, engine.PREFILL_LENGTHS[-1]), np.int32)
-    prefill = functools.partial(engine.prefill, graphdef)
-    prefilled = jax.eval_shape(prefill, policy, cache, np.zeros(slots, np.int32), chunk, chunk[:, 0])
+    prefilled = jax.eval_shape(engine.prefill, policy, cache, np.zeros(slots, np.int32), chunk, chunk[:, 0])
     assert shapes(prefilled) == shapes(cache)
     stops = np.zeros(engine.MAX_STOPS, np.int32)
-    decode = functools.partial(engine.decode, graphdef, truncation=WHOLE, span=engine.spans(length)[-2])
+    decode = functools.partial(engine.decode, truncation=WHOLE, span=engine.spans(length)[-2])
     decoded = jax.eval_shape(decode, policy, cache, Rows.empty(slots, length), 64, 4, stops, stops)
     assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (slots, length)
 
