@@ -9,8 +9,8 @@ question at a time. In float32 the tokens must be the same.
 
 `run`: the policy of a finished run answers test questions, sampled at temperature 1. Slots that are refilled at once
 are compared with lockstep, in which a batch waits for its slowest row, and with one question at a time, as the released
-code does it; then each search is made so many milliseconds
-slower, and rows that wait while the others write (`rollout.search_turns`) are compared with everybody waiting.
+code does it; then each search is made so many milliseconds slower, and rows that wait while the others write
+(`rollout.search_turns`) are compared with everybody waiting.
 
 Every figure is the median of the rounds, in which all ways take their turn; a ratio is of two medians of one run.
 """
@@ -65,22 +65,23 @@ class Steps:
 
     def engine(self, slots: int) -> Engine:
         mesh = make_mesh(MeshConfig())
-        return Engine(self.graphdef, self.config, mesh, slots=slots, max_length=self.max_length, dtype=self.dtype)
+        made = Engine(self.graphdef, self.config, mesh, slots=slots, max_length=self.max_length, dtype=self.dtype)
+        self.policy = made.load(self.params)  # the same for all
+        return made
 
     def play(self, engine: Engine, rows: Sequence[int], keep: bool) -> list[list[int]]:
         """The ids of the rows in the end; the cache is kept between steps, or not."""
         engine.reset()
-        policy = engine.load(self.params)
         contexts = {slot: list(self.prompts[row]) for slot, row in enumerate(rows)}
         self.prefill_s = 0.0
         for step in range(STEPS):
             start = time.perf_counter()
             if not keep:
                 engine.reset()
-            engine.set_context(policy, {slot: Context(ids, WRITTEN) for slot, ids in contexts.items()})
+            engine.set_context(self.policy, {slot: Context(ids, WRITTEN) for slot, ids in contexts.items()})
             engine._cache.v[-1].block_until_ready()
             self.prefill_s += time.perf_counter() - start
-            engine.decode(policy, WRITTEN, leave_at=len(rows))
+            engine.decode(self.policy, WRITTEN, leave_at=len(rows))
             for slot, ids in contexts.items():
                 ids += engine.rows.tokens[slot, len(ids) : len(ids) + WRITTEN].tolist()
                 ids += self.given[rows[slot]][step]
