@@ -1,6 +1,7 @@
-"""Generation against transformers: the same weights, prompts and machine, in turn, in one run.
+"""Generation against transformers and Tunix: the same weights, prompts and machine, in turn, in one run.
 
     python benchmarks/generation.py MODEL [--batches 1 8 32] [--rounds 3]     (needs torch)
+    python benchmarks/generation.py MODEL --peer tunix                        (needs google-tunix; Llama and SmolLM2)
 
 On a GPU both engines use it: XLA_PYTHON_CLIENT_MEM_FRACTION=.4 leaves PyTorch its part.
 
@@ -31,6 +32,7 @@ from rich.table import Table
 from timing import matmul_flops, read_bandwidth, torch_device
 
 from r3rag_jax.config import MeshConfig
+from r3rag_jax.models.cache import fastest_dtype
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import param_shapes
 from r3rag_jax.models.hf import load_config, load_decoder
@@ -45,7 +47,7 @@ Generate = Callable[[np.ndarray, int], None]  # (prompts [B, L], new tokens)
 def ours(path: Path, mesh: Mesh, dtype: str, batch: int, length: int) -> Generate:
     decoder = load_decoder(path, dtype=dtype)
     graphdef, params = nnx.split(decoder)
-    engine = Engine(graphdef, decoder.config, mesh, slots=batch, max_length=length, dtype=jnp.dtype(dtype))
+    engine = Engine(graphdef, decoder.config, mesh, slots=batch, max_length=length, dtype=fastest_dtype(dtype))
     policy = engine.load(params)
 
     def generate(prompts: np.ndarray, new_tokens: int) -> None:
@@ -77,6 +79,53 @@ def transformers(path: Path, dtype: str) -> Generate:
     return generate
 
 
+class _Ids:
+    """Tunix tokenizes by itself: a prompt is its ids in digits, without 0; no id ends a row."""
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def pad_id(self) -> int:
+        return 0
+
+    bos_id = pad_id  # 0: it puts none before the prompt
+
+    def eos_id(self) -> int:
+        return -1
+
+
+def tunix(path: Path, dtype: str) -> Generate:
+    from tunix.generate.sampler import CacheConfig, Sampler
+    from tunix.models.llama3.model import ModelConfig
+    from tunix.models.llama3.params import create_model_from_safe_tensors
+
+    of = load_config(path)
+    config = ModelConfig(
+        num_layers=of.num_layers, vocab_size=of.vocab_size, embed_dim=of.hidden_size, hidden_dim=of.ffn_size,
+        num_heads=of.num_heads, head_dim=of.head_dim, num_kv_heads=of.num_kv_heads, rope_theta=int(of.rope_theta),
+        norm_eps=of.norm_eps, weight_tying=of.tie_embeddings,
+    )  # fmt: skip
+    model = create_model_from_safe_tensors(str(path), config, dtype=jnp.dtype(dtype))
+    samplers: dict[int, Sampler] = {}  # by the length of their cache
+
+    def generate(prompts: np.ndarray, new_tokens: int) -> None:
+        batch, length = prompts.shape
+        cache = CacheConfig(length + new_tokens, of.num_layers, of.num_kv_heads, of.head_dim)
+        sampler = samplers.setdefault(length + new_tokens, Sampler(model, _Ids(), cache))
+        texts = [" ".join(map(str, ids)) for ids in prompts]
+        out = sampler(texts, new_tokens, max_prompt_length=length)
+        if [len(ids) for ids in out.tokens] != [new_tokens] * batch:
+            raise RuntimeError(f"every row must have {new_tokens} new tokens; got {[len(ids) for ids in out.tokens]}")
+
+    return generate
+
+
+PEERS: dict[str, Callable[[Path, str], Generate]] = {"transformers": transformers, "tunix": tunix}
+
+
 def seconds(call: Callable[..., Any], *args: Any) -> float:
     start = time.perf_counter()
     call(*args)
@@ -96,6 +145,7 @@ def step_limit(config: DecoderConfig, dtype: str, batch: int, length: float, ban
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--peer", choices=PEERS, default="transformers")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=128, help="generated tokens")
@@ -105,15 +155,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     use_compile_cache()
     path, mesh = model_path(args.model), make_mesh(MeshConfig())
     config, rng = load_config(path), np.random.default_rng(0)
-    peers = {dtype: transformers(path, dtype) for dtype in args.dtypes}
+    peers = {dtype: PEERS[args.peer](path, dtype) for dtype in args.dtypes}
     bandwidth, flops = read_bandwidth(), {dtype: matmul_flops(dtype) for dtype in args.dtypes}
     table = Table("batch", "engine", "tokens/s", "decode: ms a step", "limit: ms", "share of the limit")
     for batch in args.batches:
-        engines = {("transformers", dtype): peer for dtype, peer in peers.items()}
+        engines = {(args.peer, dtype): peer for dtype, peer in peers.items()}
         engines |= {
             ("r3rag_jax", dtype): ours(path, mesh, dtype, batch, args.prompt + args.new + 1) for dtype in args.dtypes
         }
-        prompts = rng.integers(0, config.vocab_size, (batch, args.prompt))
+        prompts = rng.integers(1, config.vocab_size, (batch, args.prompt))
         for generate in engines.values():  # compilations
             generate(prompts, args.new)
             generate(prompts, 1)
@@ -131,12 +181,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 str(batch), f"{engine} {dtype}", f"{batch * args.new / time_s:.1f}", f"{1e3 * step[engine, dtype]:.1f}",
                 f"{1e3 * limit:.1f}", f"{100 * limit / step[engine, dtype]:.0f} %",
             )  # fmt: skip
-        best = {
-            engine: min(t for (e, _), t in total.items() if e == engine) for engine in ("r3rag_jax", "transformers")
-        }
-        fast = {engine: min(t for (e, _), t in step.items() if e == engine) for engine in ("r3rag_jax", "transformers")}
+
+        def ratio_of_best(taken: dict[tuple[str, str], float]) -> str:
+            best = {engine: min(t for (e, _), t in taken.items() if e == engine) for engine in ("r3rag_jax", args.peer)}
+            return f"{best[args.peer] / best['r3rag_jax']:.2f}"
+
         table.add_section()
-        ratio = f"{best['transformers'] / best['r3rag_jax']:.2f}", f"{fast['transformers'] / fast['r3rag_jax']:.2f}"
+        ratio = ratio_of_best(total), ratio_of_best(step)
         table.add_row(str(batch), "best of each, ratio", *ratio, end_section=True)
     console = Console()
     console.print(table)

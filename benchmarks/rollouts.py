@@ -3,14 +3,14 @@
     python benchmarks/rollouts.py steps MODEL [--dtypes float32 bfloat16]     trajectories of five steps, three ways
     python benchmarks/rollouts.py run RUN [--latencies 5 50 500]             a run's own questions, e.g. runs/quickstart
 
-`steps`: every row writes 80 tokens and is given 300, five times over, whatever they are (MODEL is a Hugging Face
-directory or package:NAME). The cache kept is compared with prefilling the whole history at every step, and with one
-question at a time. In float32 the tokens must be the same.
+`steps`: every row writes 80 tokens and is given 300, five times over, and then writes 20, whatever they are (MODEL is
+a Hugging Face directory or package:NAME). The cache kept is compared with prefilling the whole history at every step,
+with one question at a time, and with both, as the released code does it. In float32 the tokens must be the same.
 
 `run`: the policy of a finished run answers test questions, sampled at temperature 1. Slots that are refilled at once
-are compared with lockstep, in which a batch waits for its slowest row, and with one question at a time, as the released
-code does it; then each search is made so many milliseconds slower, and rows that wait while the others write
-(`rollout.search_turns`) are compared with everybody waiting.
+are compared with lockstep, in which a batch waits for its slowest row, and with one question at a time; then each
+search is made so many milliseconds slower, and rows that wait while the others write (`rollout.search_turns`) are
+compared with everybody waiting.
 
 Every figure is the median of the rounds, in which all ways take their turn; a ratio is of two medians of one run.
 """
@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -34,6 +34,7 @@ from timing import medians
 
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.configio import load_config
+from r3rag_jax.models.cache import fastest_dtype
 from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.hf import load_decoder
 from r3rag_jax.models.paths import model_path
@@ -44,7 +45,7 @@ from r3rag_jax.sampler.engine import Context, Engine
 from r3rag_jax.session import Session, use_compile_cache
 from r3rag_jax.sharding import make_mesh
 
-WRITTEN, GIVEN, STEPS = 80, 300, 5  # tokens, tokens, and how often
+WRITTEN, GIVEN, STEPS, ANSWER = 80, 300, 5, 20  # tokens, tokens, how often, and tokens in the end
 
 
 # ------------------------------------------------------------------------------------------ steps
@@ -56,11 +57,11 @@ class Steps:
     def __init__(self, path: Path, dtype: str, batch: int, prompt: int):
         decoder = load_decoder(path, dtype=dtype)
         self.graphdef, self.params = nnx.split(decoder)
-        self.config, self.dtype, self.batch = decoder.config, jnp.dtype(dtype), batch
+        self.config, self.dtype, self.batch = decoder.config, fastest_dtype(dtype), batch
         rng = np.random.default_rng(0)
         self.prompts = rng.integers(0, self.config.vocab_size, (batch, prompt)).tolist()
         self.given = rng.integers(0, self.config.vocab_size, (batch, STEPS, GIVEN)).tolist()
-        self.max_length = prompt + STEPS * (WRITTEN + GIVEN)
+        self.max_length = prompt + STEPS * (WRITTEN + GIVEN) + ANSWER
         self.prefill_s = 0.0
 
     def engine(self, slots: int) -> Engine:
@@ -74,53 +75,50 @@ class Steps:
         engine.reset()
         contexts = {slot: list(self.prompts[row]) for slot, row in enumerate(rows)}
         self.prefill_s = 0.0
-        for step in range(STEPS):
+        for step in range(STEPS + 1):
+            num = WRITTEN if step < STEPS else ANSWER
             start = time.perf_counter()
             if not keep:
                 engine.reset()
-            engine.set_context(self.policy, {slot: Context(ids, WRITTEN) for slot, ids in contexts.items()})
+            engine.set_context(self.policy, {slot: Context(ids, num) for slot, ids in contexts.items()})
             engine._cache.v[-1].block_until_ready()
             self.prefill_s += time.perf_counter() - start
-            engine.decode(self.policy, WRITTEN, leave_at=len(rows))
+            engine.decode(self.policy, num, leave_at=len(rows))
             for slot, ids in contexts.items():
-                ids += engine.rows.tokens[slot, len(ids) : len(ids) + WRITTEN].tolist()
-                ids += self.given[rows[slot]][step]
+                ids += engine.rows.tokens[slot, len(ids) : len(ids) + num].tolist()
+                if step < STEPS:
+                    ids += self.given[rows[slot]][step]
         return list(contexts.values())
 
 
 def steps(console: Console, model: str, dtypes: Sequence[str], batch: int, prompt: int, rounds: int) -> None:
-    table = Table("", "way", "s", "of it prefill", title=f"{batch} rows, {STEPS} x ({WRITTEN} written + {GIVEN} given)")
+    title = f"{batch} rows, {STEPS} x ({WRITTEN} written + {GIVEN} given) + {ANSWER} written"
+    table = Table("", "way", "s", "ratio", "of it prefill, s", "ratio", title=title)
     for dtype in dtypes:
         work = Steps(model_path(model), dtype, batch, prompt)
-        whole, single = work.engine(batch), work.engine(1)
+        engines = {"": work.engine(batch), "one at a time, ": work.engine(1)}
         written: dict[str, list[list[int]]] = {}
-        prefills: dict[str, list[float]] = {"cache kept": [], "prefilled anew": []}
+        prefills: dict[str, list[float]] = {}
 
-        def batched(name: str) -> None:
-            written[name] = work.play(whole, range(batch), keep=name == "cache kept")  # noqa: B023
-            prefills[name].append(work.prefill_s)  # noqa: B023
+        def play(name: str, engine: Engine, keep: bool) -> None:
+            written[name], taken = [], 0.0  # noqa: B023
+            for start in range(0, batch, engine.slots):
+                written[name] += work.play(engine, range(start, start + engine.slots), keep)  # noqa: B023
+                taken += work.prefill_s  # noqa: B023
+            prefills.setdefault(name, []).append(taken)  # noqa: B023
 
-        def one_at_a_time() -> None:
-            written["one at a time"] = [work.play(single, [row], keep=True)[0] for row in range(batch)]  # noqa: B023
-
-        seconds = medians(
-            {
-                "cache kept": lambda: batched("cache kept"),
-                "prefilled anew": lambda: batched("prefilled anew"),
-                "one at a time": one_at_a_time,
-            },
-            rounds,
-        )
+        ways = {
+            f"{number}{how}": functools.partial(play, f"{number}{how}", engine, how == "cache kept")
+            for number, engine in engines.items()
+            for how in ("cache kept", "prefilled anew")
+        }
+        seconds = medians(ways, rounds)
         if dtype == "float32" and not all(ids == written["cache kept"] for ids in written.values()):
             raise RuntimeError("the tokens must be the same in float32")
         prefill = {name: statistics.median(taken[1:]) for name, taken in prefills.items()}
         for name, taken in seconds.items():
-            table.add_row(dtype, name, f"{taken:.1f}", f"{prefill[name]:.1f}" if name in prefill else "")
-        for name in ("prefilled anew", "one at a time"):
-            ratio = f"{seconds[name] / seconds['cache kept']:.2f}"
-            table.add_row(
-                "", f"ratio to {name}", ratio, f"{prefill[name] / prefill['cache kept']:.2f}" if name in prefill else ""
-            )
+            ratios = [f"{of[name] / of['cache kept']:.2f}" for of in (seconds, prefill)]
+            table.add_row(dtype, name, f"{taken:.1f}", ratios[0], f"{prefill[name]:.1f}", ratios[1])
         table.add_section()
     console.print(table)
 

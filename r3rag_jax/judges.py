@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from r3rag_jax.config import JudgeConfig
 from r3rag_jax.endpoint import FIRST_WAIT_S, Endpoint, RateLimit
 from r3rag_jax.errors import UserError
+from r3rag_jax.models.cache import fastest_dtype
 from r3rag_jax.models.decoder import param_shapes, param_shardings
 from r3rag_jax.models.hf import load_config, load_decoder, load_generation
 from r3rag_jax.models.paths import model_path, reading
@@ -72,7 +73,7 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> LocalChat:
         stops = {tokenizer.eos_id, *(stops if isinstance(stops, list) else [stops])}
         decoder = load_decoder(path, dtype=dtype, shardings=param_shardings(mesh, shape))
     graphdef, params = nnx.split(decoder)
-    engine = Engine(graphdef, shape, mesh, slots=config.slots, max_length=config.max_length, dtype=dtype)
+    engine = Engine(graphdef, shape, mesh, slots=config.slots, max_length=config.max_length, dtype=fastest_dtype(dtype))
     files = sorted(path.glob("*.safetensors"))
     marks = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]  # other weights may take their place
     with reading(path):  # its chat template
@@ -100,5 +101,5 @@ def judge_memory(config: JudgeConfig, mesh: Mesh) -> dict[str, int]:
         shape = load_config(path)
     places = param_shardings(mesh, shape)
     shares = [places[name].shard_shape(one) for name, one in param_shapes(shape).items()]
-    cache = plan(mesh, {}, shape, slots=config.slots, max_length=config.max_length, dtype=dtype).cache
+    cache = plan(mesh, {}, shape, slots=config.slots, max_length=config.max_length, dtype=fastest_dtype(dtype)).cache
     return {"judge": sum(dtype.itemsize * math.prod(share) for share in shares), "judge's cache": cache}

@@ -189,16 +189,18 @@ class Roller:
         searches: deque[tuple[int, list[int], Hits]] = deque()  # the last turn it runs beside, slots, hits of each
         with ThreadPoolExecutor(max(1, config.search_turns)) as pool:
             for turn in itertools.count():
+                contexts: dict[int, Context] = {}  # one call for all that is to be prefilled
                 while searches and searches[0][0] < turn:
-                    self._tell(policy, game, *searches.popleft()[1:])
-                empty = self.engine.find(RowStatus.EMPTY)[: game.num_waiting]
-                self.engine.set_context(policy, {slot: game.start(slot) for slot in empty})
+                    contexts |= self._tell(game, *searches.popleft()[1:])
+                for slot in self.engine.find(RowStatus.EMPTY)[: game.num_waiting]:
+                    contexts[slot] = game.start(slot)
                 if not game.rows:
                     return game.trajectories()
-                while searches and not self.engine.find(RowStatus.ACTIVE):
-                    self._tell(policy, game, *searches.popleft()[1:])
+                while searches and not contexts and not self.engine.find(RowStatus.ACTIVE):
+                    contexts = self._tell(game, *searches.popleft()[1:])
+                self.engine.set_context(policy, contexts)
                 if active := self.engine.find(RowStatus.ACTIVE):
-                    self.engine.decode(policy, config.decode_chunk, leave_at=max(1, len(active) // 4))
+                    self.engine.decode(policy, config.decode_chunk, leave_at=max(1, len(active) // 8))
                 if asking := self._read(game):
                     hits = self._search(pool, [game.rows[slot] for slot in asking])
                     searches.append((turn + config.search_turns, asking, hits))
@@ -224,8 +226,8 @@ class Roller:
             return functools.partial(self.rules.search, rows)
         return pool.submit(self.rules.search, rows).result
 
-    def _tell(self, policy: Any, game: _Game, slots: Sequence[int], hits: Hits) -> None:
-        """Let the slots go on with their passages, or end."""
+    def _tell(self, game: _Game, slots: Sequence[int], hits: Hits) -> dict[int, Context]:
+        """What the slots go on with behind their passages; the others have ended."""
         contexts = {}
         for slot, found in zip(slots, hits(), strict=True):
             row = game.rows[slot]
@@ -233,7 +235,7 @@ class Roller:
                 self.engine.release(slot)
             else:
                 contexts[slot] = self.rules.context(row)
-        self.engine.set_context(policy, contexts)
+        return contexts
 
 
 class ServedRoller:

@@ -34,6 +34,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.evaluator import reading_stops
 from r3rag_jax.judges import open_judge
 from r3rag_jax.metrics import Bar, MetricsLog
+from r3rag_jax.models.cache import fastest_dtype
 from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shardings
@@ -352,11 +353,9 @@ class Session:
 
     @property
     def cache_dtype(self) -> Any:
-        """Of the sampler's keys and values; "auto": the model's, but on a CPU, where a step widens all others."""
+        """Of the sampler's keys and values."""
         kv_dtype = self.config.rollout.kv_dtype
-        if kv_dtype == "auto":
-            kv_dtype = "float32" if jax.default_backend() == "cpu" else self.config.model.dtype
-        return jnp.dtype(kv_dtype)
+        return fastest_dtype(self.config.model.dtype) if kv_dtype == "auto" else jnp.dtype(kv_dtype)
 
     def roller(self, top_k: int | None = None) -> Player:
         """The engine, or the user's server, set up for trajectories of the configured protocol."""

@@ -15,7 +15,7 @@ from r3rag_jax.rl.losses import chunked_logprobs
 from r3rag_jax.sampler import engine as engine_module
 from r3rag_jax.sampler.engine import Context, Engine, invert
 from r3rag_jax.sampler.state import RowStatus
-from r3rag_jax.sharding import make_mesh
+from r3rag_jax.sharding import make_mesh, make_sampler_mesh
 
 MAX_LENGTH = 96
 
@@ -25,10 +25,13 @@ def model():
     return tiny.decoder()
 
 
-def make_engine(model, slots=4, pauses=(), stops=(), **options):
+def make_engine(model, slots=4, pauses=(), stops=(), num_devices=None, **options):
+    """On all devices, or on so many."""
     graphdef, params = nnx.split(model)
-    options = {"slots": slots, "max_length": MAX_LENGTH, **options}
-    engine = Engine(graphdef, model.config, make_mesh(MeshConfig()), **options)
+    mesh, options = make_mesh(MeshConfig()), {"slots": slots, "max_length": MAX_LENGTH, **options}
+    if num_devices is not None:
+        mesh = make_sampler_mesh(MeshConfig(sampler_devices=num_devices), mesh)
+    engine = Engine(graphdef, model.config, mesh, **options)
     engine.stop_at(pauses, stops)
     return engine, engine.load(params)
 
@@ -60,10 +63,11 @@ def naive(model, ids, num, temperature, key, min_p=0.0):
     return ids[-num:], logprobs
 
 
+@pytest.mark.parametrize("num_devices", [None, 1])
 @pytest.mark.parametrize("min_p", [0.0, 0.3])
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_engine_equals_naive_loop(model, temperature, min_p):
-    engine, policy = make_engine(model, truncation=Truncation(min_p))
+def test_engine_equals_naive_loop(model, temperature, min_p, num_devices):
+    engine, policy = make_engine(model, truncation=Truncation(min_p), num_devices=num_devices)
     contexts = {
         row: Context(prompt(row, 5 + 17 * row), 12, temperature, np.array([row, 9], np.uint32)) for row in range(3)
     }
@@ -179,11 +183,16 @@ def test_trajectory_does_not_depend_on_slot_or_neighbours(model):
     assert crowd.rows.tokens[5, 24:44].tolist() == alone.rows.tokens[0, 24:44].tolist()
 
 
-def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monkeypatch):
+@pytest.mark.parametrize(
+    ("row_shares", "windows"),
+    [((), [(4, 75), (4, 150), (4, 300)]), ((4, 2), [(1, 150), (1, 300)])],
+)
+def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monkeypatch, row_shares, windows):
     """Short rows write what they write with the whole cache; a longer one that is held meanwhile keeps what it has."""
 
-    def play():
-        engine, policy = make_engine(model, max_length=300)
+    def play(row_shares):
+        monkeypatch.setattr(engine_module, "ROW_SHARES", row_shares)
+        engine, policy = make_engine(model, max_length=300, num_devices=1)
         engine.set_context(policy, {0: Context(prompt(0, 30), 100), 3: Context(prompt(3, 200), 100)})
         engine.hold(3)
         before = [np.array(leaf[3, :, :199]) for leaf in engine._cache.v]
@@ -195,20 +204,31 @@ def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monke
         engine.decode(policy, 100, leave_at=4)
         return engine
 
-    decode, spans = engine_module.decode, []
+    decode, compiled = engine_module.decode, []
 
-    def spied(*args, span, **options):  # when it is compiled
-        spans.append(span)
-        return decode(*args, span=span, **options)
+    def spied(decoder, cache, places, *args, positions, **options):
+        compiled.append((len(places), positions))
+        return decode(decoder, cache, places, *args, positions=positions, **options)
 
     monkeypatch.setattr(engine_module, "decode", spied)
-    parts = play()
+    parts = play(row_shares)
     monkeypatch.setattr(engine_module, "SPAN_SHARES", (1,))
-    whole = play()
-    assert spans == [75, 150, 300, 300]
+    whole = play(())
+    assert compiled == [*windows, (4, 300)]
     np.testing.assert_array_equal(parts.rows.tokens, whole.rows.tokens)
     np.testing.assert_allclose(parts.rows.logprobs, whole.rows.logprobs, atol=2e-5)
     assert parts.rows.lengths.tolist() == [130, 1, 1, 300]
+
+
+@pytest.mark.parametrize(("slots", "max_length", "ways"), [(64, 480, 1), (64, 480, 4), (1, 480, 1), (3, 100, 1)])
+def test_windows_reach_from_the_cheapest_to_the_whole_cache(slots, max_length, ways):
+    found = engine_module.windows(slots, max_length, ways)
+    assert found[-1] == (slots, max_length) and len(set(found)) == len(found) <= 8
+    areas = [rows * positions for rows, positions in found]
+    assert max(areas) == areas[-1]
+    assert all(1 <= rows <= slots and 64 <= positions <= max_length for rows, positions in found)
+    if ways > 1:
+        assert {rows for rows, _ in found} == {slots}
 
 
 def test_pause_stop_and_budget(model):

@@ -16,6 +16,7 @@ from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.sampler import memory
 from r3rag_jax.sampler.engine import Context, Engine
 from r3rag_jax.sampler.memory import MemoryPlan, device_memory, plan
+from r3rag_jax.sampler.state import Rows
 from r3rag_jax.sharding import AXES, make_mesh
 
 CONFIG = tiny.decoder().config
@@ -50,10 +51,10 @@ def test_decoding_peaks_within_a_tenth_of_the_plan():
     [device] = jax.devices()[:1]
     mesh = jax.make_mesh((1, 1, 1), AXES, devices=[device], axis_types=(AxisType.Auto,) * 3)
     engine, planned = Engine(graphdef, config, mesh, **shape), plan(mesh, {"weights": weights}, config, **shape)
-    arguments = engine.load(params), engine._cache, engine.rows, np.int32(8), np.int32(1), engine._stops, engine._pauses
-    peaks = []
-    for span in engine._spans:
-        counted = engine._decode.lower(*arguments, span=span).compile().memory_analysis()
+    limits, policy, peaks = (np.int32(8), np.int32(1), engine._stops, engine._pauses), engine.load(params), []
+    for rows, positions in engine._windows:
+        arguments = policy, engine._cache, np.arange(rows, dtype=np.int32), Rows.empty(rows, 1024), *limits
+        counted = engine._decode.lower(*arguments, positions=positions).compile().memory_analysis()
         held = counted.argument_size_in_bytes + counted.output_size_in_bytes - counted.alias_size_in_bytes
         peaks.append(held + counted.temp_size_in_bytes)
     assert max(peaks) == pytest.approx(planned.total, rel=0.1)

@@ -229,9 +229,11 @@ def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
     prefilled = jax.eval_shape(engine.prefill, policy, cache, np.zeros(slots, np.int32), chunk, chunk[:, 0])
     assert shapes(prefilled) == shapes(cache)
     stops = np.zeros(engine.MAX_STOPS, np.int32)
-    decode = functools.partial(engine.decode, truncation=WHOLE, span=engine.spans(length)[-2])
-    decoded = jax.eval_shape(decode, policy, cache, Rows.empty(slots, length), 64, 4, stops, stops)
-    assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (slots, length)
+    for window in engine.windows(slots, length, ways=1):
+        decode = functools.partial(engine.decode, truncation=WHOLE, positions=window.positions)
+        places, rows = np.arange(window.rows), Rows.empty(window.rows, length)
+        decoded = jax.eval_shape(decode, policy, cache, places, rows, 64, 4, stops, stops)
+        assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (window.rows, length)
 
 
 @pytest.mark.parametrize("overrides", [[], ["budget=cpu"]])

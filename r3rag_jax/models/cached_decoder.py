@@ -6,16 +6,18 @@ Shapes: B rows, C tokens of a chunk, S cache slots, D width, V vocab.
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from r3rag_jax.models.cache import KVCache
+from r3rag_jax.models.cache import Cache
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, finish_layer, qkv, rms_norm, rope_tables
 from r3rag_jax.sharding import tree_shardings
 
+AnyCache = TypeVar("AnyCache", bound=Cache)
 APART_AXES = {name: tuple(axis for axis in axes if axis != "layers") for name, axes in PARAM_AXES.items()}
 
 
@@ -49,7 +51,7 @@ class CachedDecoder:
         """Where each parameter goes: as in the stack that it is taken from."""
         return tree_shardings(mesh, self, APART_AXES)
 
-    def extend(self, cache: KVCache, tokens_BC: jax.Array, starts_B: jax.Array) -> tuple[KVCache, jax.Array]:
+    def extend(self, cache: AnyCache, tokens_BC: jax.Array, starts_B: jax.Array) -> tuple[AnyCache, jax.Array]:
         """Append C tokens to every row; returns the new cache and their hidden states [B, C, D].
 
         Row b's tokens take positions starts_B[b] .. starts_B[b] + C - 1. Their keys and values are

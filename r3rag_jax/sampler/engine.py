@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +22,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from r3rag_jax.models.cache import KVCache
+from r3rag_jax.models.cache import CacheRows, KVCache
 from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
-from r3rag_jax.sharding import batch_shardings, put, replicated
+from r3rag_jax.sharding import RULES, batch_shardings, put, replicated
 
 EndOf = Callable[[Sequence[int]], int]
-# Tokens of a row and share of the slots (one over this) in a prefill call; few shapes are compiled.
-PREFILL_LENGTHS, PREFILL_SHARES = (32, 64, 128), (8, 4, 2, 1)
-SPAN_SHARES, MIN_SPAN = (8, 4, 2, 1), 64  # shares of the cache (one over this) that a decode call may read, tokens
+PREFILL_LENGTHS, PREFILL_TOKENS = (32, 64, 128), 512  # of a row, and of a device, in a prefill call
+# Of a decode call: shares of the cache's positions and rows (one over this) that it may read, and the fewest positions.
+SPAN_SHARES, ROW_SHARES, MIN_SPAN = (8, 4, 2, 1), (4, 2), 64
 MAX_STOPS = 16
 INVERT_BLOCK = 64  # tokens of the vocabulary per block of `invert`
 
@@ -79,10 +80,11 @@ class Engine:
 
         self._load = jax.jit(load)
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
-        self._spans = spans(max_length)
+        self._ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+        self._windows = windows(slots, max_length, self._ways)
         self._decode = jax.jit(
             functools.partial(decode, truncation=truncation),
-            static_argnames="span",
+            static_argnames="positions",
             donate_argnums=1,  # the cache; rows come back whole, in another layout
             out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
         )
@@ -151,14 +153,18 @@ class Engine:
     def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int) -> None:
         """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended.
 
-        A step takes time by the positions that it can see: the call works on the part of the cache that it needs.
+        A step takes time by the rows and positions that it can see: the call works on those of the cache that it needs.
         """
         active = self.find(RowStatus.ACTIVE)
         if not active:
             return
         before = self.rows.lengths.copy()
-        reach = int(np.max(self.rows.lengths[active] + np.minimum(max_tokens, self.rows.budgets[active])))
-        self._decode_once(decoder, max_tokens, leave_at, next(span for span in self._spans if span >= reach))
+        reach = np.where(
+            self.rows.status == RowStatus.ACTIVE, self.rows.lengths + np.minimum(max_tokens, self.rows.budgets), 0
+        )
+        order = np.argsort(-reach, kind="stable")
+        window = next(w for w in self._windows if w.rows >= len(active) and w.positions >= reach[order[0]])
+        self._decode_once(decoder, max_tokens, leave_at, window, order)
         if self._end_of is not None:
             self._stop_at_strings(active, self._end_of)
         self.num_sampled += int((self.rows.lengths - before).sum())
@@ -171,25 +177,32 @@ class Engine:
                     self.rows.status[row] = RowStatus.DONE
                 self.rows.lengths[row] = start + num_kept
 
-    def _decode_once(self, decoder: CachedDecoder, max_tokens: int, leave_at: int, span: int) -> None:
-        rows = put(self.rows, self._shardings.rows)
+    def _decode_once(
+        self, decoder: CachedDecoder, max_tokens: int, leave_at: int, window: Window, order: np.ndarray
+    ) -> None:
+        """One call; `order`: all rows, of which the window holds the first. All of them stay where they are."""
+        places = np.sort(order[: window.rows]).astype(np.int32)
+        rows = put(jax.tree.map(lambda x: x[places], self.rows), self._shardings.rows)
         limits = np.int32(max_tokens), np.int32(leave_at)
-        state = self._decode(decoder, self._cache, rows, *limits, self._stops, self._pauses, span=span)
+        state = self._decode(
+            decoder, self._cache, places, rows, *limits, self._stops, self._pauses, positions=window.positions
+        )
         self._cache = state.cache
-        self.rows = jax.tree.map(lambda x: np.array(x), state.rows)
+        for mine, new in zip(jax.tree.leaves(self.rows), jax.tree.leaves(state.rows), strict=True):
+            mine[places] = new
 
     def warm_up(self, decoder: CachedDecoder) -> None:
-        """Compile every program that there is for this engine, 17 at most; forgets all rows."""
+        """Compile every program that there is for this engine, 12 at most; forgets all rows."""
         self.reset()
-        for size in {max(1, self.slots // share) for share in PREFILL_SHARES}:
-            for width in PREFILL_LENGTHS:
-                nowhere, starts = np.full(size, self.slots, np.int32), np.zeros(size, np.int32)
-                tokens = np.zeros((size, width), np.int32)
-                self._cache = self._prefill(decoder, self._cache, nowhere, tokens, starts)
+        for width in PREFILL_LENGTHS:
+            size = self._num_prefilled_at_once(width)
+            nowhere, starts = self.slots + np.arange(size, dtype=np.int32), np.zeros(size, np.int32)
+            tokens = np.zeros((size, width), np.int32)
+            self._cache = self._prefill(decoder, self._cache, nowhere, tokens, starts)
         nowhere, sources = np.full(self.slots, self.slots, np.int32), np.zeros(self.slots, np.int32)
         self._cache = self._copy(self._cache, sources, nowhere)
-        for span in self._spans:
-            self._decode_once(decoder, max_tokens=0, leave_at=1, span=span)
+        for window in self._windows:
+            self._decode_once(decoder, 0, 1, window, np.arange(self.slots))
 
     def release(self, row: int) -> None:
         """Free a slot; its cache stays for a context with a common prefix."""
@@ -209,14 +222,15 @@ class Engine:
         return int(differs[0]) if len(differs) else cached
 
     def _prefill_once(self, decoder: CachedDecoder, todo: list[tuple[int, Sequence[int], int]]) -> list[Any]:
-        """One chunk of every row in `todo`; returns what is left."""
-        longest = max(len(ids) - 1 - start for _, ids, start in todo)
+        """One chunk of the rows in `todo` that lack most; returns what is left."""
+        todo = sorted(todo, key=lambda lacking: lacking[2] - len(lacking[1]))
+        longest = len(todo[0][1]) - 1 - todo[0][2]
         width = next((c for c in PREFILL_LENGTHS if c >= longest), PREFILL_LENGTHS[-1])
-        size = next(n for share in PREFILL_SHARES if (n := max(1, self.slots // share)) >= len(todo))
-        rows = np.full(size, self.slots, np.int32)  # row `slots` does not exist: dropped
+        size = self._num_prefilled_at_once(width)
+        rows = np.arange(self.slots, self.slots + size, dtype=np.int32)  # there are no such rows: dropped
         tokens, starts = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
-        left = []
-        for i, (row, ids, start) in enumerate(todo):
+        left = todo[size:]
+        for i, (row, ids, start) in enumerate(todo[:size]):
             end = min(start + width, len(ids) - 1)
             rows[i], starts[i], tokens[i, : end - start] = row, start, ids[start:end]
             self.num_prefilled += end - start
@@ -225,11 +239,29 @@ class Engine:
         self._cache = self._prefill(decoder, self._cache, rows, tokens, starts)
         return left
 
+    def _num_prefilled_at_once(self, width: int) -> int:
+        """Rows of a prefill call: full devices, as far as there are slots."""
+        return min(self.slots, self._ways * (PREFILL_TOKENS // width))
 
-def spans(max_length: int) -> list[int]:
-    """Positions that decode calls can be compiled for, ascending; the last is the whole cache."""
+
+class Window(NamedTuple):
+    """The part of the cache that a decode call works on."""
+
+    rows: int
+    positions: int
+
+
+def windows(slots: int, max_length: int, ways: int) -> list[Window]:
+    """Those that decode calls can be compiled for, the cheapest first; the last is the whole cache.
+
+    All rows with as many positions as the longest needs, or fewer rows with many: those that are left in the end. Where
+    rows are split over devices (`ways`), all of them: fewer would have to move.
+    """
     parts = {-(-max_length // share) for share in SPAN_SHARES} - {max_length}
-    return [*sorted(part for part in parts if part >= MIN_SPAN), max_length]
+    spans = [*sorted(part for part in parts if part >= MIN_SPAN), max_length]
+    few = {slots // share for share in ROW_SHARES} - {0, slots} if ways == 1 else set()
+    found = [Window(slots, span) for span in spans] + [Window(rows, span) for rows in few for span in spans[-2:]]
+    return sorted(found, key=lambda window: window.rows * (window.positions + MIN_SPAN))
 
 
 def complete_all(
@@ -259,8 +291,7 @@ def prefill(
     decoder: CachedDecoder, cache: KVCache, rows_R: jax.Array, tokens_RC: jax.Array, starts_R: jax.Array
 ) -> KVCache:
     """Write keys and values of tokens_RC at positions starts_R + 0..C-1 of the given rows; rows >= B are dropped."""
-    sub, _ = decoder.extend(cache.take(rows_R), tokens_RC, starts_R)
-    return cache.put(rows_R, sub)
+    return decoder.extend(CacheRows(cache, rows_R), tokens_RC, starts_R)[0].cache
 
 
 def copy(cache: KVCache, sources_R: jax.Array, rows_R: jax.Array) -> KVCache:
@@ -271,17 +302,20 @@ def copy(cache: KVCache, sources_R: jax.Array, rows_R: jax.Array) -> KVCache:
 def decode(
     decoder: CachedDecoder,
     cache: KVCache,
+    places: jax.Array,
     rows: Rows,
     max_tokens: jax.Array,
     leave_at: jax.Array,
     stops: jax.Array,
     pauses: jax.Array,
     truncation: Truncation,
-    span: int,
+    positions: int,
 ) -> DecodeState:
     """The bounded loop on the device: leaves after max_tokens, when no row is active, or when `leave_at` wait.
 
-    `span`: positions of the cache that active rows can reach; the others are neither read nor written.
+    Args:
+        places: int32 [R], the rows of the cache to work on, ascending. rows: their control part.
+        positions: what active rows can reach; what is beyond is neither read nor written.
     """
     num_active = jnp.sum(rows.status == RowStatus.ACTIVE)
 
@@ -298,9 +332,10 @@ def decode(
         token, logprob, logprob_t1 = sample(decoder.logits(hidden[:, 0]), rows, truncation)
         return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
 
-    start = DecodeState(cache.head(span), rows)
+    moved = None if len(places) == cache.num_rows else places  # all rows: nothing is to be gathered
+    start = DecodeState(cache.take(moved, positions), rows)
     state: DecodeState = jax.lax.while_loop(is_going, body, (jnp.int32(0), start))[1]
-    return DecodeState(cache.with_head(state.cache), state.rows)
+    return DecodeState(cache.put(moved, state.cache), state.rows)
 
 
 def sample(logits_BV: jax.Array, rows: Rows, truncation: Truncation) -> tuple[jax.Array, jax.Array, jax.Array]:

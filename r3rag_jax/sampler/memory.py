@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.sampler.engine import spans
+from r3rag_jax.sampler.engine import windows
 from r3rag_jax.sharding import RULES
 
 GIB = 2**30
@@ -73,12 +73,12 @@ def plan(
     dtype: Any = None,
 ) -> MemoryPlan:
     """The plan of a phase: `parts` as `bytes_per_device` counts them, and the cache of such an `Engine`."""
-    slot = 0
+    slot, ways = 0, math.prod(mesh.shape[axis] for axis in RULES["batch"])
     if decoder is not None:
-        positions = sum(spans(max_length)[-2:])
+        copied = max((rows * part for rows, part in windows(slots, max_length, ways)[:-1]), default=0)
+        positions = max_length + -(-copied // slots)
         one = jax.eval_shape(functools.partial(KVCache.init, decoder, 1, positions, dtype))
         slot = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     return MemoryPlan(parts, slots if decoder is not None else 0, ways, slot, device_memory(mesh))
 
 
