@@ -15,13 +15,14 @@ import pytest
 import tiny_run
 from flax import nnx
 
-from r3rag_jax.config import RolloutConfig
+from r3rag_jax.config import MeshConfig, RolloutConfig
 from r3rag_jax.metrics import num_compiled
 from r3rag_jax.retrieval.base import Hit, Retriever
 from r3rag_jax.retrieval.passages import select_passages
 from r3rag_jax.rollout import Job, Roller, Rules
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.session import Session
+from r3rag_jax.sharding import make_sampler_mesh
 from r3rag_jax.transcript import Transcript
 from r3rag_jax.types import Trajectory
 
@@ -58,17 +59,22 @@ def play(
     jobs: Sequence[Job],
     slots: int = 8,
     retriever: Retriever | None = None,
+    is_alone: bool = False,
     **options: Any,
 ) -> list[Trajectory]:
     """Trajectories by an engine of `slots`."""
     config = dataclasses.replace(session.config.rollout, slots=slots, **options)
-    roller = roller_of(session, config, retriever)
-    return roller.play(roller.engine.load(params), jobs)
+    roller = roller_of(session, config, retriever, is_alone)
+    return roller.play(roller.engine.load(jax.device_get(params)), jobs)
 
 
-def roller_of(session: Session, config: RolloutConfig, retriever: Retriever | None = None) -> Roller:
+def roller_of(
+    session: Session, config: RolloutConfig, retriever: Retriever | None = None, is_alone: bool = False
+) -> Roller:
+    """On all devices, or on one alone, which decodes fewer rows when fewer are left."""
     shape = {"slots": config.slots, "max_length": config.max_length}
-    engine = Engine(session.graphdef, session.decoder_config, session.mesh, **shape)
+    mesh = make_sampler_mesh(MeshConfig(sampler_devices=1), session.mesh) if is_alone else session.mesh
+    engine = Engine(session.graphdef, session.decoder_config, mesh, **shape)
     codec = session.codec
     engine.stop_at(*codec.ends)
     rules = Rules(codec, retriever or session.retriever, config, session.config.retrieval.top_k, 10)
@@ -144,8 +150,10 @@ def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Session, An
     jobs = jobs_of(session, 4)
     plain = play(session, params, jobs)
     order = np.random.default_rng(0).permutation(len(jobs)).tolist()
-    for slots, turns, retriever in ((8, 1, Slow(session.retriever)), (3, 0, None), (3, 2, Slow(session.retriever))):
-        others = play(session, params, [jobs[i] for i in order], slots, retriever, search_turns=turns, decode_chunk=7)
+    slow, shuffled = Slow(session.retriever), [jobs[i] for i in order]
+    ways = (8, 1, slow, False), (3, 0, None, False), (3, 2, slow, False), (8, 0, None, True)
+    for slots, turns, retriever, is_alone in ways:
+        others = play(session, params, shuffled, slots, retriever, is_alone, search_turns=turns, decode_chunk=7)
         for i, other in zip(order, others, strict=True):
             assert other.steps == plain[i].steps and other.status == plain[i].status
             for one, sample in zip(plain[i].samples, other.samples, strict=True):
@@ -167,13 +175,14 @@ def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Session, Any]) -> No
             np.testing.assert_array_equal(a.behaviour_logprobs, b.behaviour_logprobs)
 
 
+@pytest.mark.parametrize("is_alone", [False, True])
 @pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
-def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Session, Any]) -> None:
+def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Session, Any], is_alone: bool) -> None:
     """Two hundred trajectories of all lengths, groups and temperatures, some slots full and some not."""
     session, params = trained
     config = dataclasses.replace(session.config.rollout, slots=16)
-    roller = roller_of(session, config)
-    policy = roller.engine.load(params)
+    roller = roller_of(session, config, is_alone=is_alone)
+    policy = roller.engine.load(jax.device_get(params))
     roller.engine.warm_up(policy)
     roller.play(policy, jobs_of(session, 1)[:1])  # what else is compiled once, outside of the engine
     before = num_compiled()
