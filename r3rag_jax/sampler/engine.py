@@ -30,7 +30,7 @@ from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sharding import RULES, batch_shardings, put, replicated
 
 EndOf = Callable[[Sequence[int]], int]
-PREFILL_LENGTHS, PREFILL_TOKENS = (32, 64, 128), 512  # of a row, and of a device, in a prefill call
+PREFILL_LENGTHS, PREFILL_TOKENS = (32, 64, 128), (128, 512)  # of a row, and of a device, in a prefill call
 # Of a decode call: shares of the cache's positions and rows (one over this) that it may read, and the fewest positions.
 SPAN_SHARES, ROW_SHARES, MIN_SPAN = (8, 4, 2, 1), (4, 2), 64
 MAX_STOPS = 16
@@ -192,10 +192,9 @@ class Engine:
             mine[places] = new
 
     def warm_up(self, decoder: CachedDecoder) -> None:
-        """Compile every program that there is for this engine, 12 at most; forgets all rows."""
+        """Compile every program that there is for this engine, 15 at most; forgets all rows."""
         self.reset()
-        for width in PREFILL_LENGTHS:
-            size = self._num_prefilled_at_once(width)
+        for width, size in ((width, size) for width in PREFILL_LENGTHS for size in self._prefill_sizes(width)):
             nowhere, starts = self.slots + np.arange(size, dtype=np.int32), np.zeros(size, np.int32)
             tokens = np.zeros((size, width), np.int32)
             self._cache = self._prefill(decoder, self._cache, nowhere, tokens, starts)
@@ -226,7 +225,8 @@ class Engine:
         todo = sorted(todo, key=lambda lacking: lacking[2] - len(lacking[1]))
         longest = len(todo[0][1]) - 1 - todo[0][2]
         width = next((c for c in PREFILL_LENGTHS if c >= longest), PREFILL_LENGTHS[-1])
-        size = self._num_prefilled_at_once(width)
+        sizes = self._prefill_sizes(width)
+        size = next((size for size in sizes if size >= len(todo)), sizes[-1])
         rows = np.arange(self.slots, self.slots + size, dtype=np.int32)  # there are no such rows: dropped
         tokens, starts = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
         left = todo[size:]
@@ -239,9 +239,9 @@ class Engine:
         self._cache = self._prefill(decoder, self._cache, rows, tokens, starts)
         return left
 
-    def _num_prefilled_at_once(self, width: int) -> int:
-        """Rows of a prefill call: full devices, as far as there are slots."""
-        return min(self.slots, self._ways * (PREFILL_TOKENS // width))
+    def _prefill_sizes(self, width: int) -> list[int]:
+        """How many rows a prefill call can have, ascending."""
+        return sorted({min(self.slots, self._ways * (tokens // width)) for tokens in PREFILL_TOKENS})
 
 
 class Window(NamedTuple):
