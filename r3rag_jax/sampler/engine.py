@@ -194,7 +194,7 @@ class Engine:
     def warm_up(self, decoder: CachedDecoder) -> None:
         """Compile every program that there is for this engine, 15 at most; forgets all rows."""
         self.reset()
-        for width, size in ((width, size) for width in PREFILL_LENGTHS for size in self._prefill_sizes(width)):
+        for width, size in ((w, size) for w in PREFILL_LENGTHS for size in self._prefill_sizes(w)):
             nowhere, starts = self.slots + np.arange(size, dtype=np.int32), np.zeros(size, np.int32)
             tokens = np.zeros((size, width), np.int32)
             self._cache = self._prefill(decoder, self._cache, nowhere, tokens, starts)
