@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -123,6 +124,11 @@ def tree_shardings(mesh: Mesh, tree: Any, param_axes: dict[str, tuple[str | None
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Devices that the rows of a batch are split over."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def batch_shardings(mesh: Mesh, tree: Any) -> Any:

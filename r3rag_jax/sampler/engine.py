@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
-from r3rag_jax.sharding import RULES, batch_shardings, put, replicated
+from r3rag_jax.sharding import batch_shardings, batch_ways, put, replicated
 
 EndOf = Callable[[Sequence[int]], int]
 PREFILL_LENGTHS, PREFILL_TOKENS = (32, 64, 128), (128, 512)  # of a row, and of a device, in a prefill call
@@ -80,7 +79,7 @@ class Engine:
 
         self._load = jax.jit(load)
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
-        self._ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+        self._ways = batch_ways(mesh)
         self._windows = windows(slots, max_length, self._ways)
         self._decode = jax.jit(
             functools.partial(decode, truncation=truncation),
@@ -159,12 +158,10 @@ class Engine:
         if not active:
             return
         before = self.rows.lengths.copy()
-        reach = np.where(
-            self.rows.status == RowStatus.ACTIVE, self.rows.lengths + np.minimum(max_tokens, self.rows.budgets), 0
-        )
-        order = np.argsort(-reach, kind="stable")
-        window = next(w for w in self._windows if w.rows >= len(active) and w.positions >= reach[order[0]])
-        self._decode_once(decoder, max_tokens, leave_at, window, order)
+        reach = int(np.max(self.rows.lengths[active] + np.minimum(max_tokens, self.rows.budgets[active])))
+        window = next(w for w in self._windows if w.rows >= len(active) and w.positions >= reach)
+        others = np.setdiff1d(np.arange(self.slots), active)[: window.rows - len(active)]
+        self._decode_once(decoder, max_tokens, leave_at, np.union1d(active, others), window.positions)
         if self._end_of is not None:
             self._stop_at_strings(active, self._end_of)
         self.num_sampled += int((self.rows.lengths - before).sum())
@@ -178,15 +175,13 @@ class Engine:
                 self.rows.lengths[row] = start + num_kept
 
     def _decode_once(
-        self, decoder: CachedDecoder, max_tokens: int, leave_at: int, window: Window, order: np.ndarray
+        self, decoder: CachedDecoder, max_tokens: int, leave_at: int, places: np.ndarray, positions: int
     ) -> None:
-        """One call; `order`: all rows, of which the window holds the first. All of them stay where they are."""
-        places = np.sort(order[: window.rows]).astype(np.int32)
+        """One call on the rows at `places`, ascending; see `decode` of this module."""
+        places = places.astype(np.int32)
         rows = put(jax.tree.map(lambda x: x[places], self.rows), self._shardings.rows)
-        limits = np.int32(max_tokens), np.int32(leave_at)
-        state = self._decode(
-            decoder, self._cache, places, rows, *limits, self._stops, self._pauses, positions=window.positions
-        )
+        limits = np.int32(max_tokens), np.int32(leave_at), self._stops, self._pauses
+        state = self._decode(decoder, self._cache, places, rows, *limits, positions=positions)
         self._cache = state.cache
         for mine, new in zip(jax.tree.leaves(self.rows), jax.tree.leaves(state.rows), strict=True):
             mine[places] = new
@@ -201,7 +196,7 @@ class Engine:
         nowhere, sources = np.full(self.slots, self.slots, np.int32), np.zeros(self.slots, np.int32)
         self._cache = self._copy(self._cache, sources, nowhere)
         for window in self._windows:
-            self._decode_once(decoder, 0, 1, window, np.arange(self.slots))
+            self._decode_once(decoder, 0, 1, np.arange(window.rows), window.positions)
 
     def release(self, row: int) -> None:
         """Free a slot; its cache stays for a context with a common prefix."""

@@ -20,7 +20,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.sampler.engine import windows
-from r3rag_jax.sharding import RULES
+from r3rag_jax.sharding import batch_ways
 
 GIB = 2**30
 
@@ -73,7 +73,7 @@ def plan(
     dtype: Any = None,
 ) -> MemoryPlan:
     """The plan of a phase: `parts` as `bytes_per_device` counts them, and the cache of such an `Engine`."""
-    slot, ways = 0, math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    slot, ways = 0, batch_ways(mesh)
     if decoder is not None:
         copied = max((rows * part for rows, part in windows(slots, max_length, ways)[:-1]), default=0)
         positions = max_length + -(-copied // slots)
