@@ -98,6 +98,7 @@ class _Ids:
 
 
 def tunix(path: Path, dtype: str) -> Generate:
+    """Its Llama has a rotary base of its own: the tokens are others where the model's differs, the work is the same."""
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.llama3.model import ModelConfig
     from tunix.models.llama3.params import create_model_from_safe_tensors
@@ -113,10 +114,11 @@ def tunix(path: Path, dtype: str) -> Generate:
 
     def generate(prompts: np.ndarray, new_tokens: int) -> None:
         batch, length = prompts.shape
-        cache = CacheConfig(length + new_tokens, of.num_layers, of.num_kv_heads, of.head_dim)
-        sampler = samplers.setdefault(length + new_tokens, Sampler(model, _Ids(), cache))
+        size = length + new_tokens
+        if size not in samplers:
+            samplers[size] = Sampler(model, _Ids(), CacheConfig(size, of.num_layers, of.num_kv_heads, of.head_dim))
         texts = [" ".join(map(str, ids)) for ids in prompts]
-        out = sampler(texts, new_tokens, max_prompt_length=length)
+        out = samplers[size](texts, new_tokens, max_prompt_length=length)
         if [len(ids) for ids in out.tokens] != [new_tokens] * batch:
             raise RuntimeError(f"every row must have {new_tokens} new tokens; got {[len(ids) for ids in out.tokens]}")
 
