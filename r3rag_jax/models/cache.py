@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from r3rag_jax.models.config import DecoderConfig
 
-ATTEND_BLOCK = 128  # positions that several tokens attend to at once
+# Positions that several tokens attend to at once, on a CPU and elsewhere: there each round of a loop waits for the host.
+ATTEND_BLOCK, ACCELERATOR_BLOCK = 128, 2048
 
 
 def fastest_dtype(compute: jax.typing.DTypeLike) -> jnp.dtype:
@@ -120,7 +121,7 @@ class KVCache:
         B, C, N, H = q_BCNH.shape
         K, S = self.v[layer].shape[1:3]
         G = N // K
-        size = S if C == 1 else min(ATTEND_BLOCK, S)
+        size = S if C == 1 else min(ATTEND_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK, S)
         q_BKRH = q_BCNH.reshape(B, C, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * C, H)
 
         def add(number: jax.Array | int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

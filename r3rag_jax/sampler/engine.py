@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,8 @@ from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sharding import batch_shardings, batch_ways, put, replicated
 
 EndOf = Callable[[Sequence[int]], int]
-PREFILL_LENGTHS, PREFILL_TOKENS = (32, 64, 128), (128, 512)  # of a row, and of a device, in a prefill call
+PREFILL_LENGTHS = (32, 64, 128)  # of a row in a prefill call
+PREFILL_TOKENS, ACCELERATOR_TOKENS = (128, 512), (512, 4096)  # of a CPU device, of another, in a prefill call
 # Of a decode call: shares of the cache's positions and rows (one over this) that it may read, and the fewest positions.
 SPAN_SHARES, ROW_SHARES, MIN_SPAN = (8, 4, 2, 1), (4, 2), 64
 MAX_STOPS = 16
@@ -89,6 +91,7 @@ class Engine:
         )
         self._prefill = jax.jit(prefill, donate_argnums=1, out_shardings=self._shardings.cache)
         self._copy = jax.jit(copy, donate_argnums=0, out_shardings=self._shardings.cache)
+        self._is_warm = False
         self.num_prefilled = 0  # tokens, padding not counted
         self.num_sampled = 0
 
@@ -108,8 +111,30 @@ class Engine:
         self._pauses[: len(pause_ids)] = pause_ids
 
     def load(self, params: Any) -> CachedDecoder:
-        """A copy of the parameters as the engine reads them; `params` may be donated afterwards."""
-        return self._load(params)
+        """A copy of the parameters as the engine reads them; `params` may be donated afterwards.
+
+        On an accelerator, where each program takes seconds to compile, the first call compiles all of them.
+        """
+        decoder = self._load(params)
+        if not self._is_warm and jax.default_backend() != "cpu":
+            self.warm_up(decoder)
+        return decoder
+
+    def warm_up(self, decoder: CachedDecoder) -> None:
+        """Compile every program that there is for this engine, 15 at most, in threads."""
+        nothing = np.zeros(self.slots, np.int32)
+        calls = [functools.partial(self._copy.lower, self._cache, nothing, nothing)]
+        for width, size in ((w, size) for w in PREFILL_LENGTHS for size in self._prefill_sizes(w)):
+            chunk = np.zeros((size, width), np.int32)
+            calls.append(functools.partial(self._prefill.lower, decoder, self._cache, chunk[:, 0], chunk, chunk[:, 0]))
+        for window in self._windows:
+            args = self._decode_args(np.arange(window.rows, dtype=np.int32), 0, 1)
+            calls.append(
+                functools.partial(self._decode.lower, decoder, self._cache, *args, positions=window.positions)
+            )
+        with ThreadPoolExecutor(len(calls)) as pool:
+            list(pool.map(lambda lower: lower().compile(), calls))  # jit finds them there
+        self._is_warm = True
 
     def reset(self) -> None:
         """Forget all rows; needed when the parameters change, for the cache is then stale."""
@@ -179,24 +204,16 @@ class Engine:
     ) -> None:
         """One call on the rows at `places`, ascending; see `decode` of this module."""
         places = places.astype(np.int32)
-        rows = put(jax.tree.map(lambda x: x[places], self.rows), self._shardings.rows)
-        limits = np.int32(max_tokens), np.int32(leave_at), self._stops, self._pauses
-        state = self._decode(decoder, self._cache, places, rows, *limits, positions=positions)
+        args = self._decode_args(places, max_tokens, leave_at)
+        state = self._decode(decoder, self._cache, *args, positions=positions)
         self._cache = state.cache
         for mine, new in zip(jax.tree.leaves(self.rows), jax.tree.leaves(state.rows), strict=True):
             mine[places] = new
 
-    def warm_up(self, decoder: CachedDecoder) -> None:
-        """Compile every program that there is for this engine, 15 at most; forgets all rows."""
-        self.reset()
-        for width, size in ((w, size) for w in PREFILL_LENGTHS for size in self._prefill_sizes(w)):
-            nowhere, starts = self.slots + np.arange(size, dtype=np.int32), np.zeros(size, np.int32)
-            tokens = np.zeros((size, width), np.int32)
-            self._cache = self._prefill(decoder, self._cache, nowhere, tokens, starts)
-        nowhere, sources = np.full(self.slots, self.slots, np.int32), np.zeros(self.slots, np.int32)
-        self._cache = self._copy(self._cache, sources, nowhere)
-        for window in self._windows:
-            self._decode_once(decoder, 0, 1, np.arange(window.rows), window.positions)
+    def _decode_args(self, places: np.ndarray, max_tokens: int, leave_at: int) -> tuple[Any, ...]:
+        """What `decode` of this module takes behind the cache, but for the positions."""
+        rows = put(jax.tree.map(lambda x: x[places], self.rows), self._shardings.rows)
+        return places, rows, np.int32(max_tokens), np.int32(leave_at), self._stops, self._pauses
 
     def release(self, row: int) -> None:
         """Free a slot; its cache stays for a context with a common prefix."""
@@ -236,7 +253,8 @@ class Engine:
 
     def _prefill_sizes(self, width: int) -> list[int]:
         """How many rows a prefill call can have, ascending."""
-        return sorted({min(self.slots, self._ways * (tokens // width)) for tokens in PREFILL_TOKENS})
+        sizes = PREFILL_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_TOKENS
+        return sorted({min(self.slots, self._ways * (tokens // width)) for tokens in sizes})
 
 
 class Window(NamedTuple):
