@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from r3rag_jax.models.config import DecoderConfig
 
-# Positions that several tokens attend to at once, on a CPU and elsewhere, where each round of a loop waits for the host.
+# Positions that several tokens attend to at once, on a CPU and elsewhere, where a loop waits for the host every round.
 ATTEND_BLOCK, ACCELERATOR_BLOCK = 128, 2048
 
 
