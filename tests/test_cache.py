@@ -14,7 +14,7 @@ from hypothesis import given
 
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.models import cache as cache_module
-from r3rag_jax.models.cache import CacheRows, KVCache, quantize
+from r3rag_jax.models.cache import KVCache, LayerCache, quantize
 from r3rag_jax.sampler.engine import Context, Engine
 from r3rag_jax.sharding import make_mesh
 
@@ -47,9 +47,8 @@ def test_attention_in_eight_bits():
     positions = jnp.array([[0, 1, 2], [3, 4, 5]])
     outs = []
     for dtype in (jnp.float32, jnp.int8):
-        cache = KVCache.init(CONFIG, B, S, dtype).write(1, k, v, positions)
-        outs.append(cache.attend(1, q, positions))
-        assert not cache.v[0].any() and cache.slots == S
+        cache = LayerCache.init(CONFIG, B, S, dtype).write(k, v, positions)
+        outs.append(cache.attend(q, positions))
     assert outs[1].dtype == jnp.float32
     difference = jnp.linalg.norm(outs[0] - outs[1]) / jnp.linalg.norm(outs[0])
     assert 0 < difference < 0.02
@@ -62,14 +61,14 @@ def test_block_by_block_equals_at_once(monkeypatch, dtype, last):
     B, C, K, H, S = 4, 4, CONFIG.num_kv_heads, CONFIG.head_dim, 300
     keys = jax.random.split(jax.random.key(1), 3)
     k, v = (3 * jax.random.normal(key, (B, S, K, H)) for key in keys[:2])
-    cache = KVCache.init(CONFIG, B, S, dtype).write(0, k, v, jnp.tile(jnp.arange(S), (B, 1)))
+    cache = LayerCache.init(CONFIG, B, S, dtype).write(k, v, jnp.tile(jnp.arange(S), (B, 1)))
     q = jax.random.normal(keys[2], (2, C, CONFIG.num_heads, H))
     rows, positions = jnp.array([3, 1]), jnp.maximum(jnp.array(last)[:, None] - jnp.arange(C), 0)
     outs = []
     for size in (S, 64, 150, 128):
         monkeypatch.setattr(cache_module, "ATTEND_BLOCK", size)
-        outs.append(cache.attend(0, q, positions, rows))
-        of_all = cache.attend(0, q[jnp.array([1, 1, 0, 0])], positions[jnp.array([1, 1, 0, 0])])
+        outs.append(cache.attend(q, positions, rows))
+        of_all = cache.attend(q[jnp.array([1, 1, 0, 0])], positions[jnp.array([1, 1, 0, 0])])
         np.testing.assert_allclose(of_all[jnp.array([3, 1])], outs[-1], rtol=1e-6, atol=1e-6)
     for out in outs[1:]:
         np.testing.assert_allclose(out, outs[0], rtol=1e-5, atol=1e-2 if dtype == jnp.bfloat16 else 1e-5)
@@ -77,10 +76,10 @@ def test_block_by_block_equals_at_once(monkeypatch, dtype, last):
 
 def test_rows_that_there_are_not_are_written_nowhere():
     B, K, H = 2, CONFIG.num_kv_heads, CONFIG.head_dim
-    cache = KVCache.init(CONFIG, B, 8, jnp.float32)
+    cache = LayerCache.init(CONFIG, B, 8, jnp.float32)
     new = jnp.ones((3, 2, K, H))
-    after = CacheRows(cache, jnp.array([1, 2, 3])).write(0, new, new, jnp.tile(jnp.array([4, 5]), (3, 1))).cache
-    assert not after.v[0][0].any() and (after.v[0][1, :, 4:6] == 1).all() and after.v[0].sum() == 2 * K * H
+    after = cache.write(new, new, jnp.tile(jnp.array([4, 5]), (3, 1)), jnp.array([1, 2, 3]))
+    assert not after.v[0].any() and (after.v[1, :, 4:6] == 1).all() and after.v.sum() == 2 * K * H
 
 
 def test_sampling_with_an_int8_cache():

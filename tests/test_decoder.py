@@ -143,13 +143,13 @@ def test_extend_drops_positions_beyond_the_cache():
     # Row 0 writes 6, 7 and drops 8, 9; row 1 starts past the end and writes nothing.
     after, hidden = extend(model, cache, random_tokens((2, 4), seed=3), jnp.array([6, 8]))
     assert bool(jnp.isfinite(hidden).all())
-    for k, new_k, v, new_v in zip(cache.k, after.k, cache.v, after.v, strict=True):
-        np.testing.assert_array_equal(new_k[0, :, :, :6], k[0, :, :, :6])
-        np.testing.assert_array_equal(new_k[1], k[1])
-        np.testing.assert_array_equal(new_v[0, :, :6], v[0, :, :6])
-        np.testing.assert_array_equal(new_v[1], v[1])
-        assert not np.array_equal(new_k[0, :, :, 6:], k[0, :, :, 6:])
-        assert not np.array_equal(new_v[0, :, 6:], v[0, :, 6:])
+    for old, new in zip(cache.layers, after.layers, strict=True):
+        np.testing.assert_array_equal(new.k[0, :, :, :6], old.k[0, :, :, :6])
+        np.testing.assert_array_equal(new.k[1], old.k[1])
+        np.testing.assert_array_equal(new.v[0, :, :6], old.v[0, :, :6])
+        np.testing.assert_array_equal(new.v[1], old.v[1])
+        assert not np.array_equal(new.k[0, :, :, 6:], old.k[0, :, :, 6:])
+        assert not np.array_equal(new.v[0, :, 6:], old.v[0, :, 6:])
 
 
 def test_cache_take_and_put():
@@ -158,10 +158,10 @@ def test_cache_take_and_put():
     cache, _ = extend(model, cache, random_tokens((4, 5)), jnp.zeros(4, jnp.int32))
     assert cache.slots == 8
     sub = cache.take(jnp.array([2, 0]))
-    np.testing.assert_array_equal(sub.k[1], cache.k[1][jnp.array([2, 0])])
+    np.testing.assert_array_equal(sub.layers[1].k, cache.layers[1].k[jnp.array([2, 0])])
     back = KVCache.init(TINY, 4, 8, jnp.float32).put(jnp.array([3, 4]), sub)  # row 4: dropped
-    np.testing.assert_array_equal(back.v[0][3], cache.v[0][2])
-    np.testing.assert_array_equal(back.v[0][:3], 0)
+    np.testing.assert_array_equal(back.layers[0].v[3], cache.layers[0].v[2])
+    np.testing.assert_array_equal(back.layers[0].v[:3], 0)
 
 
 def test_donated_decode_loop_runs_on_device():
@@ -181,7 +181,7 @@ def test_donated_decode_loop_runs_on_device():
 
     cache = KVCache.init(TINY, 2, 8, jnp.float32)
     _, out = jax.jit(decode, donate_argnums=1)(params, cache)
-    assert cache.k[0].is_deleted()
+    assert cache.layers[0].k.is_deleted()
     np.testing.assert_allclose(out, forward(model, tokens, positions(2, 6)), rtol=1e-4, atol=1e-4)
 
 

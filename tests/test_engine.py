@@ -150,8 +150,8 @@ def test_the_samples_of_a_question_are_prefilled_once(model):
     for row, context in contexts.items():
         alone.set_context(policy, {row: context})
     assert alone.num_prefilled == 3 * 59
-    for mine, other in zip(*(jax.tree.leaves(engine._cache.v) for engine in (together, alone)), strict=True):
-        np.testing.assert_array_equal(mine[np.array([0, 2, 3]), :, :59], other[np.array([0, 2, 3]), :, :59])
+    for mine, other in zip(together._cache.layers, alone._cache.layers, strict=True):
+        np.testing.assert_array_equal(mine.v[np.array([0, 2, 3]), :, :59], other.v[np.array([0, 2, 3]), :, :59])
     for engine in (together, alone):
         engine.decode(policy, 6, leave_at=4)
     np.testing.assert_array_equal(together.rows.tokens[[0, 2, 3], :66], alone.rows.tokens[[0, 2, 3], :66])
@@ -195,10 +195,10 @@ def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monke
         engine, policy = make_engine(model, max_length=300, num_devices=1)
         engine.set_context(policy, {0: Context(prompt(0, 30), 100), 3: Context(prompt(3, 200), 100)})
         engine.hold(3)
-        before = [np.array(leaf[3, :, :199]) for leaf in engine._cache.v]
+        before = [np.array(layer.v[3, :, :199]) for layer in engine._cache.layers]
         engine.decode(policy, 32, leave_at=4)
-        for leaf, old in zip(engine._cache.v, before, strict=True):
-            np.testing.assert_array_equal(leaf[3, :, :199], old)
+        for layer, old in zip(engine._cache.layers, before, strict=True):
+            np.testing.assert_array_equal(layer.v[3, :, :199], old)
         engine.decode(policy, 100, leave_at=4)  # over the border of what the first call had
         engine.set_context(policy, {3: Context(prompt(3, 200), 100)})
         engine.decode(policy, 100, leave_at=4)

@@ -6,7 +6,8 @@ Shapes: B rows, C new tokens, S positions of the cache, N query heads, K kv head
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, Self
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from r3rag_jax.models.config import DecoderConfig
 
 # Positions that several tokens attend to at once, on a CPU and elsewhere, where a loop waits for the host every round.
-ATTEND_BLOCK, ACCELERATOR_BLOCK = 128, 2048
+ATTEND_BLOCK, ACCELERATOR_BLOCK = 128, 512
 
 
 def fastest_dtype(compute: jax.typing.DTypeLike) -> jnp.dtype:
@@ -24,92 +25,53 @@ def fastest_dtype(compute: jax.typing.DTypeLike) -> jnp.dtype:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of every layer; position s of a row is that of its token s.
+class LayerCache:
+    """Keys and values of one layer; position s of a row is that of its token s.
 
     Keys are stored transposed, so that both matmuls of a decode step run along contiguous memory: on CPU this layout
     takes half the time of [B, S, K, H]. In int8, each key and each value has a scale of its own.
     """
 
-    k: tuple[jax.Array, ...]  # Ly x [B, K, H, S]
-    v: tuple[jax.Array, ...]  # Ly x [B, K, S, H]
-    k_scale: tuple[jax.Array, ...] = ()  # of int8: Ly x float32 [B, K, S]
-    v_scale: tuple[jax.Array, ...] = ()
+    k: jax.Array  # [B, K, H, S]
+    v: jax.Array  # [B, K, S, H]
+    k_scale: jax.Array | None = None  # of int8: float32 [B, K, S]
+    v_scale: jax.Array | None = None
 
     @classmethod
-    def init(cls, config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
-        """Return zeros for `batch` rows of `slots` positions."""
+    def init(cls, config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> LayerCache:
+        """Return zeros."""
         K, H = config.num_kv_heads, config.head_dim
-
-        def zeros(*shape: int, dtype: jax.typing.DTypeLike = dtype) -> tuple[jax.Array, ...]:
-            # Distinct buffers: a donated pytree may not hold one array twice.
-            return tuple(jnp.zeros((batch, K, *shape), dtype) for _ in range(config.num_layers))
-
-        cache = cls(k=zeros(H, slots), v=zeros(slots, H))
+        cache = cls(k=jnp.zeros((batch, K, H, slots), dtype), v=jnp.zeros((batch, K, slots, H), dtype))
         if jnp.dtype(dtype) != jnp.int8:
             return cache
-        return dataclasses.replace(
-            cache, k_scale=zeros(slots, dtype=jnp.float32), v_scale=zeros(slots, dtype=jnp.float32)
-        )
-
-    @property
-    def num_rows(self) -> int:
-        """B, as many as there are."""
-        return self.v[0].shape[0]
-
-    @property
-    def slots(self) -> int:
-        """S, the number of positions a row can hold."""
-        return self.v[0].shape[2]
-
-    def take(self, rows: jax.Array | None, slots: int | None = None) -> KVCache:
-        """The first positions (None: all of them) of rows (int32 [R]; None: all, where they are)."""
-
-        def cut(arrays: tuple[jax.Array, ...], axis: int) -> tuple[jax.Array, ...]:
-            parts = tuple(jax.lax.slice_in_dim(x, 0, slots, axis=axis) for x in arrays)
-            return parts if rows is None else tuple(x.at[rows].get(mode="clip") for x in parts)
-
-        return KVCache(cut(self.k, 3), cut(self.v, 2), cut(self.k_scale, 2), cut(self.v_scale, 2))
-
-    def put(self, rows: jax.Array | None, sub: KVCache) -> KVCache:
-        """This cache with what `take` gave of the same rows, and as many positions as it has; rows >= B are dropped."""
-
-        def write(whole: jax.Array, part: jax.Array) -> jax.Array:
-            if rows is None:
-                return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
-            return whole.at[rows, :, *map(slice, part.shape[2:])].set(part, mode="drop")
-
-        return jax.tree.map(write, self, sub)
+        # Distinct buffers: a donated pytree may not hold one array twice.
+        k_scale, v_scale = jnp.zeros((batch, K, slots)), jnp.zeros((batch, K, slots))
+        return dataclasses.replace(cache, k_scale=k_scale, v_scale=v_scale)
 
     def write(
-        self,
-        layer: int,
-        k_BCKH: jax.Array,
-        v_BCKH: jax.Array,
-        positions_BC: jax.Array,
-        rows_B: jax.Array | None = None,
-    ) -> KVCache:
-        """Keys and values of a layer at their positions, of all rows or of rows_B.
+        self, k_BCKH: jax.Array, v_BCKH: jax.Array, positions_BC: jax.Array, rows_B: jax.Array | None = None
+    ) -> LayerCache:
+        """Keys and values at their positions, of all rows or of rows_B.
 
         Positions >= S and rows >= B of the cache are dropped.
         """
         rows_B1 = (jnp.arange(positions_BC.shape[0]) if rows_B is None else rows_B)[:, None]
-        scales = {}
-        if self.k_scale:
-            (k_BCKH, k_scale), (v_BCKH, v_scale) = quantize(k_BCKH), quantize(v_BCKH)
-            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-                old = getattr(self, name)
-                new = old[layer].at[rows_B1, :, positions_BC].set(scale, mode="drop", unique_indices=True)
-                scales[name] = _replaced(old, layer, new)
-        k, v = self.k[layer], self.v[layer]
-        k = k.at[rows_B1, :, :, positions_BC].set(k_BCKH.astype(k.dtype), mode="drop", unique_indices=True)
-        v = v.at[rows_B1, :, positions_BC].set(v_BCKH.astype(v.dtype), mode="drop", unique_indices=True)
-        return dataclasses.replace(self, k=_replaced(self.k, layer, k), v=_replaced(self.v, layer, v), **scales)
 
-    def attend(
-        self, layer: int, q_BCNH: jax.Array, positions_BC: jax.Array, rows_B: jax.Array | None = None
-    ) -> jax.Array:
-        """Attend to positions of a layer up to each query's own; returns [B, C, N, H] of the queries' type.
+        def written(to: jax.Array, at: tuple[Any, ...], new: jax.Array) -> jax.Array:
+            return to.at[at].set(new.astype(to.dtype), mode="drop", unique_indices=True)
+
+        new = self
+        if self.k_scale is not None and self.v_scale is not None:
+            (k_BCKH, k_scale), (v_BCKH, v_scale) = quantize(k_BCKH), quantize(v_BCKH)
+            at = (rows_B1, slice(None), positions_BC)
+            new = dataclasses.replace(
+                self, k_scale=written(self.k_scale, at, k_scale), v_scale=written(self.v_scale, at, v_scale)
+            )
+        k = written(self.k, (rows_B1, slice(None), slice(None), positions_BC), k_BCKH)
+        return dataclasses.replace(new, k=k, v=written(self.v, (rows_B1, slice(None), positions_BC), v_BCKH))
+
+    def attend(self, q_BCNH: jax.Array, positions_BC: jax.Array, rows_B: jax.Array | None = None) -> jax.Array:
+        """Attend to positions up to each query's own, of all rows or of rows_B; [B, C, N, H] of the queries' type.
 
         A single token reads a row at once; more of them block by block, and no block behind the last that one of them
         sees. Weights relative to the largest so far are summed up and scaled when a larger one comes
@@ -119,7 +81,7 @@ class KVCache:
         once; left to an einsum over all the axes, XLA's CPU backend takes 5 x as long (a decode step of 64 rows).
         """
         B, C, N, H = q_BCNH.shape
-        K, S = self.v[layer].shape[1:3]
+        K, S = self.v.shape[1:3]
         G = N // K
         size = S if C == 1 else min(ATTEND_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK, S)
         q_BKRH = q_BCNH.reshape(B, C, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * C, H)
@@ -128,19 +90,21 @@ class KVCache:
             largest, total, out = sums
             start = jnp.minimum(number * size, S - size)  # the last block begins where it is whole ...
             at = start + jnp.arange(size)
-            block = self._block(layer, start, size, rows_B)
-            k, v = (x.astype(q_BKRH.dtype) if self.k_scale else x for x in (block.k[0], block.v[0]))
+            block = self._block(start, size, rows_B)
+            k, v = block.k, block.v
+            if block.k_scale is not None:
+                k, v = k.astype(q_BKRH.dtype), v.astype(q_BKRH.dtype)
             scores = _einsum32("bkrh,bkhs->bkrs", q_BKRH.astype(k.dtype), k) * H**-0.5
-            if self.k_scale:
-                scores = scores * block.k_scale[0][:, :, None]
+            if block.k_scale is not None:
+                scores = scores * block.k_scale[:, :, None]
             is_seen = (at >= number * size) & (at <= positions_BC[:, :, None])  # ... and adds no position twice
             scores = jnp.where(is_seen[:, None, None], scores.reshape(B, K, G, C, size), -jnp.inf)
             scores = scores.reshape(B, K, G * C, size)
             new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
             weights, shrink = jnp.exp(scores - new_largest[..., None]), jnp.exp(largest - new_largest)
             total = total * shrink + jnp.sum(weights, axis=-1)
-            if self.v_scale:
-                weights = weights * block.v_scale[0][:, :, None]
+            if block.v_scale is not None:
+                weights = weights * block.v_scale[:, :, None]
             out = out * shrink[..., None] + _einsum32("bkrs,bksh->bkrh", weights.astype(v.dtype), v)
             return new_largest, total, out
 
@@ -154,41 +118,68 @@ class KVCache:
         out = (out / total[..., None]).reshape(B, K, G, C, H)
         return out.transpose(0, 3, 1, 2, 4).reshape(B, C, N, H).astype(q_BCNH.dtype)
 
-    def _block(self, layer: int, start: jax.Array, size: int, rows_B: jax.Array | None) -> KVCache:
-        """Some positions of some rows of one layer."""
+    def _block(self, start: jax.Array, size: int, rows_B: jax.Array | None) -> LayerCache:
+        """Some positions of some rows."""
 
-        def cut(arrays: tuple[jax.Array, ...], axis: int) -> tuple[jax.Array, ...]:
-            if not arrays:
-                return ()
-            part = arrays[layer]
-            if size < part.shape[axis]:
-                part = jax.lax.dynamic_slice_in_dim(part, start, size, axis)
-            return (part if rows_B is None else part.at[rows_B].get(mode="clip"),)
+        def cut(x: jax.Array, axis: int) -> jax.Array:
+            if size < x.shape[axis]:
+                x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+            return x if rows_B is None else x.at[rows_B].get(mode="clip")
 
-        return KVCache(cut(self.k, 3), cut(self.v, 2), cut(self.k_scale, 2), cut(self.v_scale, 2))
+        return self._map(cut)
 
+    def take(self, rows: jax.Array | None, slots: int | None = None) -> LayerCache:
+        """See `KVCache.take`."""
 
-class Cache(Protocol):
-    """What a forward of B rows reads and writes; see `KVCache`."""
+        def cut(x: jax.Array, axis: int) -> jax.Array:
+            part = jax.lax.slice_in_dim(x, 0, slots, axis=axis)
+            return part if rows is None else part.at[rows].get(mode="clip")
 
-    def write(self, layer: int, k_BCKH: jax.Array, v_BCKH: jax.Array, positions_BC: jax.Array) -> Self: ...
+        return self._map(cut)
 
-    def attend(self, layer: int, q_BCNH: jax.Array, positions_BC: jax.Array) -> jax.Array: ...
+    def _map(self, function: Callable[[jax.Array, int], jax.Array]) -> LayerCache:
+        """The function of each array and of the axis of its positions."""
+        axes = LayerCache(k=3, v=2, k_scale=2, v_scale=2)  # type: ignore[arg-type]
+        if self.k_scale is None:
+            axes = dataclasses.replace(axes, k_scale=None, v_scale=None)
+        return jax.tree.map(function, self, axes)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class CacheRows:
-    """Some rows of a cache, where they are: those that there are not are read somewhere and written nowhere."""
+class KVCache:
+    """Keys and values of every layer."""
 
-    cache: KVCache
-    rows: jax.Array  # int32 [B], all different
+    layers: tuple[LayerCache, ...]
 
-    def write(self, layer: int, k_BCKH: jax.Array, v_BCKH: jax.Array, positions_BC: jax.Array) -> CacheRows:
-        return CacheRows(self.cache.write(layer, k_BCKH, v_BCKH, positions_BC, self.rows), self.rows)
+    @classmethod
+    def init(cls, config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
+        """Return zeros for `batch` rows of `slots` positions."""
+        return cls(tuple(LayerCache.init(config, batch, slots, dtype) for _ in range(config.num_layers)))
 
-    def attend(self, layer: int, q_BCNH: jax.Array, positions_BC: jax.Array) -> jax.Array:
-        return self.cache.attend(layer, q_BCNH, positions_BC, self.rows)
+    @property
+    def num_rows(self) -> int:
+        """B, as many as there are."""
+        return self.layers[0].v.shape[0]
+
+    @property
+    def slots(self) -> int:
+        """S, the number of positions a row can hold."""
+        return self.layers[0].v.shape[2]
+
+    def take(self, rows: jax.Array | None, slots: int | None = None) -> KVCache:
+        """The first positions (None: all of them) of rows (int32 [R]; None: all, where they are)."""
+        return KVCache(tuple(layer.take(rows, slots) for layer in self.layers))
+
+    def put(self, rows: jax.Array | None, sub: KVCache) -> KVCache:
+        """This cache with what `take` gave of the same rows, and as many positions as it has; rows >= B are dropped."""
+
+        def write(whole: jax.Array, part: jax.Array) -> jax.Array:
+            if rows is None:
+                return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
+            return whole.at[rows, :, *map(slice, part.shape[2:])].set(part, mode="drop")
+
+        return jax.tree.map(write, self, sub)
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -196,10 +187,6 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / 127
     return jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8), scale
-
-
-def _replaced(arrays: tuple[jax.Array, ...], place: int, new: jax.Array) -> tuple[jax.Array, ...]:
-    return (*arrays[:place], new, *arrays[place + 1 :])
 
 
 def _einsum32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -6,18 +6,17 @@ Shapes: B rows, C tokens of a chunk, S cache slots, D width, V vocab.
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from r3rag_jax.models.cache import Cache
+from r3rag_jax.models.cache import KVCache, LayerCache
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, finish_layer, qkv, rms_norm, rope_tables
 from r3rag_jax.sharding import tree_shardings
 
-AnyCache = TypeVar("AnyCache", bound=Cache)
 APART_AXES = {name: tuple(axis for axis in axes if axis != "layers") for name, axes in PARAM_AXES.items()}
 
 
@@ -51,24 +50,41 @@ class CachedDecoder:
         """Where each parameter goes: as in the stack that it is taken from."""
         return tree_shardings(mesh, self, APART_AXES)
 
-    def extend(self, cache: AnyCache, tokens_BC: jax.Array, starts_B: jax.Array) -> tuple[AnyCache, jax.Array]:
-        """Append C tokens to every row; returns the new cache and their hidden states [B, C, D].
+    def extend(
+        self, cache: KVCache, tokens_BC: jax.Array, starts_B: jax.Array, rows_B: jax.Array | None = None
+    ) -> tuple[KVCache, jax.Array]:
+        """Append C tokens to every row, or to rows_B; returns the new cache and their hidden states [B, C, D].
 
         Row b's tokens take positions starts_B[b] .. starts_B[b] + C - 1. Their keys and values are
         written there; positions >= S are dropped. Each query sees the cache at positions <= its
         own, so whatever lies beyond (an abandoned continuation, a padded tail) is never read
-        before it is overwritten.
+        before it is overwritten. Rows that there are not are read somewhere and written nowhere.
         """
         positions_BC = starts_B[:, None] + jnp.arange(tokens_BC.shape[1])
         cos, sin = rope_tables(self.config, positions_BC)
-        x = self.embed[tokens_BC]
-        for i, w in enumerate(self.layers):
-            q, k, v = qkv(self.config, w, x, cos, sin)
-            cache = cache.write(i, k, v, positions_BC)
-            x = finish_layer(self.config, w, x, cache.attend(i, q, positions_BC))
-        return cache, rms_norm(x, self.final_norm, self.config.norm_eps)
+        x, layers = self.embed[tokens_BC], []
+        for w, layer in zip(self.layers, cache.layers, strict=True):
+            layer, x = _extend_layer(self.config, w, layer, x, cos, sin, positions_BC, rows_B)
+            layers.append(layer)
+        return KVCache(tuple(layers)), rms_norm(x, self.final_norm, self.config.norm_eps)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Project hidden states [..., D] to float32 logits [..., V]."""
         output = self.embed.T if self.lm_head is None else self.lm_head
         return jnp.matmul(hidden, output, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once, not for each layer: XLA puts it in place
+def _extend_layer(
+    config: DecoderConfig,
+    w: dict[str, jax.Array],
+    cache: LayerCache,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    positions_BC: jax.Array,
+    rows_B: jax.Array | None,
+) -> tuple[LayerCache, jax.Array]:
+    q, k, v = qkv(config, w, x, cos, sin)
+    cache = cache.write(k, v, positions_BC, rows_B)
+    return cache, finish_layer(config, w, x, cache.attend(q, positions_BC, rows_B))

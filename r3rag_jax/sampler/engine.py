@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from r3rag_jax.models.cache import CacheRows, KVCache
+from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
@@ -129,9 +129,7 @@ class Engine:
             calls.append(functools.partial(self._prefill.lower, decoder, self._cache, chunk[:, 0], chunk, chunk[:, 0]))
         for window in self._windows:
             args = self._decode_args(np.arange(window.rows, dtype=np.int32), 0, 1)
-            calls.append(
-                functools.partial(self._decode.lower, decoder, self._cache, *args, positions=window.positions)
-            )
+            calls.append(functools.partial(self._decode.lower, decoder, self._cache, *args, positions=window.positions))
         with ThreadPoolExecutor(len(calls)) as pool:
             list(pool.map(lambda lower: lower().compile(), calls))  # jit finds them there
         self._is_warm = True
@@ -304,7 +302,7 @@ def prefill(
     decoder: CachedDecoder, cache: KVCache, rows_R: jax.Array, tokens_RC: jax.Array, starts_R: jax.Array
 ) -> KVCache:
     """Write keys and values of tokens_RC at positions starts_R + 0..C-1 of the given rows; rows >= B are dropped."""
-    return decoder.extend(CacheRows(cache, rows_R), tokens_RC, starts_R)[0].cache
+    return decoder.extend(cache, tokens_RC, starts_R, rows_R)[0]
 
 
 def copy(cache: KVCache, sources_R: jax.Array, rows_R: jax.Array) -> KVCache:
