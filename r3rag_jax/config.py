@@ -222,6 +222,9 @@ class RolloutConfig:
     max_trajectory_tokens: int = key(0, "budget of sampled tokens over all steps of a trajectory; 0: none", "tokens")
     max_length: int = key(512, "budget of a context; cache slots per row", "tokens")
     slots: int = key(64, "rows decoded side by side", "rows")
+    split_weights: bool = key(
+        False, "mesh.fsdp splits the sampler's copy of the weights too: less memory, but each step gathers all of it"
+    )
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = key(
         "auto", "type of cached keys and values; auto: model.dtype, float32 on CPUs (they widen all); int8: not exact"
     )

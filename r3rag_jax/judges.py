@@ -73,7 +73,10 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> LocalChat:
         stops = {tokenizer.eos_id, *(stops if isinstance(stops, list) else [stops])}
         decoder = load_decoder(path, dtype=dtype, shardings=param_shardings(mesh, shape))
     graphdef, params = nnx.split(decoder)
-    engine = Engine(graphdef, shape, mesh, slots=config.slots, max_length=config.max_length, dtype=fastest_dtype(dtype))
+    engine = Engine(
+        graphdef, shape, mesh, slots=config.slots, max_length=config.max_length, dtype=fastest_dtype(dtype),
+        split_weights=True,
+    )  # fmt: skip
     files = sorted(path.glob("*.safetensors"))
     marks = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]  # other weights may take their place
     with reading(path):  # its chat template

@@ -348,7 +348,7 @@ class Session:
         rollout = self.config.rollout
         return Engine(
             self.graphdef, self.decoder_config, self.sampler_mesh, slots=rollout.slots, max_length=rollout.max_length,
-            truncation=Truncation.of(rollout), dtype=self.cache_dtype,
+            truncation=Truncation.of(rollout), dtype=self.cache_dtype, split_weights=rollout.split_weights,
         )  # fmt: skip
 
     @property

@@ -126,9 +126,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_ways(mesh: Mesh) -> int:
-    """Devices that the rows of a batch are split over."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+def batch_ways(mesh: Mesh, num_rows: int) -> int:
+    """Devices that the rows of a batch are split over: 1, each with all of them, where they do not divide."""
+    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    return ways if num_rows % ways == 0 else 1
 
 
 def batch_shardings(mesh: Mesh, tree: Any) -> Any:

@@ -128,7 +128,7 @@ def plan_memory(session: Session, phase: str) -> list[MemoryPlan]:
         return [plan(mesh, parts)]
     rollout, sampler_mesh = config.rollout, session.sampler_mesh
     policy = jax.eval_shape(lambda: CachedDecoder.of(session.new_decoder()))
-    own = {"policy of rollouts": bytes_per_device(policy, policy.shardings(sampler_mesh))}
+    own = {"policy of rollouts": bytes_per_device(policy, policy.shardings(sampler_mesh, rollout.split_weights))}
     if sampler_mesh is mesh:
         own = parts | own
     else:

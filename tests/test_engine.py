@@ -1,6 +1,7 @@
 """The sampler against a naive loop: same tokens, same log-probabilities, whatever the batch."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,10 @@ def model():
     return tiny.decoder()
 
 
-def make_engine(model, slots=4, pauses=(), stops=(), num_devices=None, **options):
+def make_engine(model, slots=4, pauses=(), stops=(), num_devices=None, mesh=None, **options):
     """On all devices, or on so many."""
     graphdef, params = nnx.split(model)
-    mesh, options = make_mesh(MeshConfig()), {"slots": slots, "max_length": MAX_LENGTH, **options}
+    mesh, options = make_mesh(mesh or MeshConfig()), {"slots": slots, "max_length": MAX_LENGTH, **options}
     if num_devices is not None:
         mesh = make_sampler_mesh(MeshConfig(sampler_devices=num_devices), mesh)
     engine = Engine(graphdef, model.config, mesh, **options)
@@ -181,6 +182,52 @@ def test_trajectory_does_not_depend_on_slot_or_neighbours(model):
     for _ in range(7):
         crowd.decode(policy, 3, leave_at=1)
     assert crowd.rows.tokens[5, 24:44].tolist() == alone.rows.tokens[0, 24:44].tolist()
+
+
+MOVED = r"= \(?\w+\[([\d,]+)\].* (?:all-gather|all-to-all|collective-permute)(?:-start)?\("
+MESHES = [
+    pytest.param(MeshConfig(), False, id="data 8"),
+    pytest.param(MeshConfig(fsdp=4), False, id="data 2, fsdp 4"),
+    pytest.param(MeshConfig(fsdp=4), True, id="data 2, fsdp 4, weights split"),
+    pytest.param(MeshConfig(fsdp=2, tensor=2), False, id="data 2, fsdp 2, tensor 2"),
+]
+
+
+@pytest.mark.parametrize(("mesh", "is_split"), MESHES)
+def test_any_mesh_samples_what_one_device_does(model, monkeypatch, mesh, is_split):
+    """Rows that lack much and little, more of one device's than a call takes, copies across devices, a second turn."""
+    monkeypatch.setattr(engine_module, "CPU_SHAPES", engine_module.PrefillShapes(lengths=(32, 64), totals=(64, 128)))
+
+    def play(**options):
+        engine, policy = make_engine(model, slots=16, max_length=300, **options)
+        contexts = {row: Context(prompt(row, 20 + 9 * row), 12) for row in range(16) if row not in (2, 9)}
+        contexts |= {row: Context(prompt(2, 160), 12) for row in (2, 9)}
+        engine.set_context(policy, contexts)
+        engine.decode(policy, 5, leave_at=16)
+        grown = {row: engine.rows.tokens[row, : engine.rows.lengths[row]].tolist() for row in (0, 1, 14)}
+        engine.set_context(policy, {row: Context([*ids, *prompt(row, 40)], 12) for row, ids in grown.items()})
+        engine.decode(policy, 12, leave_at=16)
+        return engine
+
+    one, many = play(num_devices=1), play(mesh=mesh, split_weights=is_split)
+    assert many.num_prefilled == one.num_prefilled
+    np.testing.assert_array_equal(many.rows.tokens, one.rows.tokens)
+    np.testing.assert_allclose(many.rows.logprobs, one.rows.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(("mesh", "is_split"), [param for param in MESHES if not param.values[1]])
+def test_devices_exchange_neither_cache_nor_hidden_states_nor_weights(model, mesh, is_split):
+    """But for the sums over `tensor`. What a row is to continue with, [B] or [B, length], goes back to every host."""
+    engine, policy = make_engine(model, slots=16, mesh=mesh, split_weights=is_split)
+    prefill = engine._prefill.lower(policy, engine._cache, *engine._placed(engine._chunk(2, 32)))
+    args = engine._decode_args(np.arange(16, dtype=np.int32), 0, 1)
+    decode = engine._decode.lower(policy, engine._cache, *args, positions=MAX_LENGTH)
+    moved = [
+        {tuple(map(int, shape.split(","))) for shape in re.findall(MOVED, lowered.compile().as_text())}
+        for lowered in (prefill, decode)
+    ]
+    assert moved[0] == set()
+    assert {(16, MAX_LENGTH)} <= moved[1] <= {(16,), (16, 2), (16, MAX_LENGTH)}
 
 
 @pytest.mark.parametrize(

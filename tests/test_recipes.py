@@ -225,9 +225,10 @@ def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
     policy = jax.eval_shape(lambda: CachedDecoder.of(new_decoder(config, decoder)))
     slots, length = config.rollout.slots, config.rollout.max_length
     cache = jax.eval_shape(functools.partial(KVCache.init, decoder, slots, length, jnp.bfloat16))
-    chunk = np.zeros((slots, engine.PREFILL_LENGTHS[-1]), np.int32)
-    prefilled = jax.eval_shape(engine.prefill, policy, cache, np.zeros(slots, np.int32), chunk, chunk[:, 0])
-    assert shapes(prefilled) == shapes(cache)
+    for ways in (1, 4):
+        chunk = np.zeros((ways, slots // ways, engine.ACCELERATOR_SHAPES.lengths[-1]), np.int32)
+        prefilled = jax.eval_shape(engine.prefill, policy, cache, chunk[..., 0], chunk, chunk[..., 0])
+        assert shapes(prefilled) == shapes(cache)
     stops = np.zeros(engine.MAX_STOPS, np.int32)
     for window in engine.windows(slots, length, ways=1):
         decode = functools.partial(engine.decode, truncation=WHOLE, positions=window.positions)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.sharding import partition_spec
 
 # Positions that several tokens attend to at once, on a CPU and elsewhere, where a loop waits for the host every round.
 ATTEND_BLOCK, ACCELERATOR_BLOCK = 128, 512
@@ -55,27 +56,38 @@ class LayerCache:
 
         Positions >= S and rows >= B of the cache are dropped.
         """
-        rows_B1 = (jnp.arange(positions_BC.shape[0]) if rows_B is None else rows_B)[:, None]
+        new = LayerCache(k_BCKH, v_BCKH)  # what is new of each array, [B, C, ...]
+        if self.k_scale is not None:
+            (k, k_scale), (v, v_scale) = quantize(k_BCKH), quantize(v_BCKH)
+            new = LayerCache(k, v, k_scale, v_scale)
 
-        def written(to: jax.Array, at: tuple[Any, ...], new: jax.Array) -> jax.Array:
-            return to.at[at].set(new.astype(to.dtype), mode="drop", unique_indices=True)
+        def written(to: jax.Array, axis: int, new: jax.Array) -> jax.Array:
+            new, between = new.astype(to.dtype), (slice(None),) * (axis - 1)
+            if rows_B is not None:
+                at = (rows_B[:, None], *between, positions_BC)
+                return to.at[at].set(new, mode="drop", unique_indices=True)
 
-        new = self
-        if self.k_scale is not None and self.v_scale is not None:
-            (k_BCKH, k_scale), (v_BCKH, v_scale) = quantize(k_BCKH), quantize(v_BCKH)
-            at = (rows_B1, slice(None), positions_BC)
-            new = dataclasses.replace(
-                self, k_scale=written(self.k_scale, at, k_scale), v_scale=written(self.v_scale, at, v_scale)
-            )
-        k = written(self.k, (rows_B1, slice(None), slice(None), positions_BC), k_BCKH)
-        return dataclasses.replace(new, k=k, v=written(self.v, (rows_B1, slice(None), positions_BC), v_BCKH))
+            def write_row(to: jax.Array, new: jax.Array, at_C: jax.Array) -> jax.Array:
+                new = jnp.moveaxis(new, 0, axis - 1)
+                return to.at[*between, at_C].set(new, mode="drop", unique_indices=True)
 
-    def attend(self, q_BCNH: jax.Array, positions_BC: jax.Array, rows_B: jax.Array | None = None) -> jax.Array:
+            return jax.vmap(write_row)(to, new, positions_BC)  # each device its own, where rows are split
+
+        return self._map(written, new)
+
+    def attend(
+        self,
+        q_BCNH: jax.Array,
+        positions_BC: jax.Array,
+        rows_B: jax.Array | None = None,
+        reach: jax.Array | None = None,
+    ) -> jax.Array:
         """Attend to positions up to each query's own, of all rows or of rows_B; [B, C, N, H] of the queries' type.
 
-        A single token reads a row at once; more of them block by block, and no block behind the last that one of them
-        sees. Weights relative to the largest so far are summed up and scaled when a larger one comes
-        (arXiv 1805.02867), so what a block behind all others' positions adds to a row is exactly nothing.
+        A single token reads a row at once; more of them block by block, and no block behind `reach`, int32 [], below
+        which all positions_BC lie (None: the last of them). Weights relative to the largest so far are summed up and
+        scaled when a larger one comes (arXiv 1805.02867), so what a block behind all others' positions adds to a row is
+        exactly nothing.
 
         The G query heads of a kv head and the C tokens are laid out as rows R of one matmul, so the cache is read
         once; left to an einsum over all the axes, XLA's CPU backend takes 5 x as long (a decode step of 64 rows).
@@ -113,7 +125,8 @@ class LayerCache:
         if size == S:
             _, total, out = add(0, sums)
         else:
-            num_blocks = jnp.minimum(jnp.max(positions_BC), S - 1) // size + 1
+            reach = jnp.max(positions_BC) + 1 if reach is None else reach
+            num_blocks = (jnp.minimum(reach, S) + size - 1) // size
             _, total, out = jax.lax.fori_loop(0, num_blocks, add, sums)
         out = (out / total[..., None]).reshape(B, K, G, C, H)
         return out.transpose(0, 3, 1, 2, 4).reshape(B, C, N, H).astype(q_BCNH.dtype)
@@ -137,12 +150,12 @@ class LayerCache:
 
         return self._map(cut)
 
-    def _map(self, function: Callable[[jax.Array, int], jax.Array]) -> LayerCache:
-        """The function of each array and of the axis of its positions."""
+    def _map(self, function: Callable[..., jax.Array], *others: LayerCache) -> LayerCache:
+        """The function of each array, of the axis of its positions and of its like in others."""
         axes = LayerCache(k=3, v=2, k_scale=2, v_scale=2)  # type: ignore[arg-type]
         if self.k_scale is None:
             axes = dataclasses.replace(axes, k_scale=None, v_scale=None)
-        return jax.tree.map(function, self, axes)
+        return jax.tree.map(function, self, axes, *others)
 
 
 @jax.tree_util.register_dataclass
@@ -156,6 +169,11 @@ class KVCache:
     def init(cls, config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> KVCache:
         """Return zeros for `batch` rows of `slots` positions."""
         return cls(tuple(LayerCache.init(config, batch, slots, dtype) for _ in range(config.num_layers)))
+
+    def shardings(self, mesh: Mesh) -> KVCache:
+        """Rows over (data, fsdp), kv heads over tensor, where they divide."""
+        rest = lambda leaf: ("batch", "kv_heads") + (None,) * (leaf.ndim - 2)  # noqa: E731
+        return jax.tree.map(lambda x: NamedSharding(mesh, partition_spec(mesh, rest(x), x.shape)), self)
 
     @property
     def num_rows(self) -> int:

@@ -18,6 +18,7 @@ from r3rag_jax.models.decoder import PARAM_AXES, Decoder, finish_layer, qkv, rms
 from r3rag_jax.sharding import tree_shardings
 
 APART_AXES = {name: tuple(axis for axis in axes if axis != "layers") for name, axes in PARAM_AXES.items()}
+WHOLE_AXES = {name: tuple(None if axis == "embed" else axis for axis in axes) for name, axes in APART_AXES.items()}
 
 
 @jax.tree_util.register_dataclass
@@ -46,12 +47,17 @@ class CachedDecoder:
             config=decoder.config,
         )
 
-    def shardings(self, mesh: Mesh) -> CachedDecoder:
-        """Where each parameter goes: as in the stack that it is taken from."""
-        return tree_shardings(mesh, self, APART_AXES)
+    def shardings(self, mesh: Mesh, split: bool) -> CachedDecoder:
+        """Where each parameter goes: over `tensor`; with `split` over `fsdp` too, and each step gathers all of them."""
+        return tree_shardings(mesh, self, APART_AXES if split else WHOLE_AXES)
 
     def extend(
-        self, cache: KVCache, tokens_BC: jax.Array, starts_B: jax.Array, rows_B: jax.Array | None = None
+        self,
+        cache: KVCache,
+        tokens_BC: jax.Array,
+        starts_B: jax.Array,
+        rows_B: jax.Array | None = None,
+        reach: jax.Array | None = None,
     ) -> tuple[KVCache, jax.Array]:
         """Append C tokens to every row, or to rows_B; returns the new cache and their hidden states [B, C, D].
 
@@ -59,12 +65,13 @@ class CachedDecoder:
         written there; positions >= S are dropped. Each query sees the cache at positions <= its
         own, so whatever lies beyond (an abandoned continuation, a padded tail) is never read
         before it is overwritten. Rows that there are not are read somewhere and written nowhere.
+        `reach` is that of `LayerCache.attend`.
         """
         positions_BC = starts_B[:, None] + jnp.arange(tokens_BC.shape[1])
         cos, sin = rope_tables(self.config, positions_BC)
         x, layers = self.embed[tokens_BC], []
         for w, layer in zip(self.layers, cache.layers, strict=True):
-            layer, x = _extend_layer(self.config, w, layer, x, cos, sin, positions_BC, rows_B)
+            layer, x = _extend_layer(self.config, w, layer, x, cos, sin, positions_BC, rows_B, reach)
             layers.append(layer)
         return KVCache(tuple(layers)), rms_norm(x, self.final_norm, self.config.norm_eps)
 
@@ -84,7 +91,8 @@ def _extend_layer(
     sin: jax.Array,
     positions_BC: jax.Array,
     rows_B: jax.Array | None,
+    reach: jax.Array | None,
 ) -> tuple[LayerCache, jax.Array]:
     q, k, v = qkv(config, w, x, cos, sin)
     cache = cache.write(k, v, positions_BC, rows_B)
-    return cache, finish_layer(config, w, x, cache.attend(q, positions_BC, rows_B))
+    return cache, finish_layer(config, w, x, cache.attend(q, positions_BC, rows_B, reach))

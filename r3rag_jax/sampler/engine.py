@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -30,8 +31,6 @@ from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sharding import batch_shardings, batch_ways, put, replicated
 
 EndOf = Callable[[Sequence[int]], int]
-PREFILL_LENGTHS = (32, 64, 128)  # of a row in a prefill call
-PREFILL_TOKENS, ACCELERATOR_TOKENS = (128, 512), (512, 4096)  # of a CPU device, of another, in a prefill call
 # Of a decode call: shares of the cache's positions and rows (one over this) that it may read, and the fewest positions.
 SPAN_SHARES, ROW_SHARES, MIN_SPAN = (8, 4, 2, 1), (4, 2), 64
 MAX_STOPS = 16
@@ -46,6 +45,17 @@ class Context:
     budget: int  # most tokens to sample
     temperature: float = 0.0  # 0 = greedy
     key: np.ndarray | None = None  # uint32 [2]; needed unless greedy
+
+
+class PrefillShapes(NamedTuple):
+    """Tokens of a prefill call."""
+
+    lengths: tuple[int, ...]  # of a row
+    totals: tuple[int, ...]  # of a device
+
+
+CPU_SHAPES = PrefillShapes(lengths=(32, 64, 128), totals=(128, 512))
+ACCELERATOR_SHAPES = PrefillShapes(lengths=(32, 128, 512), totals=(512, 4096))
 
 
 class Engine:
@@ -63,25 +73,33 @@ class Engine:
         stop_ids: Sequence[int] = (),
         truncation: Truncation = WHOLE,
         dtype: Any = jnp.float32,
+        split_weights: bool = False,
     ):
-        """`pause_ids` end a step with NEEDS_RETRIEVAL, `stop_ids` with DONE; `slots` rows of `max_length` tokens."""
+        """A sampler of `slots` rows of `max_length` tokens.
+
+        Args:
+            pause_ids: they end a step with NEEDS_RETRIEVAL. stop_ids: with DONE.
+            dtype: of keys and values.
+            split_weights: see `CachedDecoder.shardings`.
+        """
         self.mesh, self.slots, self.max_length = mesh, slots, max_length
         self.rows = Rows.empty(slots, max_length)
         self._starts = np.zeros(slots, np.int32)  # length of each row's context
         cache_of = functools.partial(KVCache.init, config, slots, max_length, dtype)
         self._shardings = DecodeState(
-            cache=batch_shardings(mesh, jax.eval_shape(cache_of)), rows=batch_shardings(mesh, self.rows)
+            cache=jax.eval_shape(cache_of).shardings(mesh), rows=batch_shardings(mesh, self.rows)
         )
         self._cache = jax.jit(cache_of, out_shardings=self._shardings.cache)()
         self.stop_at(pause_ids, stop_ids)
 
         def load(params: Any) -> CachedDecoder:
             decoder = jax.tree.map(jnp.copy, CachedDecoder.of(nnx.merge(graphdef, params)))
-            return jax.lax.with_sharding_constraint(decoder, decoder.shardings(mesh))
+            return jax.lax.with_sharding_constraint(decoder, decoder.shardings(mesh, split_weights))
 
         self._load = jax.jit(load)
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
-        self._ways = batch_ways(mesh)
+        self._ways = batch_ways(mesh, slots)
+        self._prefill_shapes = CPU_SHAPES if jax.default_backend() == "cpu" else ACCELERATOR_SHAPES
         self._windows = windows(slots, max_length, self._ways)
         self._decode = jax.jit(
             functools.partial(decode, truncation=truncation),
@@ -124,9 +142,9 @@ class Engine:
         """Compile every program that there is for this engine, 15 at most, in threads."""
         nothing = np.zeros(self.slots, np.int32)
         calls = [functools.partial(self._copy.lower, self._cache, nothing, nothing)]
-        for width, size in ((w, size) for w in PREFILL_LENGTHS for size in self._prefill_sizes(w)):
-            chunk = np.zeros((size, width), np.int32)
-            calls.append(functools.partial(self._prefill.lower, decoder, self._cache, chunk[:, 0], chunk, chunk[:, 0]))
+        for width, size in ((w, size) for w in self._prefill_shapes.lengths for size in self._prefill_sizes(w)):
+            chunk = self._placed(self._chunk(size, width))
+            calls.append(functools.partial(self._prefill.lower, decoder, self._cache, *chunk))
         for window in self._windows:
             args = self._decode_args(np.arange(window.rows, dtype=np.int32), 0, 1)
             calls.append(functools.partial(self._decode.lower, decoder, self._cache, *args, positions=window.positions))
@@ -231,28 +249,42 @@ class Engine:
         return int(differs[0]) if len(differs) else cached
 
     def _prefill_once(self, decoder: CachedDecoder, todo: list[tuple[int, Sequence[int], int]]) -> list[Any]:
-        """One chunk of the rows in `todo` that lack most; returns what is left."""
+        """One chunk of the rows in `todo` that lack most, on each device of its own rows; returns what is left."""
         todo = sorted(todo, key=lambda lacking: lacking[2] - len(lacking[1]))
-        longest = len(todo[0][1]) - 1 - todo[0][2]
-        width = next((c for c in PREFILL_LENGTHS if c >= longest), PREFILL_LENGTHS[-1])
+        longest, per_device = len(todo[0][1]) - 1 - todo[0][2], self.slots // self._ways
+        lengths = self._prefill_shapes.lengths
+        width = next((length for length in lengths if length >= longest), lengths[-1])
+        most = max(Counter(row // per_device for row, _, _ in todo).values())
         sizes = self._prefill_sizes(width)
-        size = next((size for size in sizes if size >= len(todo)), sizes[-1])
-        rows = np.arange(self.slots, self.slots + size, dtype=np.int32)  # there are no such rows: dropped
-        tokens, starts = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
-        left = todo[size:]
-        for i, (row, ids, start) in enumerate(todo[:size]):
-            end = min(start + width, len(ids) - 1)
-            rows[i], starts[i], tokens[i, : end - start] = row, start, ids[start:end]
+        size = next((size for size in sizes if size >= most), sizes[-1])
+        chunk = rows, tokens, starts = self._chunk(size, width)
+        used, left = [0] * self._ways, []
+        for row, ids, start in todo:
+            way, place = divmod(row, per_device)
+            i, end = used[way], min(start + width, len(ids) - 1)
+            if i == size:
+                left.append((row, ids, start))
+                continue
+            rows[way, i], starts[way, i], tokens[way, i, : end - start] = place, start, ids[start:end]
+            used[way] += 1
             self.num_prefilled += end - start
             if end < len(ids) - 1:
                 left.append((row, ids, end))
-        self._cache = self._prefill(decoder, self._cache, rows, tokens, starts)
+        self._cache = self._prefill(decoder, self._cache, *self._placed(chunk))
         return left
 
+    def _chunk(self, size: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `prefill` of this module takes behind the cache, of rows that there are not: nothing is written."""
+        rows = np.tile(self.slots // self._ways + np.arange(size, dtype=np.int32), (self._ways, 1))
+        return rows, np.zeros((*rows.shape, width), np.int32), np.zeros(rows.shape, np.int32)
+
+    def _placed(self, chunk: Any) -> Any:
+        return put(chunk, batch_shardings(self.mesh, chunk))
+
     def _prefill_sizes(self, width: int) -> list[int]:
-        """How many rows a prefill call can have, ascending."""
-        sizes = PREFILL_TOKENS if jax.default_backend() == "cpu" else ACCELERATOR_TOKENS
-        return sorted({min(self.slots, self._ways * (tokens // width)) for tokens in sizes})
+        """How many rows of each device a prefill call can have, ascending."""
+        per_device = self.slots // self._ways
+        return sorted({min(per_device, total // width) for total in self._prefill_shapes.totals})
 
 
 class Window(NamedTuple):
@@ -299,10 +331,24 @@ def complete_all(
 
 
 def prefill(
-    decoder: CachedDecoder, cache: KVCache, rows_R: jax.Array, tokens_RC: jax.Array, starts_R: jax.Array
+    decoder: CachedDecoder, cache: KVCache, rows_WR: jax.Array, tokens_WRC: jax.Array, starts_WR: jax.Array
 ) -> KVCache:
-    """Write keys and values of tokens_RC at positions starts_R + 0..C-1 of the given rows; rows >= B are dropped."""
-    return decoder.extend(cache, tokens_RC, starts_R, rows_R)[0]
+    """Write keys and values of tokens_WRC at positions starts_WR + 0..C-1 of the given rows.
+
+    The cache's rows are split over W devices, and rows_WR are counted from the first of each: so a device works on rows
+    of its own. Rows beyond its last are dropped.
+    """
+    ways, _, length = tokens_WRC.shape
+    if ways == 1:
+        return decoder.extend(cache, tokens_WRC[0], starts_WR[0], rows_WR[0])[0]
+    reach = jnp.max(starts_WR) + length  # one for all: no device leaves the loop before another
+    apart = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[1:]), cache)
+
+    def extend(cache: KVCache, tokens_RC: jax.Array, starts_R: jax.Array, rows_R: jax.Array) -> KVCache:
+        return decoder.extend(cache, tokens_RC, starts_R, rows_R, reach)[0]
+
+    written = jax.vmap(extend)(apart, tokens_WRC, starts_WR, rows_WR)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
 
 
 def copy(cache: KVCache, sources_R: jax.Array, rows_R: jax.Array) -> KVCache:
@@ -395,15 +441,15 @@ def append(
     """Write the sampled token of every active row behind its last one and update its status."""
     active = rows.status == RowStatus.ACTIVE
     at = jnp.where(active, rows.lengths, rows.tokens.shape[1])  # out of range: dropped
-    here = (jnp.arange(len(token)), at)
     budgets = rows.budgets - active
     status = jnp.where(jnp.isin(token, stops) | (budgets <= 0), RowStatus.DONE, RowStatus.ACTIVE)
     status = jnp.where(jnp.isin(token, pauses), RowStatus.NEEDS_RETRIEVAL, status)
+    write = jax.vmap(lambda to, at, value: to.at[at].set(value, mode="drop"))  # each device its own rows
     return dataclasses.replace(
         rows,
-        tokens=rows.tokens.at[here].set(token, mode="drop"),
-        logprobs=rows.logprobs.at[here].set(logprob, mode="drop"),
-        logprobs_t1=rows.logprobs_t1.at[here].set(logprob_t1, mode="drop"),
+        tokens=write(rows.tokens, at, token),
+        logprobs=write(rows.logprobs, at, logprob),
+        logprobs_t1=write(rows.logprobs_t1, at, logprob_t1),
         lengths=rows.lengths + active,
         budgets=budgets,
         status=jnp.where(active, status, rows.status).astype(jnp.int32),

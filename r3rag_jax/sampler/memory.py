@@ -37,8 +37,8 @@ class MemoryPlan:
 
     @property
     def cache(self) -> int:
-        """Of the rows that a device holds; all of them where their number does not divide by the devices."""
-        return self.slot * (self.slots // self.ways if self.slots % self.ways == 0 else self.slots)
+        """Of the rows that a device holds."""
+        return self.slot * self.slots // self.ways
 
     @property
     def total(self) -> int:
@@ -73,12 +73,12 @@ def plan(
     dtype: Any = None,
 ) -> MemoryPlan:
     """The plan of a phase: `parts` as `bytes_per_device` counts them, and the cache of such an `Engine`."""
-    slot, ways = 0, batch_ways(mesh)
+    slot, ways = 0, batch_ways(mesh, slots)
     if decoder is not None:
         copied = max((rows * part for rows, part in windows(slots, max_length, ways)[:-1]), default=0)
         positions = max_length + -(-copied // slots)
         one = jax.eval_shape(functools.partial(KVCache.init, decoder, 1, positions, dtype))
-        slot = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
+        slot = bytes_per_device(one, one.shardings(mesh))
     return MemoryPlan(parts, slots if decoder is not None else 0, ways, slot, device_memory(mesh))
 
 
