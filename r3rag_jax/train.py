@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.markup import escape
 
@@ -40,7 +41,7 @@ from r3rag_jax.rewards.score import Scores, learnable, score
 from r3rag_jax.rollout import Job
 from r3rag_jax.sampler.memory import MemoryPlan, bytes_per_device, plan
 from r3rag_jax.session import Session, barrier, open_run, use_compile_cache
-from r3rag_jax.sharding import put_batch, start_distributed, tree_shardings
+from r3rag_jax.sharding import batch_ways, put_batch, start_distributed, tree_shardings
 from r3rag_jax.trainer import RLTrainer, equal_groups, number_groups
 from r3rag_jax.transcript import teacher_samples
 from r3rag_jax.types import Question, SFTBatch, Status, Trajectory
@@ -70,6 +71,8 @@ def run(config: Config, console: Console | None = None) -> Session:
         started = time.monotonic()
         for planned in plans.get(name, ()):
             say(f"[dim]memory of {name}: {planned}[/]", highlight=False)
+        for key in undivided(config, session.mesh, session.sampler_mesh, name) if name in plans else ():
+            say(f"[yellow]{key} does not divide by the devices of data and fsdp: each computes all rows[/]")
         if phases[name](session):
             say(f"[green]✓[/] {name}  {time.monotonic() - started:.0f} s", highlight=False)
             did_work = True
@@ -138,6 +141,15 @@ def plan_memory(session: Session, phase: str) -> list[MemoryPlan]:
         dtype=session.cache_dtype,
     )  # fmt: skip
     return [sampler] if sampler_mesh is mesh else [plan(mesh, parts), sampler]
+
+
+def undivided(config: Config, mesh: Mesh, sampler_mesh: Mesh, phase: str) -> list[str]:
+    """Settings of a phase by which devices work on the same rows instead of some each, as `key=value`."""
+    batches = {"sft": ("sft.batch_rows", config.sft.batch_rows), "rl": ("rl.batch_rows", config.rl.batch_rows)}
+    slots = ("rollout.slots", config.rollout.slots)
+    asked = [(mesh, *batches[phase])] if phase in batches else []
+    asked += [(sampler_mesh, *slots)] if phase in ("rl", "eval") and not config.rollout.server else []
+    return [f"{key}={rows}" for on, key, rows in asked if on.size > on.shape["tensor"] and batch_ways(on, rows) == 1]
 
 
 def shapes_to_zeros(shapes: Any) -> Any:

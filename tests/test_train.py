@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 from r3rag_jax import ask, evaluate, learner, train
 from r3rag_jax import session as session_module
 from r3rag_jax.checkpoint import Checkpoints
-from r3rag_jax.config import Config, RLConfig, RolloutConfig
+from r3rag_jax.config import Config, MeshConfig, RLConfig, RolloutConfig, SFTConfig
 from r3rag_jax.configio import load_config
 from r3rag_jax.data.qa import read_passages, read_questions, read_rows, trajectory_from_dict
 from r3rag_jax.errors import UserError
@@ -33,7 +33,7 @@ from r3rag_jax.rewards.score import Scores
 from r3rag_jax.rollout import Job
 from r3rag_jax.sampler import memory
 from r3rag_jax.session import Session
-from r3rag_jax.sharding import AXES
+from r3rag_jax.sharding import AXES, make_mesh
 from r3rag_jax.trainer import RLTrainer, equal_groups, number_groups
 from r3rag_jax.types import Question, Sample, Status, Step, Trajectory
 
@@ -575,3 +575,15 @@ def test_the_cold_start_ends_at_a_step_of_nan(base: Path, tmp_path: Path, monkey
         tiny_run.train(tmp_path, base, phases="[index, sft]")
     [path] = (tmp_path / "run" / "checkpoints").glob("bad_step_sft_0.npz")
     assert {"tokens", "positions", "segment_ids", "loss_mask"} == set(np.load(path).files)
+
+
+def test_rows_that_do_not_divide_by_the_devices_are_told_of() -> None:
+    """Eight devices, four of data and fsdp."""
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    config = dataclasses.replace(
+        Config(), sft=SFTConfig(batch_rows=6), rl=RLConfig(batch_rows=8), rollout=RolloutConfig(slots=10)
+    )
+    told = {phase: train.undivided(config, mesh, mesh, phase) for phase in ("index", "sft", "rl", "eval")}
+    assert told == {"index": [], "sft": ["sft.batch_rows=6"], "rl": ["rollout.slots=10"], "eval": ["rollout.slots=10"]}
+    of_one = make_mesh(MeshConfig(tensor=8))
+    assert not any(train.undivided(config, of_one, of_one, phase) for phase in told)
