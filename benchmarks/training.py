@@ -32,6 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 from timing import matmul_flops, medians, torch_device
@@ -57,51 +58,43 @@ def path_of(model: str) -> Path:
 
 
 class Ours:
-    """The jitted SFT update over a mesh of all devices."""
+    """A jitted update over a mesh of all devices."""
 
-    def __init__(self, model: str, settings: ModelConfig):
+    def __init__(self, mesh: Mesh, state: Any, step: Any, *rest: Any):
+        """`step` takes the state, what is put on the mesh for a batch, and `rest`."""
+        self.mesh, self.state, self._step, self._rest = mesh, state, step, rest
+
+    @classmethod
+    def sft(cls, model: str, settings: ModelConfig) -> Ours:
         graphdef, params = nnx.split(read(model, settings))
-        self.mesh, tx = make_mesh(MeshConfig()), learner.sft_optimizer(SFTConfig(lr=1e-5), 100)
-        self.state = learner.init_state(self.mesh, params, tx)
-        self._step = learner.make_sft_step(self.mesh, graphdef, tx, settings, self.state)
+        mesh, tx = make_mesh(MeshConfig()), learner.sft_optimizer(SFTConfig(lr=1e-5), 100)
+        state = learner.init_state(mesh, params, tx)
+        return cls(mesh, state, learner.make_sft_step(mesh, graphdef, tx, settings, state))
 
-    def step(self, batch: SFTBatch) -> float:
-        self.state, metrics = self._step(self.state, put_batch(self.mesh, batch))
-        return float(metrics["loss"])
-
-    def temporaries(self, batch: SFTBatch) -> int:
-        """Bytes that the compiled step takes beside its arguments and results."""
-        return temporaries(self._step, self.state, put_batch(self.mesh, batch))
-
-
-class OursPPO:
-    """The jitted PPO update of a policy and a critic over a mesh of all devices."""
-
-    def __init__(self, model: str, settings: ModelConfig):
+    @classmethod
+    def ppo(cls, model: str, settings: ModelConfig) -> Ours:
+        """Of a policy and of a critic."""
         policy, config = read(model, settings), RLConfig(lr=1e-5, critic_lr=1e-5, kl=0.0)
         parts = {"policy": nnx.split(policy), "critic": nnx.split(learner.new_critic(policy, "separate"))}
         graphdefs = {name: graphdef for name, (graphdef, _) in parts.items()}
-        self.mesh, tx = make_mesh(MeshConfig()), learner.rl_optimizer(config)
-        self.state = learner.init_state(self.mesh, {name: params for name, (_, params) in parts.items()}, tx)
-        self._step = learner.make_rl_step(self.mesh, graphdefs, tx, settings, config, self.state)
+        mesh, tx = make_mesh(MeshConfig()), learner.rl_optimizer(config)
+        state = learner.init_state(mesh, {name: params for name, (_, params) in parts.items()}, tx)
+        return cls(mesh, state, learner.make_rl_step(mesh, graphdefs, tx, settings, config, state), 1.0)
 
-    def step(self, work: PPOWork) -> float:
-        self.state, metrics = self._step(self.state, *put_batch(self.mesh, work.batch()), 1.0)
+    def step(self, *batch: Any) -> float:
+        self.state, metrics = self._step(self.state, *put_batch(self.mesh, batch), *self._rest)
         return float(metrics["loss"])
 
-    def temporaries(self, work: PPOWork) -> int:
+    def temporaries(self, *batch: Any) -> int:
         """Bytes that the compiled step takes beside its arguments and results."""
-        return temporaries(self._step, self.state, *put_batch(self.mesh, work.batch()), 1.0)
+        lowered = self._step.lower(self.state, *put_batch(self.mesh, batch), *self._rest)
+        return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
 
 def read(model: str, settings: ModelConfig) -> Decoder:
     return load_decoder(
         path_of(model), dtype=settings.dtype, param_dtype="float32", attention_implementation=settings.attention
     )
-
-
-def temporaries(step: Any, *args: Any) -> int:
-    return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 # ------------------------------------------------------------------------------------ sft and ppo
@@ -216,19 +209,17 @@ def updates(
     def way(name: str, step: Callable[[], float]) -> None:
         ways[name] = lambda: first.setdefault(name, step()) if name not in first else step()
 
+    batch: tuple[Any, ...]
     for dtype in dtypes:
         chosen = dataclasses.replace(settings, dtype=dtype)
         limit, peer = operations / matmul_flops(dtype), PyTorch(model, dtype, kind == "ppo")
         if kind == "sft":
-            ours, batch = Ours(model, chosen), plain_rows(tokens)
-            taken = ours.temporaries(batch)
-            way(f"ours, {dtype}", functools.partial(ours.step, batch))
-            way(f"PyTorch, {dtype}", functools.partial(peer.sft, tokens))
+            ours, batch, theirs = Ours.sft(model, chosen), (plain_rows(tokens),), functools.partial(peer.sft, tokens)
         else:
-            both = OursPPO(model, chosen)
-            taken = both.temporaries(work)
-            way(f"ours, {dtype}", functools.partial(both.step, work))
-            way(f"PyTorch, {dtype}", functools.partial(peer.ppo, work))
+            ours, batch, theirs = Ours.ppo(model, chosen), work.batch(), functools.partial(peer.ppo, work)
+        taken = ours.temporaries(*batch)
+        way(f"ours, {dtype}", functools.partial(ours.step, *batch))
+        way(f"PyTorch, {dtype}", theirs)
         notes[f"ours, {dtype}"], notes[f"PyTorch, {dtype}"] = (limit, f"{taken / GIB:.2f} GiB"), (limit, "")
     seconds = medians(ways, rounds, settle=True)
     for dtype in dtypes:
@@ -268,7 +259,7 @@ def trajectories(vocab_size: int, count: int, retrievals: int, written: int, pas
 
 
 def trees(console: Console, model: str, retrievals: int, count: int, row_length: int, rounds: int) -> None:
-    ours, vocab_size = Ours(model, ModelConfig()), load_config(path_of(model)).vocab_size
+    ours, vocab_size = Ours.sft(model, ModelConfig()), load_config(path_of(model)).vocab_size
     played = trajectories(vocab_size, count, retrievals, written=48, passages=200)
     shared = [share_prefixes(t.samples, row_length) for t in played]
     ways: dict[str, Callable[[], Any]] = {}
