@@ -363,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("--length", type=int, default=512, help="tokens")
         command.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
         command.add_argument("--remat", default="none", help="as model.remat")
+        command.add_argument("--micro-tokens", type=int, default=0, help="as model.micro_tokens")
         command.add_argument("--attention", default="xla", help="as model.attention")
     trees_of = commands.add_parser("trees")
     trees_of.add_argument("--retrievals", type=int, default=4, help="of a trajectory, behind which it answers")
@@ -376,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     use_compile_cache()
     console = Console()
     if args.command in update_of:
-        settings = ModelConfig(remat=args.remat, attention=args.attention)
+        settings = ModelConfig(remat=args.remat, attention=args.attention, micro_tokens=args.micro_tokens)
         updates(console, args.command, args.model, args.rows, args.length, args.dtypes, settings, args.rounds)
     elif args.command == "trees":
         trees(console, args.model, args.retrievals, args.trajectories, args.row_length, args.rounds)

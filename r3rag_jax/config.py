@@ -144,9 +144,13 @@ class ModelConfig:
     attention: Literal["xla", "cudnn", "splash"] = key(
         "xla", "in training: `xla` runs anywhere, `cudnn` on NVIDIA in bfloat16, `splash` on TPU"
     )
+    micro_tokens: int = key(
+        0, "a device computes gradients of at most so many tokens at once, and adds them up; 0: of the batch", "tokens"
+    )
 
     def __post_init__(self) -> None:
         _require(self.path != "", "model.path must be a directory or bundled; got none", "model.path")
+        _each(self, "model.", AT_LEAST_0, "micro_tokens")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,16 +7,15 @@ token t - 1, which is what predicts it: logprobs[t], values[t] (the value of the
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from r3rag_jax.config import ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
@@ -33,7 +32,16 @@ from r3rag_jax.rl.losses import (
     truncated_weights,
     value_loss,
 )
-from r3rag_jax.sharding import put, put_batch, replicated, traced_on, tree_shardings
+from r3rag_jax.sharding import (
+    batch_ways,
+    collectives_race,
+    partition_spec,
+    put,
+    put_batch,
+    replicated,
+    traced_on,
+    tree_shardings,
+)
 from r3rag_jax.types import SFTBatch, TrainBatch, TrajectoryTable
 
 Metrics = dict[str, jax.Array]
@@ -74,6 +82,17 @@ class Targets:
     ref_logprobs: jax.Array | None = None  # with a KL in the loss
     old_logprobs: jax.Array | None = None  # None: those that were recorded while sampling
     weights: jax.Array | None = None  # with old_logprobs
+
+
+class Part(NamedTuple):
+    """What a part of a batch holds of it, float32 []: sums, or their shares of the whole batch's."""
+
+    tokens: Any = 1.0  # that are trained
+    sequences: Any = 1.0  # trajectories, each by the share of its tokens; without targets.shares none
+    gains: Any = 1.0  # tokens with a positive advantage
+
+
+WHOLE_BATCH = Part()
 
 
 class Critic(nnx.Module):
@@ -142,11 +161,17 @@ def init_state(mesh: Mesh, params: Any, tx: optax.GradientTransformation) -> Tra
     return jax.jit(build, out_shardings=shardings)(params)
 
 
-def sft_loss(graphdef: Any, params: Any, batch: SFTBatch, remat: str, frozen: Any = None) -> tuple[jax.Array, Metrics]:
-    """Token-mean cross-entropy of the tokens in loss_mask. `frozen`: see `lora.Parts`."""
+def sft_loss(
+    graphdef: Any, params: Any, batch: SFTBatch, remat: str, frozen: Any = None, part: Part = WHOLE_BATCH
+) -> tuple[jax.Array, Metrics]:
+    """Token-mean cross-entropy of the tokens in loss_mask. `frozen`: see `lora.Parts`.
+
+    Of a part of a batch, what it adds to the loss and to the metrics of the whole.
+    """
     policy = join(graphdef, params, frozen)
     hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids, remat=remat))
     loss, accuracy = cross_entropy(hidden, policy.output_weight(), batch.tokens, batch.loss_mask, chunk=LOSS_CHUNK)
+    loss, accuracy = loss * part.tokens, accuracy * part.tokens
     return loss, {"loss": loss, "accuracy": accuracy}
 
 
@@ -160,17 +185,23 @@ def rl_loss(
     truncation: Truncation = WHOLE,
     frozen: dict[str, Any] | None = None,
     kl: jax.Array | float | None = None,
+    part: Part = WHOLE_BATCH,
 ) -> tuple[jax.Array, Metrics]:
     """Clipped surrogate + KL - entropy bonus, each by `loss_mean`, + value loss (arXiv 1707.06347, eq. 9).
 
     The value loss is there with a critic, the KL with `kl_in` loss, weighed by `kl`. `truncation` is what the batch
     was sampled with. `sampler_gap` is the largest difference between its recorded log-probabilities and today's:
-    before the first update of an iteration nothing but rounding.
+    before the first update of an iteration nothing but rounding. Of a part of a batch, what it adds to the loss and to
+    the metrics of the whole, but for `sampler_gap`.
     """
     modules, mask = _modules(graphdefs, params, frozen), batch.loss_mask
     logprobs, entropy, hidden = _logprobs(modules["policy"], batch, remat, truncation)
     shares = jnp.zeros_like(logprobs) if targets.shares is None else targets.shares
-    mean = functools.partial(loss_mean, shares=shares, kind=config.loss_mean, length=config.loss_length)
+    share = part.tokens if config.loss_mean == "token" else part.sequences
+
+    def mean(x: jax.Array, mask: jax.Array) -> jax.Array:
+        return share * loss_mean(x, mask, shares, kind=config.loss_mean, length=config.loss_length)
+
     policy_loss, metrics = ppo_policy_loss(
         logprobs,
         batch.behaviour_logprobs if targets.old_logprobs is None else targets.old_logprobs,
@@ -181,7 +212,8 @@ def rl_loss(
         weights=targets.weights,
         mean=mean,
     )
-    metrics |= {"policy_loss": policy_loss, "entropy": masked_mean(entropy, mask)}
+    metrics = {name: x * (part.gains if name == "displacement" else part.tokens) for name, x in metrics.items()}
+    metrics |= {"policy_loss": policy_loss, "entropy": part.tokens * masked_mean(entropy, mask)}
     loss = policy_loss - config.entropy * mean(entropy, mask)
     if targets.ref_logprobs is not None:
         ref_logprobs = jnp.where(mask, targets.ref_logprobs, 0.0)  # 0 times the slope of NaN is NaN
@@ -190,7 +222,8 @@ def rl_loss(
     if "critic" in modules:
         assert targets.old_values is not None and targets.returns is not None
         values = modules["critic"](batch, hidden, remat)
-        metrics["value_loss"] = value_loss(values, targets.old_values, targets.returns, mask, clip=config.value_clip)
+        error = value_loss(values, targets.old_values, targets.returns, mask, clip=config.value_clip)
+        metrics["value_loss"] = part.tokens * error
         loss = loss + config.value_coef * metrics["value_loss"]
     gap = jnp.abs(logprobs - batch.behaviour_logprobs)
     metrics["sampler_gap"] = jnp.max(jnp.where(mask, gap, 0.0))
@@ -203,7 +236,10 @@ def make_sft_step(
     """The jitted SFT update, (state, batch, frozen) -> (state, metrics); the state is donated."""
 
     def step(state: TrainState, batch: SFTBatch, frozen: Any = None) -> tuple[TrainState, Metrics]:
-        return _update(lambda params: sft_loss(graphdef, params, batch, model.remat, frozen), tx, state, 1.0)
+        def loss(params: Any, batch: SFTBatch, part: Part) -> tuple[jax.Array, Metrics]:
+            return sft_loss(graphdef, params, batch, model.remat, frozen, part)
+
+        return _update(loss, tx, state, 1.0, _parts(mesh, (batch,), model.micro_tokens))
 
     return _jit_step(mesh, step, state)
 
@@ -222,10 +258,10 @@ def make_rl_step(
     def step(
         state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array, frozen: Any = None, kl: Any = None
     ) -> tuple[TrainState, Metrics]:
-        def loss(params: Any) -> tuple[jax.Array, Metrics]:
-            return rl_loss(graphdefs, params, batch, targets, config, model.remat, truncation, frozen, kl)
+        def loss(params: Any, batch: TrainBatch, targets: Targets, part: Part) -> tuple[jax.Array, Metrics]:
+            return rl_loss(graphdefs, params, batch, targets, config, model.remat, truncation, frozen, kl, part)
 
-        return _update(loss, tx, state, lr_scale)
+        return _update(loss, tx, state, lr_scale, _parts(mesh, (batch, targets), model.micro_tokens))
 
     return _jit_step(mesh, step, state)
 
@@ -351,11 +387,65 @@ def _logprobs(
     return logprobs, entropy, hidden
 
 
+def _parts(mesh: Mesh, batch: Any, micro_tokens: int) -> tuple[int, Any]:
+    """How many parts of whole rows a batch is computed in, and its arrays, [parts, rows, L] where that is above 1.
+
+    As few as keep to `micro_tokens` on a device, or of one row each; every device works on rows of its own.
+    """
+    num_rows, length = batch[0].tokens.shape
+    ways = batch_ways(mesh, num_rows)
+    per_device = num_rows // ways
+    most = max(1, micro_tokens // length) if micro_tokens else per_device
+    num_parts = min(n for n in range(1, per_device + 1) if per_device % n == 0 and per_device // n <= most)
+
+    def apart(x: jax.Array) -> jax.Array:
+        x = x.reshape(ways, num_parts, -1, length).swapaxes(0, 1).reshape(num_parts, -1, length)
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(mesh, partition_spec(mesh, (None, "batch", None), x.shape))
+        )
+
+    return num_parts, batch if num_parts == 1 else jax.tree.map(apart, batch)
+
+
+def _sums(batch: SFTBatch | TrainBatch, targets: Targets | None = None) -> Part:
+    """Of a batch, or of all parts together."""
+    mask = batch.loss_mask
+    shares = gains = jnp.zeros(())
+    if targets is not None:
+        shares = gains if targets.shares is None else jnp.sum(jnp.where(mask, targets.shares, 0.0))
+        gains = jnp.sum(mask & (targets.advantages > 0), dtype=jnp.float32)
+    return Part(jnp.sum(mask, dtype=jnp.float32), shares, gains)
+
+
+def _value_and_grad(loss: Callable[..., Any], params: Any, num_parts: int, batch: Any) -> tuple[Any, Any]:
+    """((loss, metrics), gradients) of a batch, summed over its parts one after the other."""
+    of_part = jax.value_and_grad(loss, has_aux=True)
+    if num_parts == 1:
+        return of_part(params, *batch, WHOLE_BATCH)
+    whole = _sums(*batch)
+
+    def add(total: Any, batch: Any) -> tuple[Any, None]:
+        part = Part(*(mine / jnp.where(all_ > 0, all_, 1.0) for mine, all_ in zip(_sums(*batch), whole, strict=True)))
+        found = of_part(params, *batch, part)
+        summed = jax.tree.map(jnp.add, total, found)
+        if "sampler_gap" in found[0][1]:
+            summed[0][1]["sampler_gap"] = jnp.maximum(total[0][1]["sampler_gap"], found[0][1]["sampler_gap"])
+        return summed, None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, params, *first, whole))
+    return jax.lax.scan(add, zeros, batch, unroll=num_parts if collectives_race() else 1)[0]
+
+
 def _update(
-    loss: Callable[[Any], Any], tx: optax.GradientTransformation, state: TrainState, lr_scale: Any
+    loss: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    lr_scale: Any,
+    parts: tuple[int, Any],
 ) -> tuple[TrainState, Metrics]:
     """A step; one whose loss or gradient is NaN or infinite changes nothing but the count of steps."""
-    (value, metrics), grads = jax.value_and_grad(lambda params: loss(params), has_aux=True)(state.params)
+    (value, metrics), grads = _value_and_grad(loss, state.params, *parts)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda update: update * lr_scale, updates)  # Adam's update is linear in its rate
     metrics["grad_norm"] = optax.tree.norm(grads)

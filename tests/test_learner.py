@@ -24,7 +24,7 @@ from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.rollout import Job, Roller, Rules
 from r3rag_jax.sampler import engine as engine_module
 from r3rag_jax.sampler.engine import Engine
-from r3rag_jax.sharding import AXES, make_mesh, put, put_batch, tree_shardings
+from r3rag_jax.sharding import AXES, make_mesh, put, put_batch, traced_on, tree_shardings
 from r3rag_jax.transcript import Codec, Transcript, teacher_samples
 from r3rag_jax.types import Passage, Question, Sample, SFTBatch, Status, Step, TrainBatch, Trajectory
 
@@ -159,6 +159,59 @@ def test_sft_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("sizes", MESHES)
 def test_rl_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
     assert_close(rl_grads(make_mesh(MeshConfig(*sizes)), rl_batch()), on_one_device("rl"))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("kind", ["sft", "token", "sequence", "constant"])
+def test_parts_add_up_to_the_batch(kind: str, sizes: tuple[int, int, int]) -> None:
+    """Loss, metrics and gradients of micro-batches that hold unequal numbers of tokens, trajectories and gains."""
+    mesh = one_device() if sizes == (1, 1, 1) else make_mesh(MeshConfig(*sizes))
+    graphdefs, params = parts()
+    params = put(params, tree_shardings(mesh, params, PARAM_AXES))
+    if kind == "sft":
+        loss = lambda params, batch, part: learner.sft_loss(graphdefs["policy"], params, batch, "none", part=part)  # noqa: E731
+        params, batch = params["policy"], (sft_batch(),)
+    else:
+        rng, config = np.random.default_rng(3), dataclasses.replace(RL, loss_mean=kind, kl_in="loss", kl_estimator="k3")
+        targets = targets_like(rl_batch())
+        drawn = {
+            name: rng.uniform(0.1, 1.0, targets.returns.shape).astype(np.float32) for name in ("shares", "weights")
+        }
+        targets = dataclasses.replace(
+            targets, ref_logprobs=-8 * drawn["weights"], old_logprobs=-7 * drawn["shares"], **drawn
+        )
+
+        def loss(params: Any, batch: TrainBatch, targets: learner.Targets, part: learner.Part) -> Any:
+            return learner.rl_loss(graphdefs, params, batch, targets, config, "none", part=part)
+
+        batch = (rl_batch(), targets)
+
+    def gradients(micro_tokens: int) -> tuple[int, Any]:
+        num_parts = []
+
+        def compute(params: Any, batch: Any) -> Any:
+            cut = learner._parts(mesh, batch, micro_tokens)
+            num_parts.append(cut[0])
+            return learner._value_and_grad(loss, params, *cut)
+
+        found = jax.device_get(jax.jit(traced_on(mesh, compute))(params, put_batch(mesh, batch)))
+        return num_parts[0], found
+
+    one, whole = gradients(0)
+    many, summed = gradients(40)
+    assert (one, many) == (1, 8 if mesh.size == 1 else 2)  # rows of 40 tokens, 8 of them over 1 or 4 devices
+    assert_close(summed, whole)
+
+
+@pytest.mark.parametrize(
+    ("micro_tokens", "num_parts"), [(0, 1), (1, 6), (79, 6), (80, 3), (119, 3), (120, 2), (10**6, 1)]
+)
+def test_parts_are_as_few_as_keep_to_the_bound(micro_tokens: int, num_parts: int) -> None:
+    batch = jax.tree.map(lambda x: x[:6], sft_batch())
+    cut, arrays = learner._parts(one_device(), (batch,), micro_tokens)
+    assert cut == num_parts
+    rows = arrays[0].tokens.reshape(6, 40)
+    np.testing.assert_array_equal(rows, batch.tokens)
 
 
 def two_sft_updates(mesh: Mesh) -> tuple[Any, Any]:
