@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -63,3 +64,25 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
         return directory / "run"
 
     return run_dir
+
+
+@pytest.fixture
+def pod(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The devices of a v5e 4x4 slice, to compile for; with the optimizations that the other tests do without."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler: the package libtpu, of the version jax[tpu] names")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    import jax
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+    before = {
+        "jax_disable_most_optimizations": jax.config.read("jax_disable_most_optimizations"),
+        "jax_enable_compilation_cache": jax.config.jax_enable_compilation_cache,
+    }
+    for name in before:  # what was compiled for devices that are not there cannot be read from a cache
+        jax.config.update(name, False)
+    yield devices
+    for name, value in before.items():
+        jax.config.update(name, value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,14 +11,12 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from r3rag_jax import learner
 from r3rag_jax.config import MeshConfig, ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.attention import attention
-from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
 from r3rag_jax.sharding import AXES, batch_shardings, make_mesh, put, put_batch, traced_on, tree_shardings
 from r3rag_jax.types import SFTBatch, TrainBatch
@@ -152,34 +149,6 @@ def test_each_device_of_a_mesh_computes_its_own_rows_and_heads() -> None:
 # ----------------------------------------------------------------------------- a TPU pod without a pod
 
 
-@pytest.fixture
-def pod(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The devices of a v5e 4x4 slice, to compile for; with the optimizations that the other tests do without."""
-    pytest.importorskip("libtpu", reason="needs the TPU compiler: the package libtpu, of the version jax[tpu] names")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-    disabled = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield devices
-    jax.config.update("jax_disable_most_optimizations", disabled)
-
-
-LLAMA_8B_OF_TWO_LAYERS = DecoderConfig(
-    vocab_size=128_256,
-    hidden_size=4096,
-    num_layers=2,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    ffn_size=14_336,
-    rope_theta=500_000.0,
-    tie_embeddings=False,
-    model_type="llama",
-)
-
-
 @pytest.mark.tpu
 @pytest.mark.parametrize("sizes", [(1, 16, 1), (2, 4, 2)])
 def test_an_sft_step_compiles_for_a_pod(pod: Any, sizes: tuple[int, int, int]) -> None:
@@ -189,7 +158,9 @@ def test_an_sft_step_compiles_for_a_pod(pod: Any, sizes: tuple[int, int, int]) -
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
     def new_decoder() -> Decoder:
-        return Decoder(LLAMA_8B_OF_TWO_LAYERS, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, attention_implementation="splash")
+        return Decoder(
+            tiny.LLAMA_8B_OF_TWO_LAYERS, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, attention_implementation="splash"
+        )
 
     graphdef, params = nnx.split(nnx.eval_shape(new_decoder))
     tx = learner.sft_optimizer(SFTConfig(), 100)

@@ -1,6 +1,7 @@
 """The sampler against a naive loop: same tokens, same log-probabilities, whatever the batch."""
 
 import functools
+import math
 import re
 
 import jax
@@ -9,14 +10,19 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from jax.sharding import AxisType, Mesh
 
 from r3rag_jax.config import MeshConfig
+from r3rag_jax.models.cache import KVCache
+from r3rag_jax.models.cached_decoder import CachedDecoder
+from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.rl.losses import chunked_logprobs
 from r3rag_jax.sampler import engine as engine_module
 from r3rag_jax.sampler.engine import Context, Engine, invert
-from r3rag_jax.sampler.state import RowStatus
-from r3rag_jax.sharding import make_mesh, make_sampler_mesh
+from r3rag_jax.sampler.memory import bytes_per_device
+from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
+from r3rag_jax.sharding import AXES, batch_shardings, batch_ways, make_mesh, make_sampler_mesh, replicated
 
 MAX_LENGTH = 96
 
@@ -343,3 +349,44 @@ def test_too_long_context_is_refused(model):
     engine, policy = make_engine(model)
     with pytest.raises(ValueError, match="1 to 95 tokens; got 96"):
         engine.set_context(policy, {0: Context(prompt(0, MAX_LENGTH), 1)})
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("sizes", "is_split"), [((16, 1, 1), False), ((2, 4, 2), False), ((2, 4, 2), True)])
+def test_the_sampler_compiles_for_a_pod(pod, sizes, is_split):
+    """An 8 B model's layers on a v5e 4x4 slice, 64 rows of 3,072 positions, a prefill call of an accelerator's size."""
+    mesh = Mesh(np.array(pod).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    config, slots, length = tiny.LLAMA_8B_OF_TWO_LAYERS, 64, 3072
+
+    def place(tree, shardings):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    policy = jax.eval_shape(lambda: CachedDecoder.of(Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+    policy = place(policy, policy.shardings(mesh, is_split))
+    cache = jax.eval_shape(lambda: KVCache.init(config, slots, length, jnp.bfloat16))
+    cache = place(cache, cache.shardings(mesh))
+    ways = batch_ways(mesh, slots)
+    chunk = tuple(jax.ShapeDtypeStruct((ways, 4, *rest), jnp.int32) for rest in ((), (512,), ()))
+    rows = jax.eval_shape(lambda: Rows.empty(slots, length))
+    shardings = jax.tree.map(lambda x: x.sharding, cache)
+    whole = jax.tree.map(lambda _: replicated(mesh), rows)
+    prefill = jax.jit(engine_module.prefill, donate_argnums=1, out_shardings=shardings)
+    decode = jax.jit(
+        functools.partial(engine_module.decode, truncation=WHOLE, positions=length),
+        donate_argnums=1,
+        out_shardings=DecodeState(cache=shardings, rows=whole),
+    )
+    one, stops = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((engine_module.MAX_STOPS,), jnp.int32)
+    places, rows = jax.ShapeDtypeStruct((slots,), jnp.int32), place(rows, batch_shardings(mesh, rows))
+    lowered = (
+        prefill.lower(policy, cache, *place(chunk, batch_shardings(mesh, chunk))),
+        decode.lower(policy, cache, places, rows, one, one, stops, stops),
+    )
+    compiled = [program.compile() for program in lowered]
+    for program in compiled:
+        shapes = [tuple(map(int, shape.split(","))) for shape in re.findall(MOVED, program.as_text())]
+        large = [shape for shape in shapes if shape[-1] != length and math.prod(shape) >= config.hidden_size]
+        assert bool(large) == is_split  # weights; rows, [..., length], go back to every host
+        assert program.memory_analysis().temp_size_in_bytes < 2**30
+    held = bytes_per_device(cache, shardings) + bytes_per_device(policy, policy.shardings(mesh, is_split))
+    assert compiled[1].memory_analysis().argument_size_in_bytes == pytest.approx(held, rel=0.05)

@@ -16,6 +16,19 @@ from r3rag_jax.retrieval.base import Hit, RetrievalError
 from r3rag_jax.text import Tokenizer
 from r3rag_jax.types import Passage
 
+LLAMA_8B_OF_TWO_LAYERS = DecoderConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    num_layers=2,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    ffn_size=14_336,
+    rope_theta=500_000.0,
+    tie_embeddings=False,
+    model_type="llama",
+)
+
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
 
 
