@@ -22,7 +22,7 @@ from r3rag_jax.sampler import engine as engine_module
 from r3rag_jax.sampler.engine import Context, Engine, invert
 from r3rag_jax.sampler.memory import bytes_per_device
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
-from r3rag_jax.sharding import AXES, batch_shardings, batch_ways, make_mesh, make_sampler_mesh, replicated
+from r3rag_jax.sharding import AXES, batch_shardings, batch_ways, make_mesh, make_sampler_mesh, put_batch, replicated
 
 MAX_LENGTH = 96
 
@@ -225,7 +225,7 @@ def test_any_mesh_samples_what_one_device_does(model, monkeypatch, mesh, is_spli
 def test_devices_exchange_neither_cache_nor_hidden_states_nor_weights(model, mesh, is_split):
     """But for the sums over `tensor`. What a row is to continue with, [B] or [B, length], goes back to every host."""
     engine, policy = make_engine(model, slots=16, mesh=mesh, split_weights=is_split)
-    prefill = engine._prefill.lower(policy, engine._cache, *engine._placed(engine._chunk(2, 32)))
+    prefill = engine._prefill.lower(policy, engine._cache, *put_batch(engine.mesh, engine._chunk(2, 32)))
     args = engine._decode_args(np.arange(16, dtype=np.int32), 0, 1)
     decode = engine._decode.lower(policy, engine._cache, *args, positions=MAX_LENGTH)
     moved = [

@@ -28,7 +28,7 @@ from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
-from r3rag_jax.sharding import batch_shardings, batch_ways, put, replicated
+from r3rag_jax.sharding import batch_shardings, batch_ways, put, put_batch, replicated
 
 EndOf = Callable[[Sequence[int]], int]
 # Of a decode call: shares of the cache's positions and rows (one over this) that it may read, and the fewest positions.
@@ -143,7 +143,7 @@ class Engine:
         nothing = np.zeros(self.slots, np.int32)
         calls = [functools.partial(self._copy.lower, self._cache, nothing, nothing)]
         for width, size in ((w, size) for w in self._prefill_shapes.lengths for size in self._prefill_sizes(w)):
-            chunk = self._placed(self._chunk(size, width))
+            chunk = put_batch(self.mesh, self._chunk(size, width))
             calls.append(functools.partial(self._prefill.lower, decoder, self._cache, *chunk))
         for window in self._windows:
             args = self._decode_args(np.arange(window.rows, dtype=np.int32), 0, 1)
@@ -270,16 +270,13 @@ class Engine:
             self.num_prefilled += end - start
             if end < len(ids) - 1:
                 left.append((row, ids, end))
-        self._cache = self._prefill(decoder, self._cache, *self._placed(chunk))
+        self._cache = self._prefill(decoder, self._cache, *put_batch(self.mesh, chunk))
         return left
 
     def _chunk(self, size: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What `prefill` of this module takes behind the cache, of rows that there are not: nothing is written."""
         rows = np.tile(self.slots // self._ways + np.arange(size, dtype=np.int32), (self._ways, 1))
         return rows, np.zeros((*rows.shape, width), np.int32), np.zeros(rows.shape, np.int32)
-
-    def _placed(self, chunk: Any) -> Any:
-        return put(chunk, batch_shardings(self.mesh, chunk))
 
     def _prefill_sizes(self, width: int) -> list[int]:
         """How many rows of each device a prefill call can have, ascending."""
