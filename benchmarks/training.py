@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import matmul_flops, medians, torch_device
 
-from r3rag_jax import learner
+from r3rag_jax import learner, optimizer
 from r3rag_jax.batch import minibatches
 from r3rag_jax.config import MeshConfig, ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.models.decoder import Decoder, param_shapes
@@ -67,7 +67,7 @@ class Ours:
     @classmethod
     def sft(cls, model: str, settings: ModelConfig) -> Ours:
         graphdef, params = nnx.split(read(model, settings))
-        mesh, tx = make_mesh(MeshConfig()), learner.sft_optimizer(SFTConfig(lr=1e-5), 100)
+        mesh, tx = make_mesh(MeshConfig()), optimizer.sft_optimizer(SFTConfig(lr=1e-5), 100)
         state = learner.init_state(mesh, params, tx)
         return cls(mesh, state, learner.make_sft_step(mesh, graphdef, tx, settings, state))
 
@@ -77,7 +77,7 @@ class Ours:
         policy, config = read(model, settings), RLConfig(lr=1e-5, critic_lr=1e-5, kl=0.0)
         parts = {"policy": nnx.split(policy), "critic": nnx.split(learner.new_critic(policy, "separate"))}
         graphdefs = {name: graphdef for name, (graphdef, _) in parts.items()}
-        mesh, tx = make_mesh(MeshConfig()), learner.rl_optimizer(config)
+        mesh, tx = make_mesh(MeshConfig()), optimizer.rl_optimizer(config)
         state = learner.init_state(mesh, {name: params for name, (_, params) in parts.items()}, tx)
         return cls(mesh, state, learner.make_rl_step(mesh, graphdefs, tx, settings, config, state), 1.0)
 
@@ -180,10 +180,10 @@ class PyTorch:
 
     def _update(self, loss: Any) -> float:
         loss.backward()
-        for optimizer in self.optimizers:
-            self.torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        for one in self.optimizers:
+            self.torch.nn.utils.clip_grad_norm_(one.param_groups[0]["params"], 1.0)
+            one.step()
+            one.zero_grad(set_to_none=True)
         return loss.item()
 
 

@@ -140,6 +140,9 @@ class ModelConfig:
     )
     init: Literal["pretrained", "random"] = key("pretrained", "`random` keeps architecture and tokenizer only")
     dtype: Literal["float32", "bfloat16"] = key("float32", "compute type; what is trained is kept in float32")
+    moment_dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "of Adam's first moment; the second is kept in float32, like what is trained"
+    )
     remat: Literal["none", "full", "dots"] = key("none", "what the backward pass recomputes")
     attention: Literal["xla", "cudnn", "splash"] = key(
         "xla", "in training: `xla` runs anywhere, `cudnn` on NVIDIA in bfloat16, `splash` on TPU"

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from r3rag_jax.config import ModelConfig, RLConfig, SFTConfig
+from r3rag_jax.config import ModelConfig, RLConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
 from r3rag_jax.models.lora import join
 from r3rag_jax.rl.advantages import estimate, whiten_rewards
@@ -36,6 +36,7 @@ from r3rag_jax.sharding import (
     batch_ways,
     collectives_race,
     partition_spec,
+    platform,
     put,
     put_batch,
     replicated,
@@ -45,7 +46,7 @@ from r3rag_jax.sharding import (
 from r3rag_jax.types import SFTBatch, TrainBatch, TrajectoryTable
 
 Metrics = dict[str, jax.Array]
-LOSS_CHUNK = 512  # tokens whose logits exist at once, per call
+LOSS_CHUNK, ACCELERATOR_LOSS_CHUNK = 256, 512  # tokens whose logits exist at once, per call
 
 
 @jax.tree_util.register_dataclass
@@ -114,44 +115,7 @@ def new_critic(policy: Decoder, kind: str) -> Critic:
     return Critic(policy.config.hidden_size, nnx.merge(*nnx.split(policy)) if kind == "separate" else None)
 
 
-def schedule(progress: Any, warmup: float, final: float) -> Any:
-    """Share of the peak learning rate at `progress` in [0, 1]: linear warm-up, then cosine down to `final`."""
-    rising = progress / max(warmup, 1e-9)
-    falling = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * (progress - warmup) / max(1 - warmup, 1e-9)))
-    return jnp.where(progress < warmup, rising, falling)
-
-
-def sft_optimizer(config: SFTConfig, num_steps: int) -> optax.GradientTransformation:
-    """AdamW behind global-norm clipping; the schedule runs over the known number of steps."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.grad_norm),
-        optax.adamw(
-            lambda count: config.lr * schedule((count + 1) / (num_steps + 1), config.warmup, 0.0),
-            weight_decay=config.weight_decay,
-        ),
-    )
-
-
-def rl_optimizer(config: RLConfig) -> optax.GradientTransformation:
-    """Policy and critic each have a peak learning rate and a clipped gradient of their own.
-
-    The schedule comes with each update (`lr_scale`): how many updates an iteration holds depends on how long
-    its trajectories are.
-    """
-
-    def one(lr: float) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(config.grad_norm),
-            optax.adamw(lr, b1=0.9, b2=0.95, eps=config.adam_eps, weight_decay=0.0),
-        )
-
-    return optax.multi_transform(
-        {"policy": one(config.lr), "critic": one(config.critic_lr)},
-        lambda params: {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()},
-    )
-
-
-def init_state(mesh: Mesh, params: Any, tx: optax.GradientTransformation) -> TrainState:
+def init_state(mesh: Mesh, params: Any, tx: optax.GradientTransformationExtraArgs) -> TrainState:
     """A fresh state, laid out on the mesh. `params` are copied: the state may be donated."""
 
     def build(params: Any) -> TrainState:
@@ -170,7 +134,14 @@ def sft_loss(
     """
     policy = join(graphdef, params, frozen)
     hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids, remat=remat))
-    loss, accuracy = cross_entropy(hidden, policy.output_weight(), batch.tokens, batch.loss_mask, chunk=LOSS_CHUNK)
+    loss, accuracy = cross_entropy(
+        hidden,
+        policy.output_weight(),
+        batch.tokens,
+        batch.loss_mask,
+        chunk=_loss_chunk(),
+        tied=policy.config.tie_embeddings,
+    )
     loss, accuracy = loss * part.tokens, accuracy * part.tokens
     return loss, {"loss": loss, "accuracy": accuracy}
 
@@ -231,7 +202,7 @@ def rl_loss(
 
 
 def make_sft_step(
-    mesh: Mesh, graphdef: Any, tx: optax.GradientTransformation, model: ModelConfig, state: TrainState
+    mesh: Mesh, graphdef: Any, tx: optax.GradientTransformationExtraArgs, model: ModelConfig, state: TrainState
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted SFT update, (state, batch, frozen) -> (state, metrics); the state is donated."""
 
@@ -247,7 +218,7 @@ def make_sft_step(
 def make_rl_step(
     mesh: Mesh,
     graphdefs: dict[str, Any],
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     model: ModelConfig,
     config: RLConfig,
     state: TrainState,
@@ -381,10 +352,15 @@ def _logprobs(
         batch.tokens,
         batch.temperature,
         batch.loss_mask,
-        chunk=LOSS_CHUNK,
+        chunk=_loss_chunk(),
+        tied=policy.config.tie_embeddings,
         truncation=truncation,
     )
     return logprobs, entropy, hidden
+
+
+def _loss_chunk() -> int:
+    return LOSS_CHUNK if platform() == "cpu" else ACCELERATOR_LOSS_CHUNK
 
 
 def _parts(mesh: Mesh, batch: Any, micro_tokens: int) -> tuple[int, Any]:
@@ -439,22 +415,21 @@ def _value_and_grad(loss: Callable[..., Any], params: Any, num_parts: int, batch
 
 def _update(
     loss: Callable[..., Any],
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     state: TrainState,
     lr_scale: Any,
     parts: tuple[int, Any],
 ) -> tuple[TrainState, Metrics]:
     """A step; one whose loss or gradient is NaN or infinite changes nothing but the count of steps."""
     (value, metrics), grads = _value_and_grad(loss, state.params, *parts)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    updates = jax.tree.map(lambda update: update * lr_scale, updates)  # Adam's update is linear in its rate
     metrics["grad_norm"] = optax.tree.norm(grads)
     is_finite = jnp.isfinite(value) & jnp.isfinite(metrics["grad_norm"])
-    moved = optax.apply_updates(state.params, updates), opt_state
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old), moved, (state.params, state.opt_state)
-    )
-    return TrainState(state.step + 1, params, opt_state), metrics
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, is_finite=is_finite)
+
+    def moved(param: jax.Array, update: jax.Array) -> jax.Array:
+        return jnp.where(is_finite, param + lr_scale * update, param)  # Adam's update is linear in its rate
+
+    return TrainState(state.step + 1, jax.tree.map(moved, state.params, updates), opt_state), metrics
 
 
 def _jit_step(mesh: Mesh, step: Callable[..., Any], state: TrainState) -> Callable[..., Any]:

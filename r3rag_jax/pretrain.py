@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
-from r3rag_jax import learner
+from r3rag_jax import learner, optimizer
 from r3rag_jax.config import MeshConfig, ModelConfig, SFTConfig
 from r3rag_jax.data.pretraining import documents, make_world
 from r3rag_jax.data.vocabulary import (
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     mesh = make_mesh(MeshConfig())
     graphdef, params = nnx.split(decoder)
     schedule = SFTConfig(lr=args.lr, warmup=0.03, weight_decay=0.01)
-    tx = learner.sft_optimizer(schedule, args.steps)
+    tx = optimizer.sft_optimizer(schedule, args.steps)
     state = learner.init_state(mesh, params, tx)
     step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
     history: list[tuple[jax.Array, jax.Array]] = []

@@ -86,6 +86,12 @@ def traced_on(mesh: Mesh, function: Callable[..., T]) -> Callable[..., T]:
     return on_mesh
 
 
+def platform() -> str:
+    """Of the devices to run on. A mesh in force knows best: it may be a TPU pod's, compiled for on a CPU."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def collectives_race() -> bool:
     """Whether a collective within a loop or a branch may run before or after one outside of it, as chance will have it.
 

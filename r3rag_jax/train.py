@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.markup import escape
 
-from r3rag_jax import learner
+from r3rag_jax import learner, optimizer
 from r3rag_jax.checkpoint import Checkpoints, save_arrays
 from r3rag_jax.config import Config
 from r3rag_jax.configio import parse_args
@@ -112,19 +112,19 @@ def plan_memory(session: Session, phase: str) -> list[MemoryPlan]:
     def trained() -> Any:
         policy = session.trainable_policy(shapes_to_zeros(shapes))
         if phase == "sft":
-            return policy.params, learner.sft_optimizer(config.sft, 1).init(policy.params)
+            return policy.params, optimizer.sft_optimizer(config.sft, 1, config.model.moment_dtype).init(policy.params)
         params = {"policy": policy.params}
         if config.rl.has_critic:
             whole = lora.join(policy.graphdef, policy.params, policy.frozen)
             params["critic"] = lora.Parts.of(learner.new_critic(whole, config.rl.critic), config.lora).params
-        return params, learner.rl_optimizer(config.rl).init(params)
+        return params, optimizer.rl_optimizer(config.rl, config.model.moment_dtype).init(params)
 
     parts = {"weights" if phase == "eval" else "start" if phase == "sft" else "reference": size(shapes)}
     if (phase == "rl" and config.rewards.needs_judge) or (phase == "eval" and config.eval.judge):
         parts |= judge_memory(config.judge, mesh)
     if phase != "eval":
-        params, optimizer = jax.eval_shape(trained)
-        parts |= {"trained": size(params), "optimizer": size(optimizer)}
+        params, moments = jax.eval_shape(trained)
+        parts |= {"trained": size(params), "optimizer": size(moments)}
         if phase == "rl" and config.lora.rank:
             parts["merged"] = size(shapes)
     if phase == "sft":
@@ -182,7 +182,7 @@ def sft_phase(session: Session) -> bool:
     samples = [SFTSample(s.ids, s.loss_mask, s.positions, s.branch_ids) for s in itertools.chain(*written)]
     batches = SFTBatches(samples, row_length=config.row_length, batch_rows=config.batch_rows,
                          epochs=config.epochs, seed=session.config.seed)  # fmt: skip
-    tx = learner.sft_optimizer(config, batches.num_steps)
+    tx = optimizer.sft_optimizer(config, batches.num_steps, session.config.model.moment_dtype)
     policy = session.trainable_policy(session.base_params())
     state = learner.init_state(session.mesh, policy.params, tx)
     checkpoints = Checkpoints(session.run_dir, "sft")

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from rich.markup import escape
 
-from r3rag_jax import learner
+from r3rag_jax import learner, optimizer
 from r3rag_jax.batch import fill_fraction, minibatches, pack_trajectories, tabulate
 from r3rag_jax.checkpoint import Checkpoints, load_arrays, save_arrays
 from r3rag_jax.errors import UserError
@@ -49,7 +49,7 @@ class RLTrainer:
         graphdefs = {name: part.graphdef for name, part in parts.items()}
         self._frozen = {name: part.frozen for name, part in parts.items()}
         self._merge = jax.jit(functools.partial(lora.merge, parts["policy"].graphdef))
-        self._tx = tx = learner.rl_optimizer(self._config)
+        self._tx = tx = optimizer.rl_optimizer(self._config, session.config.model.moment_dtype)
         self.state: Any = learner.init_state(session.mesh, {name: part.params for name, part in parts.items()}, tx)
         self.iteration, self.kl = 0, self._config.kl
         self.guards = Guards(session.config.guards, self._config)
@@ -201,7 +201,7 @@ class RLTrainer:
         order = [i for _ in range(config.epochs) for i in rng.permutation(len(batches))]
         for number, i in enumerate(order):
             progress = (self.iteration + (number + 1) / len(order)) / config.iterations
-            lr_scale = learner.schedule(progress, config.warmup, 0.1)
+            lr_scale = optimizer.schedule(progress, config.warmup, 0.1)
             self.state, metrics = self._step(
                 self.state, batches[i], targets[i], lr_scale, self._frozen, np.float32(self.kl)
             )

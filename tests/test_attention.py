@@ -13,7 +13,7 @@ import tiny
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
-from r3rag_jax import learner
+from r3rag_jax import learner, optimizer
 from r3rag_jax.config import MeshConfig, ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.attention import attention
@@ -131,7 +131,7 @@ def test_one_answer_on_a_mesh_under_scan_and_remat() -> None:
 def test_each_device_of_a_mesh_computes_its_own_rows_and_heads() -> None:
     # An interpreted kernel is split by the compiler, and works without the mesh; a compiled one is not.
     mesh, (graphdef, params), rows = make_mesh(MeshConfig(2, 2, 2)), policy("splash"), batch()
-    tx = learner.sft_optimizer(SFTConfig(), 10)
+    tx = optimizer.sft_optimizer(SFTConfig(), 10)
     state = jax.eval_shape(lambda params: learner.TrainState(jnp.int32(0), params, tx.init(params)), params)
     step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
     zeros = {field.name: jnp.zeros((4, 24)) for field in dataclasses.fields(TrainBatch)}
@@ -163,7 +163,7 @@ def test_an_sft_step_compiles_for_a_pod(pod: Any, sizes: tuple[int, int, int]) -
         )
 
     graphdef, params = nnx.split(nnx.eval_shape(new_decoder))
-    tx = learner.sft_optimizer(SFTConfig(), 100)
+    tx = optimizer.sft_optimizer(SFTConfig(), 100)
     state = jax.eval_shape(lambda p: learner.TrainState(jnp.int32(0), p, tx.init(p)), params)
     ids = jax.ShapeDtypeStruct((16, 2048), jnp.int32)
     rows = SFTBatch(ids, ids, ids, None, jax.ShapeDtypeStruct(ids.shape, jnp.bool_))

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from r3rag_jax import learner
+from r3rag_jax import learner, optimizer
 from r3rag_jax.checkpoint import Checkpoints
 from r3rag_jax.config import MeshConfig, SFTConfig
 from r3rag_jax.errors import UserError
@@ -23,7 +23,7 @@ NOTE = {"batches": {"rows": 16, "examples": 40, "plan": 123}, "iteration": 2}
 def state_on(sizes: tuple[int, int, int], scale: float = 1.0) -> learner.TrainState:
     """A training state whose optimizer has moved, on a mesh of these sizes."""
     params = jax.tree.map(lambda x: scale * x, nnx.split(tiny.decoder(272))[1])
-    tx = learner.sft_optimizer(SFTConfig(lr=1e-3), 10)
+    tx = optimizer.sft_optimizer(SFTConfig(lr=1e-3), 10)
     state = learner.init_state(make_mesh(MeshConfig(*sizes)), params, tx)
     return jax.tree.map(lambda x: x + jnp.asarray(scale, x.dtype), state)
 

@@ -18,7 +18,7 @@ LAYERS = (
     "errors config configio types protocol sharding metrics endpoint",
     "models text data retrieval rl",
     "sampler rewards transcript prefix_tree",
-    "rollout batch checkpoint view judges guards",
+    "rollout batch checkpoint view judges guards optimizer",
     "learner evaluator session report",
     "trainer",
     "train evaluate ask pretrain index serve coldstart convert compile demo",

@@ -15,7 +15,7 @@ import tiny
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from r3rag_jax import learner
+from r3rag_jax import learner, optimizer
 from r3rag_jax.batch import minibatches, pack, tabulate
 from r3rag_jax.config import MeshConfig, ModelConfig, RLConfig, RolloutConfig, SFTConfig
 from r3rag_jax.models.decoder import PARAM_AXES
@@ -216,7 +216,7 @@ def test_parts_are_as_few_as_keep_to_the_bound(micro_tokens: int, num_parts: int
 
 def two_sft_updates(mesh: Mesh) -> tuple[Any, Any]:
     graphdefs, params = parts()
-    tx = learner.sft_optimizer(SFTConfig(lr=1e-3, warmup=0.0), 4)
+    tx = optimizer.sft_optimizer(SFTConfig(lr=1e-3, warmup=0.0), 4)
     state = learner.init_state(mesh, params["policy"], tx)
     step = learner.make_sft_step(mesh, graphdefs["policy"], tx, ModelConfig(), state)
     logs = []
@@ -228,7 +228,7 @@ def two_sft_updates(mesh: Mesh) -> tuple[Any, Any]:
 
 def two_rl_updates(mesh: Mesh) -> tuple[Any, Any]:
     graphdefs, params = parts()
-    tx = learner.rl_optimizer(RL)
+    tx = optimizer.rl_optimizer(RL)
     state = learner.init_state(mesh, params, tx)
     step = learner.make_rl_step(mesh, graphdefs, tx, ModelConfig(), RL, state)
     batch = put_batch(mesh, rl_batch())
@@ -440,7 +440,7 @@ def test_they_are_also_across_retrievals(codec: Codec, monkeypatch: pytest.Monke
 def test_the_state_is_donated_and_its_source_is_not() -> None:
     mesh = one_device()
     graphdefs, params = parts()
-    tx = learner.sft_optimizer(SFTConfig(), 4)
+    tx = optimizer.sft_optimizer(SFTConfig(), 4)
     state = learner.init_state(mesh, params["policy"], tx)
     step = learner.make_sft_step(mesh, graphdefs["policy"], tx, ModelConfig(), state)
     step(state, put_batch(mesh, sft_batch()))
@@ -480,7 +480,7 @@ def test_without_a_critic_the_advantages_are_returns_and_the_loss_is_the_policys
     loss, metrics = learner.rl_loss(graphdefs, params, batch, targets, config, "none")
     assert "value_loss" not in metrics
     assert float(loss) == pytest.approx(float(metrics["policy_loss"] - config.entropy * metrics["entropy"]), rel=1e-6)
-    tx = learner.rl_optimizer(config)
+    tx = optimizer.rl_optimizer(config)
     state = learner.init_state(one_device(), params, tx)
     step = learner.make_rl_step(one_device(), graphdefs, tx, ModelConfig(), config, state)
     moved = step(state, put_batch(one_device(), batch), put_batch(one_device(), targets), jnp.float32(1.0))[0]
@@ -491,7 +491,7 @@ def test_without_a_critic_the_advantages_are_returns_and_the_loss_is_the_policys
 def test_policy_and_critic_have_rates_of_their_own() -> None:
     config, mesh = dataclasses.replace(RL, critic_lr=0.0), one_device()
     graphdefs, params = parts()
-    tx = learner.rl_optimizer(config)
+    tx = optimizer.rl_optimizer(config)
     step = learner.make_rl_step(mesh, graphdefs, tx, ModelConfig(), config, learner.init_state(mesh, params, tx))
     batch = put_batch(mesh, rl_batch())
     moved, still = (
@@ -640,5 +640,5 @@ def test_a_critic_is_told_how_much_it_explains() -> None:
 
 def test_the_schedule_rises_and_falls() -> None:
     at = jnp.asarray([0.0, 0.1, 0.2, 0.6, 1.0])  # warm-up 0.2: half way down at 0.6
-    np.testing.assert_allclose(learner.schedule(at, 0.2, 0.1), [0.0, 0.5, 1.0, 0.55, 0.1], rtol=1e-6)
-    np.testing.assert_allclose(learner.schedule(at, 0.0, 0.0), 0.5 * (1 + np.cos(np.pi * at)), atol=1e-6)
+    np.testing.assert_allclose(optimizer.schedule(at, 0.2, 0.1), [0.0, 0.5, 1.0, 0.55, 0.1], rtol=1e-6)
+    np.testing.assert_allclose(optimizer.schedule(at, 0.0, 0.0), 0.5 * (1 + np.cos(np.pi * at)), atol=1e-6)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from test_learner import RL, VOCAB
 
-from r3rag_jax import learner
+from r3rag_jax import learner, optimizer
 from r3rag_jax.batch import tabulate
 from r3rag_jax.config import ConfigError, LoraConfig, MeshConfig, ModelConfig, SFTConfig
 from r3rag_jax.models import lora
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_definition() -> None:
 
 def test_only_adapters_are_in_the_state_and_a_step_moves_them() -> None:
     _, parts = adapted(filled=False)
-    tx = learner.sft_optimizer(SFTConfig(lr=1e-2, warmup=0.0), 10)
+    tx = optimizer.sft_optimizer(SFTConfig(lr=1e-2, warmup=0.0), 10)
     mesh = test_learner.one_device()
     state = learner.init_state(mesh, parts.params, tx)
     assert names(state.params) == {f"{name}_{side}" for name in LORA.targets for side in "ab"} | {"embed_rows"}

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from r3rag_jax import learner
+from r3rag_jax import learner, optimizer
 from r3rag_jax.batch import pack
 from r3rag_jax.config import Config
 from r3rag_jax.configio import load_config
@@ -197,7 +197,7 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
     graphdef, policy = nnx.split(nnx.eval_shape(new))
     critic = nnx.split(nnx.eval_shape(lambda: learner.new_critic(new(), config.rl.critic)))
 
-    tx = learner.sft_optimizer(config.sft, 1000)
+    tx = optimizer.sft_optimizer(config.sft, 1000)
     state, rows = state_of(policy, tx), batch_of(config.sft.batch_rows, config.sft.row_length)
     batch = SFTBatch(rows.tokens, rows.positions, rows.segment_ids, None, rows.loss_mask)
     step = learner.make_sft_step(mesh, graphdef, tx, config.model, state)
@@ -207,7 +207,7 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
     graphdefs, params = {"policy": graphdef, "critic": critic[0]}, {"policy": policy, "critic": critic[1]}
     num_params = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     assert num_params == 2 * sum(map(math.prod, param_shapes(decoder).values())) + decoder.hidden_size
-    tx = learner.rl_optimizer(config.rl)
+    tx = optimizer.rl_optimizer(config.rl)
     state, batch = state_of(params, tx), batch_of(config.rl.batch_rows, config.rl.row_length)
     score = learner.make_scorer(mesh, graphdefs, graphdefs["policy"], config.model, config.rl)
     scored, _ = jax.eval_shape(score, params, policy, batch)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from r3rag_jax.errors import UserError
-from r3rag_jax.sharding import partition_spec
+from r3rag_jax.models.matmul import turned
+from r3rag_jax.sharding import partition_spec, platform
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 PLATFORMS = {"cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # xla: any
@@ -54,14 +55,14 @@ def attention(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}")
-    platform = _platform()
-    if platform not in PLATFORMS.get(implementation, (platform,)):
+    devices = platform()
+    if devices not in PLATFORMS.get(implementation, (devices,)):
         known = " or ".join(PLATFORMS[implementation])
-        raise UserError(f"attention {implementation!r} must run on {known}; got {platform}")
+        raise UserError(f"attention {implementation!r} must run on {known}; got {devices}")
     if implementation == "splash" and branch_ids_BL is not None:
         raise UserError("attention 'splash' must have no branch_ids: its kernel knows equal segments alone")
     if implementation == "splash":
-        return _splash(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, interpret=platform == "cpu")
+        return _splash(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, interpret=devices == "cpu")
     if implementation == "cudnn":
         visible = _visible(segment_ids_BL, branch_ids_BL, 0, q_BLNH.shape[1])
         mask = None if visible is None else visible[:, None]
@@ -81,12 +82,6 @@ def _visible(
         is_on_path = (keys == 0) | (branch_ids_BL[:, start:end, None] == keys)
         mask = is_on_path if mask is None else mask & is_on_path
     return mask
-
-
-def _platform() -> str:
-    """Of the devices to run on. A mesh in force knows best: it may be a TPU pod's, compiled for on a CPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _splash(
@@ -239,7 +234,7 @@ def _scores(
 
 def _products(x: jax.Array, y: jax.Array) -> jax.Array:
     """[B, K, G, q, H] with [B, K, m, H] -> [B, K, G, q, m]."""
-    return _weighted(x, jnp.swapaxes(y, 2, 3))
+    return _weighted(x, turned(y))
 
 
 def _weighted(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -255,7 +250,7 @@ def _summed(weights: jax.Array, x: jax.Array) -> jax.Array:
     """[B, K, G, q, m] with [B, K, G, q, H] -> [B, K, m, H], over queries and the heads of a kv head."""
     B, K, G, rows, keys = weights.shape
     flat = jnp.matmul(
-        weights.reshape(B * K, G * rows, keys).swapaxes(1, 2),
+        turned(weights.reshape(B * K, G * rows, keys)),
         x.reshape(B * K, G * rows, x.shape[-1]),
         preferred_element_type=jnp.float32,
     )

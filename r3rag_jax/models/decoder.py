@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from r3rag_jax.models.attention import IMPLEMENTATIONS, attention
 from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.matmul import adapted_matmul, matmul
 from r3rag_jax.sharding import partition_spec
 
 # Logical axes of every parameter by name; sharding.py maps logical axes to mesh axes.
@@ -183,23 +184,26 @@ class Decoder(nnx.Module):
         cos, sin = rope_tables(self.config, positions_BL)
 
         def body(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+            w = self._prepared(w)  # here, not in front of the loop: that would be a copy of them all
             q, k, v = qkv(self.config, w, x, cos, sin)
             out = attention(q, k, v, segment_ids_BL, branch_ids_BL, implementation=self.attention_implementation)
             return finish_layer(self.config, w, x, out), None
 
         if remat != "none":
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-        x, _ = jax.lax.scan(body, self.table()[tokens_BL].astype(self.dtype), self.layer_params())
+        x, _ = jax.lax.scan(body, self.table()[tokens_BL].astype(self.dtype), self._stacked())
         return rms_norm(x, self.param("final_norm")[...], self.config.norm_eps)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Project hidden states [..., D] to float32 logits [..., V]."""
-        return jnp.matmul(hidden, self.output_weight(), preferred_element_type=jnp.float32)
+        weight = self.output_weight()
+        weight = weight.T if self.config.tie_embeddings else weight
+        return jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
 
     def output_weight(self) -> jax.Array:
-        """Return the output layer [D, V] in the compute dtype."""
+        """Return the output layer in the compute dtype: [D, V], or the embeddings [V, D] where they are tied."""
         if self.config.tie_embeddings:
-            return self.table().T.astype(self.dtype)
+            return self.table().astype(self.dtype)
         weight = self.param("lm_head")[...]
         if self.adapter_tokens:
             weight = weight.at[:, jnp.asarray(self.adapter_tokens)].add(self.head_rows[...].T.astype(weight.dtype))
@@ -219,14 +223,20 @@ class Decoder(nnx.Module):
 
     def layer_params(self) -> dict[str, jax.Array]:
         """Return the stacked layer parameters by name, matmul inputs in the compute dtype, adapters scaled."""
+        return self._prepared(self._stacked())
 
-        def prepared(name: str, value: jax.Array) -> jax.Array:
+    def _stacked(self) -> dict[str, jax.Array]:
+        return {name: param[...] for name, param in vars(self.layers).items() if isinstance(param, nnx.Param)}
+
+    def _prepared(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Of one layer or of all."""
+
+        def one(name: str, value: jax.Array) -> jax.Array:
             if name.endswith("_norm"):
                 return value
             return (self.adapter_scale * value if name.endswith("_b") else value).astype(self.dtype)
 
-        params = {name: param for name, param in vars(self.layers).items() if isinstance(param, nnx.Param)}
-        return {name: prepared(name, param[...]) for name, param in params.items()}
+        return {name: one(name, value) for name, value in params.items()}
 
 
 def qkv(
@@ -261,67 +271,6 @@ def _project(w: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
     if f"{name}_a" not in w:
         return matmul(x, w[name])
     return adapted_matmul(x, w[name], w[f"{name}_a"], w[f"{name}_b"])
-
-
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply [..., in] by [in, out], accumulating in float32, and return the dtype of x.
-
-    On a mesh of several devices the backward pass is autodiff's, whose layout the partitioner knows.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return _product(x, w) if not mesh.empty and mesh.size > 1 else _narrow_first_matmul(x, w)
-
-
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-@jax.custom_vjp
-def _narrow_first_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply; the backward pass puts the narrow factor first in the product over all tokens.
-
-    XLA's CPU backend transposes the first one, and as autodiff writes it that is the gradient, often the wide one.
-    """
-    return _product(x, w)
-
-
-def _over_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[..., A] and [..., Z] -> their products summed over all tokens, [A, Z]."""
-    x_TA, y_TZ = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    return _product(x_TA.T, y_TZ) if x.shape[-1] <= y.shape[-1] else _product(y_TZ.T, x_TA).T
-
-
-def _matmul_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(x, w), (x, w)
-
-
-def _matmul_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = saved
-    return _product(grad, w.T), _over_tokens(x, grad)
-
-
-_narrow_first_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-@jax.custom_vjp
-def adapted_matmul(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply [..., in] by w [in, out] + a [in, rank] b [rank, out], which is never formed."""
-    return _adapted_forward(x, w, a, b)[0]
-
-
-def _adapted_forward(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    xa = _product(x, a)
-    return _product(x, w) + _product(xa, b), (x, w, a, b, xa)
-
-
-def _adapted_backward(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
-    x, w, a, b, xa = saved
-    grad_xa = _product(grad, b.T)
-    grad_x = _product(grad, w.T) + _product(grad_xa, a.T)
-    return grad_x, _over_tokens(x, grad), _over_tokens(x, grad_xa), _over_tokens(xa, grad)
-
-
-adapted_matmul.defvjp(_adapted_forward, _adapted_backward)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

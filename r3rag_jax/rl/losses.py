@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from r3rag_jax.models.matmul import turned
 from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sharding import collectives_race
 
@@ -205,12 +206,13 @@ def adapted_kl(coefficient: float, kl: float, target: float, rate: float) -> flo
 
 def chunked_logprobs(
     hidden_BLD: jax.Array,
-    weight_DV: jax.Array,
+    weight: jax.Array,
     targets_BL: jax.Array,
     temperature_BL: jax.Array,
     mask_BL: jax.Array,
     *,
     chunk: int,
+    tied: bool = False,
     truncation: Truncation = WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each kept target and entropy of its distribution, at the given temperatures.
@@ -221,11 +223,13 @@ def chunked_logprobs(
 
     Args:
         hidden_BLD: float [B, L, D], final hidden states.
-        weight_DV: float [D, V], output projection.
+        weight: float [D, V], output projection; [V, D] where `tied`, embeddings as they lie. (What a loop closes over
+            is stored whole: transposed before it, they would be copied.)
         targets_BL: int [B, L], ids in [0, V); anything where not kept.
         temperature_BL: float [B, L], > 0.
         mask_BL: bool [B, L], True = keep.
         chunk: most tokens whose logits exist at once (at least one of each row does).
+        tied: whether `weight` is a table of embeddings.
         truncation: what the tokens were sampled with.
 
     Returns:
@@ -239,11 +243,11 @@ def chunked_logprobs(
     # Round trip through float32: XLA removes it, but the gradient of the weight, which the loop
     # accumulates in the dtype of what it closes over, is then summed in float32. In bfloat16 a sum
     # stalls after 256 chunks.
-    wide_DV = weight_DV.astype(jnp.float32)
+    wide = weight.astype(jnp.float32)
 
     def one_chunk(hidden_CD, targets_C, temperature_C, mask_C):
         temperature_C = jnp.where(mask_C, temperature_C.astype(jnp.float32), 1.0)
-        logits_CV = _logits(hidden_CD, wide_DV.astype(weight_DV.dtype))
+        logits_CV = _dot(hidden_CD, _projection(wide.astype(weight.dtype), tied))
         logits_CV = truncate(logits_CV, temperature_C, truncation, targets_C)
         lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
         all_CV = jnp.where(jnp.isfinite(logits_CV), logits_CV - lse_C[:, None], 0.0)
@@ -263,11 +267,12 @@ def chunked_logprobs(
 
 def cross_entropy(
     hidden_BLD: jax.Array,
-    weight_DV: jax.Array,
+    weight: jax.Array,
     targets_BL: jax.Array,
     mask_BL: jax.Array,
     *,
     chunk: int,
+    tied: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Token-mean cross-entropy whose gradient is formed chunk by chunk in the forward pass.
 
@@ -278,10 +283,12 @@ def cross_entropy(
 
     Args:
         hidden_BLD: float [B, L, D], final hidden states.
-        weight_DV: float [D, V], output projection.
+        weight: float [D, V], output projection; [V, D] where `tied`, embeddings as they lie. (What a loop closes over
+            is stored whole: transposed before it, they would be copied.)
         targets_BL: int [B, L], ids in [0, V); anything where not kept.
         mask_BL: bool [B, L], True = keep.
         chunk: most tokens whose logits exist at once (at least one of each row does).
+        tied: whether `weight` is a table of embeddings.
 
     Returns:
         (loss, accuracy), float32 scalars: mean nats per kept token, and the share of kept tokens
@@ -291,13 +298,14 @@ def cross_entropy(
         ValueError: chunk is not positive.
     """
     chunks = _Chunks(mask_BL.astype(bool), chunk)
-    return _cross_entropy(chunks.split(hidden_BLD), weight_DV, chunks.split(targets_BL), chunks.mask_KC, chunks.any_K)
+    inputs = chunks.split(hidden_BLD), weight, chunks.split(targets_BL), chunks.mask_KC, chunks.any_K
+    return _cross_entropy(tied, *inputs)
 
 
-@jax.custom_vjp
-def _cross_entropy(hidden_KCD, weight_DV, targets_KC, mask_KC, any_K):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(tied, hidden_KCD, weight, targets_KC, mask_KC, any_K):
     def one_chunk(hidden_CD, targets_C, mask_C):
-        return _chunk_sums(_logits(hidden_CD, weight_DV), targets_C, mask_C)[0]
+        return _chunk_sums(_dot(hidden_CD, _projection(weight, tied)), targets_C, mask_C)[0]
 
     def if_kept(sums, inputs):
         *chunk, any_kept = inputs
@@ -308,60 +316,67 @@ def _cross_entropy(hidden_KCD, weight_DV, targets_KC, mask_KC, any_K):
     return loss, accuracy
 
 
-def _cross_entropy_forward(hidden_KCD, weight_DV, targets_KC, mask_KC, any_K):
+def _cross_entropy_forward(tied, hidden_KCD, weight, targets_KC, mask_KC, any_K):
     scale = 1.0 / _count(mask_KC)
 
     def one_chunk(carry, hidden_CD, targets_C, mask_C):
-        sums, grad_weight_DV = carry
-        logits_CV = _logits(hidden_CD, weight_DV)
-        chunk_sums, lse_C = _chunk_sums(logits_CV, targets_C, mask_C)
-        probs_CV = jnp.exp(logits_CV - lse_C[:, None])
-        grad_CV = jnp.where(_is_target(logits_CV, targets_C), probs_CV - 1.0, probs_CV)
-        grad_CV = jnp.where(mask_C[:, None], grad_CV * scale, 0.0).astype(weight_DV.dtype)
-        grad_weight_DV += jnp.einsum("CD,CV->DV", hidden_CD, grad_CV, preferred_element_type=jnp.float32)
-        grad_hidden_CD = jnp.einsum("CV,DV->CD", grad_CV, weight_DV, preferred_element_type=jnp.float32)
-        return (sums + chunk_sums, grad_weight_DV), grad_hidden_CD.astype(hidden_CD.dtype)
+        sums, grad_weight = carry
+        logits_CV = _dot(hidden_CD, _projection(weight, tied))
+        chunk_sums, exps_CV, total_C = _chunk_sums(logits_CV, targets_C, mask_C)
+        grad_CV = exps_CV.at[jnp.arange(len(targets_C)), targets_C].add(-total_C, mode="drop")
+        grad_CV = (grad_CV * jnp.where(mask_C, scale / total_C, 0.0)[:, None]).astype(weight.dtype)
+        left, right = (grad_CV, hidden_CD) if tied else (hidden_CD, grad_CV)
+        grad_weight += _dot(turned(left), right)
+        grad_hidden_CD = _dot(grad_CV, weight if tied else turned(weight))
+        return (sums + chunk_sums, grad_weight), grad_hidden_CD.astype(hidden_CD.dtype)
 
     def if_kept(carry, inputs):
         *chunk, any_kept = inputs
         skip = jnp.zeros_like(chunk[0])
         return _if_kept(any_kept, lambda: one_chunk(carry, *chunk), lambda: (carry, skip))
 
-    start = jnp.zeros(2, jnp.float32), jnp.zeros(weight_DV.shape, jnp.float32)
-    (sums, grad_weight_DV), grad_hidden_KCD = lax.scan(if_kept, start, (hidden_KCD, targets_KC, mask_KC, any_K))
+    start = jnp.zeros(2, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    (sums, grad_weight), grad_hidden_KCD = lax.scan(if_kept, start, (hidden_KCD, targets_KC, mask_KC, any_K))
     loss, accuracy = sums * scale
-    return (loss, accuracy), (grad_hidden_KCD, grad_weight_DV.astype(weight_DV.dtype))
+    return (loss, accuracy), (grad_hidden_KCD, grad_weight.astype(weight.dtype))
 
 
-def _cross_entropy_backward(grads, cotangents):
+def _cross_entropy_backward(tied, grads, cotangents):
     cotangent, _ = cotangents  # the accuracy is piecewise constant
-    grad_hidden_KCD, grad_weight_DV = ((cotangent * g).astype(g.dtype) for g in grads)
-    return grad_hidden_KCD, grad_weight_DV, None, None, None
+    grad_hidden_KCD, grad_weight = ((cotangent * g).astype(g.dtype) for g in grads)
+    return grad_hidden_KCD, grad_weight, None, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _chunk_sums(logits_CV, targets_C, mask_C):
-    """Return ([sum of nats, number right] over the kept tokens, logsumexp_C)."""
-    lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    nats_C = lse_C - _target_logits(logits_CV, targets_C)
-    right_C = jnp.argmax(logits_CV, axis=-1) == targets_C
+    """Return ([sum of nats, number right] over the kept tokens, exp(logits - the largest of a token), their sums)."""
+    largest_C = jnp.max(logits_CV, axis=-1)
+    exps_CV = lax.optimization_barrier(jnp.exp(logits_CV - largest_C[:, None]))  # once for all who read them
+    total_C = jnp.sum(exps_CV, axis=-1)
+    target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1, mode="clip")[:, 0]
+    nats_C = largest_C + jnp.log(total_C) - target_C
+    # Right is the first of the largest: their argmax, for which XLA's CPU backend takes ten times as long.
+    is_before_CV = lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1) < targets_C[:, None]
+    right_C = (target_C == largest_C) & ~jnp.any((logits_CV == largest_C[:, None]) & is_before_CV, axis=-1)
     sums_2C = jnp.where(mask_C, jnp.stack([nats_C, right_C.astype(jnp.float32)]), 0.0)
-    return jnp.sum(sums_2C, axis=1), lse_C
+    return jnp.sum(sums_2C, axis=1), exps_CV, total_C
 
 
-def _logits(hidden_CD, weight_DV):
-    return jnp.dot(hidden_CD, weight_DV, preferred_element_type=jnp.float32)
+def _projection(weight, tied):
+    """[D, V] of what may be [V, D]."""
+    return turned(weight) if tied else weight
 
 
-def _is_target(logits_CV, targets_C):
-    return lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1) == targets_C[:, None]
+def _dot(x, y):
+    return jnp.dot(x, y, preferred_element_type=jnp.float32)
 
 
 def _target_logits(logits_CV, targets_C):
     # A compare-and-sum, not a gather: its gradient is then a select, not a scatter.
-    return jnp.sum(jnp.where(_is_target(logits_CV, targets_C), logits_CV, 0.0), axis=-1)
+    is_target_CV = lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1) == targets_C[:, None]
+    return jnp.sum(jnp.where(is_target_CV, logits_CV, 0.0), axis=-1)
 
 
 def _count(mask_KC):

@@ -1,0 +1,85 @@
+"""Products of activations and weights: float32 sums, the inputs' dtype, and backward passes that a CPU is fast at."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from r3rag_jax.sharding import platform
+
+
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply [..., in] by [in, out], accumulating in float32, and return the dtype of x."""
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def turned(x: jax.Array) -> jax.Array:
+    """[..., A, Z] -> [..., Z, A], as a factor of a product.
+
+    XLA's CPU backend reads float32 along either axis. In bfloat16 it has a fast product of factors as they lie alone
+    and widens all others, at half the speed: there x is written anew. (By way of one axis, for the layout of two is
+    XLA's own choice, and it would choose the old one.)
+    """
+    x_ZA = jnp.swapaxes(x, -1, -2)
+    if x.dtype != jnp.bfloat16 or platform() != "cpu":
+        return x_ZA
+    return jax.lax.optimization_barrier(x_ZA.reshape(-1)).reshape(x_ZA.shape)
+
+
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`product`, whose backward pass is this module's.
+
+    On a mesh of several devices it is autodiff's, whose layout the partitioner knows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return product(x, w) if not mesh.empty and mesh.size > 1 else _matmul(x, w)
+
+
+@jax.custom_vjp
+def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    return product(x, w)
+
+
+def _forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(x, w), (x, w)
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    return product(grad, turned(w)), _over_tokens(x, grad)
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def adapted_matmul(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply [..., in] by w [in, out] + a [in, rank] b [rank, out], which is never formed."""
+    return _adapted_forward(x, w, a, b)[0]
+
+
+def _adapted_forward(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    xa = product(x, a)
+    return product(x, w) + product(xa, b), (x, w, a, b, xa)
+
+
+def _adapted_backward(saved: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
+    x, w, a, b, xa = saved
+    grad_xa = product(grad, turned(b))
+    grad_x = product(grad, turned(w)) + product(grad_xa, turned(a))
+    return grad_x, _over_tokens(x, grad), _over_tokens(x, grad_xa), _over_tokens(xa, grad)
+
+
+adapted_matmul.defvjp(_adapted_forward, _adapted_backward)
+
+
+def _over_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[..., A] and [..., Z] -> their products summed over all tokens, [A, Z].
+
+    In float32 the narrow factor comes first: XLA's CPU backend turns that one, and as autodiff writes it that is the
+    gradient, often the wide one. In bfloat16 x comes first: no product may be turned afterwards.
+    """
+    x_TA, y_TZ = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+    if x.dtype == jnp.bfloat16 or x.shape[-1] <= y.shape[-1]:
+        return product(turned(x_TA), y_TZ)
+    return product(y_TZ.T, x_TA).T
