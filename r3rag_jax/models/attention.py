@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from r3rag_jax.errors import UserError
@@ -19,6 +20,7 @@ from r3rag_jax.sharding import partition_spec, platform
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 PLATFORMS = {"cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # xla: any
 QUERY_CHUNK = 128  # of xla
+SAVED = "attention"  # of xla: what its backward pass needs besides q, k and v, for policies of `jax.checkpoint`
 LANES, MAX_BLOCK = 128, 512  # of splash: a block is a multiple of the first and at most the second, in tokens
 
 
@@ -173,7 +175,8 @@ def _chunked_forward(
         total = jnp.sum(weights, axis=-1, keepdims=True)
         outs.append((_weighted(weights.astype(v.dtype), v[:, :, :end]) / total).astype(q.dtype))
         lses.append(largest + jnp.log(total))
-    out, lse = jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), SAVED)
+    lse = checkpoint_name(jnp.concatenate(lses, axis=3), SAVED)
     return _by_token(out), (q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL, out, lse)
 
 
