@@ -19,7 +19,7 @@ from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.rl.losses import chunked_logprobs
 from r3rag_jax.sampler import engine as engine_module
-from r3rag_jax.sampler.engine import Context, Engine, invert
+from r3rag_jax.sampler.engine import Context, Engine, first_largest, invert
 from r3rag_jax.sampler.memory import bytes_per_device
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sharding import AXES, batch_shardings, batch_ways, make_mesh, make_sampler_mesh, put_batch, replicated
@@ -105,7 +105,7 @@ def test_recorded_logprobs_are_the_trainers_for_every_truncation(model, min_p, t
     engine.decode(policy, 80, leave_at=4)
     tokens = engine.rows.tokens[:, :88]
     hidden = model(tokens, np.broadcast_to(np.arange(88), tokens.shape))[:, 7:-1]
-    score = functools.partial(chunked_logprobs, chunk=64, truncation=how)
+    score = functools.partial(chunked_logprobs, chunk=64, tied=model.config.tie_embeddings, truncation=how)
     scored_at = np.broadcast_to(np.where(temperatures > 0, temperatures, 1)[:, None], (4, 80))
     logprobs, _ = jax.jit(score)(hidden, model.output_weight(), tokens[:, 8:], scored_at, np.ones((4, 80), bool))
     np.testing.assert_allclose(engine.rows.logprobs[:, 8:88], logprobs, rtol=0, atol=1e-4)
@@ -120,11 +120,18 @@ def test_sampling_by_inversion(size):
     weights = rng.random(size) * (rng.random(size) < 0.3)
     weights[rng.integers(size)] = 1e-6  # rare tokens can be drawn, impossible ones never
     uniforms = np.append(rng.random(2000), [0.0, np.nextafter(np.float32(1), np.float32(0))]).astype(np.float32)
-    drawn = np.asarray(jax.vmap(invert, (None, 0))(jnp.asarray(weights, jnp.float32), uniforms))
+    drawn, totals = map(np.asarray, jax.vmap(invert, (None, 0))(jnp.asarray(weights, jnp.float32), uniforms))
+    np.testing.assert_allclose(totals, weights.sum(), rtol=1e-5)
     assert (weights[drawn] > 0).all()
     share = np.cumsum(weights) / weights.sum()
     before = np.append(0, share)[drawn]
     assert ((before <= uniforms + 1e-5) & (uniforms - 1e-5 <= share[drawn])).all()
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 300])
+def test_the_first_of_the_largest(size):
+    values = jnp.asarray(np.random.default_rng(size).integers(-3, 3, (50, size)), jnp.float32)
+    np.testing.assert_array_equal(jax.vmap(first_largest)(values), jnp.argmax(values, axis=1))
 
 
 def test_append_then_decode_equals_fresh_prefill(model):

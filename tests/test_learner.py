@@ -636,9 +636,3 @@ def test_a_critic_is_told_how_much_it_explains() -> None:
         explained.append(float(metrics["explained_variance"]))
     np.testing.assert_allclose(explained, [0, 1], atol=1e-6)
     np.testing.assert_allclose(metrics["value"], 2.25)
-
-
-def test_the_schedule_rises_and_falls() -> None:
-    at = jnp.asarray([0.0, 0.1, 0.2, 0.6, 1.0])  # warm-up 0.2: half way down at 0.6
-    np.testing.assert_allclose(optimizer.schedule(at, 0.2, 0.1), [0.0, 0.5, 1.0, 0.55, 0.1], rtol=1e-6)
-    np.testing.assert_allclose(optimizer.schedule(at, 0.0, 0.0), 0.5 * (1 + np.cos(np.pi * at)), atol=1e-6)

@@ -313,11 +313,12 @@ def test_adapted_kl_typed_out():
     assert adapted_kl(0.5, 0.1, 0.1, 0.1) == 0.5
 
 
-@pytest.mark.parametrize("min_p", [0.0, 0.1])
+@pytest.mark.parametrize(("min_p", "tied"), [(0.0, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_chunked_logprobs_match_plain_in_value_and_gradient(chunk, min_p):
+def test_chunked_logprobs_match_plain_in_value_and_gradient(chunk, min_p, tied):
     args, expected, expected_grads = _expected_logprobs(min_p)
     chunked = functools.partial(chunked_logprobs, chunk=chunk, truncation=Truncation(min_p))
+    chunked = _of_table(chunked) if tied else chunked
     actual, grads = _values_and_gradients(chunked, *args)
     for value, expected_value in zip(actual, expected, strict=True):
         assert value.dtype == jnp.float32 and value.shape == args[-1].shape
@@ -352,10 +353,17 @@ def test_chunked_logprobs_behind_min_p():
     np.testing.assert_allclose(entropy_T, [[0.636514, 0.636514, 1.017154]], rtol=1e-4)
 
 
+def _of_table(function):
+    """The same function of a projection, which is given to it as a table of embeddings."""
+    return lambda hidden_TD, weight_DV, *rest: function(hidden_TD, weight_DV.T, *rest, tied=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_cross_entropy_matches_plain_in_value_and_gradient(chunk):
+def test_cross_entropy_matches_plain_in_value_and_gradient(chunk, tied):
     args = _inputs()
     chunked = functools.partial(cross_entropy, chunk=chunk)
+    chunked = _of_table(chunked) if tied else chunked
     expected, expected_grads = _expected_cross_entropy()
     actual, grads = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(*args)
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
@@ -379,6 +387,16 @@ def test_cross_entropy_divides_by_the_kept_tokens_only():
     np.testing.assert_array_equal(np.any(grads != 0, axis=-1), mask_T)
     nothing = jitted(hidden_TD, weight_DV, targets_T, jnp.zeros_like(mask_T))
     np.testing.assert_array_equal(nothing, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sure_token_has_a_small_gradient_in_bfloat16(tied):
+    # p = 0.999: one minus it is a thousandth, which is lost where p is rounded to bfloat16 first.
+    hidden_TD, weight_DV = jnp.ones((1, 1, 1), jnp.bfloat16), jnp.asarray([[6.90625, 0.0]], jnp.bfloat16)
+    chunked = functools.partial(cross_entropy, chunk=1)
+    chunked = _of_table(chunked) if tied else chunked
+    grad = jax.grad(lambda w: chunked(hidden_TD, w, jnp.zeros((1, 1), int), jnp.ones((1, 1), bool))[0])(weight_DV)
+    np.testing.assert_allclose(grad.astype(jnp.float32), [[-1e-3, 1e-3]], rtol=0.01)
 
 
 def test_cross_entropy_typed_out():

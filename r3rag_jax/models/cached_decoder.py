@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from r3rag_jax.models.cache import KVCache, LayerCache
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, finish_layer, qkv, rms_norm, rope_tables
+from r3rag_jax.models.matmul import turned, wants_as_it_lies
 from r3rag_jax.sharding import tree_shardings
 
 APART_AXES = {name: tuple(axis for axis in axes if axis != "layers") for name, axes in PARAM_AXES.items()}
@@ -32,18 +33,20 @@ class CachedDecoder:
     embed: jax.Array  # [V, D]
     layers: tuple[dict[str, jax.Array], ...]
     final_norm: jax.Array
-    lm_head: jax.Array | None  # [D, V]; None: the embeddings
+    lm_head: jax.Array | None  # [D, V]; None: the embeddings, as they lie
     config: DecoderConfig = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, decoder: Decoder) -> CachedDecoder:
         """The same numbers; adapters stay apart."""
-        stacked = decoder.layer_params()
+        stacked, lm_head = decoder.layer_params(), decoder.output_weight()
+        if decoder.config.tie_embeddings:
+            lm_head = turned(lm_head) if wants_as_it_lies(decoder.dtype) else None
         return cls(
             embed=decoder.table().astype(decoder.dtype),
             layers=tuple({n: value[i] for n, value in stacked.items()} for i in range(decoder.config.num_layers)),
             final_norm=decoder.param("final_norm")[...],
-            lm_head=None if decoder.config.tie_embeddings else decoder.output_weight(),
+            lm_head=lm_head,
             config=decoder.config,
         )
 
