@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from r3rag_jax.models.cache import KVCache, LayerCache
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, finish_layer, qkv, rms_norm, rope_tables
-from r3rag_jax.models.matmul import turned, wants_as_it_lies
+from r3rag_jax.models.matmul import turned, wants_as_it_lies, wide_product
 from r3rag_jax.sharding import tree_shardings
 
 APART_AXES = {name: tuple(axis for axis in axes if axis != "layers") for name, axes in PARAM_AXES.items()}
@@ -39,7 +39,8 @@ class CachedDecoder:
     @classmethod
     def of(cls, decoder: Decoder) -> CachedDecoder:
         """The same numbers; adapters stay apart."""
-        stacked, lm_head = decoder.layer_params(), decoder.output_weight()
+        stacked = decoder.layer_params()
+        lm_head: jax.Array | None = decoder.output_weight()
         if decoder.config.tie_embeddings:
             lm_head = turned(lm_head) if wants_as_it_lies(decoder.dtype) else None
         return cls(
@@ -81,7 +82,7 @@ class CachedDecoder:
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Project hidden states [..., D] to float32 logits [..., V]."""
         output = self.embed.T if self.lm_head is None else self.lm_head
-        return jnp.matmul(hidden, output, preferred_element_type=jnp.float32)
+        return wide_product(hidden, output)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # traced once, not for each layer: XLA puts it in place

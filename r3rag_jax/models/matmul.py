@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +12,18 @@ from r3rag_jax.sharding import platform
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply [..., in] by [in, out], accumulating in float32, and return the dtype of x."""
-    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+    return wide_product(x, w).astype(x.dtype)
+
+
+def wide_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Multiply [..., in] by [in, out] into float32.
+
+    One row alone is taken twice where XLA's CPU backend would widen all of a bfloat16 matrix for it.
+    """
+    if math.prod(x.shape[:-1]) == 1 and wants_as_it_lies(x.dtype):
+        twice = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
+        return jnp.matmul(twice, w, preferred_element_type=jnp.float32)[:1].reshape(*x.shape[:-1], w.shape[-1])
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
 
 
 def wants_as_it_lies(dtype: jax.typing.DTypeLike) -> bool:
