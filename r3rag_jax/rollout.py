@@ -33,6 +33,7 @@ from r3rag_jax.sampler.state import RowStatus
 from r3rag_jax.transcript import Codec, Transcript
 from r3rag_jax.types import Question, Status, Step, Trajectory
 
+LEAVE_SHARE = 4  # a decode call leaves when one row of so many waits: fewer wait for the others, or fewer calls are made
 OnDone = Callable[[Trajectory], None]
 Hits = Callable[[], list[list[Hit]]]  # of a search that may be under way
 
@@ -200,7 +201,7 @@ class Roller:
                     contexts = self._tell(game, *searches.popleft()[1:])
                 self.engine.set_context(policy, contexts)
                 if active := self.engine.find(RowStatus.ACTIVE):
-                    self.engine.decode(policy, config.decode_chunk, leave_at=max(1, len(active) // 8))
+                    self.engine.decode(policy, config.decode_chunk, leave_at=max(1, len(active) // LEAVE_SHARE))
                 if asking := self._read(game):
                     hits = self._search(pool, [game.rows[slot] for slot in asking])
                     searches.append((turn + config.search_turns, asking, hits))
