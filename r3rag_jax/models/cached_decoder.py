@@ -39,10 +39,11 @@ class CachedDecoder:
     @classmethod
     def of(cls, decoder: Decoder) -> CachedDecoder:
         """The same numbers; adapters stay apart."""
-        stacked = decoder.layer_params()
-        lm_head: jax.Array | None = decoder.output_weight()
-        if decoder.config.tie_embeddings:
-            lm_head = turned(lm_head) if wants_as_it_lies(decoder.dtype) else None
+        stacked, lm_head = decoder.layer_params(), None
+        if not decoder.config.tie_embeddings:
+            lm_head = decoder.output_weight()
+        elif wants_as_it_lies(decoder.dtype):
+            lm_head = turned(decoder.output_weight())
         return cls(
             embed=decoder.table().astype(decoder.dtype),
             layers=tuple({n: value[i] for n, value in stacked.items()} for i in range(decoder.config.num_layers)),
