@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from r3rag_jax.models.attention import IMPLEMENTATIONS, SAVED, attention
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.models.matmul import adapted_matmul, matmul
+from r3rag_jax.models.matmul import adapted_matmul, matmul, on_several_devices
 from r3rag_jax.sharding import partition_spec
 
 # Logical axes of every parameter by name; sharding.py maps logical axes to mesh axes.
@@ -277,13 +277,24 @@ def _project(w: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
     return adapted_matmul(x, w[name], w[f"{name}_a"], w[f"{name}_b"])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Return x / sqrt(mean(x^2) + eps) * scale in float32, last axis (arXiv:1910.07467).
 
-    The sums of the backward pass, over tokens and over the width, are products with vectors: as autodiff writes them
-    they take XLA's CPU backend some fifteen times as long, an eighth of a training step.
+    On a mesh of several devices the backward pass is autodiff's, as in `matmul`.
     """
+    return _normalized(x, scale, eps) if on_several_devices() else _rms_norm(x, scale, eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """The sums of the backward pass, over tokens and over the width, are products with vectors.
+
+    As autodiff writes them they take XLA's CPU backend some fifteen times as long, a tenth of a training step.
+    """
+    return _normalized(x, scale, eps)
+
+
+def _normalized(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     y = x.astype(jnp.float32)
     y = y * _inverse_root(y, eps)
     return (y * scale.astype(jnp.float32)).astype(x.dtype)
@@ -294,7 +305,7 @@ def _inverse_root(x: jax.Array, eps: float) -> jax.Array:
 
 
 def _rms_norm_forward(x: jax.Array, scale: jax.Array, eps: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return rms_norm(x, scale, eps), (x, scale)
+    return _normalized(x, scale, eps), (x, scale)
 
 
 def _rms_norm_backward(eps: float, saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -308,7 +319,7 @@ def _rms_norm_backward(eps: float, saved: tuple[jax.Array, jax.Array], grad: jax
     return grad_x.astype(x.dtype), grad_scale.astype(scale.dtype)
 
 
-rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:

@@ -47,8 +47,13 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 
     On a mesh of several devices it is autodiff's, whose layout the partitioner knows.
     """
+    return product(x, w) if on_several_devices() else _matmul(x, w)
+
+
+def on_several_devices() -> bool:
+    """Whether the mesh in force has more than one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return product(x, w) if not mesh.empty and mesh.size > 1 else _matmul(x, w)
+    return not mesh.empty and mesh.size > 1
 
 
 @jax.custom_vjp
