@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -81,7 +82,7 @@ class Steps:
             if not keep:
                 engine.reset()
             engine.set_context(self.policy, {slot: Context(ids, num) for slot, ids in contexts.items()})
-            engine._cache.v[-1].block_until_ready()
+            jax.block_until_ready(engine._cache)
             self.prefill_s += time.perf_counter() - start
             engine.decode(self.policy, num, leave_at=len(rows))
             for slot, ids in contexts.items():
