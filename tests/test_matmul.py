@@ -77,7 +77,7 @@ def test_what_is_turned_in_bfloat16_is_written_anew_on_a_cpu() -> None:
         product = jax.jit(lambda x, w: jnp.matmul(x, turn(w), preferred_element_type=jnp.float32))
         return int(product.lower(x, w).compile().memory_analysis().temp_size_in_bytes)
 
-    assert temporaries(turned) <= temporaries(lambda w: w.T)
+    assert temporaries(turned) < temporaries(lambda w: w.T)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
