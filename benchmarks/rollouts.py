@@ -1,11 +1,12 @@
 """Rollouts against slower ways to do them: the same policy, questions and machine, in turn, in one run.
 
-    python benchmarks/rollouts.py steps MODEL [--dtypes float32 bfloat16]     trajectories of five steps, three ways
+    python benchmarks/rollouts.py steps MODEL [--dtypes float32 bfloat16]     trajectories of five steps, four ways
     python benchmarks/rollouts.py run RUN [--latencies 5 50 500]             a run's own questions, e.g. runs/quickstart
 
 `steps`: every row writes 80 tokens and is given 300, five times over, and then writes 20, whatever they are (MODEL is
 a Hugging Face directory or package:NAME). The cache kept is compared with prefilling the whole history at every step,
 with one question at a time, and with both, as the released code does it. In float32 the tokens must be the same.
+`--singles` takes a part of the rows one at a time, and as much longer as there are more rows.
 
 `run`: the policy of a finished run answers test questions, sampled at temperature 1. Slots that are refilled at once
 are compared with lockstep, in which a batch waits for its slowest row, and with one question at a time; then each
@@ -92,31 +93,37 @@ class Steps:
         return list(contexts.values())
 
 
-def steps(console: Console, model: str, dtypes: Sequence[str], batch: int, prompt: int, rounds: int) -> None:
+def steps(
+    console: Console, model: str, dtypes: Sequence[str], batch: int, singles: int, prompt: int, rounds: int
+) -> None:
     title = f"{batch} rows, {STEPS} x ({WRITTEN} written + {GIVEN} given) + {ANSWER} written"
     table = Table("", "way", "s", "ratio", "of it prefill, s", "ratio", title=title)
     for dtype in dtypes:
         work = Steps(model_path(model), dtype, batch, prompt)
-        engines = {"": work.engine(batch), "one at a time, ": work.engine(1)}
+        engines = {"": work.engine(batch), f"one at a time ({singles} of the rows), ": work.engine(1)}
         written: dict[str, list[list[int]]] = {}
         prefills: dict[str, list[float]] = {}
 
-        def play(name: str, engine: Engine, keep: bool) -> None:
+        def play(name: str, engine: Engine, keep: bool, num_rows: int) -> None:
             written[name], taken = [], 0.0  # noqa: B023
-            for start in range(0, batch, engine.slots):
+            for start in range(0, num_rows, engine.slots):
                 written[name] += work.play(engine, range(start, start + engine.slots), keep)  # noqa: B023
                 taken += work.prefill_s  # noqa: B023
             prefills.setdefault(name, []).append(taken)  # noqa: B023
 
-        ways = {
-            f"{number}{how}": functools.partial(play, f"{number}{how}", engine, how == "cache kept")
-            for number, engine in engines.items()
-            for how in ("cache kept", "prefilled anew")
-        }
-        seconds = medians(ways, rounds)
-        if dtype == "float32" and not all(ids == written["cache kept"] for ids in written.values()):
+        ways, shares = {}, {}
+        for number, engine in engines.items():
+            num_rows = batch if engine.slots == batch else singles
+            for how in ("cache kept", "prefilled anew"):
+                name = f"{number}{how}"
+                ways[name] = functools.partial(play, name, engine, how == "cache kept", num_rows)
+                shares[name] = batch / num_rows
+                play(name, engine, how == "cache kept", engine.slots)  # compiles
+        prefills.clear()
+        seconds = {name: taken * shares[name] for name, taken in medians(ways, rounds, is_compiled=True).items()}
+        if dtype == "float32" and not all(ids == written["cache kept"][: len(ids)] for ids in written.values()):
             raise RuntimeError("the tokens must be the same in float32")
-        prefill = {name: statistics.median(taken[1:]) for name, taken in prefills.items()}
+        prefill = {name: statistics.median(taken) * shares[name] for name, taken in prefills.items()}
         for name, taken in seconds.items():
             ratios = [f"{of[name] / of['cache kept']:.2f}" for of in (seconds, prefill)]
             table.add_row(dtype, name, f"{taken:.1f}", ratios[0], f"{prefill[name]:.1f}", ratios[1])
@@ -202,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps_of.add_argument("model", metavar="MODEL")
     steps_of.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     steps_of.add_argument("--batch", type=int, default=8, help="rows")
+    steps_of.add_argument("--singles", type=int, help="of them, how many are played one at a time (default: all)")
     steps_of.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     run_of = commands.add_parser("run")
     run_of.add_argument("run", metavar="RUN", type=Path)
@@ -215,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     use_compile_cache()
     console = Console()
     if args.command == "steps":
-        steps(console, args.model, args.dtypes, args.batch, args.prompt, args.rounds)
+        singles = min(args.singles or args.batch, args.batch)
+        steps(console, args.model, args.dtypes, args.batch, singles, args.prompt, args.rounds)
     else:
         run(console, args.run, args.questions, args.slots, args.latencies, args.turns, args.rounds)
 

@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 
 
-def medians(ways: dict[str, Callable[[], Any]], rounds: int, settle: bool = False) -> dict[str, float]:
-    """Seconds of each way; the first call of each, which compiles, is not counted.
+def medians(
+    ways: dict[str, Callable[[], Any]], rounds: int, settle: bool = False, is_compiled: bool = False
+) -> dict[str, float]:
+    """Seconds of each way; the first call of each, which compiles, is not counted, unless `is_compiled`.
 
     With `settle` every turn begins with a call that is not counted: it maps again the gigabytes of memory that the
     other ways' turns gave back, which nobody who runs one way alone pays for.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for number in range(1 if is_compiled else 0, rounds + 1):
         for name, way in ways.items():
             if settle and number > 0:
                 way()

@@ -256,10 +256,17 @@ def qkv(
         return y.reshape(*y.shape[:-1], num, config.head_dim)
 
     q, k, v = heads("q", config.num_heads), heads("k", config.num_kv_heads), heads("v", config.num_kv_heads)
+    return *placed(config, w, q, k, cos, sin), v
+
+
+def placed(
+    config: DecoderConfig, w: dict[str, jax.Array], q: jax.Array, k: jax.Array, cos: jax.Array, sin: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return queries and keys as they are compared: normed where the model does so, RoPE applied."""
     if config.qk_norm:
         q = rms_norm(q, w["q_norm"], config.norm_eps)
         k = rms_norm(k, w["k_norm"], config.norm_eps)
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
+    return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def finish_layer(config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array, out: jax.Array) -> jax.Array:

@@ -10,20 +10,34 @@ import jax.numpy as jnp
 from r3rag_jax.sharding import platform
 
 
+WEIGHTS_FIRST = range(2, 33)  # rows of x for which a CPU is faster with float32 weights as the left factor
+
+
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply [..., in] by [in, out], accumulating in float32, and return the dtype of x."""
-    return wide_product(x, w).astype(x.dtype)
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
-def wide_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply [..., in] by [in, out] into float32.
+def by_rows(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Products of [..., in] with the rows of w [out, in], float32 [..., out].
 
-    One row alone is taken twice where XLA's CPU backend would widen all of a bfloat16 matrix for it.
+    XLA's CPU backend packs the right factor anew in every call, and for a decode step that is to copy all weights: so
+    there they stand on the left. One row alone is taken twice where all of a bfloat16 matrix would be widened for it.
     """
-    if math.prod(x.shape[:-1]) == 1 and wants_as_it_lies(x.dtype):
-        twice = jnp.broadcast_to(x.reshape(1, -1), (2, x.shape[-1]))
-        return jnp.matmul(twice, w, preferred_element_type=jnp.float32)[:1].reshape(*x.shape[:-1], w.shape[-1])
-    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+    rows = x.reshape(-1, x.shape[-1])
+    num_rows = len(rows)
+    if platform() == "cpu" and x.dtype == jnp.float32 and num_rows in WEIGHTS_FIRST:
+        out = jax.lax.optimization_barrier(_by_rows(w, rows)).T  # else XLA turns the factors around again
+    elif num_rows == 1 and wants_as_it_lies(x.dtype):
+        out = _by_rows(jnp.broadcast_to(rows, (2, x.shape[-1])), w)[:1]
+    else:
+        out = _by_rows(rows, w)
+    return out.reshape(*x.shape[:-1], len(w))
+
+
+def _by_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[A, in] and [B, in] -> [A, B]."""
+    return jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def wants_as_it_lies(dtype: jax.typing.DTypeLike) -> bool:
