@@ -14,7 +14,7 @@ from hypothesis import given
 
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.models import cache as cache_module
-from r3rag_jax.models.cache import KVCache, LayerCache, quantize
+from r3rag_jax.models.cache import KEY_BLOCK, KVCache, LayerCache, quantize
 from r3rag_jax.sampler.engine import Context, Engine
 from r3rag_jax.sharding import make_mesh
 
@@ -56,16 +56,19 @@ def test_attention_in_eight_bits():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 @pytest.mark.parametrize("last", [[3, 6], [60, 130], [0, 299]])
-def test_block_by_block_equals_at_once(monkeypatch, dtype, last):
-    """Whatever the blocks, and where the last one is not whole; of some rows as of all."""
-    B, C, K, H, S = 4, 4, CONFIG.num_kv_heads, CONFIG.head_dim, 300
+@pytest.mark.parametrize(("C", "S", "sizes"), [(4, 300, (64, 150, 128)), (4, 320, (64, 160, 128)), (1, 320, ())])
+def test_block_by_block_equals_at_once(monkeypatch, dtype, last, C, S, sizes):
+    """Whatever the blocks, and where the last one is not whole; of some rows as of all. Against keys that lie whole."""
+    B, K, H = 4, CONFIG.num_kv_heads, CONFIG.head_dim
     keys = jax.random.split(jax.random.key(1), 3)
     k, v = (3 * jax.random.normal(key, (B, S, K, H)) for key in keys[:2])
     cache = LayerCache.init(CONFIG, B, S, dtype).write(k, v, jnp.tile(jnp.arange(S), (B, 1)))
+    assert cache.k.shape == ((B, K, S // KEY_BLOCK, H, KEY_BLOCK) if S % KEY_BLOCK == 0 else (B, K, 1, H, S))
+    whole = dataclasses.replace(cache, k=jnp.moveaxis(cache.k, 2, 3).reshape(B, K, 1, H, S))
     q = jax.random.normal(keys[2], (2, C, CONFIG.num_heads, H))
     rows, positions = jnp.array([3, 1]), jnp.maximum(jnp.array(last)[:, None] - jnp.arange(C), 0)
-    outs = []
-    for size in (S, 64, 150, 128):
+    outs = [whole.attend(q, positions, rows)]
+    for size in (S, *sizes):
         monkeypatch.setattr(cache_module, "ATTEND_BLOCK", size)
         outs.append(cache.attend(q, positions, rows))
         of_all = cache.attend(q[jnp.array([1, 1, 0, 0])], positions[jnp.array([1, 1, 0, 0])])

@@ -144,11 +144,11 @@ def test_extend_drops_positions_beyond_the_cache():
     after, hidden = extend(model, cache, random_tokens((2, 4), seed=3), jnp.array([6, 8]))
     assert bool(jnp.isfinite(hidden).all())
     for old, new in zip(cache.layers, after.layers, strict=True):
-        np.testing.assert_array_equal(new.k[0, :, :, :6], old.k[0, :, :, :6])
+        np.testing.assert_array_equal(new.k[0, ..., :6], old.k[0, ..., :6])
         np.testing.assert_array_equal(new.k[1], old.k[1])
         np.testing.assert_array_equal(new.v[0, :, :6], old.v[0, :, :6])
         np.testing.assert_array_equal(new.v[1], old.v[1])
-        assert not np.array_equal(new.k[0, :, :, 6:], old.k[0, :, :, 6:])
+        assert not np.array_equal(new.k[0, ..., 6:], old.k[0, ..., 6:])
         assert not np.array_equal(new.v[0, :, 6:], old.v[0, :, 6:])
 
 

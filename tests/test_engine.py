@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from r3rag_jax.config import MeshConfig
-from r3rag_jax.models.cache import KVCache
+from r3rag_jax.models.cache import KEY_BLOCK, KVCache, padded
 from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.rl.distribution import WHOLE, Truncation
@@ -245,7 +245,7 @@ def test_devices_exchange_neither_cache_nor_hidden_states_nor_weights(model, mes
 
 @pytest.mark.parametrize(
     ("row_shares", "windows"),
-    [((), [(4, 75), (4, 150), (4, 300)]), ((4, 2), [(1, 150), (1, 300)])],
+    [((), [(4, 64), (4, 160), (4, 320)]), ((4, 2), [(1, 160), (1, 320)])],
 )
 def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monkeypatch, row_shares, windows):
     """Short rows write what they write with the whole cache; a longer one that is held meanwhile keeps what it has."""
@@ -274,7 +274,7 @@ def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monke
     parts = play(row_shares)
     monkeypatch.setattr(engine_module, "SPAN_SHARES", (1,))
     whole = play(())
-    assert compiled == [*windows, (4, 300)]
+    assert compiled == [*windows, (4, 320)]
     np.testing.assert_array_equal(parts.rows.tokens, whole.rows.tokens)
     np.testing.assert_allclose(parts.rows.logprobs, whole.rows.logprobs, atol=2e-5)
     assert parts.rows.lengths.tolist() == [130, 1, 1, 300]
@@ -283,10 +283,11 @@ def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monke
 @pytest.mark.parametrize(("slots", "max_length", "ways"), [(64, 480, 1), (64, 480, 4), (1, 480, 1), (3, 100, 1)])
 def test_windows_reach_from_the_cheapest_to_the_whole_cache(slots, max_length, ways):
     found = engine_module.windows(slots, max_length, ways)
-    assert found[-1] == (slots, max_length) and len(set(found)) == len(found) <= 8
+    assert found[-1] == (slots, padded(max_length)) and len(set(found)) == len(found) <= 8
     areas = [rows * positions for rows, positions in found]
     assert max(areas) == areas[-1]
-    assert all(1 <= rows <= slots and 64 <= positions <= max_length for rows, positions in found)
+    assert all(1 <= rows <= slots and 64 <= positions <= padded(max_length) for rows, positions in found)
+    assert all(positions % KEY_BLOCK == 0 for _, positions in found)
     if ways > 1:
         assert {rows for rows, _ in found} == {slots}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from r3rag_jax.sharding import partition_spec
 
 # Positions that several tokens attend to at once, on a CPU and elsewhere, where a loop waits for the host every round.
 ATTEND_BLOCK, ACCELERATOR_BLOCK = 128, 512
+KEYS = 4  # axis of a key's position in its block
+KEY_BLOCK = 32  # positions whose keys lie together on a CPU; divides ATTEND_BLOCK
 
 
 def fastest_dtype(compute: jax.typing.DTypeLike) -> jnp.dtype:
@@ -30,10 +33,12 @@ class LayerCache:
     """Keys and values of one layer; position s of a row is that of its token s.
 
     Keys are stored transposed, so that both matmuls of a decode step run along contiguous memory: on CPU this layout
-    takes half the time of [B, S, K, H]. In int8, each key and each value has a scale of its own.
+    takes half the time of [B, S, K, H]. Of a whole row that is not contiguous enough there: a matmul reads some columns
+    of all H, so positions lie in blocks of T = KEY_BLOCK (half the time again), where S divides; elsewhere T = S.
+    In int8, each key and each value has a scale of its own.
     """
 
-    k: jax.Array  # [B, K, H, S]
+    k: jax.Array  # [B, K, S / T, H, T]
     v: jax.Array  # [B, K, S, H]
     k_scale: jax.Array | None = None  # of int8: float32 [B, K, S]
     v_scale: jax.Array | None = None
@@ -42,7 +47,8 @@ class LayerCache:
     def init(cls, config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> LayerCache:
         """Return zeros."""
         K, H = config.num_kv_heads, config.head_dim
-        cache = cls(k=jnp.zeros((batch, K, H, slots), dtype), v=jnp.zeros((batch, K, slots, H), dtype))
+        T = KEY_BLOCK if jax.default_backend() == "cpu" and slots % KEY_BLOCK == 0 else slots
+        cache = cls(k=jnp.zeros((batch, K, slots // T, H, T), dtype), v=jnp.zeros((batch, K, slots, H), dtype))
         if jnp.dtype(dtype) != jnp.int8:
             return cache
         # Distinct buffers: a donated pytree may not hold one array twice.
@@ -62,14 +68,21 @@ class LayerCache:
             new = LayerCache(k, v, k_scale, v_scale)
 
         def written(to: jax.Array, axis: int, new: jax.Array) -> jax.Array:
-            new, between = new.astype(to.dtype), (slice(None),) * (axis - 1)
+            new, block = new.astype(to.dtype), to.shape[axis]
+
+            def at(positions: jax.Array) -> tuple[Any, ...]:
+                """Indices behind that of the row; the positions' axes come first in what they select."""
+                whole = slice(None)
+                if axis == KEYS:
+                    return whole, positions // block, whole, positions % block
+                return *(whole,) * (axis - 1), positions
+
             if rows_B is not None:
-                at = (rows_B[:, None], *between, positions_BC)
-                return to.at[at].set(new, mode="drop", unique_indices=True)
+                return to.at[rows_B[:, None], *at(positions_BC)].set(new, mode="drop", unique_indices=True)
 
             def write_row(to: jax.Array, new: jax.Array, at_C: jax.Array) -> jax.Array:
-                new = jnp.moveaxis(new, 0, axis - 1)
-                return to.at[*between, at_C].set(new, mode="drop", unique_indices=True)
+                new = new if axis == KEYS else jnp.moveaxis(new, 0, axis - 1)
+                return to.at[at(at_C)].set(new, mode="drop", unique_indices=True)
 
             return jax.vmap(write_row)(to, new, positions_BC)  # each device its own, where rows are split
 
@@ -106,7 +119,7 @@ class LayerCache:
             k, v = block.k, block.v
             if block.k_scale is not None:
                 k, v = k.astype(q_BKRH.dtype), v.astype(q_BKRH.dtype)
-            scores = _einsum32("bkrh,bkhs->bkrs", q_BKRH.astype(k.dtype), k) * H**-0.5
+            scores = _products(q_BKRH.astype(k.dtype), k, apart=C == 1) * H**-0.5
             if block.k_scale is not None:
                 scores = scores * block.k_scale[:, :, None]
             is_seen = (at >= number * size) & (at <= positions_BC[:, :, None])  # ... and adds no position twice
@@ -135,8 +148,7 @@ class LayerCache:
         """Some positions of some rows."""
 
         def cut(x: jax.Array, axis: int) -> jax.Array:
-            if size < x.shape[axis]:
-                x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+            x = _cut(x, axis, start, size)
             return x if rows_B is None else x.at[rows_B].get(mode="clip")
 
         return self._map(cut)
@@ -145,14 +157,14 @@ class LayerCache:
         """See `KVCache.take`."""
 
         def cut(x: jax.Array, axis: int) -> jax.Array:
-            part = jax.lax.slice_in_dim(x, 0, slots, axis=axis)
+            part = x if slots is None else _cut(x, axis, 0, slots)
             return part if rows is None else part.at[rows].get(mode="clip")
 
         return self._map(cut)
 
     def _map(self, function: Callable[..., jax.Array], *others: LayerCache) -> LayerCache:
         """The function of each array, of the axis of its positions and of its like in others."""
-        axes = LayerCache(k=3, v=2, k_scale=2, v_scale=2)  # type: ignore[arg-type]
+        axes = LayerCache(k=KEYS, v=2, k_scale=2, v_scale=2)  # type: ignore[arg-type]
         if self.k_scale is None:
             axes = dataclasses.replace(axes, k_scale=None, v_scale=None)
         return jax.tree.map(function, self, axes, *others)
@@ -186,7 +198,7 @@ class KVCache:
         return self.layers[0].v.shape[2]
 
     def take(self, rows: jax.Array | None, slots: int | None = None) -> KVCache:
-        """The first positions (None: all of them) of rows (int32 [R]; None: all, where they are)."""
+        """The first positions (whole blocks of keys; None: all) of rows (int32 [R]; None: all, where they are)."""
         return KVCache(tuple(layer.take(rows, slots) for layer in self.layers))
 
     def put(self, rows: jax.Array | None, sub: KVCache) -> KVCache:
@@ -198,6 +210,29 @@ class KVCache:
             return whole.at[rows, :, *map(slice, part.shape[2:])].set(part, mode="drop")
 
         return jax.tree.map(write, self, sub)
+
+
+def padded(slots: int) -> int:
+    """The fewest positions, at least so many, of whole blocks of keys."""
+    return -(-slots // KEY_BLOCK) * KEY_BLOCK
+
+
+def _cut(x: jax.Array, axis: int, start: jax.Array | int, size: int) -> jax.Array:
+    """Positions start .. start + size; of keys in several blocks, whole ones."""
+    if axis == KEYS and x.shape[2] > 1:
+        block, axis = x.shape[KEYS], 2
+        start, size = start // block, size // block
+    return x if size == x.shape[axis] else jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _products(q_BKRH: jax.Array, k: jax.Array, apart: bool) -> jax.Array:
+    """Queries with keys [B, K, blocks, H, T], float32 [B, K, R, blocks * T]; `apart`: block by block, as they lie."""
+    B, K, blocks, H, T = k.shape
+    if not apart or blocks == 1:
+        return _einsum32("bkrh,bkhs->bkrs", q_BKRH, jnp.swapaxes(k, 2, 3).reshape(B, K, H, blocks * T))
+    R = q_BKRH.shape[2]
+    q = jnp.broadcast_to(q_BKRH[:, :, None], (B, K, blocks, R, H))
+    return jnp.swapaxes(_einsum32("bknrh,bknht->bknrt", q, k), 2, 3).reshape(B, K, R, blocks * T)
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:

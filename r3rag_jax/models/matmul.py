@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from r3rag_jax.sharding import platform
-
 
 WEIGHTS_FIRST = range(2, 33)  # rows of x for which a CPU is faster with float32 weights as the left factor
 

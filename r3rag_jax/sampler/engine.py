@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from r3rag_jax.models.cache import KVCache
+from r3rag_jax.models.cache import KVCache, padded
 from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
@@ -85,7 +85,7 @@ class Engine:
         self.mesh, self.slots, self.max_length = mesh, slots, max_length
         self.rows = Rows.empty(slots, max_length)
         self._starts = np.zeros(slots, np.int32)  # length of each row's context
-        cache_of = functools.partial(KVCache.init, config, slots, max_length, dtype)
+        cache_of = functools.partial(KVCache.init, config, slots, padded(max_length), dtype)
         self._shardings = DecodeState(
             cache=jax.eval_shape(cache_of).shardings(mesh), rows=batch_shardings(mesh, self.rows)
         )
@@ -297,8 +297,8 @@ def windows(slots: int, max_length: int, ways: int) -> list[Window]:
     All rows with as many positions as the longest needs, or fewer rows with many: those that are left in the end. Where
     rows are split over devices (`ways`), all of them: fewer would have to move.
     """
-    parts = {-(-max_length // share) for share in SPAN_SHARES} - {max_length}
-    spans = [*sorted(part for part in parts if part >= MIN_SPAN), max_length]
+    parts = {padded(-(-max_length // share)) for share in SPAN_SHARES}
+    spans = sorted(part for part in parts if part >= min(MIN_SPAN, padded(max_length)))
     few = {slots // share for share in ROW_SHARES} - {0, slots} if ways == 1 else set()
     found = [Window(slots, span) for span in spans] + [Window(rows, span) for rows in few for span in spans[-2:]]
     return sorted(found, key=lambda window: window.rows * (window.positions + MIN_SPAN))

@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from r3rag_jax.errors import UserError
-from r3rag_jax.models.cache import KVCache
+from r3rag_jax.models.cache import KVCache, padded
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.sampler.engine import windows
 from r3rag_jax.sharding import batch_ways
@@ -76,7 +76,7 @@ def plan(
     slot, ways = 0, batch_ways(mesh, slots)
     if decoder is not None:
         copied = max((rows * part for rows, part in windows(slots, max_length, ways)[:-1]), default=0)
-        positions = max_length + -(-copied // slots)
+        positions = padded(max_length) + -(-copied // slots)
         one = jax.eval_shape(functools.partial(KVCache.init, decoder, 1, positions, dtype))
         slot = bytes_per_device(one, one.shardings(mesh))
     return MemoryPlan(parts, slots if decoder is not None else 0, ways, slot, device_memory(mesh))
