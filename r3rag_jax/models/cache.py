@@ -230,9 +230,11 @@ def _products(q_BKRH: jax.Array, k: jax.Array, apart: bool) -> jax.Array:
     B, K, blocks, H, T = k.shape
     if not apart or blocks == 1:
         return _einsum32("bkrh,bkhs->bkrs", q_BKRH, jnp.swapaxes(k, 2, 3).reshape(B, K, H, blocks * T))
-    R = q_BKRH.shape[2]
-    q = jnp.broadcast_to(q_BKRH[:, :, None], (B, K, blocks, R, H))
-    return jnp.swapaxes(_einsum32("bknrh,bknht->bknrt", q, k), 2, 3).reshape(B, K, R, blocks * T)
+    # By way of the identity, for a factor of a product is written: else what makes the queries is done for every block.
+    q_BKRH = _einsum32("bkrh,hi->bkri", q_BKRH, jnp.eye(H, dtype=k.dtype)).astype(k.dtype)
+    q = jnp.broadcast_to(q_BKRH[:, :, None], (B, K, blocks, *q_BKRH.shape[2:]))
+    scores = jnp.swapaxes(_einsum32("bknrh,bknht->bknrt", q, k), 2, 3)
+    return jax.lax.optimization_barrier(scores.reshape(B, K, -1, blocks * T))  # turned once, not by all who read it
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
