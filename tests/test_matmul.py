@@ -11,7 +11,7 @@ import pytest
 
 from r3rag_jax.models import matmul as module
 from r3rag_jax.models.decoder import rms_norm
-from r3rag_jax.models.matmul import adapted_matmul, matmul, turned
+from r3rag_jax.models.matmul import adapted_matmul, by_rows, matmul, turned
 
 BOUNDS = {"float32": 2e-6, "bfloat16": 1e-2}
 
@@ -58,6 +58,18 @@ def test_adapted_matmul(dtype: str) -> None:
     both = values_and_gradients(adapted_matmul, *args), values_and_gradients(plain, *args)
     for found, expected in zip(*both, strict=True):
         assert_close(found, expected, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (3, 5), (2, 20)])
+def test_by_rows_whichever_factor_comes_first(
+    shape: tuple[int, ...], dtype: str, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "platform", lambda: platform)
+    x, w = draw(*shape, 16, dtype=dtype), draw(24, 16, dtype=dtype, seed=1)
+    expected = x.astype("float32") @ w.astype("float32").T
+    assert_close(jax.jit(by_rows)(x, w), expected, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
