@@ -730,7 +730,7 @@ def test_many_prompts_take_turns_in_few_slots(judge_dir: Path, tmp_path: Path) -
 
 
 def test_what_a_local_judge_keeps_on_a_device_is_planned(judge_dir: Path, tmp_path: Path) -> None:
-    config = local_config(judge_dir, tmp_path, max_length=96)  # too few positions to decode on a part of them
+    config = local_config(judge_dir, tmp_path, max_length=64)  # too few positions to decode on a part of them
     mesh = make_mesh(MeshConfig(fsdp=2, data=-1))
     chat_ = local_chat(config, mesh)
     planned = judge_memory(config, mesh)
