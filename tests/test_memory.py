@@ -67,7 +67,7 @@ def test_a_bfloat16_cache_under_float32_compute():
     graphdef, params = nnx.split(tiny.decoder())
     written = []
     for dtype in (jnp.float32, jnp.bfloat16):
-        engine = Engine(graphdef, CONFIG, make_mesh(MeshConfig()), slots=2, max_length=64, dtype=dtype)
+        engine = Engine(graphdef, CONFIG, make_mesh(MeshConfig()), slots=2, max_length=96, dtype=dtype)
         policy = engine.load(params)
         assert {leaf.dtype for leaf in jax.tree.leaves(engine._cache)} == {jnp.dtype(dtype)}
         engine.set_context(policy, {0: Context(list(range(20, 50)), 4)})

@@ -71,7 +71,7 @@ class LayerCache:
             new, block = new.astype(to.dtype), to.shape[axis]
 
             def at(positions: jax.Array) -> tuple[Any, ...]:
-                """Indices behind that of the row; the positions' axes come first in what they select."""
+                """Indices behind that of the row; of keys there are two, whose axes come first in what they select."""
                 whole = slice(None)
                 if axis == KEYS:
                     return whole, positions // block, whole, positions % block
