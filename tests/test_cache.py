@@ -55,8 +55,11 @@ def test_attention_in_eight_bits():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
-@pytest.mark.parametrize("last", [[3, 6], [60, 130], [0, 299]])
-@pytest.mark.parametrize(("C", "S", "sizes"), [(4, 300, (64, 150, 128)), (4, 320, (64, 160, 128)), (1, 320, ())])
+@pytest.mark.parametrize("last", [[3, 6], [60, 130], [0, 299], [210, 299]])
+@pytest.mark.parametrize(
+    ("C", "S", "sizes"),
+    [(4, 300, ((64, 64), (60, 150), (150, 128))), (4, 320, ((64, 32), (32, 160), (256, 128))), (1, 320, ())],
+)
 def test_block_by_block_equals_at_once(monkeypatch, dtype, last, C, S, sizes):
     """Whatever the blocks, and where the last one is not whole; of some rows as of all. Against keys that lie whole."""
     B, K, H = 4, CONFIG.num_kv_heads, CONFIG.head_dim
@@ -68,8 +71,8 @@ def test_block_by_block_equals_at_once(monkeypatch, dtype, last, C, S, sizes):
     q = jax.random.normal(keys[2], (2, C, CONFIG.num_heads, H))
     rows, positions = jnp.array([3, 1]), jnp.maximum(jnp.array(last)[:, None] - jnp.arange(C), 0)
     outs = [whole.attend(q, positions, rows)]
-    for size in (S, *sizes):
-        monkeypatch.setattr(cache_module, "ATTEND_BLOCK", size)
+    for common, others in ((S, S), *sizes):
+        monkeypatch.setattr(cache_module, "CPU_BLOCKS", cache_module.AttendBlocks(common, others))
         outs.append(cache.attend(q, positions, rows))
         of_all = cache.attend(q[jnp.array([1, 1, 0, 0])], positions[jnp.array([1, 1, 0, 0])])
         np.testing.assert_allclose(of_all[jnp.array([3, 1])], outs[-1], rtol=1e-6, atol=1e-6)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,26 @@ from jax.sharding import Mesh, NamedSharding
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.sharding import partition_spec
 
-# Positions that several tokens attend to at once, on a CPU and elsewhere, where a loop waits for the host every round.
-ATTEND_BLOCK, ACCELERATOR_BLOCK = 128, 512
 KEYS = 4  # axis of a key's position in its block
-KEY_BLOCK = 32  # positions whose keys lie together on a CPU; divides ATTEND_BLOCK
+KEY_BLOCK = 32  # positions whose keys lie together on a CPU; divides those of its AttendBlocks
+
+
+class AttendBlocks(NamedTuple):
+    """Positions that several tokens attend to at once."""
+
+    common: int  # of those that all of them see
+    others: int
+
+
+CPU_BLOCKS = AttendBlocks(common=256, others=128)
+ACCELERATOR_BLOCKS = AttendBlocks(common=512, others=512)  # a loop waits for the host every round
+
+
+class Extent(NamedTuple):
+    """What several tokens see, int32 []: all of them the positions below `common`, none of them one from `reach` on."""
+
+    common: jax.Array
+    reach: jax.Array
 
 
 def fastest_dtype(compute: jax.typing.DTypeLike) -> jnp.dtype:
@@ -93,14 +109,14 @@ class LayerCache:
         q_BCNH: jax.Array,
         positions_BC: jax.Array,
         rows_B: jax.Array | None = None,
-        reach: jax.Array | None = None,
+        extent: Extent | None = None,
     ) -> jax.Array:
         """Attend to positions up to each query's own, of all rows or of rows_B; [B, C, N, H] of the queries' type.
 
-        A single token reads a row at once; more of them block by block, and no block behind `reach`, int32 [], below
-        which all positions_BC lie (None: the last of them). Weights relative to the largest so far are summed up and
-        scaled when a larger one comes (arXiv 1805.02867), so what a block behind all others' positions adds to a row is
-        exactly nothing.
+        A single token reads a row at once, in the cache's type; more of them block by block, in their own type, and
+        no block behind the extent (None: that of positions_BC). Weights relative to the largest so far are summed up
+        and scaled when a larger one comes (arXiv 1805.02867), so what a block behind all others' positions adds to a
+        row is exactly nothing.
 
         The G query heads of a kv head and the C tokens are laid out as rows R of one matmul, so the cache is read
         once; left to an einsum over all the axes, XLA's CPU backend takes 5 x as long (a decode step of 64 rows).
@@ -108,39 +124,46 @@ class LayerCache:
         B, C, N, H = q_BCNH.shape
         K, S = self.v.shape[1:3]
         G = N // K
-        size = S if C == 1 else min(ATTEND_BLOCK if jax.default_backend() == "cpu" else ACCELERATOR_BLOCK, S)
         q_BKRH = q_BCNH.reshape(B, C, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * C, H)
+        dtype = self.k.dtype if C == 1 and self.k_scale is None else q_BKRH.dtype
 
-        def add(number: jax.Array | int, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        def add(start: jax.Array | int, size: int, is_common: bool, sums: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+            """Sums with those of a block, all of which is seen by all, or not."""
             largest, total, out = sums
-            start = jnp.minimum(number * size, S - size)  # the last block begins where it is whole ...
-            at = start + jnp.arange(size)
-            block = self._block(start, size, rows_B)
-            k, v = block.k, block.v
-            if block.k_scale is not None:
-                k, v = k.astype(q_BKRH.dtype), v.astype(q_BKRH.dtype)
-            scores = _products(q_BKRH.astype(k.dtype), k, apart=C == 1) * H**-0.5
+            whole = jnp.minimum(start, S - size)  # the last block begins where it is whole ...
+            block = self._block(whole, size, rows_B)
+            scores = _products(q_BKRH.astype(dtype), block.k.astype(dtype), apart=C == 1)
             if block.k_scale is not None:
                 scores = scores * block.k_scale[:, :, None]
-            is_seen = (at >= number * size) & (at <= positions_BC[:, :, None])  # ... and adds no position twice
-            scores = jnp.where(is_seen[:, None, None], scores.reshape(B, K, G, C, size), -jnp.inf)
-            scores = scores.reshape(B, K, G * C, size)
+            if not is_common:
+                at = whole + jnp.arange(size)
+                is_seen = (at >= start) & (at <= positions_BC[:, :, None])  # ... and adds no position twice
+                scores = jnp.where(is_seen[:, None, None], scores.reshape(B, K, G, C, size), -jnp.inf)
+                scores = scores.reshape(B, K, G * C, size)
             new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
-            weights, shrink = jnp.exp(scores - new_largest[..., None]), jnp.exp(largest - new_largest)
+            weights = jnp.exp((scores - new_largest[..., None]) * H**-0.5)
+            shrink = jnp.exp((largest - new_largest) * H**-0.5)
             total = total * shrink + jnp.sum(weights, axis=-1)
             if block.v_scale is not None:
                 weights = weights * block.v_scale[:, :, None]
-            out = out * shrink[..., None] + _einsum32("bkrs,bksh->bkrh", weights.astype(v.dtype), v)
+            out = out * shrink[..., None] + _matmul32(weights.astype(dtype), block.v.astype(dtype))
             return new_largest, total, out
 
         none = jnp.zeros((B, K, G * C))
-        sums = (none - jnp.inf, none, jnp.zeros((B, K, G * C, H)))
-        if size == S:
-            _, total, out = add(0, sums)
+        sums: tuple[jax.Array, ...] = (none - jnp.inf, none, jnp.zeros((B, K, G * C, H)))
+        blocks = CPU_BLOCKS if jax.default_backend() == "cpu" else ACCELERATOR_BLOCKS
+        if C == 1 or blocks.others >= S:
+            _, total, out = add(0, S, False, sums)
         else:
-            reach = jnp.max(positions_BC) + 1 if reach is None else reach
-            num_blocks = (jnp.minimum(reach, S) + size - 1) // size
-            _, total, out = jax.lax.fori_loop(0, num_blocks, add, sums)
+            extent = extent or Extent(jnp.min(positions_BC) + 1, jnp.max(positions_BC) + 1)
+            end = jnp.minimum(extent.reach, S)
+            start = jnp.int32(0)
+            if blocks.common <= S:
+                start = jnp.minimum(extent.common, end) // blocks.common * blocks.common
+                add_common = lambda i, sums: add(i * blocks.common, blocks.common, True, sums)  # noqa: E731
+                sums = jax.lax.fori_loop(0, start // blocks.common, add_common, sums)
+            add_others = lambda i, sums: add(start + i * blocks.others, blocks.others, False, sums)  # noqa: E731
+            _, total, out = jax.lax.fori_loop(0, (end - start + blocks.others - 1) // blocks.others, add_others, sums)
         out = (out / total[..., None]).reshape(B, K, G, C, H)
         return out.transpose(0, 3, 1, 2, 4).reshape(B, C, N, H).astype(q_BCNH.dtype)
 
@@ -229,11 +252,11 @@ def _products(q_BKRH: jax.Array, k: jax.Array, apart: bool) -> jax.Array:
     """Queries with keys [B, K, blocks, H, T], float32 [B, K, R, blocks * T]; `apart`: block by block, as they lie."""
     B, K, blocks, H, T = k.shape
     if not apart or blocks == 1:
-        return _einsum32("bkrh,bkhs->bkrs", q_BKRH, jnp.swapaxes(k, 2, 3).reshape(B, K, H, blocks * T))
+        return _matmul32(q_BKRH, jnp.swapaxes(k, 2, 3).reshape(B, K, H, blocks * T))
     # By way of the identity, for a factor of a product is written: else what makes the queries is done for every block.
-    q_BKRH = _einsum32("bkrh,hi->bkri", q_BKRH, jnp.eye(H, dtype=k.dtype)).astype(k.dtype)
+    q_BKRH = _matmul32(q_BKRH, jnp.broadcast_to(jnp.eye(H, dtype=k.dtype), (B, K, H, H))).astype(k.dtype)
     q = jnp.broadcast_to(q_BKRH[:, :, None], (B, K, blocks, *q_BKRH.shape[2:]))
-    scores = jnp.swapaxes(_einsum32("bknrh,bknht->bknrt", q, k), 2, 3)
+    scores = jnp.swapaxes(_matmul32(q, k), 2, 3)
     return jax.lax.optimization_barrier(scores.reshape(B, K, -1, blocks * T))  # turned once, not by all who read it
 
 
@@ -244,17 +267,20 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8), scale
 
 
-def _einsum32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Contract two arrays of one dtype into float32.
+def _matmul32(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[..., R, C] times [..., C, Z] of one dtype, float32 [..., R, Z].
 
-    XLA's CPU backend (seen in jaxlib 0.10.2) cannot run a bfloat16 product of two batch dimensions with a
-    float32 result ("Unsupported element type for DotThunk"); there the inputs are widened first.
+    XLA's CPU backend (seen in jaxlib 0.10.2) cannot run a bfloat16 product of two batch dimensions with a float32
+    result ("Unsupported element type for DotThunk"); there they are one.
     """
 
     def native(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+        return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
-    def widened(x: jax.Array, y: jax.Array) -> jax.Array:
-        return native(x.astype(jnp.float32), y.astype(jnp.float32))
+    def of_one_batch(x: jax.Array, y: jax.Array) -> jax.Array:
+        flat = native(x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:]))
+        return flat.reshape(*x.shape[:-1], y.shape[-1])
 
-    return jax.lax.platform_dependent(x, y, cpu=widened, default=native)
+    if x.dtype == jnp.float32:
+        return native(x, y)
+    return jax.lax.platform_dependent(x, y, cpu=of_one_batch, default=native)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from r3rag_jax.models.cache import KVCache, LayerCache
+from r3rag_jax.models.cache import Extent, KVCache, LayerCache
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder, placed, rms_norm, rope_tables
 from r3rag_jax.models.matmul import by_rows
@@ -77,7 +77,7 @@ class CachedDecoder:
         tokens_BC: jax.Array,
         starts_B: jax.Array,
         rows_B: jax.Array | None = None,
-        reach: jax.Array | None = None,
+        extent: Extent | None = None,
     ) -> tuple[KVCache, jax.Array]:
         """Append C tokens to every row, or to rows_B; returns the new cache and their hidden states [B, C, D].
 
@@ -85,13 +85,13 @@ class CachedDecoder:
         written there; positions >= S are dropped. Each query sees the cache at positions <= its
         own, so whatever lies beyond (an abandoned continuation, a padded tail) is never read
         before it is overwritten. Rows that there are not are read somewhere and written nowhere.
-        `reach` is that of `LayerCache.attend`.
+        `extent` is that of `LayerCache.attend`.
         """
         positions_BC = starts_B[:, None] + jnp.arange(tokens_BC.shape[1])
         cos, sin = rope_tables(self.config, positions_BC)
         x, layers = self.embed[tokens_BC], []
         for w, layer in zip(self.layers, cache.layers, strict=True):
-            layer, x = _extend_layer(self.config, w, layer, x, cos, sin, positions_BC, rows_B, reach)
+            layer, x = _extend_layer(self.config, w, layer, x, cos, sin, positions_BC, rows_B, extent)
             layers.append(layer)
         return KVCache(tuple(layers)), rms_norm(x, self.final_norm, self.config.norm_eps)
 
@@ -129,7 +129,7 @@ def _extend_layer(
     sin: jax.Array,
     positions_BC: jax.Array,
     rows_B: jax.Array | None,
-    reach: jax.Array | None,
+    extent: Extent | None,
 ) -> tuple[LayerCache, jax.Array]:
     def product(x: jax.Array, name: str) -> jax.Array:
         return by_rows(x, w[name]).astype(x.dtype)
@@ -142,6 +142,6 @@ def _extend_layer(
     q, k, v = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
     q, k = placed(config, w, q.reshape(B, C, config.num_heads, config.head_dim), k, cos, sin)
     cache = cache.write(k, v, positions_BC, rows_B)
-    x = x + product(cache.attend(q, positions_BC, rows_B, reach).reshape(B, C, -1), "o")
+    x = x + product(cache.attend(q, positions_BC, rows_B, extent).reshape(B, C, -1), "o")
     pairs = product(rms_norm(x, w["post_norm"], config.norm_eps), "gate_up").reshape(B, C, config.ffn_size, 2)
     return cache, x + product(jax.nn.silu(pairs[..., 0]) * pairs[..., 1], "down")

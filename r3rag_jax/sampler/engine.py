@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from r3rag_jax.models.cache import KVCache, padded
+from r3rag_jax.models.cache import Extent, KVCache, padded
 from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
@@ -336,13 +336,15 @@ def prefill(
     of its own. Rows beyond its last are dropped.
     """
     ways, _, length = tokens_WRC.shape
+    is_row = rows_WR < cache.num_rows // ways
+    starts_WR = jnp.where(is_row, starts_WR, jnp.max(starts_WR, where=is_row, initial=0))
+    extent = Extent(jnp.min(starts_WR) + 1, jnp.max(starts_WR) + length)  # one for all: devices leave loops together
     if ways == 1:
-        return decoder.extend(cache, tokens_WRC[0], starts_WR[0], rows_WR[0])[0]
-    reach = jnp.max(starts_WR) + length  # one for all: no device leaves the loop before another
+        return decoder.extend(cache, tokens_WRC[0], starts_WR[0], rows_WR[0], extent)[0]
     apart = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[1:]), cache)
 
     def extend(cache: KVCache, tokens_RC: jax.Array, starts_R: jax.Array, rows_R: jax.Array) -> KVCache:
-        return decoder.extend(cache, tokens_RC, starts_R, rows_R, reach)[0]
+        return decoder.extend(cache, tokens_RC, starts_R, rows_R, extent)[0]
 
     written = jax.vmap(extend)(apart, tokens_WRC, starts_WR, rows_WR)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
