@@ -2,16 +2,18 @@
 
     python benchmarks/rollouts.py steps MODEL [--dtypes float32 bfloat16]     trajectories of five steps, four ways
     python benchmarks/rollouts.py run RUN [--latencies 5 50 500]             a run's own questions, e.g. runs/quickstart
+    python benchmarks/rollouts.py run RUN --model MODEL                      the same lengths, written by MODEL
 
 `steps`: every row writes 80 tokens and is given 300, five times over, and then writes 20, whatever they are (MODEL is
 a Hugging Face directory or package:NAME). The cache kept is compared with prefilling the whole history at every step,
 with one question at a time, and with both, as the released code does it. In float32 the tokens must be the same.
-`--singles` takes a part of the rows one at a time, and as much longer as there are more rows.
+`--singles` takes a part of the rows (of `run`: questions) one at a time, and as much longer as there are more.
 
 `run`: the policy of a finished run answers test questions, sampled at temperature 1. Slots that are refilled at once
 are compared with lockstep, in which a batch waits for its slowest row, and with one question at a time; then each
 search is made so many milliseconds slower, and rows that wait while the others write (`rollout.search_turns`) are
-compared with everybody waiting.
+compared with everybody waiting. With `--model`, another model writes as many tokens in each step as that policy did,
+whatever they are, searches for the same queries and is given the same passages.
 
 Every figure is the median of the rounds, in which all ways take their turn; a ratio is of two medians of one run.
 """
@@ -23,7 +25,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from r3rag_jax.rollout import Job, Roller, Rules
 from r3rag_jax.sampler.engine import Context, Engine
 from r3rag_jax.session import Session, use_compile_cache
 from r3rag_jax.sharding import make_mesh
+from r3rag_jax.types import Trajectory
 
 WRITTEN, GIVEN, STEPS, ANSWER = 80, 300, 5, 20  # tokens, tokens, how often, and tokens in the end
 
@@ -153,28 +156,61 @@ class Slow:
         return self.inner.search(queries, k)
 
 
-def run(
-    console: Console, path: Path, num: int, slots: int, latencies: Sequence[float], turns: Sequence[int], rounds: int
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Replay(Rules):
+    """Each step is as long as in a trajectory that was played, asks the same and is given the same."""
+
+    played: Mapping[str, Trajectory] = dataclasses.field(default_factory=dict)  # by the question's id
+
+    def context(self, row: Any) -> Context:
+        step = row.transcript.num_steps
+        num = sum(int((sample.step_ids == step).sum()) for sample in self._played(row).samples)
+        return Context(row.transcript.context, num, row.job.temperature, row.job.key(step))
+
+    def read(self, row: Any, ids: Sequence[int], logprobs: np.ndarray) -> None:
+        row.transcript.write(ids, logprobs)
+        row.steps.append(self._played(row).steps[len(row.steps)])
+
+    def end(self, row: Any) -> Trajectory | None:
+        played = self._played(row)
+        return row.finish(played.status) if len(row.steps) == len(played.steps) else None
+
+    def tell(self, row: Any, hits: Sequence[Hit]) -> None:
+        row.transcript.splice(row.steps[-1].passages)
+
+    def _played(self, row: Any) -> Trajectory:
+        return self.played[row.job.question.id]
+
+
+def run(console: Console, args: argparse.Namespace) -> None:
+    path, slots = args.run, args.slots
     config = load_config(path / "config.yaml", ["phases=index"])
     session = Session(config, path, console=console)
     params = session.phase_params("rl" if session.policy_dir("rl").exists() else "sft")
     codec, retrieval = session.codec, config.retrieval
-    jobs = [Job(question, temperature=1.0) for question in session.questions("test")[:num]]
+    jobs = [Job(question, temperature=1.0) for question in session.questions("test")[: args.questions]]
+    graphdef, decoder_config, dtype, rules = session.graphdef, session.decoder_config, session.cache_dtype, Rules
 
     def roller(engine: Engine, latency_ms: float = 0.0, search_turns: int = 0) -> Roller:
-        rollout = dataclasses.replace(config.rollout, slots=slots, search_turns=search_turns)
+        rollout = dataclasses.replace(config.rollout, slots=engine.slots, search_turns=search_turns)
         retriever = Slow(session.retriever, latency_ms / 1e3) if latency_ms else session.retriever
-        return Roller(engine, Rules(codec, retriever, rollout, retrieval.top_k, retrieval.max_passages))
+        return Roller(engine, rules(codec, retriever, rollout, retrieval.top_k, retrieval.max_passages))
 
     def engine(kind: type[Engine], slots: int = slots) -> Engine:
         made = kind(
-            session.graphdef, session.decoder_config, session.mesh, slots=slots, max_length=config.rollout.max_length,
-            truncation=Truncation.of(config.rollout), dtype=session.cache_dtype,
+            graphdef, decoder_config, session.mesh, slots=slots, max_length=config.rollout.max_length,
+            truncation=Truncation.of(config.rollout), dtype=dtype,
         )  # fmt: skip
-        made.stop_at(*codec.ends)
+        if rules is Rules:
+            made.stop_at(*codec.ends)
         return made
 
+    if args.model:
+        own = engine(Engine)
+        played = roller(own).play(own.load(params), jobs)
+        rules = functools.partial(Replay, played={each.question.id: each for each in played})
+        decoder = load_decoder(model_path(args.model), dtype=args.dtype)
+        (graphdef, params), decoder_config, dtype = nnx.split(decoder), decoder.config, fastest_dtype(args.dtype)
     ours, lockstep, single = engine(Engine), engine(Lockstep), engine(Engine, 1)
     policy = ours.load(params)
 
@@ -183,20 +219,22 @@ def run(
         for start in range(0, len(jobs), slots):
             waiting.play(policy, jobs[start : start + slots])
 
+    singles = jobs[: args.singles]
+    one_at_a_time = f"one at a time ({len(singles)} of the questions)"
     ways: dict[str, Callable[[], Any]] = {
         "slots refilled at once": lambda: roller(ours).play(policy, jobs),
         "lockstep": in_lockstep,
-        "one at a time": lambda: roller(single).play(policy, jobs),
+        one_at_a_time: lambda: roller(single).play(policy, singles),
     }
-    for latency in latencies:
-        for wait in turns:
+    for latency in args.latencies:
+        for wait in args.turns:
             player = roller(ours, latency, wait)
             ways[f"{latency:g} ms, search_turns={wait}"] = lambda player=player: player.play(policy, jobs)
-    seconds = medians(ways, rounds)
+    seconds = medians(ways, args.rounds)
+    seconds[one_at_a_time] *= len(jobs) / len(singles)
     ours_s = seconds["slots refilled at once"]
-    table = Table(
-        "way", "s", "trajectories/s", "speed, of slots refilled at once", title=f"{len(jobs)} questions of {path}"
-    )
+    title = f"{len(jobs)} questions of {path}" + (f", {args.model} in {args.dtype}" if args.model else "")
+    table = Table("way", "s", "trajectories/s", "speed, of slots refilled at once", title=f"{title}, {slots} slots")
     for name, taken in seconds.items():
         table.add_row(name, f"{taken:.2f}", f"{len(jobs) / taken:.1f}", f"{ours_s / taken:.2f}")
     console.print(table)
@@ -213,10 +251,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps_of.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     run_of = commands.add_parser("run")
     run_of.add_argument("run", metavar="RUN", type=Path)
+    run_of.add_argument("--model", metavar="MODEL", help="writes in the policy's place")
+    run_of.add_argument("--dtype", default="bfloat16", help="of MODEL")
     run_of.add_argument("--questions", type=int, default=200)
+    run_of.add_argument("--singles", type=int, help="of them, how many are played one at a time (default: all)")
     run_of.add_argument("--slots", type=int, default=64)
     run_of.add_argument("--latencies", type=float, nargs="*", default=[5.0, 50.0, 500.0], help="milliseconds")
-    run_of.add_argument("--turns", type=int, nargs="*", default=[0, 2, 4], help="each as rollout.search_turns")
+    run_of.add_argument("--turns", type=int, nargs="*", default=[1, 4], help="each as rollout.search_turns")
     for command in (steps_of, run_of):
         command.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)
@@ -226,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         singles = min(args.singles or args.batch, args.batch)
         steps(console, args.model, args.dtypes, args.batch, singles, args.prompt, args.rounds)
     else:
-        run(console, args.run, args.questions, args.slots, args.latencies, args.turns, args.rounds)
+        run(console, args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from r3rag_jax.models.cache import Extent, KVCache, LayerCache
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder, placed, rms_norm, rope_tables
 from r3rag_jax.models.matmul import by_rows
-from r3rag_jax.sharding import tree_shardings
+from r3rag_jax.sharding import platform, tree_shardings
 
 # Logical axes of every parameter by name; those that are not named are whole on each device.
 SPLIT_AXES: dict[str, tuple[str | None, ...]] = {
@@ -89,7 +89,7 @@ class CachedDecoder:
         """
         positions_BC = starts_B[:, None] + jnp.arange(tokens_BC.shape[1])
         cos, sin = rope_tables(self.config, positions_BC)
-        x, layers = self.embed[tokens_BC], []
+        x, layers = _rows(self.embed, tokens_BC), []
         for w, layer in zip(self.layers, cache.layers, strict=True):
             layer, x = _extend_layer(self.config, w, layer, x, cos, sin, positions_BC, rows_B, extent)
             layers.append(layer)
@@ -98,6 +98,15 @@ class CachedDecoder:
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Project hidden states [..., D] to float32 logits [..., V]."""
         return by_rows(hidden, self.embed if self.lm_head is None else self.lm_head)
+
+
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """table[ids]; bfloat16 as bits, for XLA's CPU backend widens all of the table first (and, without the barrier, turns
+    all of it into bits in front of a decode loop)."""
+    if table.dtype != jnp.bfloat16 or platform() != "cpu":
+        return table[ids]
+    table, ids = jax.lax.optimization_barrier((table, ids))
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table, jnp.uint16)[ids], table.dtype)
 
 
 def _layer(config: DecoderConfig, w: dict[str, jax.Array]) -> dict[str, jax.Array]:
