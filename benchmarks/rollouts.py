@@ -10,7 +10,8 @@ with one question at a time, and with both, as the released code does it. In flo
 `--singles` takes a part of the rows (of `run`: questions) one at a time, and as much longer as there are more.
 
 `run`: the policy of a finished run answers test questions, sampled at temperature 1. Slots that are refilled at once
-are compared with lockstep, in which a batch waits for its slowest row, and with one question at a time; then each
+are compared with lockstep, in which a batch waits for its slowest row (and with one that leaves out, as our calls do,
+rows that wait from a call's start, once half or three quarters do), and with one question at a time; then each
 search is made so many milliseconds slower, and rows that wait while the others write (`rollout.search_turns`) are
 compared with everybody waiting. With `--model`, another model writes as many tokens in each step as that policy did,
 whatever they are, searches for the same queries and is given the same passages.
@@ -137,11 +138,19 @@ def steps(
 # -------------------------------------------------------------------------------------------- run
 
 
-class Lockstep(Engine):
-    """Decodes until the last row of the batch waits."""
+class LeftOut(Engine):
+    """In lockstep, decoding until the last row of the batch waits; calls leave out rows that wait from their start."""
 
     def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int) -> None:
         super().decode(decoder, self.max_length, self.slots)
+
+
+class Lockstep(LeftOut):
+    """In lockstep, with the whole batch in every step, as `generate` of transformers does it."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._windows = [window for window in self._windows if window.rows == self.slots]
 
 
 @dataclasses.dataclass
@@ -211,11 +220,11 @@ def run(console: Console, args: argparse.Namespace) -> None:
         rules = functools.partial(Replay, played={each.question.id: each for each in played})
         decoder = load_decoder(model_path(args.model), dtype=args.dtype)
         (graphdef, params), decoder_config, dtype = nnx.split(decoder), decoder.config, fastest_dtype(args.dtype)
-    ours, lockstep, single = engine(Engine), engine(Lockstep), engine(Engine, 1)
+    ours, single = engine(Engine), engine(Engine, 1)
     policy = ours.load(params)
 
-    def in_lockstep() -> None:
-        waiting = roller(lockstep)
+    def in_lockstep(engine: Engine) -> None:
+        waiting = roller(engine)
         for start in range(0, len(jobs), slots):
             waiting.play(policy, jobs[start : start + slots])
 
@@ -223,7 +232,8 @@ def run(console: Console, args: argparse.Namespace) -> None:
     one_at_a_time = f"one at a time ({len(singles)} of the questions)"
     ways: dict[str, Callable[[], Any]] = {
         "slots refilled at once": lambda: roller(ours).play(policy, jobs),
-        "lockstep": in_lockstep,
+        "lockstep": functools.partial(in_lockstep, engine(Lockstep)),
+        "lockstep, rows that wait left out": functools.partial(in_lockstep, engine(LeftOut)),
         one_at_a_time: lambda: roller(single).play(policy, singles),
     }
     for latency in args.latencies:

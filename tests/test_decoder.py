@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -285,6 +286,27 @@ def test_bfloat16_forward_and_cache():
     assert cached.dtype == jnp.bfloat16
     difference = jnp.abs(cached.astype(jnp.float32) - half.astype(jnp.float32))
     assert float(difference.mean()) < 0.02 * scale
+
+
+def test_the_embeddings_stay_as_they_are_in_a_decode_loop():
+    """In bfloat16 a CPU's compiler would widen, or copy, all of them in front of it: in every call."""
+    config = dataclasses.replace(TINY, vocab_size=5000)
+    decoder = jax.eval_shape(lambda: CachedDecoder.of(Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+    cache = jax.eval_shape(lambda: KVCache.init(config, 2, 32, jnp.float32))
+    tokens = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+
+    def loop(decoder, cache, tokens):
+        def step(at, carry):
+            cache, tokens = carry
+            cache, hidden = decoder.extend(cache, tokens, jnp.full(2, at))
+            return cache, jnp.argmax(decoder.logits(hidden), axis=-1).astype(jnp.int32)
+
+        return jax.lax.fori_loop(0, 8, step, (cache, tokens))
+
+    program = jax.jit(loop).lower(decoder, cache, tokens).compile().as_text()
+    made = re.findall(rf"= (\w+)\[{config.vocab_size},{config.hidden_size}\]\S* (\w[\w-]*)\(", program)
+    assert ("bf16", "parameter") in made
+    assert {op for _, op in made} <= {"parameter", "get-tuple-element", "bitcast-convert"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -101,8 +101,11 @@ class CachedDecoder:
 
 
 def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """table[ids]; bfloat16 as bits, for XLA's CPU backend widens all of the table first (and, without the barrier, turns
-    all of it into bits in front of a decode loop)."""
+    """table[ids].
+
+    Bits are copied, for XLA's CPU backend would widen all of a bfloat16 table for it in every call; without the barrier
+    it would copy all the bits in front of a decode loop.
+    """
     if table.dtype != jnp.bfloat16 or platform() != "cpu":
         return table[ids]
     table, ids = jax.lax.optimization_barrier((table, ids))
