@@ -18,6 +18,7 @@ from r3rag_jax.sharding import partition_spec
 
 KEYS = 4  # axis of a key's position in its block
 KEY_BLOCK = 32  # positions whose keys lie together on a CPU; divides those of its AttendBlocks
+MANY_ROWS = 16  # of a product, fewer of which a CPU is slower at in bfloat16 (measured: 3, and 384, where it is faster)
 
 
 class AttendBlocks(NamedTuple):
@@ -149,6 +150,12 @@ class LayerCache:
             out = out * shrink[..., None] + _matmul32(weights.astype(dtype), block.v.astype(dtype))
             return new_largest, total, out
 
+        def add_all(
+            start: jax.Array | int, end: jax.Array, size: int, is_common: bool, sums: tuple[jax.Array, ...]
+        ) -> tuple[Any, ...]:
+            num_blocks = (end - start + size - 1) // size
+            return jax.lax.fori_loop(0, num_blocks, lambda i, sums: add(start + i * size, size, is_common, sums), sums)
+
         none = jnp.zeros((B, K, G * C))
         sums: tuple[jax.Array, ...] = (none - jnp.inf, none, jnp.zeros((B, K, G * C, H)))
         blocks = CPU_BLOCKS if jax.default_backend() == "cpu" else ACCELERATOR_BLOCKS
@@ -157,13 +164,11 @@ class LayerCache:
         else:
             extent = extent or Extent(jnp.min(positions_BC) + 1, jnp.max(positions_BC) + 1)
             end = jnp.minimum(extent.reach, S)
-            start = jnp.int32(0)
+            common: jax.Array | int = 0
             if blocks.common <= S:
-                start = jnp.minimum(extent.common, end) // blocks.common * blocks.common
-                add_common = lambda i, sums: add(i * blocks.common, blocks.common, True, sums)  # noqa: E731
-                sums = jax.lax.fori_loop(0, start // blocks.common, add_common, sums)
-            add_others = lambda i, sums: add(start + i * blocks.others, blocks.others, False, sums)  # noqa: E731
-            _, total, out = jax.lax.fori_loop(0, (end - start + blocks.others - 1) // blocks.others, add_others, sums)
+                common = jnp.minimum(extent.common, end) // blocks.common * blocks.common
+                sums = add_all(0, common, blocks.common, True, sums)
+            _, total, out = add_all(common, end, blocks.others, False, sums)
         out = (out / total[..., None]).reshape(B, K, G, C, H)
         return out.transpose(0, 3, 1, 2, 4).reshape(B, C, N, H).astype(q_BCNH.dtype)
 
@@ -271,16 +276,19 @@ def _matmul32(x: jax.Array, y: jax.Array) -> jax.Array:
     """[..., R, C] times [..., C, Z] of one dtype, float32 [..., R, Z].
 
     XLA's CPU backend (seen in jaxlib 0.10.2) cannot run a bfloat16 product of two batch dimensions with a float32
-    result ("Unsupported element type for DotThunk"); there they are one.
+    result ("Unsupported element type for DotThunk"); there they are one, or, of few rows, which it takes longer for so
+    than for float32, the factors are widened.
     """
 
     def native(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
-    def of_one_batch(x: jax.Array, y: jax.Array) -> jax.Array:
+    def on_cpu(x: jax.Array, y: jax.Array) -> jax.Array:
+        if x.shape[-2] < MANY_ROWS:
+            return native(x.astype(jnp.float32), y.astype(jnp.float32))
         flat = native(x.reshape(-1, *x.shape[-2:]), y.reshape(-1, *y.shape[-2:]))
         return flat.reshape(*x.shape[:-1], y.shape[-1])
 
     if x.dtype == jnp.float32:
         return native(x, y)
-    return jax.lax.platform_dependent(x, y, cpu=of_one_batch, default=native)
+    return jax.lax.platform_dependent(x, y, cpu=on_cpu, default=native)
