@@ -28,7 +28,7 @@ class AttendBlocks(NamedTuple):
     others: int
 
 
-CPU_BLOCKS = AttendBlocks(common=256, others=128)
+CPU_BLOCKS = AttendBlocks(common=512, others=128)
 ACCELERATOR_BLOCKS = AttendBlocks(common=512, others=512)  # a loop waits for the host every round
 
 

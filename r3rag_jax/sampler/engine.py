@@ -54,7 +54,7 @@ class PrefillShapes(NamedTuple):
     totals: tuple[int, ...]  # of a device
 
 
-CPU_SHAPES = PrefillShapes(lengths=(32, 64, 128), totals=(128, 512))
+CPU_SHAPES = PrefillShapes(lengths=(32, 48, 64, 96, 128), totals=(128, 512))
 ACCELERATOR_SHAPES = PrefillShapes(lengths=(32, 128, 512), totals=(512, 4096))
 
 
