@@ -41,7 +41,7 @@ from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shardings
 from r3rag_jax.models.hf import load_config as load_decoder_config
 from r3rag_jax.models.hf import load_decoder, load_generation, save_decoder
 from r3rag_jax.models.lora import Parts, attach
-from r3rag_jax.models.paths import model_path, reading
+from r3rag_jax.models.paths import cache_directory, model_path, reading
 from r3rag_jax.protocol import TAGS, make_protocol
 from r3rag_jax.retrieval.bert_encoder import BertEncoder
 from r3rag_jax.retrieval.faiss_index import FaissIndex
@@ -67,8 +67,8 @@ SPLITS = ("sft", "rl", "dev", "test")
 
 def use_compile_cache() -> None:
     """Keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "r3rag_jax" / "xla"
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(default)))
+    directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache_directory("xla")))
+    jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 

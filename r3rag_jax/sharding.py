@@ -79,9 +79,9 @@ def traced_on(mesh: Mesh, function: Callable[..., T]) -> Callable[..., T]:
     """The function, for `jax.jit`, with the mesh in force: what the compiler cannot split by itself asks for it."""
 
     @functools.wraps(function)
-    def on_mesh(*args: Any) -> T:
+    def on_mesh(*args: Any, **options: Any) -> T:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args)
+            return function(*args, **options)
 
     return on_mesh
 
@@ -90,6 +90,12 @@ def platform() -> str:
     """Of the devices to run on. A mesh in force knows best: it may be a TPU pod's, compiled for on a CPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def on_several_devices() -> bool:
+    """Whether the mesh in force has more than one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
 
 
 def collectives_race() -> bool:

@@ -282,7 +282,9 @@ def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monke
 
 @pytest.mark.parametrize(("slots", "max_length", "ways"), [(64, 480, 1), (64, 480, 4), (1, 480, 1), (3, 100, 1)])
 def test_windows_reach_from_the_cheapest_to_the_whole_cache(slots, max_length, ways):
-    found = engine_module.windows(slots, max_length, ways)
+    mesh = make_sampler_mesh(MeshConfig(sampler_devices=ways), make_mesh(MeshConfig()))
+    cache = jax.eval_shape(lambda: KVCache.init(tiny.decoder().config, slots, padded(max_length), jnp.float32))
+    found = engine_module.windows(cache, mesh, max_length)
     assert found[-1] == (slots, padded(max_length)) and len(set(found)) == len(found) <= 8
     areas = [rows * positions for rows, positions in found]
     assert max(areas) == areas[-1]

@@ -21,7 +21,7 @@ from flax import nnx
 
 from r3rag_jax import learner, optimizer
 from r3rag_jax.batch import pack
-from r3rag_jax.config import Config
+from r3rag_jax.config import Config, MeshConfig
 from r3rag_jax.configio import load_config
 from r3rag_jax.models.cache import KVCache
 from r3rag_jax.models.cached_decoder import CachedDecoder
@@ -31,7 +31,7 @@ from r3rag_jax.models.hf import hf_tensors
 from r3rag_jax.rl.distribution import WHOLE, Truncation
 from r3rag_jax.sampler import engine
 from r3rag_jax.sampler.state import Rows
-from r3rag_jax.sharding import make_mesh
+from r3rag_jax.sharding import make_mesh, make_sampler_mesh
 from r3rag_jax.types import SFTBatch
 
 TESTS = Path(__file__).parent
@@ -220,7 +220,7 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "model"), RECIPES.items())
-def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
+def test_prefill_and_decode_trace_at_full_size(xla_alone: None, name: str, model: str) -> None:
     config, decoder = recipe(name), decoder_config(model)
     policy = jax.eval_shape(lambda: CachedDecoder.of(new_decoder(config, decoder)))
     slots, length = config.rollout.slots, config.rollout.max_length
@@ -229,8 +229,8 @@ def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
         chunk = np.zeros((ways, slots // ways, engine.ACCELERATOR_SHAPES.lengths[-1]), np.int32)
         prefilled = jax.eval_shape(engine.prefill, policy, cache, chunk[..., 0], chunk, chunk[..., 0])
         assert shapes(prefilled) == shapes(cache)
-    stops = np.zeros(engine.MAX_STOPS, np.int32)
-    for window in engine.windows(slots, length, ways=1):
+    stops, one = np.zeros(engine.MAX_STOPS, np.int32), MeshConfig(sampler_devices=1)
+    for window in engine.windows(cache, make_sampler_mesh(one, make_mesh(one)), length):
         decode = functools.partial(engine.decode, truncation=WHOLE, positions=window.positions)
         places, rows = np.arange(window.rows), Rows.empty(window.rows, length)
         decoded = jax.eval_shape(decode, policy, cache, places, rows, 64, 4, stops, stops)

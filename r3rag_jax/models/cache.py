@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from r3rag_jax.models import cpu_kernels
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.sharding import partition_spec
+from r3rag_jax.sharding import partition_spec, platform
 
 KEYS = 4  # axis of a key's position in its block
 KEY_BLOCK = 32  # positions whose keys lie together on a CPU; divides those of its AttendBlocks
@@ -64,13 +65,18 @@ class LayerCache:
     def init(cls, config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike) -> LayerCache:
         """Return zeros."""
         K, H = config.num_kv_heads, config.head_dim
-        T = KEY_BLOCK if jax.default_backend() == "cpu" and slots % KEY_BLOCK == 0 else slots
+        T = KEY_BLOCK if platform() == "cpu" and slots % KEY_BLOCK == 0 else slots
         cache = cls(k=jnp.zeros((batch, K, slots // T, H, T), dtype), v=jnp.zeros((batch, K, slots, H), dtype))
         if jnp.dtype(dtype) != jnp.int8:
             return cache
         # Distinct buffers: a donated pytree may not hold one array twice.
         k_scale, v_scale = jnp.zeros((batch, K, slots)), jnp.zeros((batch, K, slots))
         return dataclasses.replace(cache, k_scale=k_scale, v_scale=v_scale)
+
+    @property
+    def is_read_in_place(self) -> bool:
+        """Whether attention reads of each row what it sees, and no more: a part of the cache is then no cheaper."""
+        return self.k.shape[KEYS] == KEY_BLOCK and cpu_kernels.can_attend(self.v.shape[3], self.k.dtype)
 
     def write(
         self, k_BCKH: jax.Array, v_BCKH: jax.Array, positions_BC: jax.Array, rows_B: jax.Array | None = None
@@ -123,6 +129,9 @@ class LayerCache:
         once; left to an einsum over all the axes, XLA's CPU backend takes 5 x as long (a decode step of 64 rows).
         """
         B, C, N, H = q_BCNH.shape
+        if self.is_read_in_place:
+            rows_B = jnp.arange(B) if rows_B is None else rows_B
+            return cpu_kernels.attend(q_BCNH, self.k, self.v, positions_BC, rows_B)
         K, S = self.v.shape[1:3]
         G = N // K
         q_BKRH = q_BCNH.reshape(B, C, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * C, H)
@@ -158,7 +167,7 @@ class LayerCache:
 
         none = jnp.zeros((B, K, G * C))
         sums: tuple[jax.Array, ...] = (none - jnp.inf, none, jnp.zeros((B, K, G * C, H)))
-        blocks = CPU_BLOCKS if jax.default_backend() == "cpu" else ACCELERATOR_BLOCKS
+        blocks = CPU_BLOCKS if platform() == "cpu" else ACCELERATOR_BLOCKS
         if C == 1 or blocks.others >= S:
             _, total, out = add(0, S, False, sums)
         else:
@@ -219,6 +228,11 @@ class KVCache:
     def num_rows(self) -> int:
         """B, as many as there are."""
         return self.layers[0].v.shape[0]
+
+    @property
+    def is_read_in_place(self) -> bool:
+        """See `LayerCache.is_read_in_place`."""
+        return self.layers[0].is_read_in_place
 
     @property
     def slots(self) -> int:

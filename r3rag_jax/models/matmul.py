@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from r3rag_jax.sharding import platform
+from r3rag_jax.models import cpu_kernels
+from r3rag_jax.sharding import on_several_devices, platform
 
 WEIGHTS_FIRST = range(2, 33)  # rows of x for which a CPU is faster with float32 weights as the left factor
 
@@ -19,11 +20,14 @@ def by_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     """Products of [..., in] with the rows of w [out, in], float32 [..., out].
 
     XLA's CPU backend packs the right factor anew in every call, and for a decode step that is to copy all weights: so
-    there they stand on the left. One row alone is taken twice where all of a bfloat16 matrix would be widened for it.
+    there a kernel of our own is called, or they stand on the left. One row alone is taken twice where all of a bfloat16
+    matrix would be widened for it.
     """
     rows = x.reshape(-1, x.shape[-1])
     num_rows = len(rows)
-    if platform() == "cpu" and x.dtype == jnp.float32 and num_rows in WEIGHTS_FIRST:
+    if cpu_kernels.can_multiply(rows, w):
+        out = cpu_kernels.multiply(rows, w)
+    elif platform() == "cpu" and x.dtype == jnp.float32 and num_rows in WEIGHTS_FIRST:
         out = jax.lax.optimization_barrier(_by_rows(w, rows)).T  # else XLA turns the factors around again
     elif num_rows == 1 and wants_as_it_lies(x.dtype):
         out = _by_rows(jnp.broadcast_to(rows, (2, x.shape[-1])), w)[:1]
@@ -59,12 +63,6 @@ def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     On a mesh of several devices it is autodiff's, whose layout the partitioner knows.
     """
     return product(x, w) if on_several_devices() else _matmul(x, w)
-
-
-def on_several_devices() -> bool:
-    """Whether the mesh in force has more than one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1
 
 
 @jax.custom_vjp

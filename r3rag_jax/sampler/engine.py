@@ -28,7 +28,7 @@ from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
-from r3rag_jax.sharding import batch_shardings, batch_ways, put, put_batch, replicated
+from r3rag_jax.sharding import batch_shardings, batch_ways, put, put_batch, replicated, traced_on
 
 EndOf = Callable[[Sequence[int]], int]
 # Of a decode call: shares of the cache's positions and rows (one over this) that it may read, and the fewest positions.
@@ -85,10 +85,9 @@ class Engine:
         self.mesh, self.slots, self.max_length = mesh, slots, max_length
         self.rows = Rows.empty(slots, max_length)
         self._starts = np.zeros(slots, np.int32)  # length of each row's context
-        cache_of = functools.partial(KVCache.init, config, slots, padded(max_length), dtype)
-        self._shardings = DecodeState(
-            cache=jax.eval_shape(cache_of).shardings(mesh), rows=batch_shardings(mesh, self.rows)
-        )
+        cache_of = traced_on(mesh, functools.partial(KVCache.init, config, slots, padded(max_length), dtype))
+        cache = jax.eval_shape(cache_of)
+        self._shardings = DecodeState(cache=cache.shardings(mesh), rows=batch_shardings(mesh, self.rows))
         self._cache = jax.jit(cache_of, out_shardings=self._shardings.cache)()
         self.stop_at(pause_ids, stop_ids)
 
@@ -100,14 +99,14 @@ class Engine:
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
         self._ways = batch_ways(mesh, slots)
         self._prefill_shapes = CPU_SHAPES if jax.default_backend() == "cpu" else ACCELERATOR_SHAPES
-        self._windows = windows(slots, max_length, self._ways)
+        self._windows = windows(cache, mesh, max_length)
         self._decode = jax.jit(
-            functools.partial(decode, truncation=truncation),
+            traced_on(mesh, functools.partial(decode, truncation=truncation)),
             static_argnames="positions",
             donate_argnums=1,  # the cache; rows come back whole, in another layout
             out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
         )
-        self._prefill = jax.jit(prefill, donate_argnums=1, out_shardings=self._shardings.cache)
+        self._prefill = jax.jit(traced_on(mesh, prefill), donate_argnums=1, out_shardings=self._shardings.cache)
         self._copy = jax.jit(copy, donate_argnums=0, out_shardings=self._shardings.cache)
         self._is_warm = False
         self.num_prefilled = 0  # tokens, padding not counted
@@ -284,6 +283,11 @@ class Engine:
         return sorted({min(per_device, total // width) for total in self._prefill_shapes.totals})
 
 
+def is_read_in_place(cache: KVCache, mesh: Mesh) -> bool:
+    """See `LayerCache.is_read_in_place`; of a cache on such devices."""
+    return traced_on(mesh, lambda: cache.is_read_in_place)()
+
+
 class Window(NamedTuple):
     """The part of the cache that a decode call works on."""
 
@@ -291,15 +295,16 @@ class Window(NamedTuple):
     positions: int
 
 
-def windows(slots: int, max_length: int, ways: int) -> list[Window]:
+def windows(cache: KVCache, mesh: Mesh, max_length: int) -> list[Window]:
     """Those that decode calls can be compiled for, the cheapest first; the last is the whole cache.
 
-    All rows with as many positions as the longest needs, or fewer rows with many: those that are left in the end. Where
-    rows are split over devices (`ways`), all of them: fewer would have to move.
+    All rows with as many positions as the longest needs, or fewer rows with many: those that are left in the end. Of a
+    cache that is read in place all positions; where rows are split over devices, all rows: fewer would have to move.
     """
-    parts = {padded(-(-max_length // share)) for share in SPAN_SHARES}
+    slots, shares = cache.num_rows, (1,) if is_read_in_place(cache, mesh) else SPAN_SHARES
+    parts = {padded(-(-max_length // share)) for share in shares}
     spans = sorted(part for part in parts if part >= min(MIN_SPAN, padded(max_length)))
-    few = {slots // share for share in ROW_SHARES} - {0, slots} if ways == 1 else set()
+    few = {slots // share for share in ROW_SHARES} - {0, slots} if batch_ways(mesh, slots) == 1 else set()
     found = [Window(slots, span) for span in spans] + [Window(rows, span) for rows in few for span in spans[-2:]]
     return sorted(found, key=lambda window: window.rows * (window.positions + MIN_SPAN))
 
@@ -372,6 +377,8 @@ def decode(
     Args:
         places: int32 [R], the rows of the cache to work on, ascending. rows: their control part.
         positions: what active rows can reach; what is beyond is neither read nor written.
+
+    A part of the cache is taken out for the loop, and put back, unless it can be read where it is.
     """
     num_active = jnp.sum(rows.status == RowStatus.ACTIVE)
 
@@ -384,14 +391,14 @@ def decode(
         number, state = carry
         rows = state.rows
         last = jnp.take_along_axis(rows.tokens, rows.lengths[:, None] - 1, axis=1)
-        cache, hidden = decoder.extend(state.cache, last, rows.lengths - 1)
+        cache, hidden = decoder.extend(state.cache, last, rows.lengths - 1, read)
         token, logprob, logprob_t1 = sample(decoder.logits(hidden[:, 0]), rows, truncation)
         return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
 
-    moved = None if len(places) == cache.num_rows else places  # all rows: nothing is to be gathered
-    start = DecodeState(cache.take(moved, positions), rows)
-    state: DecodeState = jax.lax.while_loop(is_going, body, (jnp.int32(0), start))[1]
-    return DecodeState(cache.put(moved, state.cache), state.rows)
+    some = None if len(places) == cache.num_rows else places  # all rows: nothing is to be gathered
+    part, read = (cache, some) if cache.is_read_in_place else (cache.take(some, positions), None)
+    state: DecodeState = jax.lax.while_loop(is_going, body, (jnp.int32(0), DecodeState(part, rows)))[1]
+    return state if part is cache else DecodeState(cache.put(some, state.cache), state.rows)
 
 
 def sample(logits_BV: jax.Array, rows: Rows, truncation: Truncation) -> tuple[jax.Array, jax.Array, jax.Array]:

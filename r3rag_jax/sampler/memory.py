@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.cache import KVCache, padded
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.sampler.engine import windows
-from r3rag_jax.sharding import batch_ways
+from r3rag_jax.sampler.engine import is_read_in_place, windows
+from r3rag_jax.sharding import batch_ways, traced_on
 
 GIB = 2**30
 
@@ -75,9 +75,12 @@ def plan(
     """The plan of a phase: `parts` as `bytes_per_device` counts them, and the cache of such an `Engine`."""
     slot, ways = 0, batch_ways(mesh, slots)
     if decoder is not None:
-        copied = max((rows * part for rows, part in windows(slots, max_length, ways)[:-1]), default=0)
+        cache_of = functools.partial(KVCache.init, decoder, dtype=dtype)
+        whole = jax.eval_shape(traced_on(mesh, functools.partial(cache_of, slots, padded(max_length))))
+        taken = [] if is_read_in_place(whole, mesh) else windows(whole, mesh, max_length)[:-1]
+        copied = max((window.rows * window.positions for window in taken), default=0)
         positions = padded(max_length) + -(-copied // slots)
-        one = jax.eval_shape(functools.partial(KVCache.init, decoder, 1, positions, dtype))
+        one = jax.eval_shape(functools.partial(cache_of, 1, positions))
         slot = bytes_per_device(one, one.shardings(mesh))
     return MemoryPlan(parts, slots if decoder is not None else 0, ways, slot, device_memory(mesh))
 
