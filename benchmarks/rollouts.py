@@ -63,7 +63,8 @@ class Steps:
     def __init__(self, path: Path, dtype: str, batch: int, prompt: int):
         decoder = load_decoder(path, dtype=dtype)
         self.graphdef, self.params = nnx.split(decoder)
-        self.config, self.dtype, self.batch = decoder.config, fastest_dtype(dtype), batch
+        self.config, self.batch, self.mesh = decoder.config, batch, make_mesh(MeshConfig())
+        self.dtype = fastest_dtype(dtype, self.config, self.mesh)
         rng = np.random.default_rng(0)
         self.prompts = rng.integers(0, self.config.vocab_size, (batch, prompt)).tolist()
         self.given = rng.integers(0, self.config.vocab_size, (batch, STEPS, GIVEN)).tolist()
@@ -71,8 +72,7 @@ class Steps:
         self.prefill_s = 0.0
 
     def engine(self, slots: int) -> Engine:
-        mesh = make_mesh(MeshConfig())
-        made = Engine(self.graphdef, self.config, mesh, slots=slots, max_length=self.max_length, dtype=self.dtype)
+        made = Engine(self.graphdef, self.config, self.mesh, slots=slots, max_length=self.max_length, dtype=self.dtype)
         self.policy = made.load(self.params)  # the same for all
         return made
 
@@ -219,7 +219,8 @@ def run(console: Console, args: argparse.Namespace) -> None:
         played = roller(own).play(own.load(params), jobs)
         rules = functools.partial(Replay, played={each.question.id: each for each in played})
         decoder = load_decoder(model_path(args.model), dtype=args.dtype)
-        (graphdef, params), decoder_config, dtype = nnx.split(decoder), decoder.config, fastest_dtype(args.dtype)
+        (graphdef, params), decoder_config = nnx.split(decoder), decoder.config
+        dtype = fastest_dtype(args.dtype, decoder_config, session.mesh)
     ours, single = engine(Engine), engine(Engine, 1)
     policy = ours.load(params)
 

@@ -74,7 +74,7 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> LocalChat:
         decoder = load_decoder(path, dtype=dtype, shardings=param_shardings(mesh, shape))
     graphdef, params = nnx.split(decoder)
     engine = Engine(
-        graphdef, shape, mesh, slots=config.slots, max_length=config.max_length, dtype=fastest_dtype(dtype),
+        graphdef, shape, mesh, slots=config.slots, max_length=config.max_length, dtype=fastest_dtype(dtype, shape, mesh),
         split_weights=True,
     )  # fmt: skip
     files = sorted(path.glob("*.safetensors"))
@@ -104,5 +104,7 @@ def judge_memory(config: JudgeConfig, mesh: Mesh) -> dict[str, int]:
         shape = load_config(path)
     places = param_shardings(mesh, shape)
     shares = [places[name].shard_shape(one) for name, one in param_shapes(shape).items()]
-    cache = plan(mesh, {}, shape, slots=config.slots, max_length=config.max_length, dtype=fastest_dtype(dtype)).cache
+    cache = plan(
+        mesh, {}, shape, slots=config.slots, max_length=config.max_length, dtype=fastest_dtype(dtype, shape, mesh)
+    ).cache
     return {"judge": sum(dtype.itemsize * math.prod(share) for share in shares), "judge's cache": cache}

@@ -355,7 +355,9 @@ class Session:
     def cache_dtype(self) -> Any:
         """Of the sampler's keys and values."""
         kv_dtype = self.config.rollout.kv_dtype
-        return fastest_dtype(self.config.model.dtype) if kv_dtype == "auto" else jnp.dtype(kv_dtype)
+        if kv_dtype != "auto":
+            return jnp.dtype(kv_dtype)
+        return fastest_dtype(self.config.model.dtype, self.decoder_config, self.sampler_mesh)
 
     def roller(self, top_k: int | None = None) -> Player:
         """The engine, or the user's server, set up for trajectories of the configured protocol."""

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from r3rag_jax.models import cpu_kernels
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.sharding import partition_spec, platform
+from r3rag_jax.sharding import partition_spec, platform, traced_on
 
 KEYS = 4  # axis of a key's position in its block
 KEY_BLOCK = 32  # positions whose keys lie together on a CPU; divides those of its AttendBlocks
@@ -40,9 +40,13 @@ class Extent(NamedTuple):
     reach: jax.Array
 
 
-def fastest_dtype(compute: jax.typing.DTypeLike) -> jnp.dtype:
-    """Of keys and values beside such compute: the same; float32 on a CPU, where a step widens all others."""
-    return jnp.dtype("float32" if jax.default_backend() == "cpu" else compute)
+def fastest_dtype(compute: jax.typing.DTypeLike, config: DecoderConfig, mesh: Mesh) -> jnp.dtype:
+    """Of keys and values beside such compute: the same; float32 where XLA's CPU backend would widen all in a step."""
+
+    def are_widened() -> bool:
+        return platform() == "cpu" and not cpu_kernels.can_attend(config.head_dim, compute)
+
+    return jnp.dtype("float32" if traced_on(mesh, are_widened)() else compute)
 
 
 @jax.tree_util.register_dataclass
@@ -85,6 +89,9 @@ class LayerCache:
 
         Positions >= S and rows >= B of the cache are dropped.
         """
+        if self.is_read_in_place:
+            rows_B = jnp.arange(len(positions_BC)) if rows_B is None else rows_B
+            return LayerCache(*cpu_kernels.write(self.k, self.v, k_BCKH, v_BCKH, positions_BC, rows_B))
         new = LayerCache(k_BCKH, v_BCKH)  # what is new of each array, [B, C, ...]
         if self.k_scale is not None:
             (k, k_scale), (v, v_scale) = quantize(k_BCKH), quantize(v_BCKH)

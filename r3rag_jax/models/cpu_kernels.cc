@@ -36,6 +36,9 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
+// Into the second level of cache, what memory that is read in its order will need soon.
+inline void fetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 8192, 0, 2); }
+
 inline Vec load(const float* from) {
   Vec x;
   std::memcpy(&x, from, sizeof x);
@@ -148,6 +151,7 @@ inline void score(const float* q, const T* k, int64_t H, int count, float* score
     const T* column = k + at / kKeyBlock * H * kKeyBlock + at % kKeyBlock;
     Vec sums[M][2] = {};
     for (int64_t h = 0; h < H; ++h) {
+      fetch(column + h * kKeyBlock);
       const Vec k0 = load(column + h * kKeyBlock), k1 = load(column + h * kKeyBlock + kLanes);
       for (int m = 0; m < M; ++m) {
         sums[m][0] += k0 * q[m * H + h];
@@ -189,6 +193,7 @@ inline void add_values(const float* weights, const T* v, int64_t H, int count, f
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < Vecs; ++i) sums[m][i] = load(out + m * H + i * kLanes);
   for (int s = 0; s < count; ++s) {
+    fetch(v + s * H);
     Vec value[Vecs];
     for (int i = 0; i < Vecs; ++i) value[i] = load(v + s * H + i * kLanes);
     for (int m = 0; m < M; ++m)
@@ -304,10 +309,52 @@ ffi::Error run_attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuf
   return ffi::Error::Success();
 }
 
+// ---- New keys and values --------------------------------------------------------------------------------------------
+
+template <class T>
+void write_head(const Sizes& z, const T* new_k, const T* new_v, const int32_t* positions, int64_t b, int64_t row,
+                int64_t head, T* k, T* v) {
+  k += (row * z.K + head) * z.S * z.H;
+  v += (row * z.K + head) * z.S * z.H;
+  for (int64_t c = 0; c < z.C; ++c) {
+    const int64_t at = positions[b * z.C + c], from = ((b * z.C + c) * z.K + head) * z.H;
+    if (at < 0 || at >= z.S) continue;
+    T* column = k + at / kKeyBlock * z.H * kKeyBlock + at % kKeyBlock;
+    for (int64_t h = 0; h < z.H; ++h) column[h * kKeyBlock] = new_k[from + h];
+    std::copy(new_v + from, new_v + from + z.H, v + at * z.H);
+  }
+}
+
+// `k` and `v` are the cache's own memory, as XLA was told: what it held is there, but for what is written now.
+ffi::Error run_write(ffi::ThreadPool pool, ffi::AnyBuffer new_k, ffi::AnyBuffer new_v, ffi::Buffer<ffi::S32> positions,
+                     ffi::Buffer<ffi::S32> rows, ffi::AnyBuffer, ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer> k,
+                     ffi::Result<ffi::AnyBuffer> v) {
+  const auto of_new = new_k.dimensions(), of_v = v->dimensions();
+  const Sizes z{of_new[0], of_new[1], 0, of_v[1], of_v[3], of_v[2], of_v[0]};
+  if (k->dimensions()[4] != kKeyBlock || new_k.element_type() != k->element_type())
+    return ffi::Error::InvalidArgument("write: keys must lie in blocks of 32, and be of the cache's type");
+  auto run = [&](auto bits) {
+    using T = decltype(bits);
+    share(pool, z.B * z.K, [&](int64_t i) {
+      const int64_t b = i / z.K, row = rows.typed_data()[b];
+      if (row < 0 || row >= z.num_rows) return;
+      write_head(z, static_cast<const T*>(new_k.untyped_data()), static_cast<const T*>(new_v.untyped_data()),
+                 positions.typed_data(), b, row, i % z.K, static_cast<T*>(k->untyped_data()),
+                 static_cast<T*>(v->untyped_data()));
+    });
+  };
+  if (k->element_type() == ffi::F32)
+    run(float{});
+  else if (k->element_type() == ffi::BF16)
+    run(uint16_t{});
+  else
+    return ffi::Error::InvalidArgument("write: keys must be float32 or bfloat16");
+  return ffi::Error::Success();
+}
+
 // ---- Products with the rows of a matrix -----------------------------------------------------------------------------
 
 constexpr int64_t kTaskBytes = 1 << 15;  // of the matrix
-constexpr int64_t kAheadBytes = 1 << 13;  // of it, fetched before they are needed
 
 inline void add_products(Vec& sum, const float* x, const float* w) { sum += load(x) * load(w); }
 
@@ -363,7 +410,7 @@ inline void multiply_tile(const T* x, int64_t num_x, const T* w, int64_t num_w, 
   Vec sums[O * R] = {};
   for (int64_t i = 0; i < in; i += step<T>())
     for (int o = 0; o < O; ++o) {
-      __builtin_prefetch(reinterpret_cast<const char*>(ws[o] + i) + kAheadBytes, 0, 2);  // into the second level
+      fetch(ws[o] + i);
       for (int r = 0; r < R; ++r) add_products(sums[o * R + r], xs[r] + i, ws[o] + i);
     }
   const Vec all_sums = sums_of(sums);
@@ -429,3 +476,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attend, run_attend,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(write_new, run_write,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());

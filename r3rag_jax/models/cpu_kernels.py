@@ -22,6 +22,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ from r3rag_jax.sharding import on_several_devices, platform
 SOURCE = Path(__file__).with_suffix(".cc")
 COMPILERS = ("c++", "g++", "clang++")
 OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
-OPERATIONS = ("attend", "multiply")
+OPERATIONS = ("attend", "write_new", "multiply")
 DTYPES = (jnp.float32, jnp.bfloat16)
 WIDTH = 32  # what the length of a product's rows must be a multiple of; half of it that of a head
 FEW_ROWS = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): 32}  # up to which `multiply` is the faster (measured)
@@ -56,22 +57,39 @@ def attend(q_BCNH: jax.Array, k: jax.Array, v: jax.Array, positions_BC: jax.Arra
         k: [rows, K, S / 32, H, 32]. v: [rows, K, S, H]; float32 or bfloat16 both.
         rows_B: int32, the row of the cache that each row of queries reads; the nearest that there is.
     """
-    integers = positions_BC.astype(jnp.int32), rows_B.astype(jnp.int32)
-    return _call("attend", q_BCNH.shape, q_BCNH.astype(jnp.float32), k, v, *integers).astype(q_BCNH.dtype)
+    out = jax.ShapeDtypeStruct(q_BCNH.shape, jnp.float32)
+    found = _call("attend", out, q_BCNH.astype(jnp.float32), k, v, *_integers(positions_BC, rows_B))
+    return found.astype(q_BCNH.dtype)
+
+
+def write(
+    k: jax.Array, v: jax.Array, k_BCKH: jax.Array, v_BCKH: jax.Array, positions_BC: jax.Array, rows_B: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A cache's keys and values, those of `attend`, with new ones at positions of rows; in place, if they are donated.
+
+    Positions >= S and rows that there are not are dropped.
+    """
+    new = k_BCKH.astype(k.dtype), v_BCKH.astype(v.dtype), *_integers(positions_BC, rows_B)
+    outs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v))
+    return _call("write_new", outs, *new, k, v, input_output_aliases={4: 0, 5: 1})
 
 
 def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
     """Products of [R, in] with the rows of [out, in], both float32 or both bfloat16; float32 [R, out]."""
-    return _call("multiply", (len(x), len(w)), x, w)
+    return _call("multiply", jax.ShapeDtypeStruct((len(x), len(w)), jnp.float32), x, w)
 
 
 def _are_usable() -> bool:
+    """Whether there are kernels for the devices that what is traced now runs on."""
     return platform() == "cpu" and not on_several_devices() and _build() is not None
 
 
-def _call(operation: str, shape: tuple[int, ...], *args: jax.Array) -> jax.Array:
-    out = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.ffi.ffi_call(_name(operation, _build()), out, vmap_method="sequential")(*args)
+def _integers(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(x.astype(jnp.int32) for x in arrays)
+
+
+def _call(operation: str, outs: Any, *args: jax.Array, **options: Any) -> Any:
+    return jax.ffi.ffi_call(_name(operation, _build()), outs, vmap_method="sequential", **options)(*args)
 
 
 def _name(operation: str, build: str | None) -> str:
