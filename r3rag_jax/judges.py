@@ -74,8 +74,8 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> LocalChat:
         decoder = load_decoder(path, dtype=dtype, shardings=param_shardings(mesh, shape))
     graphdef, params = nnx.split(decoder)
     engine = Engine(
-        graphdef, shape, mesh, slots=config.slots, max_length=config.max_length, dtype=fastest_dtype(dtype, shape, mesh),
-        split_weights=True,
+        graphdef, shape, mesh, slots=config.slots, max_length=config.max_length,
+        dtype=fastest_dtype(dtype, shape, mesh), split_weights=True,
     )  # fmt: skip
     files = sorted(path.glob("*.safetensors"))
     marks = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]  # other weights may take their place

@@ -102,6 +102,26 @@ def test_attention_of_large_scores_and_of_rows_that_there_are_not() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", PRECISION)
+def test_writing_drops_what_has_no_place_and_needs_no_copy(dtype: Any) -> None:
+    """Positions and rows that there are not; the cache's memory is the same before and after, if it is donated."""
+    S, K, H = 64, CONFIG.num_kv_heads, CONFIG.head_dim
+    cache = LayerCache.init(CONFIG, 3, S, dtype)
+    cache = dataclasses.replace(cache, k=cache.k + 7, v=cache.v + 7)
+    new = jnp.arange(1.0, 3 * 2 * K * H + 1).reshape(3, 2, K, H).astype(dtype)
+    positions, rows = jnp.array([[31, 32], [63, 64], [5, 6]]), jnp.array([2, 0, 3])
+    write = jax.jit(lambda cache, *args: cache.write(*args), donate_argnums=0)
+    held = cache.k.unsafe_buffer_pointer(), cache.v.unsafe_buffer_pointer()
+    cache = write(cache, new, -new, positions, rows)
+    assert (cache.k.unsafe_buffer_pointer(), cache.v.unsafe_buffer_pointer()) == held
+    k = jnp.moveaxis(cache.k, 3, 4).reshape(3, K, S, H)
+    for found, written in ((k, new), (cache.v, -new)):
+        expected = np.full((3, K, S, H), 7, np.float32)
+        expected[2, :, 31], expected[2, :, 32], expected[0, :, 63] = written[0, 0], written[0, 1], written[1, 0]
+        np.testing.assert_array_equal(found, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize(("width", "outs"), [(32, 1), (64, 49), (1536, 70)])
 def test_products(dtype: Any, num_rows: int, width: int, outs: int) -> None:
