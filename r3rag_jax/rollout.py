@@ -33,7 +33,7 @@ from r3rag_jax.sampler.state import RowStatus
 from r3rag_jax.transcript import Codec, Transcript
 from r3rag_jax.types import Question, Status, Step, Trajectory
 
-LEAVE_SHARE = 4  # a decode call leaves when one of so many rows waits: rows wait less, or calls are fewer
+LEAVE_SHARE = 2  # a decode call leaves when one of so many rows waits: rows wait less, or calls are fewer
 OnDone = Callable[[Trajectory], None]
 Hits = Callable[[], list[list[Hit]]]  # of a search that may be under way
 
