@@ -233,7 +233,8 @@ class RolloutConfig:
         False, "mesh.fsdp splits the sampler's copy of the weights too: less memory, but each step gathers all of it"
     )
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = key(
-        "auto", "type of cached keys and values; auto: model.dtype, float32 on CPUs (they widen all); int8: not exact"
+        "auto",
+        "type of cached keys and values; auto: model.dtype, or float32 on CPUs without compiler; int8: not exact",
     )
     decode_chunk: int = key(32, "most tokens per row in one call on the device", "tokens")
     search_turns: int = key(

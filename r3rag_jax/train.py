@@ -32,7 +32,7 @@ from r3rag_jax.evaluator import fingerprint, play_greedy, read_answers, summaris
 from r3rag_jax.guards import is_finite
 from r3rag_jax.judges import judge_memory
 from r3rag_jax.metrics import Bar, num_compiled
-from r3rag_jax.models import lora
+from r3rag_jax.models import cpu_kernels, lora
 from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.prefix_tree import share_prefixes
@@ -41,7 +41,7 @@ from r3rag_jax.rewards.score import Scores, learnable, score
 from r3rag_jax.rollout import Job
 from r3rag_jax.sampler.memory import MemoryPlan, bytes_per_device, plan
 from r3rag_jax.session import Session, barrier, open_run, use_compile_cache
-from r3rag_jax.sharding import batch_ways, put_batch, start_distributed, tree_shardings
+from r3rag_jax.sharding import batch_ways, put_batch, start_distributed, traced_on, tree_shardings
 from r3rag_jax.trainer import RLTrainer, equal_groups, number_groups
 from r3rag_jax.transcript import teacher_samples
 from r3rag_jax.types import Question, SFTBatch, Status, Trajectory
@@ -67,6 +67,8 @@ def run(config: Config, console: Console | None = None) -> Session:
     open_run(config)
     phases = {"index": index_phase, "sft": sft_phase, "rl": rl_phase, "eval": eval_phase}
     did_work = False
+    if plans and traced_on(session.sampler_mesh, cpu_kernels.are_missing)():
+        say("[yellow]no C++ compiler (c++, g++, clang++ or $CXX): sampling takes up to twice as long[/]")
     for name in config.phases:
         started = time.monotonic()
         for planned in plans.get(name, ()):

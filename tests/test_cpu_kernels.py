@@ -224,6 +224,8 @@ def test_on_a_lesser_machine(monkeypatch: pytest.MonkeyPatch, unknown: None, opt
 def test_an_empty_name_is_no_compiler(monkeypatch: pytest.MonkeyPatch, unknown: None) -> None:
     monkeypatch.setenv("CXX", "")
     assert cpu_kernels._build() is None and not cpu_kernels.can_attend(16, jnp.float32)
+    assert cpu_kernels.are_missing()
+    assert not traced_on(make_mesh(MeshConfig()), cpu_kernels.are_missing)()  # several devices have none anyway
 
 
 @pytest.mark.parametrize("is_there", [True, False])

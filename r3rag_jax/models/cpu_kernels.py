@@ -39,6 +39,11 @@ WIDTH = 32  # what the length of a product's rows must be a multiple of; half of
 FEW_ROWS = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): 32}  # up to which `multiply` is the faster (measured)
 
 
+def are_missing() -> bool:
+    """Whether what is traced now could have them, but for a compiler."""
+    return platform() == "cpu" and not on_several_devices() and _build() is None
+
+
 def can_attend(head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
     """Whether `attend` reads a cache of such heads, in blocks of 32 positions, in what is traced now."""
     return head_dim % (WIDTH // 2) == 0 and jnp.dtype(dtype) in DTYPES and _are_usable()
