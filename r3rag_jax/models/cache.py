@@ -127,10 +127,10 @@ class LayerCache:
     ) -> jax.Array:
         """Attend to positions up to each query's own, of all rows or of rows_B; [B, C, N, H] of the queries' type.
 
-        A single token reads a row at once, in the cache's type; more of them block by block, in their own type, and
-        no block behind the extent (None: that of positions_BC). Weights relative to the largest so far are summed up
-        and scaled when a larger one comes (arXiv 1805.02867), so what a block behind all others' positions adds to a
-        row is exactly nothing.
+        Where the cache is read in place, a kernel does this. Else a single token reads a row at once, in the cache's
+        type; more of them block by block, in their own type, and no block behind the extent (None: that of
+        positions_BC). Weights relative to the largest so far are summed up and scaled when a larger one comes (arXiv
+        1805.02867), so what a block behind all others' positions adds to a row is exactly nothing.
 
         The G query heads of a kv head and the C tokens are laid out as rows R of one matmul, so the cache is read
         once; left to an einsum over all the axes, XLA's CPU backend takes 5 x as long (a decode step of 64 rows).

@@ -1,9 +1,10 @@
-"""Two operations of the sampler on a CPU, in C++: attention to a cache and products with a few rows.
+"""What the sampler does most on a CPU, in C++: attention to a cache, writing into it, products with a few rows.
 
-XLA's CPU backend packs a factor of a product in every call, and reads of all rows as many positions as of the longest;
-half the time of a decode step in bfloat16 goes into copies of weights. `cpu_kernels.cc` is compiled for the machine at
-its first use, by the compiler that $CXX names or c++, g++ or clang++, and kept in the user's cache directory. Where
-there is none (`CXX=` says so, too), and on several devices, XLA's own operations do the same.
+XLA's CPU backend packs a factor of a product in every call (over half a decode step in bfloat16 is copies of weights),
+reads of all rows as many positions as of the longest, and writes a bfloat16 cache anew for one position.
+`cpu_kernels.cc` is compiled for the machine at its first use, by the compiler that $CXX names or c++, g++ or clang++,
+and kept in the user's cache directory. Where there is none (`CXX=` says so, too), and on several devices, XLA's own
+operations do the same.
 
 Shapes: as in `cache.py`.
 """
