@@ -68,7 +68,7 @@ def run(config: Config, console: Console | None = None) -> Session:
     phases = {"index": index_phase, "sft": sft_phase, "rl": rl_phase, "eval": eval_phase}
     did_work = False
     if plans and traced_on(session.sampler_mesh, cpu_kernels.are_missing)():
-        say("[yellow]no C++ compiler (c++, g++, clang++ or $CXX): sampling takes up to twice as long[/]")
+        say("[yellow]no C++ compiler that works (c++, g++, clang++ or $CXX): sampling takes some twice as long[/]")
     for name in config.phases:
         started = time.monotonic()
         for planned in plans.get(name, ()):

@@ -67,19 +67,6 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 
 @pytest.fixture
-def xla_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As where no compiler is: without `cpu_kernels`. Whether there are any is no key of jit's caches."""
-    import jax
-
-    from r3rag_jax.models import cpu_kernels
-
-    monkeypatch.setattr(cpu_kernels, "_build", lambda: None)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
-@pytest.fixture
 def pod(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The devices of a v5e 4x4 slice, to compile for; with the optimizations that the other tests do without."""
     pytest.importorskip("libtpu", reason="needs the TPU compiler: the package libtpu, of the version jax[tpu] names")

@@ -1,4 +1,4 @@
-// What XLA's CPU backend does slowly and a sampler does most: attention to a cache, products of few rows.
+// What XLA's CPU backend does slowly and a sampler does most: attention to a cache, writing into it, products of few rows.
 //
 // Compiled for the machine it runs on by cpu_kernels.py, which says what goes in and comes out.
 
@@ -72,7 +72,7 @@ inline float sum_of(Vec x) {
   return sum;
 }
 
-// 2^x for x <= 0, 0 below -126; off by 2 units in the last place at most.
+// 2^x for x <= 0, 0 below -126; the relative error is below 3e-7.
 inline Vec exp2_of(Vec x) {
   const Vec least = all(-126.0f);
   const auto is_zero = x < least;
@@ -112,6 +112,23 @@ void share(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   for (int64_t i = std::min(pool.num_threads(), count); i > 1; --i) pool.Schedule([run] { run(); });
   run();
   while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+}
+
+// Calls run(T{}) with the type that holds such numbers.
+template <class Run>
+ffi::Error of_type(ffi::DataType type, const Run& run) {
+  if (type == ffi::F32)
+    run(float{});
+  else if (type == ffi::BF16)
+    run(uint16_t{});
+  else
+    return ffi::Error::InvalidArgument("numbers must be float32 or bfloat16");
+  return ffi::Error::Success();
+}
+
+template <class T>
+const T* numbers(const ffi::AnyBuffer& of) {
+  return static_cast<const T*>(of.untyped_data());
 }
 
 // ---- Attention ------------------------------------------------------------------------------------------------------
@@ -293,20 +310,15 @@ ffi::Error run_attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuf
   if (k.dimensions()[4] != kKeyBlock || z.H % kLanes || k.element_type() != v.element_type())
     return ffi::Error::InvalidArgument("attend: keys must lie in blocks of 32, heads be a multiple of 16 wide");
   const int64_t tasks = (z.C * z.N / z.K + kTask - 1) / kTask;
-  auto run = [&](auto* k, auto* v) {
+  return of_type(k.element_type(), [&](auto type) {
+    using T = decltype(type);
     share(pool, z.B * z.K * tasks, [&](int64_t i) {
       const int64_t b = i / (z.K * tasks), head = i / tasks % z.K, first = i % tasks * kTask;
       const int64_t row = std::clamp<int64_t>(rows.typed_data()[b], 0, z.num_rows - 1);
-      attend_task(z, q.typed_data(), k, v, positions.typed_data(), b, row, head, first, out->typed_data());
+      attend_task(z, q.typed_data(), numbers<T>(k), numbers<T>(v), positions.typed_data(), b, row, head, first,
+                  out->typed_data());
     });
-  };
-  if (k.element_type() == ffi::F32)
-    run(reinterpret_cast<const float*>(k.untyped_data()), reinterpret_cast<const float*>(v.untyped_data()));
-  else if (k.element_type() == ffi::BF16)
-    run(reinterpret_cast<const uint16_t*>(k.untyped_data()), reinterpret_cast<const uint16_t*>(v.untyped_data()));
-  else
-    return ffi::Error::InvalidArgument("attend: keys must be float32 or bfloat16");
-  return ffi::Error::Success();
+  });
 }
 
 // ---- New keys and values --------------------------------------------------------------------------------------------
@@ -333,23 +345,15 @@ ffi::Error run_write(ffi::ThreadPool pool, ffi::AnyBuffer new_k, ffi::AnyBuffer 
   const Sizes z{of_new[0], of_new[1], 0, of_v[1], of_v[3], of_v[2], of_v[0]};
   if (k->dimensions()[4] != kKeyBlock || new_k.element_type() != k->element_type())
     return ffi::Error::InvalidArgument("write: keys must lie in blocks of 32, and be of the cache's type");
-  auto run = [&](auto bits) {
-    using T = decltype(bits);
+  return of_type(k->element_type(), [&](auto type) {
+    using T = decltype(type);
     share(pool, z.B * z.K, [&](int64_t i) {
       const int64_t b = i / z.K, row = rows.typed_data()[b];
       if (row < 0 || row >= z.num_rows) return;
-      write_head(z, static_cast<const T*>(new_k.untyped_data()), static_cast<const T*>(new_v.untyped_data()),
-                 positions.typed_data(), b, row, i % z.K, static_cast<T*>(k->untyped_data()),
-                 static_cast<T*>(v->untyped_data()));
+      write_head(z, numbers<T>(new_k), numbers<T>(new_v), positions.typed_data(), b, row, i % z.K,
+                 static_cast<T*>(k->untyped_data()), static_cast<T*>(v->untyped_data()));
     });
-  };
-  if (k->element_type() == ffi::F32)
-    run(float{});
-  else if (k->element_type() == ffi::BF16)
-    run(uint16_t{});
-  else
-    return ffi::Error::InvalidArgument("write: keys must be float32 or bfloat16");
-  return ffi::Error::Success();
+  });
 }
 
 // ---- Products with the rows of a matrix -----------------------------------------------------------------------------
@@ -442,20 +446,15 @@ inline void multiply_rows(const T* x, int64_t num_x, const T* w, int64_t num_w, 
 ffi::Error run_multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> to) {
   const int64_t num_x = x.dimensions()[0], in = x.dimensions()[1], out = w.dimensions()[0];
   if (x.element_type() != w.element_type() || in % 32) return ffi::Error::InvalidArgument("multiply: unsupported");
-  auto run = [&](auto* x, auto* w) {
-    const int64_t rows = std::max<int64_t>(kTaskBytes / (in * sizeof *w) / kLanes, 1) * kLanes;
+  return of_type(x.element_type(), [&](auto type) {
+    using T = decltype(type);
+    const int64_t rows = std::max<int64_t>(kTaskBytes / (in * sizeof(T)) / kLanes, 1) * kLanes;
     share(pool, (out + rows - 1) / rows, [&](int64_t i) {
       const int64_t o = i * rows;
-      multiply_rows(x, num_x, w + o * in, std::min<int64_t>(rows, out - o), in, to->typed_data() + o, out);
+      multiply_rows(numbers<T>(x), num_x, numbers<T>(w) + o * in, std::min<int64_t>(rows, out - o), in,
+                    to->typed_data() + o, out);
     });
-  };
-  if (x.element_type() == ffi::F32)
-    run(reinterpret_cast<const float*>(x.untyped_data()), reinterpret_cast<const float*>(w.untyped_data()));
-  else if (x.element_type() == ffi::BF16)
-    run(reinterpret_cast<const uint16_t*>(x.untyped_data()), reinterpret_cast<const uint16_t*>(w.untyped_data()));
-  else
-    return ffi::Error::InvalidArgument("multiply: must be float32 or bfloat16");
-  return ffi::Error::Success();
+  });
 }
 
 }  // namespace

@@ -75,8 +75,8 @@ def plan(
     """The plan of a phase: `parts` as `bytes_per_device` counts them, and the cache of such an `Engine`."""
     slot, ways = 0, batch_ways(mesh, slots)
     if decoder is not None:
-        cache_of = functools.partial(KVCache.init, decoder, dtype=dtype)
-        whole = jax.eval_shape(traced_on(mesh, functools.partial(cache_of, slots, padded(max_length))))
+        cache_of = functools.partial(traced_on(mesh, KVCache.init), decoder, dtype=dtype)
+        whole = jax.eval_shape(functools.partial(cache_of, slots, padded(max_length)))
         taken = [] if is_read_in_place(whole, mesh) else windows(whole, mesh, max_length)[:-1]
         copied = max((window.rows * window.positions for window in taken), default=0)
         positions = padded(max_length) + -(-copied // slots)
