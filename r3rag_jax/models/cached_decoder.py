@@ -84,7 +84,7 @@ class CachedDecoder:
         Row b's tokens take positions starts_B[b] .. starts_B[b] + C - 1. Their keys and values are
         written there; positions >= S are dropped. Each query sees the cache at positions <= its
         own, so whatever lies beyond (an abandoned continuation, a padded tail) is never read
-        before it is overwritten. Rows that there are not are read somewhere and written nowhere.
+        before it is overwritten. Rows that there are not are written nowhere, and what is read of them means nothing.
         `extent` is that of `LayerCache.attend`.
         """
         positions_BC = starts_B[:, None] + jnp.arange(tokens_BC.shape[1])

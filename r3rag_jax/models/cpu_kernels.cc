@@ -1,4 +1,4 @@
-// What XLA's CPU backend does slowly and a sampler does most: attention to a cache, writing into it, products of few rows.
+// What XLA's CPU backend does slowly and a sampler does most: attention to a cache, writing into it, products with weights.
 //
 // Compiled for the machine it runs on by cpu_kernels.py, which says what goes in and comes out.
 
@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -24,11 +25,11 @@ namespace ffi = xla::ffi;
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
+constexpr int kLanes = 16, kSums = 24;  // numbers of a vector; vectors that are summed up into at once
 #elif defined(__AVX__)
-constexpr int kLanes = 8;
+constexpr int kLanes = 8, kSums = 12;
 #else
-constexpr int kLanes = 4;
+constexpr int kLanes = 4, kSums = 12;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
@@ -39,22 +40,33 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 // Into the second level of cache, what memory that is read in its order will need soon.
 inline void fetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 8192, 0, 2); }
 
-inline Vec load(const float* from) {
-  Vec x;
+template <class V>
+inline V loaded(const void* from) {
+  V x;
   std::memcpy(&x, from, sizeof x);
   return x;
 }
 
+template <class V, class X>
+inline V same_bits(X x) {
+  static_assert(sizeof(V) == sizeof(X));
+  return loaded<V>(&x);
+}
+
+// kLanes numbers, in float32.
+inline Vec load(const float* from) { return loaded<Vec>(from); }
+
 inline Vec load(const uint16_t* from) {  // bfloat16
-  Halves x;
-  std::memcpy(&x, from, sizeof x);
-  Bits wide = __builtin_convertvector(x, Bits) << 16;
-  Vec out;
-  std::memcpy(&out, &wide, sizeof out);
-  return out;
+  return same_bits<Vec>(__builtin_convertvector(loaded<Halves>(from), Bits) << 16);
 }
 
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+
+inline void store(uint16_t* to, Vec x) {  // rounded to bfloat16, to the nearest even one
+  const Bits bits = same_bits<Bits>(x);
+  const Halves halves = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
 
 inline Vec all(float x) { return x - Vec{}; }
 
@@ -87,11 +99,7 @@ inline Vec exp2_of(Vec x) {
   y = y * f + 2.4022651e-1f;
   y = y * f + 6.9314718e-1f;
   y = y * f + 1.0f;
-  Ints bits, exponent;
-  std::memcpy(&bits, &y, sizeof y);
-  std::memcpy(&exponent, &rounded, sizeof rounded);
-  bits += exponent << 23;
-  std::memcpy(&y, &bits, sizeof y);
+  y = same_bits<Vec>(same_bits<Ints>(y) + (same_bits<Ints>(rounded) << 23));
   return is_zero ? Vec{} : y;
 }
 
@@ -114,21 +122,58 @@ void share(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
-// Calls run(T{}) with the type that holds such numbers.
+// What run(T{}) gives for the type that holds such numbers.
 template <class Run>
 ffi::Error of_type(ffi::DataType type, const Run& run) {
-  if (type == ffi::F32)
-    run(float{});
-  else if (type == ffi::BF16)
-    run(uint16_t{});
-  else
-    return ffi::Error::InvalidArgument("numbers must be float32 or bfloat16");
-  return ffi::Error::Success();
+  if (type == ffi::F32) return run(float{});
+  if (type == ffi::BF16) return run(uint16_t{});
+  return ffi::Error::InvalidArgument("numbers must be float32 or bfloat16");
 }
 
 template <class T>
 const T* numbers(const ffi::AnyBuffer& of) {
   return static_cast<const T*>(of.untyped_data());
+}
+
+// ---- Factors --------------------------------------------------------------------------------------------------------
+
+// Two bfloat16, whose products with two others are added to a float32; some machines have an instruction for that.
+struct Pair {
+  uint16_t first, second;
+};
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+inline Vec factors(const float* from) { return load(from); }  // kLanes of them
+inline Vec factors(const uint16_t* from) { return load(from); }
+inline Bits factors(const Pair* from) { return loaded<Bits>(from); }
+
+inline Vec factor(const float* from) { return all(*from); }  // one, in all lanes
+inline Bits factor(const Pair* from) { return loaded<uint32_t>(from) - Bits{}; }
+
+inline void add_products(Vec& sum, Vec x, Vec y) { sum += x * y; }
+
+inline void add_products(Vec& sum, Bits x, Bits y) {
+#if defined(__AVX512BF16__)
+  sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+#else
+  sum += same_bits<Vec>(x << 16) * same_bits<Vec>(y << 16);
+  sum += same_bits<Vec>(x & 0xffff0000) * same_bits<Vec>(y & 0xffff0000);
+#endif
+}
+
+// Of two rows of `count` numbers the pairs of those that lie beside each other.
+inline void make_pairs(const uint16_t* firsts, const uint16_t* seconds, int64_t count, Pair* to) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Bits low = __builtin_convertvector(loaded<Halves>(firsts + i), Bits);
+    const Bits high = __builtin_convertvector(loaded<Halves>(seconds + i), Bits);
+    const Bits pairs = low | high << 16;
+    std::memcpy(to + i, &pairs, sizeof pairs);
+  }
 }
 
 // ---- Attention ------------------------------------------------------------------------------------------------------
@@ -143,40 +188,51 @@ struct Sizes {
   int64_t B, C, N, K, H, S, num_rows;  // as in cache.py; of q the rows B, of the cache num_rows
 };
 
+// What keys of a type are multiplied by, and how many of those make a row of `count` numbers.
+template <class Key>
+using Query = std::conditional_t<std::is_same_v<Key, Pair>, Pair, float>;
+
+template <class Key>
+constexpr int64_t factors_of(int64_t count) {
+  return std::is_same_v<Key, Pair> ? count / 2 : count;
+}
+
 // The keys and values of a span of positions, start .. start + count.
-template <class T>
+template <class Key, class Value>
 struct Span {
-  const T* k;  // blocks [H, kKeyBlock]
-  const T* v;  // [count, H]
+  const Key* k;    // blocks [factors of H, kKeyBlock]
+  const Value* v;  // [count, H]
   int64_t start;
   int count;
 };
 
 // Queries and what is known of them so far: weights are relative to 2^largest.
+template <class Key>
 struct Queries {
-  const float* q;       // [num, H], scaled
+  const Query<Key>* q;  // [num, factors of H]
   const int32_t* seen;  // the last position that each sees
   float* largest;
   float* total;  // of weights
   float* out;    // [num, H], of weighted values
 };
 
-// Products of M queries with the keys of `count` positions, and of some more in the last block.
-template <int M, class T>
-inline void score(const float* q, const T* k, int64_t H, int count, float* scores) {
+// Products of M queries with the keys of `count` positions, and of some more in the last block, times `scale`.
+template <int M, class Key>
+inline void score(const Query<Key>* q, const Key* k, int64_t num_factors, int count, float scale, float* scores) {
   for (int at = 0; at < count; at += 2 * kLanes) {
-    const T* column = k + at / kKeyBlock * H * kKeyBlock + at % kKeyBlock;
+    const Key* column = k + at / kKeyBlock * num_factors * kKeyBlock + at % kKeyBlock;
     Vec sums[M][2] = {};
-    for (int64_t h = 0; h < H; ++h) {
+    for (int64_t h = 0; h < num_factors; ++h) {
       fetch(column + h * kKeyBlock);
-      const Vec k0 = load(column + h * kKeyBlock), k1 = load(column + h * kKeyBlock + kLanes);
+      const auto k0 = factors(column + h * kKeyBlock), k1 = factors(column + h * kKeyBlock + kLanes);
       for (int m = 0; m < M; ++m) {
-        sums[m][0] += k0 * q[m * H + h];
-        sums[m][1] += k1 * q[m * H + h];
+        const auto each = factor(q + m * num_factors + h);
+        add_products(sums[m][0], k0, each);
+        add_products(sums[m][1], k1, each);
       }
     }
     for (int m = 0; m < M; ++m)
-      for (int i = 0; i < 2; ++i) store(scores + m * kSpan + at + i * kLanes, sums[m][i]);
+      for (int i = 0; i < 2; ++i) store(scores + m * kSpan + at + i * kLanes, sums[m][i] * scale);
   }
 }
 
@@ -204,8 +260,8 @@ inline void weigh(float* scores, int scored, int64_t H, float& largest, float& t
   total += sum_of(sum);
 }
 
-template <int M, int Vecs, class T>
-inline void add_values(const float* weights, const T* v, int64_t H, int count, float* out) {
+template <int M, int Vecs, class Value>
+inline void add_values(const float* weights, const Value* v, int64_t H, int count, float* out) {
   Vec sums[M][Vecs];
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < Vecs; ++i) sums[m][i] = load(out + m * H + i * kLanes);
@@ -220,14 +276,15 @@ inline void add_values(const float* weights, const T* v, int64_t H, int count, f
     for (int i = 0; i < Vecs; ++i) store(out + m * H + i * kLanes, sums[m][i]);
 }
 
-template <int M, class T>
-void attend_span(const Queries& of, const Span<T>& span, int64_t H) {
+template <int M, class Key, class Value>
+void attend_span(const Queries<Key>& of, const Span<Key, Value>& span, int64_t H) {
   alignas(64) float weights[M * kSpan];
   const int64_t reach = *std::max_element(of.seen, of.seen + M) + 1 - span.start;
   if (reach <= 0) return;
   const int count = std::min<int64_t>(reach, span.count);
   const int scored = (count + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
-  score<M>(of.q, span.k, H, count, weights);
+  const float scale = 1.44269504f / std::sqrt(static_cast<float>(H));  // powers of 2 are cheaper than those of e
+  score<M>(of.q, span.k, factors_of<Key>(H), count, scale, weights);
   for (int m = 0; m < M; ++m) {
     float* mine = weights + m * kSpan;
     const int64_t end = std::clamp<int64_t>(of.seen[m] + 1 - span.start, 0, count);
@@ -239,84 +296,98 @@ void attend_span(const Queries& of, const Span<T>& span, int64_t H) {
   if (h < H) add_values<M, 1>(weights, span.v + h, H, count, of.out + h);
 }
 
-template <class T>
-void attend_tile(int num, const Queries& of, const Span<T>& span, int64_t H) {
-  switch (num) {
-    case 1: return attend_span<1>(of, span, H);
-    case 2: return attend_span<2>(of, span, H);
-    case 3: return attend_span<3>(of, span, H);
-    case 4: return attend_span<4>(of, span, H);
-    case 5: return attend_span<5>(of, span, H);
-    default: return attend_span<kTile>(of, span, H);
+template <class Key, class Value>
+void attend_tiles(int num, const Queries<Key>& of, const Span<Key, Value>& span, int64_t H) {
+  for (int i = 0; i < num; i += kTile) {
+    const Queries<Key> tile{of.q + i * factors_of<Key>(H), of.seen + i, of.largest + i, of.total + i, of.out + i * H};
+    switch (std::min(kTile, num - i)) {
+      case 1: attend_span<1>(tile, span, H); break;
+      case 2: attend_span<2>(tile, span, H); break;
+      case 3: attend_span<3>(tile, span, H); break;
+      case 4: attend_span<4>(tile, span, H); break;
+      case 5: attend_span<5>(tile, span, H); break;
+      default: attend_span<kTile>(tile, span, H);
+    }
   }
 }
 
-template <class T>
-void attend_tiles(int num, const Queries& of, const Span<T>& span, int64_t H) {
-  for (int i = 0; i < num; i += kTile)
-    attend_tile(std::min(kTile, num - i),
-                Queries{of.q + i * H, of.seen + i, of.largest + i, of.total + i, of.out + i * H}, span, H);
-}
-
-inline void widen(const uint16_t* from, int64_t count, float* to) {
+template <class From, class To>
+inline void copy(const From* from, int64_t count, To* to) {  // in another type
   for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
 }
 
 // Of row b the queries first .. first + kTask of those that read a head: of every token all of the head's.
-template <class T>
-void attend_task(const Sizes& z, const float* q, const T* k, const T* v, const int32_t* positions, int64_t b,
-                 int64_t row, int64_t head, int64_t first, float* out) {
+template <class Q, class T>
+void attend_task(const Sizes& z, const Q* q, const T* k, const T* v, const int32_t* positions, int64_t b, int64_t row,
+                 int64_t head, int64_t first, Q* out) {
   const int64_t H = z.H, G = z.N / z.K;
   const int num = std::min<int64_t>(kTask, z.C * G - first);
-  thread_local std::vector<float> space;  // scaled queries, sums of values, a span's keys and values in float32
+  thread_local std::vector<float> space;  // queries, sums of values, a span's keys and values in another form
   space.resize(2 * (kTask + kSpan) * H);
-  float *scaled = space.data(), *sums = scaled + kTask * H, *wide_k = sums + kTask * H, *wide_v = wide_k + kSpan * H;
+  float *queries = space.data(), *sums = queries + kTask * H, *other_k = sums + kTask * H, *other_v = other_k + kSpan * H;
   float largest[kTask], total[kTask];
   int32_t seen[kTask];
   auto place = [&](int i) { return ((b * z.C + (first + i) / G) * z.N + head * G + (first + i) % G) * H; };
-  const float scale = 1.44269504f / std::sqrt(static_cast<float>(H));  // powers of 2 are cheaper than those of e
   for (int i = 0; i < num; ++i) {
-    for (int64_t h = 0; h < H; ++h) scaled[i * H + h] = q[place(i) + h] * scale;
     largest[i] = kNothing;
     total[i] = 0;
     seen[i] = positions[b * z.C + (first + i) / G];
   }
   std::fill(sums, sums + num * H, 0.0f);
-  const Queries of{scaled, seen, largest, total, sums};
-  const int64_t reach = std::min<int64_t>(*std::max_element(seen, seen + num) + 1, z.S);
+  const bool is_row = row >= 0 && row < z.num_rows;
+  const int64_t reach = is_row ? std::min<int64_t>(*std::max_element(seen, seen + num) + 1, z.S) : 0;
   k += (row * z.K + head) * z.S * H;
   v += (row * z.K + head) * z.S * H;
-  for (int64_t start = 0; start < reach; start += kSpan) {
-    const int count = std::min<int64_t>(kSpan, reach - start);
-    const Span<T> span{k + start * H, v + start * H, start, count};
-    if constexpr (sizeof(T) < sizeof(float)) {
-      if (num > kTile) {
-        widen(span.k, (count + kKeyBlock - 1) / kKeyBlock * kKeyBlock * H, wide_k);
-        widen(span.v, count * H, wide_v);
-        attend_tiles(num, of, Span<float>{wide_k, wide_v, start, count}, H);
-        continue;
-      }
+  auto attend = [&](auto key, auto form) {  // to spans in a form of such keys
+    using Key = decltype(key);
+    using Number = std::conditional_t<std::is_same_v<Key, Pair>, uint16_t, float>;
+    auto* numbers = reinterpret_cast<Number*>(queries);
+    for (int i = 0; i < num; ++i) copy(q + place(i), H, numbers + i * H);
+    const Queries<Key> of{reinterpret_cast<Query<Key>*>(numbers), seen, largest, total, sums};
+    for (int64_t start = 0; start < reach; start += kSpan) {
+      const int count = std::min<int64_t>(kSpan, reach - start);
+      attend_tiles(num, of, form(Span<T, T>{k + start * H, v + start * H, start, count}), H);
     }
-    attend_tiles(num, of, span, H);
+  };
+  if (std::is_same_v<T, float> || num <= kTile) {
+    attend(T{}, [](const Span<T, T>& span) { return span; });
+  } else if constexpr (std::is_same_v<T, uint16_t>) {  // read by several tiles: once in the form that they take
+    constexpr bool in_pairs = kHasPairs && std::is_same_v<Q, uint16_t>;
+    using Key = std::conditional_t<in_pairs, Pair, float>;
+    attend(Key{}, [&](const Span<T, T>& span) {
+      const int64_t rows = (span.count + kKeyBlock - 1) / kKeyBlock * H;  // of kKeyBlock numbers
+      auto* keys = reinterpret_cast<Key*>(other_k);
+      if constexpr (in_pairs)
+        for (int64_t i = 0; i < rows; i += 2)
+          make_pairs(span.k + i * kKeyBlock, span.k + (i + 1) * kKeyBlock, kKeyBlock, keys + i / 2 * kKeyBlock);
+      else
+        copy(span.k, rows * kKeyBlock, keys);
+      copy(span.v, span.count * H, other_v);
+      return Span<Key, float>{keys, other_v, span.start, span.count};
+    });
   }
   for (int i = 0; i < num; ++i)
-    for (int64_t h = 0; h < H; ++h) out[place(i) + h] = sums[i * H + h] / total[i];
+    for (int64_t h = 0; h < H; h += kLanes) store(out + place(i) + h, load(sums + i * H + h) / (is_row ? total[i] : 1));
 }
 
-ffi::Error run_attend(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                  ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::ResultBuffer<ffi::F32> out) {
+ffi::Error run_attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                      ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::Result<ffi::AnyBuffer> out) {
   const auto of_q = q.dimensions(), of_v = v.dimensions();
   const Sizes z{of_q[0], of_q[1], of_q[2], of_v[1], of_q[3], of_v[2], of_v[0]};
-  if (k.dimensions()[4] != kKeyBlock || z.H % kLanes || k.element_type() != v.element_type())
+  if (k.dimensions()[4] != kKeyBlock || z.H % 16 || k.element_type() != v.element_type() ||
+      q.element_type() != out->element_type())
     return ffi::Error::InvalidArgument("attend: keys must lie in blocks of 32, heads be a multiple of 16 wide");
   const int64_t tasks = (z.C * z.N / z.K + kTask - 1) / kTask;
-  return of_type(k.element_type(), [&](auto type) {
-    using T = decltype(type);
-    share(pool, z.B * z.K * tasks, [&](int64_t i) {
-      const int64_t b = i / (z.K * tasks), head = i / tasks % z.K, first = i % tasks * kTask;
-      const int64_t row = std::clamp<int64_t>(rows.typed_data()[b], 0, z.num_rows - 1);
-      attend_task(z, q.typed_data(), numbers<T>(k), numbers<T>(v), positions.typed_data(), b, row, head, first,
-                  out->typed_data());
+  return of_type(q.element_type(), [&](auto query) {
+    return of_type(k.element_type(), [&](auto key) {
+      using Q = decltype(query);
+      using T = decltype(key);
+      share(pool, z.B * z.K * tasks, [&](int64_t i) {
+        const int64_t b = i / (z.K * tasks), head = i / tasks % z.K, first = i % tasks * kTask;
+        attend_task(z, numbers<Q>(q), numbers<T>(k), numbers<T>(v), positions.typed_data(), b, rows.typed_data()[b],
+                    head, first, static_cast<Q*>(out->untyped_data()));
+      });
+      return ffi::Error::Success();
     });
   });
 }
@@ -353,35 +424,17 @@ ffi::Error run_write(ffi::ThreadPool pool, ffi::AnyBuffer new_k, ffi::AnyBuffer 
       write_head(z, numbers<T>(new_k), numbers<T>(new_v), positions.typed_data(), b, row, i % z.K,
                  static_cast<T*>(k->untyped_data()), static_cast<T*>(v->untyped_data()));
     });
+    return ffi::Error::Success();
   });
 }
 
 // ---- Products with the rows of a matrix -----------------------------------------------------------------------------
 
 constexpr int64_t kTaskBytes = 1 << 15;  // of the matrix
+constexpr int kFewRows = 8;              // of x, with which the rows of the matrix are multiplied as they lie
 
-inline void add_products(Vec& sum, const float* x, const float* w) { sum += load(x) * load(w); }
-
-#if defined(__AVX512BF16__)
-inline void add_products(Vec& sum, const uint16_t* x, const uint16_t* w) {
-  sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(x), (__m512bh)_mm512_loadu_si512(w));
-}
-#else
-inline void add_products(Vec& sum, const uint16_t* x, const uint16_t* w) { sum += load(x) * load(w); }
-#endif
-
-// Numbers of a row that `add_products` takes.
-template <class T>
-constexpr int64_t step() {
-#if defined(__AVX512BF16__)
-  return 64 / sizeof(T);
-#else
-  return kLanes;
-#endif
-}
-
-template <int C, int Half, int... I>
-inline Vec interleaved(Vec a, Vec b, std::integer_sequence<int, I...>) {
+template <int C, int Half, class V, int... I>
+inline V interleaved(V a, V b, std::integer_sequence<int, I...>) {
 #define LANE(i) ((i) % (2 * C) < C ? 0 : kLanes) + (i) / (2 * C) * C + (i) % C + Half * kLanes / 2
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, LANE(I)...);
@@ -389,6 +442,20 @@ inline Vec interleaved(Vec a, Vec b, std::integer_sequence<int, I...>) {
   return __builtin_shuffle(a, b, Ints{LANE(I)...});
 #endif
 #undef LANE
+}
+
+// kLanes vectors, turned: lane j of vector i becomes lane i of vector j.
+template <class V>
+inline void turn(V* x) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
+  for (int c = 1; c < kLanes; c *= 2) {
+    V y[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      y[2 * i] = interleaved<1, 0>(x[i], x[i + kLanes / 2], lanes);
+      y[2 * i + 1] = interleaved<1, 1>(x[i], x[i + kLanes / 2], lanes);
+    }
+    std::copy(y, y + kLanes, x);
+  }
 }
 
 // Of kLanes vectors the sum of each one's lanes. With C = 1, 2, 4 .. lanes of that many of them lie beside each other:
@@ -405,55 +472,151 @@ inline Vec sums_of(Vec* x) {
   }
 }
 
-// Of O rows of w and R rows of x, O * R = kLanes: products [R, out] at `to`.
+// x [num_x, in] times w [num_w, in], numbers of factors, to [num_x, num_w] with rows of `out`.
+template <class T>
+struct Product {
+  const T* x;
+  int64_t num_x;
+  const T* w;
+  int64_t num_w;
+  int64_t in;
+  float* to;
+  int64_t out;
+};
+
+// Of O rows of w and R rows of x, O * R = kLanes.
 template <int O, int R, class T>
-inline void multiply_tile(const T* x, int64_t num_x, const T* w, int64_t num_w, int64_t in, float* to, int64_t out) {
+void multiply_tile(const Product<T>& of) {
   const T *xs[R], *ws[O];
-  for (int r = 0; r < R; ++r) xs[r] = x + std::min<int64_t>(r, num_x - 1) * in;
-  for (int o = 0; o < O; ++o) ws[o] = w + std::min<int64_t>(o, num_w - 1) * in;
+  for (int r = 0; r < R; ++r) xs[r] = of.x + std::min<int64_t>(r, of.num_x - 1) * of.in;
+  for (int o = 0; o < O; ++o) ws[o] = of.w + std::min<int64_t>(o, of.num_w - 1) * of.in;
   Vec sums[O * R] = {};
-  for (int64_t i = 0; i < in; i += step<T>())
+  for (int64_t i = 0; i < of.in; i += kLanes)
     for (int o = 0; o < O; ++o) {
       fetch(ws[o] + i);
-      for (int r = 0; r < R; ++r) add_products(sums[o * R + r], xs[r] + i, ws[o] + i);
+      for (int r = 0; r < R; ++r) add_products(sums[o * R + r], factors(xs[r] + i), factors(ws[o] + i));
     }
   const Vec all_sums = sums_of(sums);
-  for (int o = 0; o < std::min<int64_t>(O, num_w); ++o)
-    for (int r = 0; r < std::min<int64_t>(R, num_x); ++r) to[r * out + o] = all_sums[o * R + r];
+  for (int o = 0; o < std::min<int64_t>(O, of.num_w); ++o)
+    for (int r = 0; r < std::min<int64_t>(R, of.num_x); ++r) of.to[r * of.out + o] = all_sums[o * R + r];
 }
 
-// The same of any number of rows of x.
+// Of up to kFewRows rows of x.
 template <class T>
-inline void multiply_rows(const T* x, int64_t num_x, const T* w, int64_t num_w, int64_t in, float* to, int64_t out) {
-  constexpr int kRows = std::min(8, kLanes);
-  for (int64_t r = 0; r < num_x; r += kRows) {
-    const int64_t rows = std::min<int64_t>(kRows, num_x - r);
-    auto each = [&](int wide, auto function) {
-      for (int64_t o = 0; o < num_w; o += wide)
-        function(x + r * in, rows, w + o * in, std::min<int64_t>(wide, num_w - o), in, to + r * out + o, out);
-    };
-    if (rows == 1)
-      each(kLanes, multiply_tile<kLanes, 1, T>);
-    else if (rows == 2)
-      each(kLanes / 2, multiply_tile<kLanes / 2, 2, T>);
-    else if (rows <= 4)
-      each(kLanes / 4, multiply_tile<kLanes / 4, 4, T>);
-    else
-      each(kLanes / kRows, multiply_tile<kLanes / kRows, kRows, T>);
+void multiply_few(const Product<T>& of) {
+  auto each = [&](int rows, int wide, auto tile) {
+    for (int64_t r = 0; r < of.num_x; r += rows)
+      for (int64_t o = 0; o < of.num_w; o += wide)
+        tile(Product<T>{of.x + r * of.in, of.num_x - r, of.w + o * of.in, of.num_w - o, of.in, of.to + r * of.out + o,
+                        of.out});
+  };
+  constexpr int kMost = std::min(kFewRows, kLanes);
+  if (of.num_x == 1)
+    each(1, kLanes, multiply_tile<kLanes, 1, T>);
+  else if (of.num_x == 2)
+    each(2, kLanes / 2, multiply_tile<kLanes / 2, 2, T>);
+  else if (of.num_x <= 4)
+    each(4, kLanes / 4, multiply_tile<kLanes / 4, 4, T>);
+  else
+    each(kMost, kLanes / kMost, multiply_tile<kLanes / kMost, kMost, T>);
+}
+
+constexpr int64_t kGroup = 2;  // vectors of rows of x that are multiplied together
+
+template <class T>
+using VecOf = decltype(factors(static_cast<const T*>(nullptr)));
+
+// Of many rows of x, each in a lane, the factors: of each group of n <= kGroup vectors of rows [in, n].
+template <class T>
+std::vector<VecOf<T>> turned_rows(const T* x, int64_t num_x, int64_t in) {
+  const int64_t num_vecs = (num_x + kLanes - 1) / kLanes;
+  std::vector<VecOf<T>> turned(num_vecs * in);
+  for (int64_t v = 0; v < num_vecs; ++v) {
+    const int64_t group = v / kGroup * kGroup, n = std::min(kGroup, num_vecs - group);
+    for (int64_t i = 0; i < in; i += kLanes) {
+      VecOf<T> block[kLanes];
+      for (int r = 0; r < kLanes; ++r) block[r] = factors(x + std::min(v * kLanes + r, num_x - 1) * in + i);
+      turn(block);
+      for (int j = 0; j < kLanes; ++j) turned[group * in + (i + j) * n + v - group] = block[j];
+    }
   }
+  return turned;
+}
+
+// Of O rows of w and a group of N vectors: products [O, N] at `to`.
+template <int O, int N, class T>
+inline void multiply_turned(const VecOf<T>* x, const T* w, int64_t in, Vec* to, int64_t stride) {
+  constexpr int kLine = 16;  // factors
+  Vec sums[O][N] = {};
+  for (int64_t start = 0; start < in; start += kLine) {
+    for (int o = 0; o < O; ++o) fetch(w + o * in + start);
+    for (int64_t i = start; i < start + kLine; ++i, x += N)
+#pragma GCC unroll 16
+      for (int o = 0; o < O; ++o) {
+        const auto each = factor(w + o * in + i);
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) add_products(sums[o][n], x[n], each);
+      }
+  }
+  for (int o = 0; o < O; ++o)
+    for (int n = 0; n < N; ++n) to[o * stride + n] = sums[o][n];
+}
+
+constexpr int power_of_two(int most) { return most < 2 ? 1 : 2 * power_of_two(most / 2); }
+
+template <int N, class T>
+void multiply_group(const VecOf<T>* x, const T* w, int64_t num_w, int64_t in, Vec* to, int64_t stride) {
+  constexpr int O = power_of_two(std::min(kSums / N, kLanes));  // a task's rows are whole tiles
+  int64_t o = 0;
+  for (; o + O <= num_w; o += O) multiply_turned<O, N>(x, w + o * in, in, to + o * stride, stride);
+  for (; o < num_w; ++o) multiply_turned<1, N>(x, w + o * in, in, to + o * stride, stride);
+}
+
+// Of more rows of x, which are `turned_rows`.
+template <class T>
+void multiply_many(const VecOf<T>* x, const Product<T>& of) {
+  const int64_t num_vecs = (of.num_x + kLanes - 1) / kLanes;
+  thread_local std::vector<Vec> products;  // [num_w and what is missing of a block, num_vecs]
+  products.resize((of.num_w + kLanes - 1) / kLanes * kLanes * num_vecs);
+  for (int64_t v = 0; v < num_vecs; v += kGroup) {
+    auto multiply = num_vecs - v >= kGroup ? multiply_group<kGroup, T> : multiply_group<1, T>;
+    multiply(x + v * of.in, of.w, of.num_w, of.in, &products[v], num_vecs);
+  }
+  for (int64_t o = 0; o < of.num_w; o += kLanes)
+    for (int64_t v = 0; v < num_vecs; ++v) {
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = products[(o + i) * num_vecs + v];
+      turn(block);
+      const int64_t num = std::min<int64_t>(kLanes, of.num_w - o);
+      for (int64_t r = v * kLanes; r < std::min(of.num_x, (v + 1) * kLanes); ++r)
+        std::memcpy(of.to + r * of.out + o, &block[r - v * kLanes], num * sizeof(float));
+    }
+}
+
+template <class T>
+void multiply_all(ffi::ThreadPool& pool, const Product<T>& of) {
+  const int64_t rows = std::max<int64_t>(kTaskBytes / (of.in * sizeof(T)) / kLanes, 1) * kLanes;
+  std::vector<VecOf<T>> turned;
+  if (of.num_x > kFewRows) turned = turned_rows(of.x, of.num_x, of.in);
+  share(pool, (of.num_w + rows - 1) / rows, [&](int64_t i) {
+    const int64_t o = i * rows;
+    const Product<T> part{of.x,  of.num_x,  of.w + o * of.in, std::min(rows, of.num_w - o),
+                          of.in, of.to + o, of.out};
+    if (of.num_x > kFewRows)
+      multiply_many(turned.data(), part);
+    else
+      multiply_few(part);
+  });
 }
 
 ffi::Error run_multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> to) {
   const int64_t num_x = x.dimensions()[0], in = x.dimensions()[1], out = w.dimensions()[0];
   if (x.element_type() != w.element_type() || in % 32) return ffi::Error::InvalidArgument("multiply: unsupported");
   return of_type(x.element_type(), [&](auto type) {
-    using T = decltype(type);
-    const int64_t rows = std::max<int64_t>(kTaskBytes / (in * sizeof(T)) / kLanes, 1) * kLanes;
-    share(pool, (out + rows - 1) / rows, [&](int64_t i) {
-      const int64_t o = i * rows;
-      multiply_rows(numbers<T>(x), num_x, numbers<T>(w) + o * in, std::min<int64_t>(rows, out - o), in,
-                    to->typed_data() + o, out);
-    });
+    using T = std::conditional_t<std::is_same_v<decltype(type), uint16_t>, Pair, float>;
+    const int64_t num_factors = in * sizeof(type) / sizeof(T);
+    multiply_all(pool, Product<T>{numbers<T>(x), num_x, numbers<T>(w), out, num_factors, to->typed_data(), out});
+    return ffi::Error::Success();
   });
 }
 
@@ -469,12 +632,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(multiply, run_multiply,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attend, run_attend,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>());
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(write_new, run_write,
                               ffi::Ffi::Bind()

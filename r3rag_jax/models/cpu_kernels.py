@@ -1,4 +1,4 @@
-"""What the sampler does most on a CPU, in C++: attention to a cache, writing into it, products with a few rows.
+"""What the sampler does most on a CPU, in C++: attention to a cache, writing into it, products of up to 256 rows.
 
 XLA's CPU backend packs a factor of a product in every call (over half a decode step in bfloat16 is copies of weights),
 reads of all rows as many positions as of the longest, and writes a bfloat16 cache anew for one position.
@@ -37,7 +37,7 @@ OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC"
 OPERATIONS = ("attend", "write_new", "multiply")
 DTYPES = (jnp.float32, jnp.bfloat16)
 WIDTH = 32  # what the length of a product's rows must be a multiple of; half of it that of a head
-FEW_ROWS = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): 32}  # up to which `multiply` is the faster (measured)
+MOST_ROWS = 256  # of a product, up to which `multiply` is the faster (measured)
 
 
 def are_missing() -> bool:
@@ -52,7 +52,7 @@ def can_attend(head_dim: int, dtype: jax.typing.DTypeLike) -> bool:
 
 def can_multiply(x: jax.Array, w: jax.Array) -> bool:
     """Whether `multiply` takes these factors, faster than XLA, in what is traced now."""
-    is_fast = x.dtype == w.dtype and len(x) <= FEW_ROWS.get(x.dtype, 0) and x.shape[1] % WIDTH == 0
+    is_fast = x.dtype == w.dtype and x.dtype in DTYPES and len(x) <= MOST_ROWS and x.shape[1] % WIDTH == 0
     return is_fast and _are_usable()
 
 
@@ -60,12 +60,12 @@ def attend(q_BCNH: jax.Array, k: jax.Array, v: jax.Array, positions_BC: jax.Arra
     """Attend to a cache's positions up to each query's own; [B, C, N, H] of the queries' type, summed in float32.
 
     Args:
+        q_BCNH: float32 or bfloat16.
         k: [rows, K, S / 32, H, 32]. v: [rows, K, S, H]; float32 or bfloat16 both.
-        rows_B: int32, the row of the cache that each row of queries reads; the nearest that there is.
+        rows_B: int32, the row of the cache that each row of queries reads; zeros where there is no such row.
     """
-    out = jax.ShapeDtypeStruct(q_BCNH.shape, jnp.float32)
-    found = _call("attend", out, q_BCNH.astype(jnp.float32), k, v, *_integers(positions_BC, rows_B))
-    return found.astype(q_BCNH.dtype)
+    out = jax.ShapeDtypeStruct(q_BCNH.shape, q_BCNH.dtype)
+    return _call("attend", out, q_BCNH, k, v, *_integers(positions_BC, rows_B))
 
 
 def write(
