@@ -12,9 +12,10 @@ with one question at a time, and with both, as the released code does it. In flo
 `run`: the policy of a finished run answers test questions, sampled at temperature 1. Slots that are refilled at once
 are compared with lockstep, in which a batch waits for its slowest row (and with one that leaves out, as our calls do,
 rows that wait from a call's start, once half or three quarters do), and with one question at a time; then each
-search is made so many milliseconds slower, and rows that wait while the others write (`rollout.search_turns`) are
-compared with everybody waiting. With `--model`, another model writes as many tokens in each step as that policy did,
-whatever they are, searches for the same queries and is given the same passages.
+search is made so many milliseconds slower, as one of a server is, and rows that wait while the others write
+(`rollout.search_turns`) are compared with everybody waiting (0) and with one question at a time. With `--model`,
+another model writes as many tokens in each step as that policy did, whatever they are, searches for the same queries
+and is given the same passages.
 
 Every figure is the median of the rounds, in which all ways take their turn; a ratio is of two medians of one run.
 """
@@ -231,18 +232,24 @@ def run(console: Console, args: argparse.Namespace) -> None:
 
     singles = jobs[: args.singles]
     one_at_a_time = f"one at a time ({len(singles)} of the questions)"
+
+    def playing(player: Roller, jobs: Sequence[Job] = jobs) -> Callable[[], Any]:
+        return lambda: player.play(policy, jobs)
+
     ways: dict[str, Callable[[], Any]] = {
-        "slots refilled at once": lambda: roller(ours).play(policy, jobs),
+        "slots refilled at once": playing(roller(ours)),
         "lockstep": functools.partial(in_lockstep, engine(Lockstep)),
         "lockstep, rows that wait left out": functools.partial(in_lockstep, engine(LeftOut)),
-        one_at_a_time: lambda: roller(single).play(policy, singles),
+        one_at_a_time: playing(roller(single), singles),
     }
     for latency in args.latencies:
         for wait in args.turns:
-            player = roller(ours, latency, wait)
-            ways[f"{latency:g} ms, search_turns={wait}"] = lambda player=player: player.play(policy, jobs)
+            ways[f"{latency:g} ms, search_turns={wait}"] = playing(roller(ours, latency, wait))
+        ways[f"{latency:g} ms, {one_at_a_time}"] = playing(roller(single, latency), singles)
     seconds = medians(ways, args.rounds)
-    seconds[one_at_a_time] *= len(jobs) / len(singles)
+    for name in ways:
+        if name.endswith(one_at_a_time):
+            seconds[name] *= len(jobs) / len(singles)
     ours_s = seconds["slots refilled at once"]
     title = f"{len(jobs)} questions of {path}" + (f", {args.model} in {args.dtype}" if args.model else "")
     table = Table("way", "s", "trajectories/s", "speed, of slots refilled at once", title=f"{title}, {slots} slots")
@@ -268,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_of.add_argument("--singles", type=int, help="of them, how many are played one at a time (default: all)")
     run_of.add_argument("--slots", type=int, default=64)
     run_of.add_argument("--latencies", type=float, nargs="*", default=[5.0, 50.0, 500.0], help="milliseconds")
-    run_of.add_argument("--turns", type=int, nargs="*", default=[1, 4], help="each as rollout.search_turns")
+    run_of.add_argument("--turns", type=int, nargs="*", default=[0, 1, 8], help="each as rollout.search_turns")
     for command in (steps_of, run_of):
         command.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)

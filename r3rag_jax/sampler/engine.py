@@ -378,9 +378,10 @@ def decode(
         places: int32 [R], the rows of the cache to work on, ascending. rows: their control part.
         positions: what active rows can reach; what is beyond is neither read nor written.
 
-    A part of the cache is taken out for the loop, and put back, unless it can be read where it is.
+    A part of the cache is taken out for the loop, and put back, unless it can be read where it is: then of active rows.
     """
     num_active = jnp.sum(rows.status == RowStatus.ACTIVE)
+    is_in_place, some = cache.is_read_in_place, None if len(places) == cache.num_rows else places
 
     def is_going(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         number, state = carry
@@ -391,14 +392,14 @@ def decode(
         number, state = carry
         rows = state.rows
         last = jnp.take_along_axis(rows.tokens, rows.lengths[:, None] - 1, axis=1)
+        read = jnp.where(rows.status == RowStatus.ACTIVE, places, state.cache.num_rows) if is_in_place else None
         cache, hidden = decoder.extend(state.cache, last, rows.lengths - 1, read)
         token, logprob, logprob_t1 = sample(decoder.logits(hidden[:, 0]), rows, truncation)
         return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
 
-    some = None if len(places) == cache.num_rows else places  # all rows: nothing is to be gathered
-    part, read = (cache, some) if cache.is_read_in_place else (cache.take(some, positions), None)
+    part = cache if is_in_place else cache.take(some, positions)
     state: DecodeState = jax.lax.while_loop(is_going, body, (jnp.int32(0), DecodeState(part, rows)))[1]
-    return state if part is cache else DecodeState(cache.put(some, state.cache), state.rows)
+    return state if is_in_place else DecodeState(cache.put(some, state.cache), state.rows)
 
 
 def sample(logits_BV: jax.Array, rows: Rows, truncation: Truncation) -> tuple[jax.Array, jax.Array, jax.Array]:
