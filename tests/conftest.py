@@ -14,11 +14,13 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent
 DEVICES = "--xla_force_host_platform_device_count"
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"  # 40 by default, then XLA aborts the process
 
 # Before jax is imported anywhere: `pytest -m gpu` names its own platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+for flag, value in ((DEVICES, 8), (PATIENCE, 600)):
+    if flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # tiny programs: compiling is what takes the time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # helpers such as tiny.py; the package, installed or not
