@@ -7,7 +7,7 @@
 `steps`: every row writes 80 tokens and is given 300, five times over, and then writes 20, whatever they are (MODEL is
 a Hugging Face directory or package:NAME). The cache kept is compared with prefilling the whole history at every step,
 with one question at a time, and with both, as the released code does it. In float32 the tokens must be the same.
-`--singles` takes a part of the rows (of `run`: questions) one at a time, and as much longer as there are more.
+`--singles` takes a part of the rows (of `run`: trajectories) one at a time, and as much longer as there are more.
 
 `run`: the policy of a finished run answers test questions, sampled at temperature 1. Slots that are refilled at once
 are compared with lockstep, in which a batch waits for its slowest row (and with one that leaves out, as our calls do,
@@ -170,7 +170,7 @@ class Slow:
 class Replay(Rules):
     """Each step is as long as in a trajectory that was played, asks the same and is given the same."""
 
-    played: Mapping[str, Trajectory] = dataclasses.field(default_factory=dict)  # by the question's id
+    played: Mapping[tuple[str, int], Trajectory] = dataclasses.field(default_factory=dict)  # by question and sample
 
     def context(self, row: Any) -> Context:
         step = row.transcript.num_steps
@@ -189,7 +189,7 @@ class Replay(Rules):
         row.transcript.splice(row.steps[-1].passages)
 
     def _played(self, row: Any) -> Trajectory:
-        return self.played[row.job.question.id]
+        return self.played[row.job.question.id, row.job.sample_index]
 
 
 def run(console: Console, args: argparse.Namespace) -> None:
@@ -198,7 +198,8 @@ def run(console: Console, args: argparse.Namespace) -> None:
     session = Session(config, path, console=console)
     params = session.phase_params("rl" if session.policy_dir("rl").exists() else "sft")
     codec, retrieval = session.codec, config.retrieval
-    jobs = [Job(question, temperature=1.0) for question in session.questions("test")[: args.questions]]
+    questions = session.questions("test")[: args.questions]
+    jobs = [Job(question, i, temperature=1.0) for i in range(args.samples) for question in questions]
     graphdef, decoder_config, dtype, rules = session.graphdef, session.decoder_config, session.cache_dtype, Rules
 
     def roller(engine: Engine, latency_ms: float = 0.0, search_turns: int = 0) -> Roller:
@@ -218,7 +219,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
     if args.model:
         own = engine(Engine)
         played = roller(own).play(own.load(params), jobs)
-        rules = functools.partial(Replay, played={each.question.id: each for each in played})
+        rules = functools.partial(Replay, played={(each.question.id, each.sample_index): each for each in played})
         decoder = load_decoder(model_path(args.model), dtype=args.dtype)
         (graphdef, params), decoder_config = nnx.split(decoder), decoder.config
         dtype = fastest_dtype(args.dtype, decoder_config, session.mesh)
@@ -231,7 +232,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
             waiting.play(policy, jobs[start : start + slots])
 
     singles = jobs[: args.singles]
-    one_at_a_time = f"one at a time ({len(singles)} of the questions)"
+    one_at_a_time = f"one at a time ({len(singles)} of them)"
 
     def playing(player: Roller, jobs: Sequence[Job] = jobs) -> Callable[[], Any]:
         return lambda: player.play(policy, jobs)
@@ -251,7 +252,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
         if name.endswith(one_at_a_time):
             seconds[name] *= len(jobs) / len(singles)
     ours_s = seconds["slots refilled at once"]
-    title = f"{len(jobs)} questions of {path}" + (f", {args.model} in {args.dtype}" if args.model else "")
+    title = f"{len(jobs)} trajectories of {path}" + (f", {args.model} in {args.dtype}" if args.model else "")
     table = Table("way", "s", "trajectories/s", "speed, of slots refilled at once", title=f"{title}, {slots} slots")
     for name, taken in seconds.items():
         table.add_row(name, f"{taken:.2f}", f"{len(jobs) / taken:.1f}", f"{ours_s / taken:.2f}")
@@ -272,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_of.add_argument("--model", metavar="MODEL", help="writes in the policy's place")
     run_of.add_argument("--dtype", default="bfloat16", help="of MODEL")
     run_of.add_argument("--questions", type=int, default=200)
-    run_of.add_argument("--singles", type=int, help="of them, how many are played one at a time (default: all)")
+    run_of.add_argument("--samples", type=int, default=1, help="trajectories of each question")
+    run_of.add_argument("--singles", type=int, help="how many trajectories are played one at a time (default: all)")
     run_of.add_argument("--slots", type=int, default=64)
     run_of.add_argument("--latencies", type=float, nargs="*", default=[5.0, 50.0, 500.0], help="milliseconds")
     run_of.add_argument("--turns", type=int, nargs="*", default=[0, 1, 8], help="each as rollout.search_turns")
