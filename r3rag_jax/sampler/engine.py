@@ -299,12 +299,15 @@ def windows(cache: KVCache, mesh: Mesh, max_length: int) -> list[Window]:
     """Those that decode calls can be compiled for, the cheapest first; the last is the whole cache.
 
     All rows with as many positions as the longest needs, or fewer rows with many: those that are left in the end. Of a
-    cache that is read in place all positions; where rows are split over devices, all rows: fewer would have to move.
+    cache that is read in place all positions, and three quarters of the rows, too: what write while others search.
+    Where rows are split over devices, all rows: fewer would have to move.
     """
-    slots, shares = cache.num_rows, (1,) if is_read_in_place(cache, mesh) else SPAN_SHARES
+    slots, is_in_place = cache.num_rows, is_read_in_place(cache, mesh)
+    shares = (1,) if is_in_place else SPAN_SHARES
     parts = {padded(-(-max_length // share)) for share in shares}
     spans = sorted(part for part in parts if part >= min(MIN_SPAN, padded(max_length)))
-    few = {slots // share for share in ROW_SHARES} - {0, slots} if batch_ways(mesh, slots) == 1 else set()
+    few = {slots // share for share in ROW_SHARES} | ({slots * 3 // 4} if is_in_place else set())
+    few = few - {0, slots} if batch_ways(mesh, slots) == 1 else set()
     found = [Window(slots, span) for span in spans] + [Window(rows, span) for rows in few for span in spans[-2:]]
     return sorted(found, key=lambda window: window.rows * (window.positions + MIN_SPAN))
 
