@@ -11,8 +11,8 @@ with one question at a time, and with both, as the released code does it. In flo
 
 `run`: the policy of a finished run answers test questions, sampled at temperature 1. Slots that are refilled at once
 are compared with lockstep, in which a batch waits for its slowest row (and with one that leaves out, as our calls do,
-rows that wait from a call's start, once half or three quarters do), and with one question at a time; then each
-search is made so many milliseconds slower, as one of a server is, and rows that wait while the others write
+rows that wait from a call's start, once a quarter, half or three quarters do), and with one question at a time; then
+each search is made so many milliseconds slower, as one of a server is, and rows that wait while the others write
 (`rollout.search_turns`) are compared with everybody waiting (0) and with one question at a time. With `--model`,
 another model writes as many tokens in each step as that policy did, whatever they are, searches for the same queries
 and is given the same passages.
@@ -147,7 +147,10 @@ class LeftOut(Engine):
 
 
 class Lockstep(LeftOut):
-    """In lockstep, with the whole batch in every step, as `generate` of transformers does it."""
+    """In lockstep, with the whole batch in every step, as `generate` of transformers does it.
+
+    Where the cache is read in place the whole batch is multiplied, and what waits is not attended to.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -186,6 +186,24 @@ def test_the_engine_writes_the_same_with_and_without(dtype: Any) -> None:
 
 
 @needs_compiler
+def test_calls_on_three_quarters_of_the_rows_write_what_calls_on_all_do() -> None:
+    graphdef, params = nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    mesh = make_sampler_mesh(MeshConfig(sampler_devices=1), make_mesh(MeshConfig()))
+    ids = np.random.default_rng(0).integers(20, 260, (8, 100)).tolist()
+    engines = [Engine(graphdef, CONFIG, mesh, slots=8, max_length=160) for _ in range(2)]
+    assert [window.rows for window in engines[0]._windows] == [2, 4, 6, 8]
+    engines[1]._windows = engines[1]._windows[-1:]
+    for engine in engines:
+        policy = engine.load(params)
+        rows = {row: Context(ids[row], 20, row / 8, np.array([row, 1], np.uint32)) for row in (0, 1, 3, 4, 5, 7)}
+        engine.set_context(policy, rows)
+        engine.decode(policy, 20, leave_at=8)
+    for name in ("tokens", "lengths", "status"):
+        np.testing.assert_array_equal(*(getattr(engine.rows, name) for engine in engines))
+    np.testing.assert_allclose(*(engine.rows.logprobs for engine in engines), atol=1e-4)
+
+
+@needs_compiler
 def test_they_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unknown: None) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     name = cpu_kernels._build()

@@ -322,20 +322,23 @@ void attend_task(const Sizes& z, const Q* q, const T* k, const T* v, const int32
                  int64_t head, int64_t first, Q* out) {
   const int64_t H = z.H, G = z.N / z.K;
   const int num = std::min<int64_t>(kTask, z.C * G - first);
+  auto place = [&](int i) { return ((b * z.C + (first + i) / G) * z.N + head * G + (first + i) % G) * H; };
+  if (row < 0 || row >= z.num_rows) {
+    for (int i = 0; i < num; ++i) std::fill_n(out + place(i), H, Q{});
+    return;
+  }
   thread_local std::vector<float> space;  // queries, sums of values, a span's keys and values in another form
   space.resize(2 * (kTask + kSpan) * H);
   float *queries = space.data(), *sums = queries + kTask * H, *other_k = sums + kTask * H, *other_v = other_k + kSpan * H;
   float largest[kTask], total[kTask];
   int32_t seen[kTask];
-  auto place = [&](int i) { return ((b * z.C + (first + i) / G) * z.N + head * G + (first + i) % G) * H; };
   for (int i = 0; i < num; ++i) {
     largest[i] = kNothing;
     total[i] = 0;
     seen[i] = positions[b * z.C + (first + i) / G];
   }
   std::fill(sums, sums + num * H, 0.0f);
-  const bool is_row = row >= 0 && row < z.num_rows;
-  const int64_t reach = is_row ? std::min<int64_t>(*std::max_element(seen, seen + num) + 1, z.S) : 0;
+  const int64_t reach = std::min<int64_t>(*std::max_element(seen, seen + num) + 1, z.S);
   k += (row * z.K + head) * z.S * H;
   v += (row * z.K + head) * z.S * H;
   auto attend = [&](auto key, auto form) {  // to spans in a form of such keys
@@ -367,7 +370,7 @@ void attend_task(const Sizes& z, const Q* q, const T* k, const T* v, const int32
     });
   }
   for (int i = 0; i < num; ++i)
-    for (int64_t h = 0; h < H; h += kLanes) store(out + place(i) + h, load(sums + i * H + h) / (is_row ? total[i] : 1));
+    for (int64_t h = 0; h < H; h += kLanes) store(out + place(i) + h, load(sums + i * H + h) / total[i]);
 }
 
 ffi::Error run_attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
