@@ -64,7 +64,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["r3rag_jax", "r3rag_jax.*"]),
-    package_data={"r3rag_jax": ["assets/**", "templates/**", "models/*.cc"]},
+    package_data={
+        "r3rag_jax": ["world/base/*", "text/templates/*", "reporting/templates/*", "sampler/kernels/cpu/*.cc"]
+    },
     install_requires=CORE,
     extras_require={
         "notebook": NOTEBOOK,

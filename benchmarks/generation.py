@@ -31,15 +31,16 @@ from rich.console import Console
 from rich.table import Table
 from timing import matmul_flops, read_bandwidth, torch_device
 
-from r3rag_jax.config import MeshConfig
-from r3rag_jax.models.cache import fastest_dtype
+from r3rag_jax.config.schema import MeshConfig
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import param_shapes
-from r3rag_jax.models.hf import load_config, load_decoder
+from r3rag_jax.models.hf.decoder_files import load_config, load_decoder
 from r3rag_jax.models.paths import model_path
-from r3rag_jax.sampler.engine import Context, Engine
-from r3rag_jax.session import use_compile_cache
-from r3rag_jax.sharding import make_mesh
+from r3rag_jax.parallel.mesh import make_mesh
+from r3rag_jax.run.caches import use_compile_cache
+from r3rag_jax.sampler.cache import fastest_dtype
+from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.types import Context
 
 Generate = Callable[[np.ndarray, int], None]  # (prompts [B, L], new tokens)
 

@@ -38,19 +38,20 @@ from rich.console import Console
 from rich.table import Table
 from timing import medians
 
-from r3rag_jax.config import MeshConfig
-from r3rag_jax.configio import load_config
-from r3rag_jax.models.cache import fastest_dtype
-from r3rag_jax.models.cached_decoder import CachedDecoder
-from r3rag_jax.models.hf import load_decoder
+from r3rag_jax.components import Session
+from r3rag_jax.config.loader import load_config
+from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.models.paths import model_path
+from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.retrieval.base import Hit, Retriever
-from r3rag_jax.rl.distribution import Truncation
-from r3rag_jax.rollout import Job, Roller, Rules
-from r3rag_jax.sampler.engine import Context, Engine
-from r3rag_jax.session import Session, use_compile_cache
-from r3rag_jax.sharding import make_mesh
-from r3rag_jax.types import Trajectory
+from r3rag_jax.rollout.rollout import Job, Roller, Rules
+from r3rag_jax.run.caches import use_compile_cache
+from r3rag_jax.sampler.cache import fastest_dtype
+from r3rag_jax.sampler.cached_decoder import CachedDecoder
+from r3rag_jax.sampler.distribution import Truncation
+from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.types import Context, Trajectory
 
 WRITTEN, GIVEN, STEPS, ANSWER = 80, 300, 5, 20  # tokens, tokens, how often, and tokens in the end
 

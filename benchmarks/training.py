@@ -37,24 +37,25 @@ from rich.console import Console
 from rich.table import Table
 from timing import matmul_flops, medians, torch_device
 
-from r3rag_jax import learner, optimizer
-from r3rag_jax.batch import minibatches
-from r3rag_jax.config import MeshConfig, ModelConfig, RLConfig, SFTConfig
+from r3rag_jax.config.schema import MeshConfig, ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.models.decoder import Decoder, param_shapes
-from r3rag_jax.models.hf import load_config, load_decoder
+from r3rag_jax.models.hf.decoder_files import load_config, load_decoder
 from r3rag_jax.models.paths import model_path
-from r3rag_jax.prefix_tree import share_prefixes
+from r3rag_jax.parallel.mesh import make_mesh
+from r3rag_jax.parallel.shardings import device_put_batch
 from r3rag_jax.rewards.answer import answer_scores, encode_answers, normalize_answer
 from r3rag_jax.rl.advantages import gae
-from r3rag_jax.session import use_compile_cache
-from r3rag_jax.sharding import make_mesh, put_batch
+from r3rag_jax.run.caches import use_compile_cache
+from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training.batch import minibatches
+from r3rag_jax.training.prefix_tree import share_prefixes
 from r3rag_jax.types import Question, Sample, SFTBatch, Status, Step, TrainBatch, Trajectory
 
 GIB = 2**30
 
 
 def path_of(model: str) -> Path:
-    return Path(str(files("r3rag_jax") / "assets" / "base")) if model == "bundled" else model_path(model)
+    return Path(str(files("r3rag_jax") / "world" / "base")) if model == "bundled" else model_path(model)
 
 
 class Ours:
@@ -82,12 +83,12 @@ class Ours:
         return cls(mesh, state, learner.make_rl_step(mesh, graphdefs, tx, settings, config, state), 1.0)
 
     def step(self, *batch: Any) -> float:
-        self.state, metrics = self._step(self.state, *put_batch(self.mesh, batch), *self._rest)
+        self.state, metrics = self._step(self.state, *device_put_batch(self.mesh, batch), *self._rest)
         return float(metrics["loss"])
 
     def temporaries(self, *batch: Any) -> int:
         """Bytes that the compiled step takes beside its arguments and results."""
-        lowered = self._step.lower(self.state, *put_batch(self.mesh, batch), *self._rest)
+        lowered = self._step.lower(self.state, *device_put_batch(self.mesh, batch), *self._rest)
         return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from r3rag_jax.configio import FlagParser
+from r3rag_jax.config.loader import FlagParser
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluate import add_checkpoint_flags, open_session
-from r3rag_jax.evaluator import play_greedy
-from r3rag_jax.session import use_compile_cache
+from r3rag_jax.evaluation.evaluator import play_greedy
+from r3rag_jax.reporting.rendering import print_trajectory
+from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.types import Question
-from r3rag_jax.view import print_trajectory
 
 
 @main_guard

@@ -22,17 +22,23 @@ from typing import Any
 
 import numpy as np
 
-from r3rag_jax.configio import FlagParser
+from r3rag_jax.config.loader import FlagParser
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluate import PHASES
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import param_shapes, rope_frequencies
-from r3rag_jax.models.hf import HF_NAMES, check_decoder, hf_tensors, load_config, load_generation, write_model
-from r3rag_jax.models.paths import model_path
-from r3rag_jax.models.tensor_files import CONFIG_FILE, WRITE_DTYPES, TensorFiles
-from r3rag_jax.protocol import TAGS
-from r3rag_jax.session import reading
-from r3rag_jax.text import Tokenizer
+from r3rag_jax.models.hf.decoder_files import (
+    HF_NAMES,
+    check_decoder,
+    hf_tensors,
+    load_config,
+    load_generation,
+    write_model,
+)
+from r3rag_jax.models.hf.tensor_files import CONFIG_FILE, WRITE_DTYPES, TensorFiles
+from r3rag_jax.models.paths import model_path, reading
+from r3rag_jax.text.protocols import TAGS
+from r3rag_jax.text.tokenizer import Tokenizer
 
 GGUF_MAGIC = b"GGUF"
 GGUF_NEEDS = ("torch", "transformers", "gguf", "accelerate")

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from r3rag_jax.configio import FlagParser, load_config
+from r3rag_jax.components import Session
+from r3rag_jax.config.loader import FlagParser, load_config
 from r3rag_jax.data.qa import read_passages, read_questions, trajectory_to_dict, write_jsonl
 from r3rag_jax.errors import UserError, main_guard
-from r3rag_jax.evaluator import fingerprint, play_greedy, summarise
-from r3rag_jax.metrics import Bar
-from r3rag_jax.session import Session, use_compile_cache
-from r3rag_jax.view import results_table
+from r3rag_jax.evaluation.evaluator import fingerprint, play_greedy, summarise
+from r3rag_jax.reporting.rendering import results_table
+from r3rag_jax.run.caches import use_compile_cache
+from r3rag_jax.run.progress import Bar
 
 PHASES = ("rl", "sft")  # best first
 

@@ -1,6 +1,6 @@
 """Make the bundled base: a byte-level BPE tokenizer and a small Qwen2, trained on `base` worlds alone.
 
-    python -m r3rag_jax.pretrain --out r3rag_jax/assets/base
+    python -m r3rag_jax.pretrain --out r3rag_jax/world/base
 
 Hardware and time: see the README's table. Left out on purpose: resuming; the script runs once per release.
 """
@@ -23,10 +23,19 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
-from r3rag_jax import learner, optimizer
-from r3rag_jax.config import MeshConfig, ModelConfig, SFTConfig
-from r3rag_jax.data.pretraining import documents, make_world
-from r3rag_jax.data.vocabulary import (
+from r3rag_jax.config.schema import MeshConfig, ModelConfig, SFTConfig
+from r3rag_jax.errors import main_guard
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.decoder import Decoder, rope_frequencies
+from r3rag_jax.models.hf.decoder_files import load_decoder, save_decoder
+from r3rag_jax.parallel.mesh import make_mesh
+from r3rag_jax.parallel.shardings import device_put_batch
+from r3rag_jax.text.protocols import TAGS
+from r3rag_jax.text.tokenizer import Tokenizer
+from r3rag_jax.training import learner, optimizer
+from r3rag_jax.types import SFTBatch
+from r3rag_jax.world.pretraining import documents, make_world
+from r3rag_jax.world.vocabulary import (
     CITY_ENDS,
     COUNTRY_ENDS,
     FIRST_NAMES,
@@ -36,14 +45,6 @@ from r3rag_jax.data.vocabulary import (
     TITLE_ADJECTIVES,
     TITLE_NOUNS,
 )
-from r3rag_jax.errors import main_guard
-from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.models.decoder import Decoder, rope_frequencies
-from r3rag_jax.models.hf import load_decoder, save_decoder
-from r3rag_jax.protocol import TAGS
-from r3rag_jax.sharding import make_mesh, put_batch
-from r3rag_jax.text import Tokenizer
-from r3rag_jax.types import SFTBatch
 
 VOCAB_SIZE = 2176
 CHAT_TEMPLATE = (
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = itertools.islice(rows, TOKENS_PER_STEP // row_length)
         columns: list[Any] = [np.stack(column) for column in zip(*chosen, strict=True)]
         tokens, positions, segments, mask = columns
-        state, metrics = step(state, put_batch(mesh, SFTBatch(tokens, positions, segments, None, mask)))
+        state, metrics = step(state, device_put_batch(mesh, SFTBatch(tokens, positions, segments, None, mask)))
         history.append((metrics["loss"], metrics["accuracy"]))
         if number % 50 == 49 or number == args.steps - 1:
             loss, accuracy = np.mean(np.asarray(history[-50:]), axis=0)

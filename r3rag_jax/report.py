@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from r3rag_jax.configio import FlagParser
+from r3rag_jax.config.loader import FlagParser
 from r3rag_jax.data.qa import trajectory_from_dict
 from r3rag_jax.errors import UserError, main_guard
+from r3rag_jax.reporting.rendering import environment, is_correct, title_of
 from r3rag_jax.types import Trajectory
-from r3rag_jax.view import environment, is_correct, title_of
 
 SYSTEMS = (
     "closed_book",

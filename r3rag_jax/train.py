@@ -21,31 +21,35 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.markup import escape
 
-from r3rag_jax import learner, optimizer
-from r3rag_jax.checkpoint import Checkpoints, save_arrays
-from r3rag_jax.config import Config
-from r3rag_jax.configio import parse_args
+from r3rag_jax.components import Session, open_run
+from r3rag_jax.config.loader import parse_args
+from r3rag_jax.config.schema import Config
 from r3rag_jax.data.qa import trajectory_to_dict
 from r3rag_jax.data.sft import SFTBatches, SFTSample
 from r3rag_jax.errors import UserError, main_guard
-from r3rag_jax.evaluator import fingerprint, play_greedy, read_answers, summarise
-from r3rag_jax.guards import is_finite
-from r3rag_jax.judges import judge_memory
-from r3rag_jax.metrics import Bar, num_compiled
-from r3rag_jax.models import cpu_kernels, lora
-from r3rag_jax.models.cached_decoder import CachedDecoder
+from r3rag_jax.evaluation.evaluator import fingerprint, play_greedy, read_answers, summarise
+from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
-from r3rag_jax.prefix_tree import share_prefixes
+from r3rag_jax.parallel.mesh import traced_on
+from r3rag_jax.parallel.processes import barrier, start_distributed
+from r3rag_jax.parallel.shardings import batch_ways, device_put_batch, tree_shardings
 from r3rag_jax.report import write_report
-from r3rag_jax.rewards.score import Scores, learnable, score
-from r3rag_jax.rollout import Job
+from r3rag_jax.reporting.rendering import groups_table, results_table
+from r3rag_jax.rewards.judge.factory import judge_memory
+from r3rag_jax.rewards.scorer import Scores, learnable, score
+from r3rag_jax.rollout.rollout import Job
+from r3rag_jax.run.caches import use_compile_cache
+from r3rag_jax.run.checkpoints import Checkpoints, save_arrays
+from r3rag_jax.run.progress import Bar, num_compiled
+from r3rag_jax.sampler.cached_decoder import CachedDecoder
+from r3rag_jax.sampler.kernels.cpu import operations as cpu_kernels
 from r3rag_jax.sampler.memory import MemoryPlan, bytes_per_device, plan
-from r3rag_jax.session import Session, barrier, open_run, use_compile_cache
-from r3rag_jax.sharding import batch_ways, put_batch, start_distributed, traced_on, tree_shardings
-from r3rag_jax.trainer import RLTrainer, equal_groups, number_groups
-from r3rag_jax.transcript import teacher_samples
+from r3rag_jax.text.transcript import teacher_samples
+from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training.guards import is_finite
+from r3rag_jax.training.prefix_tree import share_prefixes
+from r3rag_jax.training.trainer import RLTrainer, equal_groups, number_groups
 from r3rag_jax.types import Question, SFTBatch, Status, Trajectory
-from r3rag_jax.view import groups_table, results_table
 
 
 @main_guard
@@ -199,7 +203,7 @@ def sft_phase(session: Session) -> bool:
         while batches.step < batches.num_steps:
             started, number = time.monotonic(), batches.step
             batch = next(batches)
-            state, metrics = step(state, put_batch(session.mesh, batch), policy.frozen)
+            state, metrics = step(state, device_put_batch(session.mesh, batch), policy.frozen)
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not is_finite(numbers):
                 report_bad_step(session, number, batch, numbers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,16 @@ class Step:
                 "a well-formed step holds either a query or an answer; "
                 f"got query={self.query!r}, answer={self.answer!r}"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a row is to continue."""
+
+    ids: Sequence[int]  # at least one token
+    budget: int  # most tokens to sample
+    temperature: float = 0.0  # 0 = greedy
+    key: np.ndarray | None = None  # uint32 [2]; needed unless greedy
 
 
 @dataclasses.dataclass(frozen=True)

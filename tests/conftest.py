@@ -24,6 +24,7 @@ for flag, value in ((DEVICES, 8), (PATIENCE, 600)):
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # tiny programs: compiling is what takes the time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # helpers such as tiny.py; the package, installed or not
+sys.path += [str(folder) for folder in TESTS.iterdir() if folder.is_dir()]  # tests that share what they build
 
 hypothesis.settings.register_profile("no_clock", deadline=None)  # a busy machine fails no test
 hypothesis.settings.load_profile("no_clock")

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from r3rag_jax.sampler.engine import Context
+from r3rag_jax.components import Session
 from r3rag_jax.sampler.state import RowStatus
-from r3rag_jax.session import Session
+from r3rag_jax.types import Context
 
 Reply = tuple[int, Any]  # status, and a JSON value or bytes as they stand
 Asked = tuple[tuple[int, ...], int, tuple[int, ...]]  # ids, budget, ids that end it

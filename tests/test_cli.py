@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 
 from r3rag_jax import ask, evaluate, train
-from r3rag_jax.configio import schema
+from r3rag_jax.config.loader import schema
 
 Main = Callable[[Sequence[str]], int]
 

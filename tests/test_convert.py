@@ -27,12 +27,13 @@ from r3rag_jax import convert
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder
-from r3rag_jax.models.hf import load_config, load_decoder, save_decoder
+from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, save_decoder
 from r3rag_jax.models.paths import model_path
-from r3rag_jax.protocol import TAGS, make_protocol
-from r3rag_jax.sampler.engine import Context, Engine
-from r3rag_jax.text import Tokenizer
-from r3rag_jax.transcript import Codec
+from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.text.protocols import TAGS, make_protocol
+from r3rag_jax.text.tokenizer import Tokenizer
+from r3rag_jax.text.transcript import Codec
+from r3rag_jax.types import Context
 
 TEXT = "Who wrote the second of them, and in which year?"
 

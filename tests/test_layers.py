@@ -1,10 +1,11 @@
-"""The layering of the package: a file imports only from lower layers, and nothing runs at import."""
+"""The structure of the package: folders import downwards, files stay readable, nothing runs at import."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,19 +15,20 @@ import pytest
 import r3rag_jax
 
 PACKAGE = Path(r3rag_jax.__file__).parent
-LAYERS = (
-    "errors config configio types protocol sharding metrics endpoint",
-    "models text data retrieval rl",
-    "sampler rewards transcript prefix_tree",
-    "rollout batch checkpoint view judges guards optimizer",
-    "learner evaluator session report",
-    "trainer",
-    "train evaluate ask pretrain index serve coldstart convert compile demo",
-)
-LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names.split()}
-# Neighbours of one layer that may be imported above layer 1, where nothing but sub-packages has any.
-SIBLINGS = {("session", "evaluator"), ("ask", "evaluate"), ("convert", "evaluate")}
-LAZY = ("accelerate", "faiss", "gguf", "grain", "tensorflow", "tensorflow_datasets", "torch", "transformers")
+FOLDERS = (
+    "types errors config parallel run text data clients models retrieval sampler rollout rewards rl training baselines "
+    "coldstart evaluation reporting world components"
+).split()  # the order of docs/concepts.md: each imports only from those before it
+ENTRY_POINTS = "train evaluate ask index serve convert compile demo report pretrain".split()
+RANK = {name: rank for rank, name in enumerate(FOLDERS)} | dict.fromkeys(ENTRY_POINTS, len(FOLDERS))
+LAZY = (
+    "accelerate", "bm25s", "faiss", "gguf", "grain", "tensorboardX", "tensorflow", "tensorflow_datasets", "torch",
+    "trackio", "transformers",
+)  # fmt: skip
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_POINT_LINES = 500, 60, 80
+# Factories, which choose a part once for the devices at hand; nothing else asks what they are.
+MAY_ASK_FOR_PLATFORM = {"parallel.mesh"}
+PLATFORM_QUERY = re.compile(r"\b(default_backend|platform|on_several_devices|collectives_race)\(\)")
 
 
 @functools.cache
@@ -51,31 +53,33 @@ def imports_of(source: str) -> set[str]:
     return {name for name in inside if name in known}
 
 
+def folder_of(module: str) -> str:
+    return module.split(".")[0]
+
+
 def may_import(importer: str, imported: str) -> bool:
-    """Lower layers; the own layer where it is 0 or 1, in the own sub-package, or a listed sibling."""
-    above, below = importer.split(".")[0], imported.split(".")[0]
-    if LAYER_OF[below] != LAYER_OF[above]:
-        return LAYER_OF[below] < LAYER_OF[above]
-    return LAYER_OF[above] <= 1 or above == below or (above, below) in SIBLINGS
+    """Folders above in the list, or the own folder; entry points import no other entry point."""
+    above, below = folder_of(importer), folder_of(imported)
+    return RANK[below] < RANK[above] or above == below
 
 
 def test_the_parser_sees_every_form_of_import() -> None:
     source = (
-        "import r3rag_jax.text\nfrom r3rag_jax import learner\nfrom r3rag_jax.models.hf import x\n"
+        "import r3rag_jax.types\nfrom r3rag_jax import errors\nfrom r3rag_jax.models.hf import x\n"
         "import jax\ndef f():\n    from r3rag_jax.rl.losses import masked_mean\n"
     )
-    assert imports_of(source) == {"text", "learner", "models.hf", "rl.losses"}
+    assert imports_of(source) == {"types", "errors", "models.hf", "rl.losses"}
 
 
 @pytest.mark.parametrize(
     ("importer", "imported", "allowed"),
     [
-        ("config", "learner", False),
-        ("learner", "session", False),
-        ("rollout", "batch", False),
-        ("train", "learner", True),
-        ("rewards.score", "rewards.answer", True),
-        ("transcript", "sampler.engine", False),
+        ("config.loader", "training.steps", False),
+        ("rollout.scheduler", "training.batch", False),
+        ("train", "training.rl", True),
+        ("train", "evaluate", False),
+        ("rewards.scorer", "rewards.answer", True),
+        ("text.transcript", "sampler.engine", False),
         ("models.hf", "train", False),
     ],
 )
@@ -83,8 +87,8 @@ def test_the_rule_itself(importer: str, imported: str, allowed: bool) -> None:
     assert may_import(importer, imported) is allowed
 
 
-def test_every_module_has_a_layer() -> None:
-    assert {name for name in modules() if name and name.split(".")[0] not in LAYER_OF} == set()
+def test_every_module_has_a_place() -> None:
+    assert {name for name in modules() if name and folder_of(name) not in RANK} == set()
 
 
 def test_imports_point_down() -> None:
@@ -104,6 +108,26 @@ def test_no_import_cycles() -> None:
         free = {name for name, needs in graph.items() if not needs & graph.keys()}
         assert free, f"these import each other: {sorted(graph)}"
         graph = {name: needs for name, needs in graph.items() if name not in free}
+
+
+def test_files_and_functions_can_be_read_at_one_sitting() -> None:
+    long = []
+    for name, file in modules().items():
+        source = file.read_text()
+        limit = MAX_ENTRY_POINT_LINES if name in ENTRY_POINTS else MAX_FILE_LINES
+        if (count := source.count("\n")) > limit:
+            long.append(f"{name}: {count} lines, at most {limit}")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                count = (node.end_lineno or node.lineno) - node.lineno + 1
+                if count > MAX_FUNCTION_LINES:
+                    long.append(f"{name}.{node.name}: {count} lines, at most {MAX_FUNCTION_LINES}")
+    assert long == []
+
+
+def test_the_platform_is_asked_for_by_factories_alone() -> None:
+    asking = {name for name, file in modules().items() if PLATFORM_QUERY.search(file.read_text())}
+    assert asking <= MAY_ASK_FOR_PLATFORM
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:

@@ -20,19 +20,19 @@ import pytest
 import tiny
 from flax import nnx
 
-from r3rag_jax import learner, optimizer
-from r3rag_jax.batch import pack
-from r3rag_jax.config import Config, MeshConfig
-from r3rag_jax.configio import load_config
-from r3rag_jax.models.cache import KVCache
-from r3rag_jax.models.cached_decoder import CachedDecoder
+from r3rag_jax.config.loader import load_config
+from r3rag_jax.config.schema import Config, MeshConfig
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import Decoder, param_shapes, rope_frequencies
-from r3rag_jax.models.hf import hf_tensors
-from r3rag_jax.rl.distribution import WHOLE, Truncation
+from r3rag_jax.models.hf.decoder_files import hf_tensors
+from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
 from r3rag_jax.sampler import engine
+from r3rag_jax.sampler.cache import KVCache
+from r3rag_jax.sampler.cached_decoder import CachedDecoder
+from r3rag_jax.sampler.distribution import WHOLE, Truncation
 from r3rag_jax.sampler.state import Rows
-from r3rag_jax.sharding import make_mesh, make_sampler_mesh
+from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training.batch import pack
 from r3rag_jax.types import SFTBatch
 
 TESTS = Path(__file__).parent

@@ -15,7 +15,9 @@ import tiny
 import tiny_run
 from flax import nnx
 
-from r3rag_jax.config import (
+from r3rag_jax.components import Session, open_run
+from r3rag_jax.config.loader import load_config
+from r3rag_jax.config.schema import (
     Config,
     ConfigError,
     DataConfig,
@@ -26,11 +28,10 @@ from r3rag_jax.config import (
     RLConfig,
     RolloutConfig,
 )
-from r3rag_jax.configio import load_config
 from r3rag_jax.data.qa import read_passages, read_questions, read_trajectories, write_jsonl
 from r3rag_jax.errors import UserError
-from r3rag_jax.models.hf import load_decoder
-from r3rag_jax.session import Session, open_run, use_compile_cache
+from r3rag_jax.models.hf.decoder_files import load_decoder
+from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.types import Status
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")

@@ -22,19 +22,20 @@ from jax.sharding import AxisType
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from r3rag_jax import ask, evaluate, learner, train
-from r3rag_jax import session as session_module
-from r3rag_jax.checkpoint import Checkpoints
-from r3rag_jax.config import Config, MeshConfig, RLConfig, RolloutConfig, SFTConfig
-from r3rag_jax.configio import load_config
+from r3rag_jax import ask, evaluate, train
+from r3rag_jax import components as session_module
+from r3rag_jax.components import Session
+from r3rag_jax.config.loader import load_config
+from r3rag_jax.config.schema import Config, MeshConfig, RLConfig, RolloutConfig, SFTConfig
 from r3rag_jax.data.qa import read_passages, read_questions, read_rows, trajectory_from_dict
 from r3rag_jax.errors import UserError
-from r3rag_jax.rewards.score import Scores
-from r3rag_jax.rollout import Job
+from r3rag_jax.parallel.mesh import AXES, make_mesh
+from r3rag_jax.rewards.scorer import Scores
+from r3rag_jax.rollout.rollout import Job
+from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.sampler import memory
-from r3rag_jax.session import Session
-from r3rag_jax.sharding import AXES, make_mesh
-from r3rag_jax.trainer import RLTrainer, equal_groups, number_groups
+from r3rag_jax.training import learner
+from r3rag_jax.training.trainer import RLTrainer, equal_groups, number_groups
 from r3rag_jax.types import Question, Sample, Status, Step, Trajectory
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from r3rag_jax.models import cpu_kernels
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder
-from r3rag_jax.protocol import TAGS
 from r3rag_jax.retrieval.base import Hit, RetrievalError
-from r3rag_jax.text import Tokenizer
+from r3rag_jax.sampler.kernels.cpu import operations as cpu_kernels
+from r3rag_jax.text.protocols import TAGS
+from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Passage
 
 LLAMA_8B_OF_TWO_LAYERS = DecoderConfig(

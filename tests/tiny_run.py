@@ -15,13 +15,13 @@ from rich.console import Console
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from r3rag_jax.config import Config
-from r3rag_jax.configio import load_config
-from r3rag_jax.data.world import World
-from r3rag_jax.models.hf import save_decoder
-from r3rag_jax.session import Session
-from r3rag_jax.text import Tokenizer
+from r3rag_jax.components import Session
+from r3rag_jax.config.loader import load_config
+from r3rag_jax.config.schema import Config
+from r3rag_jax.models.hf.decoder_files import save_decoder
+from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.train import run
+from r3rag_jax.world.encyclopedia import World
 
 VOCAB_SIZE = 1024
 PHRASES = (

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.matmul import turned
-from r3rag_jax.sharding import partition_spec, platform
+from r3rag_jax.parallel.mesh import platform
+from r3rag_jax.parallel.shardings import partition_spec
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 PLATFORMS = {"cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # xla: any

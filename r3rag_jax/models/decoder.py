@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from r3rag_jax.models.attention import IMPLEMENTATIONS, SAVED, attention
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.matmul import adapted_matmul, matmul
-from r3rag_jax.sharding import on_several_devices, partition_spec
+from r3rag_jax.parallel.mesh import on_several_devices
+from r3rag_jax.parallel.shardings import partition_spec
 
 # Logical axes of every parameter by name; sharding.py maps logical axes to mesh axes.
 PARAM_AXES: dict[str, tuple[str | None, ...]] = {

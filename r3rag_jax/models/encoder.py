@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from r3rag_jax.models.tensor_files import TensorFiles, check_tensors, read_config, read_param, tensor_shapes
+from r3rag_jax.models.hf.tensor_files import TensorFiles, check_tensors, read_config, read_param, tensor_shapes
 
 POOLINGS = ("mean", "cls")
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from r3rag_jax.config import PROJECTIONS, LoraConfig
+from r3rag_jax.config.schema import PROJECTIONS, LoraConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
-from r3rag_jax.sharding import tree_shardings
+from r3rag_jax.parallel.shardings import tree_shardings
 
 ROWS = ("embed_rows", "head_rows")
 ADAPTERS = frozenset(f"{name}_{side}" for name in PROJECTIONS for side in "ab") | {*ROWS}

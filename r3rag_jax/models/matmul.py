@@ -5,40 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from r3rag_jax.models import cpu_kernels
-from r3rag_jax.sharding import on_several_devices, platform
-
-WEIGHTS_FIRST = range(2, 33)  # rows of x for which a CPU is faster with float32 weights as the left factor
+from r3rag_jax.parallel.mesh import on_several_devices, platform
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
     """Multiply [..., in] by [in, out], accumulating in float32, and return the dtype of x."""
     return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-def by_rows(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Products of [..., in] with the rows of w [out, in], float32 [..., out].
-
-    XLA's CPU backend packs the right factor anew in every call, and for a decode step that is to copy all weights: so
-    there a kernel of our own is called, or they stand on the left. One row alone is taken twice where all of a bfloat16
-    matrix would be widened for it.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    num_rows = len(rows)
-    if cpu_kernels.can_multiply(rows, w):
-        out = cpu_kernels.multiply(rows, w)
-    elif platform() == "cpu" and x.dtype == jnp.float32 and num_rows in WEIGHTS_FIRST:
-        out = jax.lax.optimization_barrier(_by_rows(w, rows)).T  # else XLA turns the factors around again
-    elif num_rows == 1 and wants_as_it_lies(x.dtype):
-        out = _by_rows(jnp.broadcast_to(rows, (2, x.shape[-1])), w)[:1]
-    else:
-        out = _by_rows(rows, w)
-    return out.reshape(*x.shape[:-1], len(w))
-
-
-def _by_rows(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[A, in] and [B, in] -> [A, B]."""
-    return jax.lax.dot_general(x, y, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def wants_as_it_lies(dtype: jax.typing.DTypeLike) -> bool:

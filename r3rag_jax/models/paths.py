@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,11 +35,6 @@ def model_path(text: str | Path) -> Path:
         found = ", ".join(sorted(str(path.relative_to(root)) for path in models)) or "none"
         raise UserError(f"{text} must hold one model, a directory with config.json or a .gguf file; found {found}")
     return models.pop()
-
-
-def cache_directory(name: str) -> Path:
-    """Of this package, for what can be made again, in the user's cache directory."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "r3rag_jax" / name
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from r3rag_jax.config import RLConfig
+from r3rag_jax.config.schema import RLConfig
 from r3rag_jax.types import TrajectoryTable
 
 STD_FLOOR = 1e-4  # a smaller deviation counts as none: equal entries differ by rounding

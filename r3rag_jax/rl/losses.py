@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from r3rag_jax.models.matmul import turned
-from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
-from r3rag_jax.sharding import collectives_race
+from r3rag_jax.parallel.mesh import collectives_race
+from r3rag_jax.sampler.distribution import WHOLE, Truncation, truncate
 
 # exp(20) is 5e8: far outside any clip range, yet finite: one stray token cannot blow a loss up.
 _MAX_LOG_RATIO = 20.0

@@ -23,28 +23,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from r3rag_jax.models.cache import Extent, KVCache, padded
-from r3rag_jax.models.cached_decoder import CachedDecoder
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.rl.distribution import WHOLE, Truncation, truncate
+from r3rag_jax.parallel.mesh import traced_on
+from r3rag_jax.parallel.shardings import batch_shardings, batch_ways, device_put_batch, device_put_global, replicated
+from r3rag_jax.sampler.cache import Extent, KVCache, padded
+from r3rag_jax.sampler.cached_decoder import CachedDecoder
+from r3rag_jax.sampler.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
-from r3rag_jax.sharding import batch_shardings, batch_ways, put, put_batch, replicated, traced_on
+from r3rag_jax.types import Context
 
 EndOf = Callable[[Sequence[int]], int]
 # Of a decode call: shares of the cache's positions and rows (one over this) that it may read, and the fewest positions.
 SPAN_SHARES, ROW_SHARES, MIN_SPAN = (8, 4, 2, 1), (4, 2), 64
 MAX_STOPS = 16
 VOCAB_BLOCK = 64  # tokens of the vocabulary that `first_largest` and `invert` take together
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What a row is to continue."""
-
-    ids: Sequence[int]  # at least one token
-    budget: int  # most tokens to sample
-    temperature: float = 0.0  # 0 = greedy
-    key: np.ndarray | None = None  # uint32 [2]; needed unless greedy
 
 
 class PrefillShapes(NamedTuple):
@@ -142,7 +134,7 @@ class Engine:
         nothing = np.zeros(self.slots, np.int32)
         calls = [functools.partial(self._copy.lower, self._cache, nothing, nothing)]
         for width, size in ((w, size) for w in self._prefill_shapes.lengths for size in self._prefill_sizes(w)):
-            chunk = put_batch(self.mesh, self._chunk(size, width))
+            chunk = device_put_batch(self.mesh, self._chunk(size, width))
             calls.append(functools.partial(self._prefill.lower, decoder, self._cache, *chunk))
         for window in self._windows:
             args = self._decode_args(np.arange(window.rows, dtype=np.int32), 0, 1)
@@ -227,7 +219,7 @@ class Engine:
 
     def _decode_args(self, places: np.ndarray, max_tokens: int, leave_at: int) -> tuple[Any, ...]:
         """What `decode` of this module takes behind the cache, but for the positions."""
-        rows = put(jax.tree.map(lambda x: x[places], self.rows), self._shardings.rows)
+        rows = device_put_global(jax.tree.map(lambda x: x[places], self.rows), self._shardings.rows)
         return places, rows, np.int32(max_tokens), np.int32(leave_at), self._stops, self._pauses
 
     def release(self, row: int) -> None:
@@ -269,7 +261,7 @@ class Engine:
             self.num_prefilled += end - start
             if end < len(ids) - 1:
                 left.append((row, ids, end))
-        self._cache = self._prefill(decoder, self._cache, *put_batch(self.mesh, chunk))
+        self._cache = self._prefill(decoder, self._cache, *device_put_batch(self.mesh, chunk))
         return left
 
     def _chunk(self, size: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,10 +17,11 @@ import jax
 from jax.sharding import Mesh
 
 from r3rag_jax.errors import UserError
-from r3rag_jax.models.cache import KVCache, padded
 from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.parallel.mesh import traced_on
+from r3rag_jax.parallel.shardings import batch_ways
+from r3rag_jax.sampler.cache import KVCache, padded
 from r3rag_jax.sampler.engine import is_read_in_place, windows
-from r3rag_jax.sharding import batch_ways, traced_on
 
 GIB = 2**30
 

@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, the sharding rules, start-up and broadcasts."""

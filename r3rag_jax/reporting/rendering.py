@@ -1,0 +1,310 @@
+"""What people look at: a trajectory coloured by who wrote what, and tables of results.
+
+Each comes twice, for a terminal (rich) and as an HTML fragment for the report and notebooks. Blues
+and violet are the policy's words, ochre the retriever's, red is what could not be parsed; every
+block is also named, so that nothing depends on colour alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from r3rag_jax.rewards.answer import normalize_answer
+from r3rag_jax.types import Passage, Status, Trajectory
+
+Eval = Mapping[str, Any]  # the content of eval/<system>.json
+
+# The terminal's own colours: its theme keeps them legible on light and on dark.
+STYLES = {
+    "analysis": "bright_blue",
+    "query": "cyan",
+    "answer": "magenta",
+    "passage": "yellow",
+    "malformed": "red",
+    "right": "bold green",
+    "wrong": "bold red",
+    "none": "bold red",
+    "unknown": "dim",
+}
+SUPPORT_MARK = "★"
+TERMINAL_PASSAGE = 300  # characters of a passage that a terminal shows
+HTML_PASSAGE = 260  # a longer passage is folded
+Z_95 = 1.96  # standard normal quantile of a two-sided 95 % interval
+
+# metric of eval/<system>.json, column title, what it says, decimals, whether the largest is best
+Column = tuple[str, str, str, int, bool]
+COLUMNS: tuple[Column, ...] = (
+    ("em", "EM", "exact match, %", 1, True),
+    ("f1", "F1", "word overlap, %", 1, True),
+    ("cover_em", "cover-EM", "a gold answer stands in the answer, %", 1, True),
+    ("acc", "ACC", "exact match, or right says a judge, %", 1, True),
+    ("retrievals", "retrievals", "searches per question", 2, False),
+    ("support_found", "support", "supporting passages found, %", 1, True),
+    ("tokens_per_correct", "tokens/correct", "tokens written per correct answer", 0, False),
+    ("num", "n", "questions", 0, False),
+)
+OPTIONAL = ("acc",)  # shown where an evaluation has it
+
+
+# ------------------------------------------------------------------------------------ trajectories
+
+
+class Outcome(NamedTuple):
+    """How an attempt ended, judged by exact match."""
+
+    kind: str  # right, wrong, none (no answer, or malformed), unknown (no gold answers to compare)
+    label: str
+
+
+def outcome(trajectory: Trajectory) -> Outcome:
+    """Compares the answer with the gold answers after SQuAD normalisation."""
+    if trajectory.answer is None:
+        is_format = trajectory.status == Status.FORMAT_ERROR
+        return Outcome("none", "✗ malformed step" if is_format else "✗ no answer")
+    golds = trajectory.question.golden_answers
+    if not golds:
+        return Outcome("unknown", "answered")
+    given = normalize_answer(trajectory.answer)
+    is_right = given in {normalize_answer(gold) for gold in golds}
+    return Outcome("right", "✓ right") if is_right else Outcome("wrong", "✗ wrong")
+
+
+def is_correct(trajectory: Trajectory) -> bool:
+    """Exact match with a gold answer; a missing answer counts as wrong."""
+    return outcome(trajectory).kind == "right"
+
+
+def facts(trajectory: Trajectory) -> list[str]:
+    """Short facts for a heading: gold answer, type, retrievals, evidence found."""
+    question = trajectory.question
+    result = []
+    if question.golden_answers:
+        result.append(f"gold: {' / '.join(question.golden_answers)}")
+    if "type" in question.metadata:
+        result.append(pretty(str(question.metadata["type"])))
+    count = trajectory.num_retrievals
+    result.append(f"{count} retrieval{'' if count == 1 else 's'}")
+    if supporting := set(question.supporting_ids):
+        found = len(supporting & set(trajectory.retrieved_ids))
+        result.append(f"{SUPPORT_MARK} {found} of {len(supporting)} supporting passages found")
+    return [visible(fact) for fact in result]
+
+
+def is_supporting(passage: Passage, trajectory: Trajectory) -> bool:
+    return passage.id in trajectory.question.supporting_ids
+
+
+def visible(text: str) -> str:
+    """Text that shows as it is: control characters become their pictures (ESC -> ␛)."""
+    pictures = {code: 0x2400 + code for code in range(32) if code not in b"\n\t"} | {127: 0x2421}
+    return text.translate(pictures).encode("utf-8", "replace").decode("utf-8")
+
+
+def pretty(name: str) -> str:
+    """A metadata or metric name as words: bridge_comparison -> bridge comparison."""
+    return name.replace("_", " ")
+
+
+def print_trajectory(trajectory: Trajectory, console: Console) -> None:
+    """Prints question, steps, passages and answer, coloured by who wrote them, with a legend."""
+    result = outcome(trajectory)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(Text("question", "dim"), Text(visible(trajectory.question.question), "bold"))
+    heading = Text.assemble((result.label, STYLES[result.kind]), "  ")
+    grid.add_row("", heading.append("  ·  ".join(facts(trajectory)), "dim"))
+    for number, step in enumerate(trajectory.steps, 1):
+        grid.add_row(Text(f"\nstep {number}", "dim"), "")
+        if not step.is_well_formed:
+            _add(grid, "malformed", step.analysis)
+            continue
+        for part in ("analysis", "query"):
+            if text := getattr(step, part):
+                _add(grid, part, text)
+        for passage in step.passages:
+            _add(grid, "passage", _short(passage), mark=is_supporting(passage, trajectory))
+        if step.query is not None and not step.passages:
+            grid.add_row(Text("passage", STYLES["passage"]), Text("nothing new was found", "dim"))
+        if step.answer is not None:
+            _add(grid, "answer", step.answer, weight="bold ")
+    console.print(grid)
+    console.print(Text("\n").append_text(_legend()))
+
+
+def _add(grid: Table, part: str, text: str, *, mark: bool = False, weight: str = "") -> None:
+    style = weight + STYLES[part]
+    label = Text.assemble((f"{SUPPORT_MARK} " if mark else "", STYLES["right"]), (part, style))
+    grid.add_row(label, Text(visible(text), style))
+
+
+def _short(passage: Passage) -> str:
+    text = passage.contents if passage.text == passage.title else f"{passage.title} — {passage.text}"
+    text = " ".join(text.split())
+    return text if len(text) <= TERMINAL_PASSAGE else f"{text[: TERMINAL_PASSAGE - 1]}…"
+
+
+def _legend() -> Text:
+    legend = Text().append("policy ", "dim")
+    for part in ("analysis", "query", "answer"):
+        legend.append("■ ", STYLES[part]).append(f"{part}  ", "dim")
+    legend.append("  retriever ", "dim").append("■ ", STYLES["passage"]).append("passage  ", "dim")
+    legend.append(f"{SUPPORT_MARK} ", STYLES["right"]).append("supporting  ", "dim")
+    return legend.append("  ■ ", STYLES["malformed"]).append("malformed, verbatim", "dim")
+
+
+def trajectory_html(trajectory: Trajectory) -> str:
+    """The same as an HTML fragment with its own style and legend, for a notebook."""
+    return environment().get_template("fragment.html.j2").render(trajectory=trajectory)
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+class Cell(NamedTuple):
+    """One number of a table as text; percent and margin where it is a share of questions."""
+
+    text: str
+    is_best: bool = False
+    percent: float | None = None
+    margin: str = ""  # half the width of the 95 % interval
+
+
+class Row(NamedTuple):
+    title: str
+    cells: list[Cell]
+
+
+def columns_of(evals: Sequence[Eval]) -> list[Column]:
+    """Those of COLUMNS that the table of these evaluations has."""
+    measured = {name for evaluation in evals for name in evaluation["groups"].get("all", {})}
+    return [column for column in COLUMNS if column[0] not in OPTIONAL or column[0] in measured]
+
+
+def result_rows(evals: Sequence[Eval]) -> list[Row]:
+    """One row a system: the metrics of `columns_of` over all questions."""
+    whole = [evaluation["groups"].get("all", {}) for evaluation in evals]
+    columns = []
+    for name, _, _, decimals, largest_is_best in columns_of(evals):
+        values = [metrics.get(name) for metrics in whole]
+        nums = [int(metrics.get("num", 0)) for metrics in whole] if name == "em" else None
+        columns.append(_column(values, decimals, largest_is_best, nums))
+    return _rows(evals, columns)
+
+
+def group_rows(evals: Sequence[Eval]) -> tuple[list[str], list[Row]]:
+    """Group titles with their number of questions, and EM of each system in each group."""
+    names = sorted({name: 0 for e in evals for name in e["groups"]}, key=_group_place)
+    titles, columns = [], []
+    for name in names:
+        groups = [evaluation["groups"].get(name, {}) for evaluation in evals]
+        sizes = sorted({int(group["num"]) for group in groups if "num" in group})
+        titles.append(f"{pretty(name)}\n{'-'.join(map(str, sizes))}")
+        columns.append(_column([group.get("em") for group in groups], 1, True, None))
+    return titles, _rows(evals, columns)
+
+
+def _group_place(name: str) -> int:
+    """All questions first, then types in the order they came, then unseen and seen compositions."""
+    return {"all": 0, "unseen": 2, "seen": 3}.get(name, 1)
+
+
+def _column(values: Sequence[float | None], decimals: int, largest_is_best: bool, nums: list[int] | None) -> list[Cell]:
+    known = [value for value in values if value is not None]
+    best = max(known) if largest_is_best and len(set(known)) > 1 else None
+    cells = []
+    for place, value in enumerate(values):
+        if value is None:
+            cells.append(Cell("—"))
+            continue
+        margin = f"±{half_width(value, nums[place]):.1f}" if nums and nums[place] else ""
+        text = f"{value:,.{decimals}f}"
+        cells.append(Cell(text, value == best, value if nums else None, margin))
+    return cells
+
+
+def _rows(evals: Sequence[Eval], columns: Sequence[list[Cell]]) -> list[Row]:
+    return [Row(title_of(e), [column[place] for column in columns]) for place, e in enumerate(evals)]
+
+
+def half_width(percent: float, num: int) -> float:
+    """Half the width, in points, of the 95 % Agresti-Coull interval of a share of `num`."""
+    num_shifted = num + Z_95**2
+    share = (percent / 100 * num + Z_95**2 / 2) / num_shifted
+    return 100 * Z_95 * math.sqrt(share * (1 - share) / num_shifted)
+
+
+def not_comparable(evals: Sequence[Eval]) -> list[str]:
+    """A sentence for each evaluation whose fingerprint differs from the first one's."""
+    sentences = []
+    for other in evals[1:]:
+        first, mark = evals[0].get("fingerprint", {}), other.get("fingerprint", {})
+        keys = sorted(key for key in {*first, *mark} if first.get(key) != mark.get(key))
+        if keys:
+            names = " is not comparable with ".join(map(title_of, (other, evals[0])))
+            sentences.append(f"{names}: they differ in {', '.join(map(pretty, keys))}.")
+    return sentences
+
+
+def title_of(evaluation: Eval) -> str:
+    return str(evaluation.get("title") or evaluation["system"])
+
+
+def results_table(evals: Sequence[Eval]) -> Table:
+    """Systems and their metrics over all questions, for a terminal; the best value is bold."""
+    caption = "EM ± half the 95 % interval" + "".join(f"\n{s}" for s in not_comparable(evals))
+    return _table("Results", [title for _, title, *_ in columns_of(evals)], result_rows(evals), caption)
+
+
+def groups_table(evals: Sequence[Eval]) -> Table:
+    """EM by group of questions, for a terminal; group sizes stand under the group's name."""
+    titles, rows = group_rows(evals)
+    return _table("EM by group", titles, rows, None)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Row], caption: str | None) -> Table:
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None)
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = []
+        for cell in row.cells:
+            text = Text(cell.text, "bold" if cell.is_best else "")
+            cells.append(text.append(f" {cell.margin}", "dim") if cell.margin else text)
+        table.add_row(Text(row.title), *cells)
+    return table
+
+
+def results_html(evals: Sequence[Eval]) -> str:
+    """Both tables as an HTML fragment with its own style, for a notebook."""
+    return environment().get_template("tables.html.j2").render(evals=evals)
+
+
+# --------------------------------------------------------------------------------------- templates
+
+
+@functools.cache
+def environment() -> jinja2.Environment:
+    """The package's templates; everything that is put into them is escaped."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("r3rag_jax.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    functions = (
+        outcome, facts, is_supporting, visible, pretty, columns_of, result_rows, group_rows, not_comparable
+    )  # fmt: skip
+    templates.globals.update({function.__name__: function for function in functions})
+    templates.globals.update(SUPPORT_MARK=SUPPORT_MARK, HTML_PASSAGE=HTML_PASSAGE)
+    return templates

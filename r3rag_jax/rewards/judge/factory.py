@@ -1,0 +1,111 @@
+"""The judge of a configuration: a server's chat, or a Hugging Face model on the run's own devices."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from r3rag_jax.clients.chat import ServedChat
+from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint, RateLimit
+from r3rag_jax.config.schema import JudgeConfig
+from r3rag_jax.errors import UserError
+from r3rag_jax.models.decoder import param_shapes, param_shardings
+from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, load_generation
+from r3rag_jax.models.paths import model_path, reading
+from r3rag_jax.rewards.judge.judge import CORRECTNESS_PROMPT, RELEVANCE_PROMPT, Judge, Kind, check_template
+from r3rag_jax.sampler.cache import fastest_dtype
+from r3rag_jax.sampler.chat import LocalChat
+from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.sampler.memory import plan
+from r3rag_jax.text.tokenizer import Tokenizer
+
+
+def open_judge(config: JudgeConfig, mesh: Mesh, default_cache: Path, *, first_wait_s: float = FIRST_WAIT_S) -> Judge:
+    """The judge, ready to be asked; a server is not asked anything yet.
+
+    Raises:
+        UserError: its model, key, prompts or file of judgements cannot be read.
+    """
+    chat = local_chat(config, mesh) if config.kind == "local" else served_chat(config, first_wait_s)
+    return Judge(
+        chat,
+        Path(config.cache) if config.cache else default_cache,
+        relevance_prompt=read_prompt(config.relevance_prompt, "relevance"),
+        correctness_prompt=read_prompt(config.correctness_prompt, "correctness"),
+        max_failure_share=config.max_failure_share,
+    )
+
+
+def read_prompt(path: str, kind: Kind) -> str:
+    """The text of a template file; empty: ours.
+
+    Raises:
+        UserError: the file cannot be read, or does not show what is to be judged.
+    """
+    if not path:
+        return RELEVANCE_PROMPT if kind == "relevance" else CORRECTNESS_PROMPT
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"judge.{kind}_prompt must be a text file; {path} cannot be read: {error}") from None
+    return check_template(text, kind, path)
+
+
+def served_chat(config: JudgeConfig, first_wait_s: float = FIRST_WAIT_S) -> ServedChat:
+    """The chat of `judge.url`."""
+    endpoint = Endpoint(
+        config.url, name="judge.url", key_name="judge.key_env", key_env=config.key_env, retries=config.retries,
+        timeout_s=config.timeout_s, first_wait_s=first_wait_s,
+        limit=RateLimit(config.requests_per_minute) if config.requests_per_minute else None,
+    )  # fmt: skip
+    return ServedChat(endpoint, config.model, max_tokens=config.max_tokens, max_in_flight=config.max_in_flight)
+
+
+def local_chat(config: JudgeConfig, mesh: Mesh) -> LocalChat:
+    """The chat of the model at `judge.model`, sharded over the mesh like a policy."""
+    path, dtype = local_path(config), jnp.dtype(config.dtype)
+    with reading(path):
+        shape, tokenizer = load_config(path), Tokenizer(path)
+        stops = load_generation(path).get("eos_token_id", [])
+        stops = {tokenizer.eos_id, *(stops if isinstance(stops, list) else [stops])}
+        decoder = load_decoder(path, dtype=dtype, shardings=param_shardings(mesh, shape))
+    graphdef, params = nnx.split(decoder)
+    engine = Engine(
+        graphdef, shape, mesh, slots=config.slots, max_length=config.max_length,
+        dtype=fastest_dtype(dtype, shape, mesh), split_weights=True,
+    )  # fmt: skip
+    files = sorted(path.glob("*.safetensors"))
+    marks = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]  # other weights may take their place
+    with reading(path):  # its chat template
+        return LocalChat(
+            engine, engine.load(params), tokenizer, model=config.model,
+            identity=" ".join([config.model, config.dtype, *marks]), stop_ids=sorted(stops),
+            max_tokens=config.max_tokens,
+        )  # fmt: skip
+
+
+def local_path(config: JudgeConfig) -> Path:
+    """The directory of `judge.model`."""
+    path = model_path(config.model)
+    if not (path / "config.json").is_file():
+        raise UserError(f"judge.model must be a Hugging Face directory with config.json; got {path}")
+    return path
+
+
+def judge_memory(config: JudgeConfig, mesh: Mesh) -> dict[str, int]:
+    """What a local judge keeps on each device, bytes; nothing for one on a server."""
+    if config.kind == "server":
+        return {}
+    path, dtype = local_path(config), jnp.dtype(config.dtype)
+    with reading(path):
+        shape = load_config(path)
+    places = param_shardings(mesh, shape)
+    shares = [places[name].shard_shape(one) for name, one in param_shapes(shape).items()]
+    cache = plan(
+        mesh, {}, shape, slots=config.slots, max_length=config.max_length, dtype=fastest_dtype(dtype, shape, mesh)
+    ).cache
+    return {"judge": sum(dtype.itemsize * math.prod(share) for share in shares), "judge's cache": cache}

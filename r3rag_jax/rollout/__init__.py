@@ -1,0 +1,1 @@
+"""Rollouts: environments, the scheduler of slots and searches, and sampling backends."""

@@ -1,0 +1,160 @@
+"""The decoder as the sampler runs it: a forward behind a KV cache.
+
+Shapes: B rows, C tokens of a chunk, S cache slots, D width, N query heads, K kv heads, G = N / K, H head dim,
+F feed-forward width, V vocab.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.decoder import Decoder, placed, rms_norm, rope_tables
+from r3rag_jax.parallel.mesh import platform
+from r3rag_jax.parallel.shardings import tree_shardings
+from r3rag_jax.sampler.cache import Extent, KVCache, LayerCache
+from r3rag_jax.sampler.matmul import by_rows
+
+# Logical axes of every parameter by name; those that are not named are whole on each device.
+SPLIT_AXES: dict[str, tuple[str | None, ...]] = {
+    "embed": ("vocab", "embed"),
+    "qkv": ("kv_heads", "embed"),
+    "qkv_bias": ("kv_heads",),
+    "o": ("embed", "heads"),
+    "gate_up": ("mlp", "embed"),
+    "down": ("embed", "mlp"),
+    "lm_head": ("vocab", "embed"),
+}
+WHOLE_AXES = {name: tuple(None if axis == "embed" else axis for axis in axes) for name, axes in SPLIT_AXES.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CachedDecoder:
+    """Parameters of a decoder without adapters, each layer's apart and matrices in the compute dtype, [out, in].
+
+    A decode loop over stacked layers slices, and that is to copy, every weight in every step: half its time on a CPU.
+    What reads the same input is one matrix, its rows in an order in which neighbours belong together, so that it can be
+    split over devices:
+
+        qkv [K * (G + 2) * H, D]   of each kv head the query heads that read it, its key and its value
+        qkv_bias [K * (G + 2) * H]
+        o [D, N * H]
+        gate_up [F * 2, D]   of each hidden unit its gate and itself
+        down [D, F]
+    """
+
+    embed: jax.Array  # [V, D]
+    layers: tuple[dict[str, jax.Array], ...]
+    final_norm: jax.Array
+    lm_head: jax.Array | None  # [V, D]; None: the embeddings
+    config: DecoderConfig = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> CachedDecoder:
+        """The same numbers."""
+        config, stacked = decoder.config, decoder.layer_params()
+        return cls(
+            embed=decoder.table().astype(decoder.dtype),
+            layers=tuple(_layer(config, {n: x[i] for n, x in stacked.items()}) for i in range(config.num_layers)),
+            final_norm=decoder.param("final_norm")[...],
+            lm_head=None if config.tie_embeddings else decoder.output_weight().T,
+            config=config,
+        )
+
+    def shardings(self, mesh: Mesh, split: bool) -> CachedDecoder:
+        """Where each parameter goes: over `tensor`; with `split` over `fsdp` too, and each step gathers all of them."""
+        return tree_shardings(mesh, self, SPLIT_AXES if split else WHOLE_AXES)
+
+    def extend(
+        self,
+        cache: KVCache,
+        tokens_BC: jax.Array,
+        starts_B: jax.Array,
+        rows_B: jax.Array | None = None,
+        extent: Extent | None = None,
+    ) -> tuple[KVCache, jax.Array]:
+        """Append C tokens to every row, or to rows_B; returns the new cache and their hidden states [B, C, D].
+
+        Row b's tokens take positions starts_B[b] .. starts_B[b] + C - 1. Their keys and values are
+        written there; positions >= S are dropped. Each query sees the cache at positions <= its
+        own, so whatever lies beyond (an abandoned continuation, a padded tail) is never read
+        before it is overwritten. Rows that there are not are written nowhere, and what is read of them means nothing.
+        `extent` is that of `LayerCache.attend`.
+        """
+        positions_BC = starts_B[:, None] + jnp.arange(tokens_BC.shape[1])
+        cos, sin = rope_tables(self.config, positions_BC)
+        x, layers = _rows(self.embed, tokens_BC), []
+        for w, layer in zip(self.layers, cache.layers, strict=True):
+            layer, x = _extend_layer(self.config, w, layer, x, cos, sin, positions_BC, rows_B, extent)
+            layers.append(layer)
+        return KVCache(tuple(layers)), rms_norm(x, self.final_norm, self.config.norm_eps)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Project hidden states [..., D] to float32 logits [..., V]."""
+        return by_rows(hidden, self.embed if self.lm_head is None else self.lm_head)
+
+
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """table[ids].
+
+    Bits are copied, for XLA's CPU backend would widen all of a bfloat16 table for it in every call; without the barrier
+    it would copy all the bits in front of a decode loop.
+    """
+    if table.dtype != jnp.bfloat16 or platform() != "cpu":
+        return table[ids]
+    table, ids = jax.lax.optimization_barrier((table, ids))
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table, jnp.uint16)[ids], table.dtype)
+
+
+def _layer(config: DecoderConfig, w: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A layer's parameters as `CachedDecoder` has them, of those of a `Decoder`."""
+
+    def interleaved(names: Iterable[str], groups: int) -> jax.Array:
+        """[..., out] of several -> [outs, ...], of each group of outputs those of the first, of the next ..."""
+        parts = [w[name].T.reshape(groups, -1, *w[name].shape[:-1]) for name in names]
+        return jnp.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])
+
+    layer = {name: value for name, value in w.items() if name.endswith("_norm")}
+    if config.attention_bias:
+        layer["qkv_bias"] = interleaved(("q_bias", "k_bias", "v_bias"), config.num_kv_heads)
+    return layer | {
+        "qkv": interleaved(("q_proj", "k_proj", "v_proj"), config.num_kv_heads),
+        "o": w["o_proj"].T,
+        "gate_up": interleaved(("gate_proj", "up_proj"), config.ffn_size),
+        "down": w["down_proj"].T,
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0)  # traced once, not for each layer: XLA puts it in place
+def _extend_layer(
+    config: DecoderConfig,
+    w: dict[str, jax.Array],
+    cache: LayerCache,
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    positions_BC: jax.Array,
+    rows_B: jax.Array | None,
+    extent: Extent | None,
+) -> tuple[LayerCache, jax.Array]:
+    def product(x: jax.Array, name: str) -> jax.Array:
+        return by_rows(x, w[name]).astype(x.dtype)
+
+    B, C, _ = x.shape
+    heads = product(rms_norm(x, w["input_norm"], config.norm_eps), "qkv")
+    if config.attention_bias:
+        heads = heads + w["qkv_bias"]
+    heads = heads.reshape(B, C, config.num_kv_heads, -1, config.head_dim)
+    q, k, v = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
+    q, k = placed(config, w, q.reshape(B, C, config.num_heads, config.head_dim), k, cos, sin)
+    cache = cache.write(k, v, positions_BC, rows_B)
+    x = x + product(cache.attend(q, positions_BC, rows_B, extent).reshape(B, C, -1), "o")
+    pairs = product(rms_norm(x, w["post_norm"], config.norm_eps), "gate_up").reshape(B, C, config.ffn_size, 2)
+    return cache, x + product(jax.nn.silu(pairs[..., 0]) * pairs[..., 1], "down")

@@ -1,0 +1,164 @@
+"""The two text protocols of a trajectory, `tags` and `steps`: how it is rendered, and the only parser.
+
+`steps` is byte for byte what the published R3-RAG checkpoints read and write (arXiv 2505.23794):
+each step is a chat turn of its own and the history sits in the user message. `tags` is the paper's
+figure: one growing assistant turn in which documents are spliced after `</query>`.
+
+A protocol works on *text and chat messages*; token ids are the rollout's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from r3rag_jax.types import Question, Step
+
+Messages = list[dict[str, str]]
+TAGS = ("<think>", "</think>", "<query>", "</query>", "<doc>", "</doc>", "<answer>", "</answer>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """What the model is to continue: chat messages, and text already written in the assistant's turn."""
+
+    messages: Messages
+    partial: str = ""
+
+
+class TextProtocol(Protocol):
+    """What the rollout, the cold start and the viewers need from a protocol."""
+
+    @property
+    def name(self) -> str:
+        """`tags` or `steps`."""
+        ...
+
+    @property
+    def is_one_sequence(self) -> bool:
+        """True: documents are spliced into one sequence; False: each step is a new turn."""
+        ...
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Special tokens that end a step, beside the end of turn."""
+        ...
+
+    def turn(self, question: str, steps: Sequence[Step]) -> Turn:
+        """The context from which step len(steps) + 1 is written."""
+        ...
+
+    def render_step(self, step: Step, number: int) -> str:
+        """What the model writes as step `number` (from 1), without passages or end of turn."""
+        ...
+
+    def render_passages(self, passages: Sequence[str]) -> str:
+        """What is spliced in after a query; `passages` are contents, already cut to budget."""
+        ...
+
+    def parse_step(self, text: str, number: int) -> Step:
+        """Read step `number` from model text; a malformed one has is_well_formed False."""
+        ...
+
+
+def _malformed(text: str) -> Step:
+    return Step(analysis=text, is_well_formed=False)
+
+
+class TagsProtocol:
+    """`<think>…</think><query>…</query><doc>…</doc>…<think>…</think><answer>…</answer>`.
+
+    A space follows each opening tag and precedes each closing one, so that words keep the token
+    they have inside a sentence. Passages are joined by newlines.
+    """
+
+    name = "tags"
+    is_one_sequence = True
+    stop_strings = ("</query>", "</answer>")
+    _step = re.compile(
+        r"\s*<think>(?P<analysis>.*?)</think>\s*"
+        r"(?:<query>(?P<query>.*?)</query>|<answer>(?P<answer>.*?)</answer>)\s*",
+        re.DOTALL,
+    )
+
+    def turn(self, question: str, steps: Sequence[Step]) -> Turn:
+        written = []
+        for number, step in enumerate(steps, 1):
+            written.append(self.render_step(step, number))
+            if step.query is not None:
+                written.append(self.render_passages([p.contents for p in step.passages]))
+        return Turn([{"role": "user", "content": question_text(question)}], "".join(written))
+
+    def render_step(self, step: Step, number: int) -> str:
+        tail = f"<query> {step.query} </query>" if step.answer is None else f"<answer> {step.answer} </answer>"
+        return f"<think> {step.analysis} </think>{tail}"
+
+    def render_passages(self, passages: Sequence[str]) -> str:
+        return "<doc> " + "\n".join(passages) + " </doc>"
+
+    def parse_step(self, text: str, number: int) -> Step:
+        match = self._step.fullmatch(text)
+        if match is None:
+            return _malformed(text)
+        fields = {name: value.strip() for name, value in match.groupdict().items() if value is not None}
+        nested = any(tag in value for value in fields.values() for tag in TAGS)
+        if nested or not all(fields.values()):
+            return _malformed(text)
+        return Step(fields["analysis"], query=fields.get("query"), answer=fields.get("answer"))
+
+
+class StepsProtocol:
+    """The published checkpoints' layout: `Step k:\\nThe problem analysis: …\\nThe retrieval query: …`."""
+
+    name = "steps"
+    is_one_sequence = False
+    stop_strings: tuple[str, ...] = ()
+    _query = "The retrieval query:"
+    _answer = "The final answer:"
+    _analysis = "The problem analysis:"
+
+    def turn(self, question: str, steps: Sequence[Step]) -> Turn:
+        content = question_text(question)
+        for number, step in enumerate(steps, 1):
+            content += f"\n{self.render_step(step, number)}"
+            content += f"\n{self.render_passages([p.contents for p in step.passages])}"
+        return Turn([{"role": "user", "content": content}])
+
+    def render_step(self, step: Step, number: int) -> str:
+        head = f"Step {number}:\n{self._analysis} {step.analysis}\n"
+        return head + (f"{self._query} {step.query}" if step.answer is None else f"{self._answer} {step.answer}")
+
+    def render_passages(self, passages: Sequence[str]) -> str:
+        return "The retrieval documents: " + "\n".join(passages)
+
+    def parse_step(self, text: str, number: int) -> Step:
+        """A well-formed step holds its own header exactly once, a non-empty analysis, and a query
+        or an answer: the first of the two counts, and the text up to its line's end is taken."""
+        header = f"Step {number}:"
+        if text.count(header) != 1:
+            return _malformed(text)
+        body = text.partition(header)[2]
+        marks = [(body.find(mark), mark) for mark in (self._query, self._answer) if mark in body]
+        if self._analysis not in body or not marks:
+            return _malformed(text)
+        at, mark = min(marks)
+        analysis = body[:at].partition(self._analysis)[2].strip()
+        value = body[at + len(mark) :].strip().partition("\n")[0].strip()
+        if not analysis or not value:
+            return _malformed(text)
+        return Step(analysis, query=value) if mark == self._query else Step(analysis, answer=value)
+
+
+def question_text(question: str | Question) -> str:
+    """The user's message, the same in both protocols."""
+    return f"The question: {question.question if isinstance(question, Question) else question}"
+
+
+def make_protocol(name: str) -> TextProtocol:
+    """`tags` or `steps`. Raises ValueError for another name."""
+    protocols: dict[str, TextProtocol] = {"tags": TagsProtocol(), "steps": StepsProtocol()}
+    if name not in protocols:
+        raise ValueError(f"protocol must be one of {sorted(protocols)}; got {name!r}")
+    return protocols[name]

@@ -1,0 +1,272 @@
+"""Tokenizer and chat template from Hugging Face files.
+
+Built on `tokenizers` and Jinja alone: importing `transformers` costs seconds at every start and
+pulls model code, while the files hold all there is to know. The template environment is the one
+transformers renders with.
+"""
+
+from __future__ import annotations
+
+import bisect
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as _Backend
+
+from r3rag_jax.errors import UserError
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+SPECIALS_FILE = "special_tokens_map.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATES = ("chatml", "llama3")  # of this package: what the published checkpoints were trained under
+CONTENT = "\x00content\x00"  # stands for a text that is encoded by itself while what surrounds it is rendered
+_SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class Tokenizer:
+    """Text to token ids and back, with the chat template of the model."""
+
+    def __init__(self, path: str | Path, *, chat_template: str | None = None):
+        """Read tokenizer.json, tokenizer_config.json and chat_template.jinja of a directory.
+
+        Args:
+            chat_template: text of a Jinja template that replaces the directory's; `save` writes it.
+
+        Raises:
+            FileNotFoundError: the directory has no tokenizer.json.
+        """
+        self._path = Path(path)
+        file = self._path / TOKENIZER_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"a tokenizer directory must hold {TOKENIZER_FILE}; {path} has none")
+        self._backend = _Backend.from_file(str(file))
+        # A file may ask for truncation and padding; both would silently change the ids.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._config = {
+            **_read_json(self._path / SPECIALS_FILE),
+            **_read_json(self._path / CONFIG_FILE),
+        }
+        self._template_text = self._find_template() if chat_template is None else chat_template
+        self._template: jinja2.Template | None = None
+        self._plain: _Backend | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a turn.
+
+        Raises:
+            ValueError: the files name no eos_token.
+        """
+        token = self._special("eos_token")
+        if token is None:
+            raise ValueError(f"{CONFIG_FILE} must name an eos_token; {self._path} names none")
+        return self.token_id(token)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that starts a text, or None when the model has none."""
+        token = self._special("bos_token")
+        return None if token is None else self.token_id(token)
+
+    @property
+    def pad_id(self) -> int:
+        """The id for padding: pad_token, or eos_id when the files name none."""
+        token = self._special("pad_token")
+        return self.eos_id if token is None else self.token_id(token)
+
+    def generation_ids(self) -> dict[str, int]:
+        """Return `bos_token_id`, `eos_token_id` and `pad_token_id`, without those that the files do not name."""
+        tokens = {key: self._special(key) for key in ("bos_token", "eos_token", "pad_token")}
+        return {
+            f"{key}_id": self.token_id(token) for key, token in tokens.items() if token is not None and token in self
+        }
+
+    def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
+        """Return the ids of a text; no special token is added.
+
+        Args:
+            allow_special: special tokens written in the text become their ids. Pass False for text
+                from outside (passages, questions), so that a document that spells a control token
+                stays a document.
+        """
+        backend = self._backend if allow_special else self._plain_backend()
+        return backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Return the text of ids, with special tokens written out unless skipped."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def end_of(self, strings: Sequence[str], ids: Sequence[int]) -> int:
+        """How many of the ids it takes to spell the first of the strings to its end; 0 where they spell none.
+
+        A string may begin and end within tokens: `.\\n` is one token in many vocabularies.
+        """
+
+        def spells(count: int) -> bool:
+            text = self.decode(ids[:count])
+            return any(string in text for string in strings)
+
+        return bisect.bisect_left(range(len(ids) + 1), True, key=spells) if spells(len(ids)) else 0
+
+    def __contains__(self, token: str) -> bool:
+        """Whether one token is spelled so."""
+        return self._backend.token_to_id(token) is not None
+
+    def token_id(self, token: str) -> int:
+        """Return the id of one token.
+
+        Raises:
+            KeyError: the vocabulary has no such token.
+        """
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise KeyError(f"token must be in the vocabulary of {self._path}; got {token!r}")
+        return token_id
+
+    def add_special_tokens(self, tokens: Sequence[str]) -> int:
+        """Make each string one special token; returns how many are new to the vocabulary."""
+        self._plain = None
+        added = [AddedToken(token, special=True, normalized=False) for token in tokens]
+        return self._backend.add_special_tokens(added)
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Return the text of a conversation under the model's chat template.
+
+        Args:
+            messages: dictionaries with `role` and `content`.
+            add_generation_prompt: end with the opening of an assistant turn.
+
+        Raises:
+            ValueError: the files hold no template, or the template refuses the messages.
+        """
+        if self._template_text is None:
+            raise ValueError(f"chat needs a chat_template; {self._path} has none")
+        specials = {key: token for key in _SPECIAL_KEYS if (token := self._special(key)) is not None}
+        try:
+            if self._template is None:
+                self._template = _environment().from_string(self._template_text)
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **specials,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat template of {self._path}: {error}") from error
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Return the ids of a conversation under the model's chat template; see render_chat."""
+        return self.encode(self.render_chat(messages, add_generation_prompt))
+
+    def save(self, path: str | Path) -> None:
+        """Write the files that this class and transformers read, into directory `path`."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(path / TOKENIZER_FILE))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config}
+        # The list of added tokens repeats tokenizer.json and would hide the ones added since.
+        config.pop("added_tokens_decoder", None)
+        if self._template_text is not None:
+            config["chat_template"] = self._template_text
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (path / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def _plain_backend(self) -> _Backend:
+        """Return a copy of the tokenizer that reads special tokens as ordinary text."""
+        if self._plain is None:
+            plain = _Backend.from_str(self._backend.to_str())
+            plain.encode_special_tokens = True
+            self._plain = plain
+        return self._plain
+
+    def _special(self, key: str) -> str | None:
+        """Return the text of a special token; the files write a string or {"content": ...}."""
+        value = self._config.get(key)
+        return value["content"] if isinstance(value, dict) else value
+
+    def _find_template(self) -> str | None:
+        """Return the default chat template: of its own file, else of tokenizer_config.json."""
+        file = self._path / TEMPLATE_FILE
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several named templates
+            named = {entry["name"]: entry["template"] for entry in template}
+            return named.get("default")
+        return template
+
+
+def chat_frame(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]] = ()) -> tuple[list[int], list[int]]:
+    """What the chat template puts before and after a user's message that follows the given turns."""
+    prefix, _, suffix = tokenizer.render_chat([*turns, {"role": "user", "content": CONTENT}]).partition(CONTENT)
+    return tokenizer.encode(prefix), tokenizer.encode(suffix)
+
+
+def read_template(name: str) -> str:
+    """Return the text of a chat template: one of TEMPLATES, or a Jinja file.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if name in TEMPLATES:
+        return (files("r3rag_jax.text") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"model.chat_template must be {', '.join(TEMPLATES)} or a Jinja file; got {name}") from None
+
+
+class _Generation(Extension):
+    """The block tag {% generation %}, which marks the assistant's text; renders its body."""
+
+    tags = {"generation"}  # noqa: RUF012 (declared by Jinja as a set of the class)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the nodes of the block as they are."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Return a sandboxed Jinja environment with the settings and functions of chat templates."""
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+        # Jinja's own filter escapes <, > and & for HTML, which models were not trained on.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+
+    def strftime_now(format_: str) -> str:
+        return datetime.datetime.now().strftime(format_)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Return the dictionary of a JSON file, empty when there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

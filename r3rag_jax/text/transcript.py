@@ -1,0 +1,126 @@
+"""Token ids of a growing trajectory, in both protocols: the same assembly for rollouts and for the cold start.
+
+Tokens in, tokens out: what the policy wrote is spliced as the very ids it sampled; only the question,
+the passages and the chat frame are ever encoded, each piece by itself.
+
+    tags    prompt | step 1 | passages | step 2 …               one sample
+    steps   prefix question [\\n step 1 \\n passages …] suffix | step k   a sample per step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from r3rag_jax.text.protocols import TextProtocol, question_text
+from r3rag_jax.text.tokenizer import CONTENT, Tokenizer, chat_frame
+from r3rag_jax.types import Passage, Sample, Step, Trajectory
+
+
+class Codec:
+    """What turns a protocol's text into ids: tokenizer, chat frame, passage budget."""
+
+    def __init__(self, tokenizer: Tokenizer, protocol: TextProtocol, passage_tokens: int):
+        self.tokenizer, self.protocol, self.passage_tokens = tokenizer, protocol, passage_tokens
+        self.prefix, self.suffix = chat_frame(tokenizer)
+        self.eos_id = tokenizer.eos_id
+        self.stop_ids = tuple(tokenizer.token_id(text) for text in protocol.stop_strings)
+        self._newline = tokenizer.encode("\n")
+
+    @property
+    def ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Tokens behind which the sampler pauses for the host, and others that stop it: what `Engine.stop_at` takes."""
+        pauses = self.stop_ids if self.protocol.is_one_sequence else (self.eos_id,)
+        return pauses, tuple(i for i in (self.eos_id,) if i not in pauses)
+
+    def question_ids(self, question: str) -> list[int]:
+        return self.tokenizer.encode(question_text(question), allow_special=False)
+
+    def passage_ids(self, passages: Sequence[Passage]) -> list[int]:
+        """The passages as they are spliced in, each cut to the token budget."""
+        frame = self.protocol.render_passages([CONTENT])
+        before, _, after = frame.partition(CONTENT)
+        ids = self.tokenizer.encode(before)
+        for number, passage in enumerate(passages):
+            ids += self._newline if number else []
+            ids += self.tokenizer.encode(passage.contents, allow_special=False)[: self.passage_tokens]
+        return ids + self.tokenizer.encode(after)
+
+    def step_ids(self, step: Step, number: int) -> list[int]:
+        """What a policy that writes this step samples, with the token that ends it."""
+        ids = self.tokenizer.encode(self.protocol.render_step(step, number))
+        return ids if self.protocol.is_one_sequence else [*ids, self.eos_id]
+
+    def parse_step(self, ids: Sequence[int], number: int) -> Step:
+        """The step that sampled ids spell; a trailing end of turn is not text."""
+        ids = list(ids[:-1]) if len(ids) and ids[-1] == self.eos_id else list(ids)
+        return self.protocol.parse_step(self.tokenizer.decode(ids), number)
+
+    def joined_step(self, ids: Sequence[int]) -> list[int]:
+        """A step as it stands in the next user message of `steps`."""
+        ids = [i for i in ids if i != self.eos_id]
+        return [*self._newline, *ids, *self._newline]
+
+
+class Transcript:
+    """One trajectory's ids. `context` is what the next step is written after."""
+
+    def __init__(self, codec: Codec, question: str):
+        self._codec = codec
+        self._history = codec.question_ids(question)  # steps: the user's message so far
+        self.context: list[int] = [*codec.prefix, *self._history, *codec.suffix]
+        self._written: list[tuple[int, int, np.ndarray, list[int]]] = []  # start, end, logprobs, whole sequence
+
+    @property
+    def num_steps(self) -> int:
+        return len(self._written)
+
+    def write(self, ids: Sequence[int], logprobs: np.ndarray | None = None) -> None:
+        """Append what the policy wrote after `context`: ids and float32 behaviour log-probabilities."""
+        logprobs = np.zeros(len(ids), np.float32) if logprobs is None else logprobs
+        if len(logprobs) != len(ids):
+            raise ValueError(f"every sampled token has a log-probability; got {len(ids)} and {len(logprobs)}")
+        start = len(self.context)
+        sequence = [*self.context, *ids]
+        self._written.append((start, len(sequence), logprobs, sequence))
+        if self._codec.protocol.is_one_sequence:
+            self.context = sequence
+        else:
+            self._history = [*self._history, *self._codec.joined_step(ids)]
+
+    def splice(self, passages: Sequence[Passage]) -> None:
+        """Append what the last query brought; `context` is then ready for the next step."""
+        ids = self._codec.passage_ids(passages)
+        if self._codec.protocol.is_one_sequence:
+            self.context = [*self.context, *ids]
+        else:
+            self._history = [*self._history, *ids]
+            self.context = [*self._codec.prefix, *self._history, *self._codec.suffix]
+
+    def samples(self, temperature: float) -> tuple[Sample, ...]:
+        """The sequences to train on; nothing behind the last written token belongs to them."""
+        if not self._codec.protocol.is_one_sequence:
+            return tuple(_sample([(start, end, logprobs, step)], sequence, temperature)
+                         for step, (start, end, logprobs, sequence) in enumerate(self._written))  # fmt: skip
+        spans = [(start, end, logprobs, step) for step, (start, end, logprobs, _) in enumerate(self._written)]
+        return (_sample(spans, self._written[-1][3], temperature),) if spans else ()
+
+
+def _sample(spans: list[tuple[int, int, np.ndarray, int]], ids: list[int], temperature: float) -> Sample:
+    step_ids = np.full(len(ids), -1, np.int32)
+    behaviour = np.zeros(len(ids), np.float32)
+    for start, end, logprobs, step in spans:
+        step_ids[start:end] = step
+        behaviour[start:end] = logprobs
+    return Sample(np.asarray(ids, np.int32), step_ids >= 0, behaviour, step_ids, temperature)
+
+
+def teacher_samples(codec: Codec, trajectory: Trajectory) -> tuple[Sample, ...]:
+    """The training sequences of a teacher's trajectory, as the policy would have sampled them."""
+    transcript = Transcript(codec, trajectory.question.question)
+    for number, step in enumerate(trajectory.steps, 1):
+        transcript.write(codec.step_ids(step, number))
+        if step.query is not None:
+            transcript.splice(step.passages)
+    return transcript.samples(temperature=1.0)

@@ -1,0 +1,1 @@
+"""Training: states, jitted steps, batches, the SFT and RL loops."""

@@ -1,0 +1,73 @@
+"""Guards of RL: which of an iteration's metrics have left their bounds, and for how long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from r3rag_jax.config.schema import GuardsConfig, RLConfig
+
+ABOVE = (
+    "approx_kl", "kl", "clip_fraction", "no_answer_rate", "format_error_rate", "repeated_query_rate", "equal_groups",
+)  # fmt: skip
+
+
+def is_finite(metrics: Mapping[str, Any]) -> bool:
+    """Whether an update was one: loss and gradient are numbers."""
+    return bool(math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]))
+
+
+class Guards:
+    """Watches the metrics of one iteration after the other; what it remembers is part of a checkpoint."""
+
+    def __init__(self, config: GuardsConfig, rl: RLConfig):
+        self._config, self._rl = config, rl
+        self._first_length: float | None = None  # tokens of a trajectory in the first iteration
+        self._broken: dict[str, int] = {}  # iterations in a row, by metric
+        self.rollbacks = 0
+
+    def check(self, metrics: Mapping[str, float]) -> list[str]:
+        """One sentence for each threshold that has been broken for as long as `guards.patience`."""
+        found = self._outside(metrics)
+        self._broken = {name: self._broken.get(name, 0) + 1 for name in found}
+        return [sentence for name, sentence in found.items() if self._broken[name] >= self._config.patience]
+
+    def _outside(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """For each metric outside of its bounds the rule and what came."""
+        config, found = self._config, {}
+
+        def hold(name: str, key: str, is_inside: bool, rule: str) -> None:
+            if not is_inside:
+                found[name] = f"{name} must be {rule} (guards.{key}); got {metrics[name]:.4g}"
+
+        for name in ABOVE:
+            limit = getattr(config, name)
+            if limit > 0 and name in metrics and (name != "equal_groups" or self._rl.is_grouped):
+                hold(name, name, metrics[name] <= limit, f"at most {limit}")
+        if "entropy" in metrics:
+            hold("entropy", "min_entropy", metrics["entropy"] >= config.min_entropy, f"at least {config.min_entropy}")
+            most = config.max_entropy or math.inf
+            hold("entropy", "max_entropy", metrics["entropy"] <= most or "entropy" in found, f"at most {most}")
+        if config.displacement > 0 and "displacement" in metrics:
+            is_inside = metrics["displacement"] >= -config.displacement
+            hold("displacement", "displacement", is_inside, f"at least {-config.displacement}")
+        if self._first_length is None:
+            self._first_length = max(metrics["trajectory_tokens"], 1.0)
+        if config.length_drift > 0:
+            low, high = self._first_length / config.length_drift, self._first_length * config.length_drift
+            is_inside = low <= metrics["trajectory_tokens"] <= high
+            hold("trajectory_tokens", "length_drift", is_inside, f"in [{low:.4g}, {high:.4g}]")
+        return found
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the last iteration broke no threshold, also none that patience still bears with."""
+        return not self._broken
+
+    def get_state(self) -> dict[str, Any]:
+        return {"first_length": self._first_length, "broken": self._broken, "rollbacks": self.rollbacks}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self._first_length, self._broken = state["first_length"], dict(state["broken"])
+        self.rollbacks = state["rollbacks"]

@@ -1,0 +1,1 @@
+"""The embedded fictional encyclopedia and the bundled base model."""

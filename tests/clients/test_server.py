@@ -1,0 +1,414 @@
+"""Rollouts over a real HTTP server: the same trajectories as with our engine, and what happens when it fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import inference_server
+import jax
+import numpy as np
+import pytest
+import tiny
+import tiny_run
+from inference_server import EngineReply, Reply, completion, serve
+from rich.console import Console
+
+from r3rag_jax import evaluate, train
+from r3rag_jax.clients.completions import Server
+from r3rag_jax.config.loader import load_config
+from r3rag_jax.config.schema import RolloutConfig
+from r3rag_jax.data.qa import read_rows
+from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.evaluator import read_answers, reading_stops
+from r3rag_jax.rollout.rollout import Job, Rules, ServedRoller
+from r3rag_jax.text.protocols import make_protocol
+from r3rag_jax.text.tokenizer import Tokenizer
+from r3rag_jax.text.transcript import Codec
+from r3rag_jax.training.batch import pack
+from r3rag_jax.types import Context, Passage, Question, Sample, Status, Step, Trajectory
+
+PASSAGES = [Passage("a", '"Origin"\nOrigin was written by Charles Darwin.')]
+FIRST = Step("I need the author.", query="author of Origin")
+LAST = Step("It is Darwin.", answer="Charles Darwin")
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+# ------------------------------------------------------------- the trajectories of a trained policy
+
+
+needs_devices = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+
+
+@needs_devices
+@pytest.mark.parametrize("protocol", ["tags", "steps"])
+def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Callable[[str], Path]) -> None:
+    session = tiny_run.open_session(finished(protocol))
+    policy = session.to_sampler(session.phase_params("rl"))
+    jobs = [Job(question) for question in [*session.questions("rl")[:4], *session.questions("test")]]
+    local = session.roller().play(policy, jobs)
+    assert sum(t.num_retrievals for t in local) > 3  # so that passages are in the contexts
+    reply = EngineReply(session, policy)
+    for dialect in ("vllm", "tokens", "llama", "sglang", "openai"):
+        reply.dialect = dialect  # what is written is kept: one greedy generation for all
+        plain = ["rollout.server_extras=false", "rollout.server_prompt=text"] if dialect == "openai" else []
+        with serve(reply) as endpoint:
+            client = tiny_run.open_session(session.run_dir, f"rollout.server={endpoint.url}", *plain)
+            client.retriever = session.retriever
+            heard: list[Trajectory] = []
+            served = client.roller().play(None, jobs, heard.append)
+        assert [t.status for t in served] == [t.status for t in local]
+        assert sorted(t.question.id for t in heard) == sorted(job.question.id for job in jobs)
+        for mine, theirs in zip(local, served, strict=True):
+            if dialect in ("llama", "openai") and mine.status == Status.FORMAT_ERROR:
+                assert theirs.steps[:-1] == mine.steps[:-1]  # which token ended a malformed step they do not tell
+                continue
+            if dialect == "openai" and not all(is_as_encoded(session.tokenizer, sample) for sample in mine.samples):
+                continue  # text alone: another split into tokens, so another context
+            assert theirs.steps == mine.steps, dialect
+            for ours, sample in zip(mine.samples, theirs.samples, strict=True):
+                assert sample.ids.tolist() == ours.ids.tolist(), dialect
+                assert sample.loss_mask.tolist() == ours.loss_mask.tolist()
+                if dialect in ("vllm", "tokens", "sglang"):
+                    np.testing.assert_allclose(sample.behaviour_logprobs, ours.behaviour_logprobs, atol=1e-4)
+        assert all(type(body["prompt"]) is (str if plain else list) for body in endpoint.bodies)
+
+
+def is_as_encoded(tokenizer: Tokenizer, sample: Sample) -> bool:
+    """Whether what the policy wrote is split into tokens as the tokenizer would."""
+    written = [sample.ids[sample.step_ids == step].tolist() for step in range(sample.step_ids.max() + 1)]
+    return all(tokenizer.encode(tokenizer.decode(ids)) == ids for ids in written)
+
+
+@needs_devices
+def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    run_dir = shutil.copytree(finished("tags"), tmp_path / "run")
+    session = tiny_run.open_session(run_dir)
+    policy = session.to_sampler(session.phase_params("rl"))
+    assert evaluate.main(["--checkpoint", str(run_dir), "--name", "local"]) == 0
+    with serve(EngineReply(session, policy)) as endpoint:
+        served = f"rollout.server={endpoint.url}"
+        assert evaluate.main(["--checkpoint", str(run_dir), "--name", "served", served]) == 0
+        client = tiny_run.open_session(run_dir, served)
+        arguments = client.tokenizer, None, session.questions("test"), session.retriever, 2
+        lines = read_answers(client.reading_engine(), *arguments)
+        copy = shutil.copytree(run_dir, tmp_path / "copy")
+        shutil.rmtree(copy / "policy")  # a server has its own
+        settings = [f"run_dir={copy}", "phases=index,eval", "eval.systems=r3rag", served]
+        train.run(load_config(run_dir / "config.yaml", settings), Console(quiet=True))
+    assert (copy / "trajectories" / "r3rag.jsonl").read_text() == (run_dir / "trajectories" / "r3rag.jsonl").read_text()
+    assert json.loads((copy / "eval" / "r3rag.json").read_text())["fingerprint"]["server"] == endpoint.url
+    rows = {
+        name: [row for _, row in read_rows(run_dir / "trajectories" / f"{name}.jsonl")] for name in ("local", "served")
+    }
+    assert rows["served"] == rows["local"]
+    marks = {name: json.loads((run_dir / "eval" / f"{name}.json").read_text())["fingerprint"] for name in rows}
+    assert marks["served"] == marks["local"] | {"server": endpoint.url}
+    own = read_answers(session.reading_engine(), session.tokenizer, policy, *arguments[2:])
+    assert [(t.steps, t.status, t.num_policy_tokens) for t in lines] == [
+        (t.steps, t.status, t.num_policy_tokens) for t in own
+    ]
+
+
+# ------------------------------------------------------------------------------- a scripted server
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(params=["tags", "steps"])
+def codec(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Codec:
+    return Codec(tokenizer, make_protocol(request.param), passage_tokens=200)
+
+
+def roller(codec: Codec, url: str, **settings: Any) -> ServedRoller:
+    config = RolloutConfig(**{"server": url, "max_length": 2000, "server_retries": 2} | settings)
+    server = Server(config, codec.tokenizer, eos_id=codec.eos_id, stop_ids=codec.stop_ids, first_wait_s=0.01)
+    return ServedRoller(server, Rules(codec, tiny.DictRetriever(PASSAGES), config, top_k=1, max_passages=10))
+
+
+def play(
+    codec: Codec,
+    reply: Callable[[dict[str, Any]], Reply],
+    jobs: Sequence[Job] = (),
+    on_done: Callable[[Trajectory], None] | None = None,
+    headers: dict[str, str] | None = None,
+    **settings: Any,
+) -> tuple[list[Trajectory], inference_server.Endpoint]:
+    with serve(reply, headers) as endpoint:
+        played = roller(codec, endpoint.url, **settings).play(None, jobs or [job(0)], on_done)
+    return played, endpoint
+
+
+def job(number: int, **fields: Any) -> Job:
+    return Job(Question(f"q{number}", f"Who wrote Origin, number {number}?", ("Charles Darwin",)), **fields)
+
+
+def text_of(codec: Codec, step: Step, number: int) -> str:
+    """What a server without frills says: the step without what ended it."""
+    return codec.tokenizer.decode(codec.step_ids(step, number)[:-1])
+
+
+def answering(codec: Codec) -> Callable[[dict[str, Any]], Reply]:
+    """A query first, the answer once the prompt shows passages."""
+
+    def reply(body: dict[str, Any]) -> Reply:
+        has_read = "written by Charles Darwin" in codec.tokenizer.decode(body["prompt"])
+        return 200, completion(text_of(codec, LAST if has_read else FIRST, 1 + has_read))
+
+    return reply
+
+
+def test_ids_budgets_and_seeds_of_the_requests(codec: Codec) -> None:
+    jobs = [job(0, temperature=0.7, seed=3), job(0, sample_index=1, temperature=0.2, seed=3)]
+    settings = {"max_new_tokens": 300, "max_length": 800, "min_p": 0.1, "top_p": 0.9, "top_k_tokens": 40, "slots": 1}
+    played, endpoint = play(codec, answering(codec), jobs, **settings)
+    assert [t.answer for t in played] == ["Charles Darwin"] * 2
+    assert [t.sample_index for t in played] == [0, 1]
+    for body in endpoint.bodies:
+        assert body["max_tokens"] == min(300, 800 - len(body["prompt"]))
+        assert (body["top_p"], body["min_p"], body["top_k"], body["model"]) == (0.9, 0.1, 40, inference_server.MODEL)
+        assert "<|im_end|>" in body["stop"] and set(codec.stop_ids) <= set(body["stop_token_ids"])
+    assert sorted(body["temperature"] for body in endpoint.bodies) == [0.2, 0.2, 0.7, 0.7]
+    seeds = {(body["temperature"], body["seed"]) for body in endpoint.bodies}
+    assert seeds == {(j.temperature, int(j.key(step)[0]) >> 1) for j in jobs for step in (0, 1)}
+    context = played[0].samples[-1]
+    written = codec.step_ids(LAST, 2)
+    assert context.ids[-len(written) :].tolist() == written  # the end is restored
+
+
+def test_a_server_without_extras_hears_openai_fields_alone(codec: Codec) -> None:
+    _, endpoint = play(codec, answering(codec), server_extras=False, server_model="mine")
+    assert {name for body in endpoint.bodies for name in body} == {
+        "model", "prompt", "max_tokens", "temperature", "top_p", "stop", "logprobs", "seed",
+    }  # fmt: skip
+    assert {body["model"] for body in endpoint.bodies} == {"mine"}
+
+
+def test_who_tells_no_logprobs_cannot_be_trained_on(codec: Codec) -> None:
+    [trajectory], _ = play(codec, answering(codec))
+    assert not any(sample.has_logprobs for sample in trajectory.samples)
+    rewards = [np.ones(2, np.float32) for _ in trajectory.samples]
+    with pytest.raises(ValueError, match="must hold the log-probabilities"):
+        pack(trajectory.samples, rewards, [0] * len(rewards), row_length=2000)
+
+
+def test_logprobs_count_only_where_they_are_those_of_the_sampling(codec: Codec) -> None:
+    ids = codec.step_ids(LAST, 1)
+    told = completion(text_of(codec, LAST, 1), token_ids=ids, logprobs={"token_logprobs": [-0.5] * len(ids)})
+    for temperature, min_p, has_logprobs in ((1.0, 0.0, True), (0.0, 0.0, True), (0.7, 0.0, False), (1.0, 0.1, False)):
+        [trajectory], _ = play(codec, lambda _: (200, told), [job(0, temperature=temperature)], min_p=min_p)
+        [sample] = trajectory.samples
+        assert sample.has_logprobs == has_logprobs
+        assert not has_logprobs or np.all(sample.behaviour_logprobs[sample.loss_mask] == -0.5)
+
+
+def test_an_end_of_turn_in_a_tag_is_told_from_its_closing_where_the_server_names_it(tokenizer: Tokenizer) -> None:
+    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
+    cut = "<think> I know. </think><answer> Darwin"
+    for fields, status in (
+        ({"stop_reason": "</answer>"}, Status.ANSWERED),
+        ({"matched_stop": tokenizer.token_id("</answer>")}, Status.ANSWERED),
+        ({}, Status.ANSWERED),  # nothing said: the open tag is taken for closed
+        ({"matched_stop": tokenizer.eos_id}, Status.FORMAT_ERROR),
+        ({"token_ids": [*tokenizer.encode(cut), tokenizer.eos_id]}, Status.FORMAT_ERROR),
+    ):
+        [trajectory], _ = play(codec, lambda _, fields=fields: (200, completion(cut, **fields)))
+        assert trajectory.status == status, fields
+
+
+def test_a_tag_spelled_out_in_letters_ends_no_step(tokenizer: Tokenizer) -> None:
+    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
+    ids = tokenizer.encode("<think> I know. </think><answer> Darwin ")
+    ids += tokenizer.encode("</answer>", allow_special=False)
+    reply = 200, completion(tokenizer.decode(ids), token_ids=ids, stop_reason="</answer>")
+    [trajectory], _ = play(codec, lambda _: reply)
+    assert trajectory.status == Status.FORMAT_ERROR
+    assert trajectory.samples[0].ids[-len(ids) :].tolist() == ids
+
+
+def test_tokens_told_as_text_are_those_sampled_unless_they_are_parts_of_characters(tokenizer: Tokenizer) -> None:
+    """A split that the tokenizer would not choose is kept: `<`, `t`, … are not the tag that they spell."""
+    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
+    ids = [*tokenizer.encode("<think> a "), *tokenizer.encode("<doc>", allow_special=False), tokenizer.eos_id]
+    tokens = [tokenizer.decode([id]) for id in ids]
+    logprobs = {"tokens": tokens, "token_logprobs": [-1.0] * len(ids)}
+    for text in (tokenizer.decode(ids), tokenizer.decode(ids[:-1])):
+        [trajectory], _ = play(codec, lambda _, text=text: (200, completion(text, logprobs=logprobs)))
+        [sample] = trajectory.samples
+        assert sample.ids[sample.loss_mask].tolist() == ids and sample.has_logprobs
+    cafe = tokenizer.encode("é")
+    logprobs = {"tokens": [tokenizer.decode([id]) for id in cafe], "token_logprobs": [-1.0] * len(cafe)}
+    [trajectory], _ = play(codec, lambda _: (200, completion("é", logprobs=logprobs)))
+    [sample] = trajectory.samples
+    assert sample.ids[sample.loss_mask].tolist() == [*cafe, tokenizer.eos_id] and not sample.has_logprobs
+
+
+def test_a_step_cut_off_by_its_budget_is_malformed(codec: Codec) -> None:
+    [trajectory], _ = play(codec, lambda _: (200, completion(text_of(codec, LAST, 1), "length")))
+    assert trajectory.status == Status.FORMAT_ERROR
+    assert trajectory.samples[0].ids[-1] not in (*codec.stop_ids, codec.eos_id)
+
+
+def test_an_end_of_turn_at_once_is_a_malformed_step(codec: Codec) -> None:
+    [trajectory], _ = play(codec, lambda _: (200, completion("")))
+    assert trajectory.status == Status.FORMAT_ERROR
+    assert trajectory.num_policy_tokens == 1
+
+
+def test_trajectories_do_not_depend_on_their_neighbours_or_the_order(codec: Codec) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        """Its pace and its words depend on the request alone."""
+        time.sleep(body["seed"] % 5 / 500)
+        number = codec.tokenizer.decode(body["prompt"]).partition("number ")[2][0]
+        return 200, completion(text_of(codec, Step("I know.", answer=f"Answer {number} {body['seed']}"), 1))
+
+    jobs = [job(number, temperature=1.0) for number in range(9)]
+    played, _ = play(codec, reply, jobs, slots=8)
+    assert [t.question.id for t in played] == [j.question.id for j in jobs]
+    again, _ = play(codec, reply, jobs[::-1], slots=2)
+    assert [t.steps for t in again[::-1]] == [t.steps for t in played]
+
+
+def test_as_many_requests_are_in_flight_as_there_are_slots(codec: Codec) -> None:
+    together = threading.Barrier(4)  # breaks, and fails the test, unless four wait at once
+
+    def reply(body: dict[str, Any]) -> Reply:
+        together.wait(timeout=20)
+        return answering(codec)(body)
+
+    played, endpoint = play(codec, reply, [job(number) for number in range(4)], slots=4, server_model="m")
+    assert [t.answer for t in played] == ["Charles Darwin"] * 4
+    assert endpoint.most_busy == 4
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+
+def failing(times: int, status: int, then: Callable[[dict[str, Any]], Reply]) -> Callable[[dict[str, Any]], Reply]:
+    left = iter(range(times))
+    return lambda body: (status, {"error": "busy"}) if next(left, None) is not None else then(body)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_server_is_asked_again(codec: Codec, status: int) -> None:
+    [trajectory], endpoint = play(codec, failing(2, status, answering(codec)))
+    assert trajectory.answer == "Charles Darwin"
+    assert len(endpoint.bodies) == 2 + 2
+
+
+def test_the_server_may_say_how_long_to_wait(tokenizer: Tokenizer) -> None:
+    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
+    started = time.monotonic()
+    play(codec, failing(1, 429, answering(codec)), headers={"Retry-After": "1"})
+    assert time.monotonic() - started > 1
+
+
+def test_a_server_that_keeps_failing_loses_nothing_finished(codec: Codec) -> None:
+    """Two questions are answered; the third's calls fail for ever, and the fourth is in flight meanwhile."""
+    has_failed = threading.Event()
+
+    def reply(body: dict[str, Any]) -> Reply:
+        prompt = codec.tokenizer.decode(body["prompt"])
+        if "number 2" in prompt:
+            has_failed.set()
+            return 500, b"out of memory"
+        if "number 3" in prompt:
+            has_failed.wait(20)
+            time.sleep(0.3)  # by now its neighbour has been given up
+        return 200, completion(text_of(codec, LAST, 1))
+
+    heard: list[Trajectory] = []
+    with pytest.raises(
+        UserError, match=r"http://127\.0\.0\.1:\d+/v1/completions failed, attempt 3 of 3: 500 out of mem"
+    ):
+        play(codec, reply, [job(number) for number in range(4)], heard.append, slots=4)
+    assert sorted(t.question.id for t in heard) == ["q0", "q1", "q3"]
+
+
+def test_nobody_listens(codec: Codec) -> None:
+    with serve(answering(codec)) as endpoint:
+        pass
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:\d+/v1/models failed, attempt 3 of 3: .*refused"):
+        roller(codec, endpoint.url).play(None, [job(0)])
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        (b"<html>", "must answer JSON; got <html>"),
+        ([], "must answer choices with text and finish_reason; got []"),
+        ({"choices": []}, "must answer choices with text and finish_reason"),
+        (completion(None), "must answer a text with finish_reason stop or length"),  # type: ignore[arg-type]
+        (completion("", "abort"), "must answer a text with finish_reason stop or length"),
+        (completion("", "length"), "must answer at least one sampled token"),
+        (completion("") | {"usage": {"completion_tokens": 0}}, "must answer at least one sampled token"),
+        (completion("x", token_ids=[5, 100_000]), "must answer ids below 267, the tokenizer's"),
+        (completion("x", token_ids=["5"]), "must answer ids below 267, the tokenizer's"),
+        (completion("x", logprobs={"tokens": ["token_id:x"]}), "must answer logprobs of OpenAI's form"),
+        (completion("x", logprobs=[1]), "must answer logprobs of OpenAI's form"),
+    ],
+    ids=range(11),
+)
+def test_a_malformed_reply_is_an_error_and_never_an_empty_step(tokenizer: Tokenizer, value: Any, rule: str) -> None:
+    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
+    with pytest.raises(UserError) as caught:
+        play(codec, lambda _: (200, value))
+    assert "/v1/completions" in str(caught.value) and rule in str(caught.value)
+
+
+def test_a_refusal_is_not_repeated_and_says_what_may_help(tokenizer: Tokenizer) -> None:
+    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
+    bodies = []
+    with pytest.raises(UserError, match=r'answered 400 \{"error": "unknown field"\} .*rollout\.server_extras=false'):
+        play(codec, lambda body: bodies.append(body) or (400, {"error": "unknown field"}))
+    assert len(bodies) == 1
+    with pytest.raises(UserError, match="answered 307"):
+        play(codec, lambda _: (307, b""), headers={"Location": "http://127.0.0.1:1/"})
+
+
+def test_the_key_is_sent_and_never_shown(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
+    with pytest.raises(UserError, match="environment variable MY_KEY: it is not set"):
+        play(codec, answering(codec), server_key_env="MY_KEY")
+    monkeypatch.setenv("MY_KEY", "secret-1")
+    _, endpoint = play(codec, answering(codec), server_key_env="MY_KEY")
+    assert {headers["Authorization"] for headers in endpoint.headers} == {"Bearer secret-1"}
+    with pytest.raises(UserError) as caught:
+        play(codec, lambda _: (401, {"error": "no such key: secret-1"}), server_key_env="MY_KEY")
+    assert "secret" not in str(caught.value) and "no such key: ***" in str(caught.value)
+
+
+def test_baselines_tell_what_has_come_before_an_error(tokenizer: Tokenizer) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        assert body["temperature"] == 0.0 and "\n" in body["stop"]
+        is_second = "number 1" in tokenizer.decode(body["prompt"])
+        time.sleep(0.2 * is_second)
+        return (500, b"") if is_second else (200, completion(" Charles Darwin"))
+
+    questions = [job(0).question, job(1).question]
+    stops = [id for id in reading_stops(tokenizer) if id != tokenizer.eos_id]
+    heard: list[Trajectory] = []
+    with serve(reply) as endpoint:
+        config = RolloutConfig(server=endpoint.url, server_retries=0)
+        server = Server(config, tokenizer, eos_id=tokenizer.eos_id, stop_ids=stops)
+        with pytest.raises(UserError, match="attempt 1 of 1: 500"):
+            read_answers(server, tokenizer, None, questions, None, 2, heard.append)
+    assert [t.answer for t in heard] == ["Charles Darwin"]
+
+
+def test_a_context_without_room_is_an_error(tokenizer: Tokenizer) -> None:
+    server = Server(RolloutConfig(server="http://x"), tokenizer, eos_id=tokenizer.eos_id)
+    with pytest.raises(UserError, match="1 to 511 tokens; got 512"):
+        server.complete(Context([5] * 512, 8))

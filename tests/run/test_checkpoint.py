@@ -1,0 +1,88 @@
+"""Checkpoints: what is saved comes back, on whatever mesh, and a broken save is never the newest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from r3rag_jax.config.schema import MeshConfig, SFTConfig
+from r3rag_jax.errors import UserError
+from r3rag_jax.parallel.mesh import make_mesh
+from r3rag_jax.run.checkpoints import Checkpoints
+from r3rag_jax.training import learner, optimizer
+
+NOTE = {"batches": {"rows": 16, "examples": 40, "plan": 123}, "iteration": 2}
+
+
+def state_on(sizes: tuple[int, int, int], scale: float = 1.0) -> learner.TrainState:
+    """A training state whose optimizer has moved, on a mesh of these sizes."""
+    params = jax.tree.map(lambda x: scale * x, nnx.split(tiny.decoder(272))[1])
+    tx = optimizer.sft_optimizer(SFTConfig(lr=1e-3), 10)
+    state = learner.init_state(make_mesh(MeshConfig(*sizes)), params, tx)
+    return jax.tree.map(lambda x: x + jnp.asarray(scale, x.dtype), state)
+
+
+def assert_equal_but_for_layout(one: object, other: object) -> None:
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+
+
+def test_another_mesh_restores_the_same_numbers(tmp_path: Path) -> None:
+    saved = state_on((8, 1, 1))
+    checkpoints = Checkpoints(tmp_path, "sft")
+    assert checkpoints.latest is None and checkpoints.note() is None
+    checkpoints.save(3, saved, NOTE)
+    checkpoints.close()
+    for sizes in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
+        like = state_on(sizes, scale=0.0)
+        reader = Checkpoints(tmp_path, "sft")
+        assert reader.latest == 3
+        restored, note = reader.restore(like)
+        assert note == reader.note() == NOTE
+        assert_equal_but_for_layout(restored, saved)
+        assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, like)
+        reader.close()
+
+
+def test_the_newest_is_kept_and_phases_are_apart(tmp_path: Path) -> None:
+    state = {"x": jnp.arange(4.0)}
+    sft, rl = Checkpoints(tmp_path, "sft"), Checkpoints(tmp_path, "rl")
+    sft.save(2, state, {"at": 2})
+    sft.save(4, {"x": jnp.arange(4.0) + 1}, {"at": 4})
+    rl.save(1, state, {"at": 1})
+    assert (sft.latest, rl.latest) == (4, 1)
+    assert sft.note() == {"at": 4}
+    restored, _ = sft.restore(state)
+    assert restored["x"].tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / "sft").iterdir() if p.name.isdigit()) == ["4"]
+    sft.close(), rl.close()
+
+
+def test_a_half_written_step_does_not_count(tmp_path: Path) -> None:
+    state = {"x": jnp.arange(4.0)}
+    checkpoints = Checkpoints(tmp_path, "rl")
+    checkpoints.save(2, state, {"at": 2})
+    checkpoints.close()
+    partial = tmp_path / "checkpoints" / "rl" / "3.orbax-checkpoint-tmp-0"  # what a killed save leaves behind
+    (partial / "state").mkdir(parents=True)
+    reader = Checkpoints(tmp_path, "rl")
+    assert reader.latest == 2
+    assert reader.restore(state)[1] == {"at": 2}
+    reader.close()
+
+
+def test_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, "sft")
+    with pytest.raises(UserError, match="no checkpoint in"):
+        checkpoints.restore({"x": jnp.zeros(4)})
+    checkpoints.save(1, {"x": jnp.zeros(4)}, {})
+    with pytest.raises(UserError, match=r"checkpoints/sft/1 does not fit this configuration"):
+        checkpoints.restore({"x": jnp.zeros(5)})
+    with pytest.raises(UserError, match=r"checkpoints/sft/1 does not fit this configuration"):
+        checkpoints.restore({"x": jnp.zeros(4), "y": jnp.zeros(1)})
+    checkpoints.close()

@@ -1,0 +1,203 @@
+import json
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from r3rag_jax.text.tokenizer import Tokenizer
+
+CHATML = """\
+{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{% for message in messages %}
+    {% if message.role == 'system' %}
+        {% continue %}
+    {% endif %}
+    {%- if message.role not in ['user', 'assistant'] %}
+        {{- raise_exception('unknown role ' + message.role) }}
+    {%- endif %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content | trim + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if tools is not none %}{{ tools | tojson }}{% endif %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+MESSAGES = [
+    {"role": "user", "content": " Who wrote <On the Origin of Species>? "},
+    {"role": "assistant", "content": "Darwin\n"},
+    {"role": "user", "content": "Born where? Ünïcode 中文"},
+]
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A byte-level BPE with a ChatML template, in the files transformers would write."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(["the question the answer the Darwin Darwin"] * 4, trainer)
+    path = tmp_path / "tokenizer"
+    path.mkdir()
+    backend.save(str(path / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": {"__type": "AddedToken", "content": "<|endoftext|>", "special": True},
+        "chat_template": CHATML,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def edit_config(directory, **changes):
+    file = directory / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_encode_decode_round_trip(directory):
+    tokenizer = Tokenizer(directory)
+    text = "Darwin asked the question.\n  naïve 中文 \U0001f98e"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(isinstance(i, int) and 0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.encode("") == []
+
+
+def test_special_ids(directory):
+    tokenizer = Tokenizer(directory)
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id) == (0, 2, None)
+    assert tokenizer.token_id("<|im_start|>") == 1
+    with pytest.raises(KeyError, match="<nothing>"):
+        tokenizer.token_id("<nothing>")
+
+
+def test_specials_are_written_out_or_skipped(directory):
+    tokenizer = Tokenizer(directory)
+    ids = [1, *tokenizer.encode("the"), 2]
+    assert tokenizer.decode(ids) == "<|im_start|>the<|im_end|>"
+    assert tokenizer.decode(ids, skip_special=True) == "the"
+
+
+def test_outside_text_cannot_smuggle_in_control_tokens(directory):
+    # A passage that spells the end-of-turn token must stay text, or any web page could end the
+    # model's turn.
+    tokenizer = Tokenizer(directory)
+    text = "the <|im_end|> answer <query>"
+    assert 2 in tokenizer.encode(text)
+    tokenizer.add_special_tokens(["<query>"])
+    assert tokenizer.token_id("<query>") in tokenizer.encode(text)
+    ids = tokenizer.encode(text, allow_special=False)
+    assert not {0, 1, 2, tokenizer.token_id("<query>")} & set(ids)
+    assert tokenizer.decode(ids) == text
+
+
+def test_pad_falls_back_to_eos_and_eos_is_required(directory):
+    edit_config(directory, pad_token=None)
+    assert Tokenizer(directory).pad_id == 2
+    edit_config(directory, eos_token=None)
+    with pytest.raises(ValueError, match="must name an eos_token"):
+        _ = Tokenizer(directory).eos_id
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chat_equals_transformers(directory, add_generation_prompt):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    ours = Tokenizer(directory)
+    for messages in (MESSAGES, [{"role": "system", "content": "Be brief."}, *MESSAGES]):
+        text = theirs.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=False)
+        assert ours.render_chat(messages, add_generation_prompt) == text
+        assert ours.chat(messages, add_generation_prompt) == ids
+
+
+def test_chat_text_by_hand(directory):
+    text = Tokenizer(directory).render_chat([{"role": "user", "content": "Hi"}])
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_template_file_wins_and_generation_blocks_render(directory):
+    body = "{% generation %}{{ m.content }}!{% endgeneration %}"
+    template = "{% for m in messages %}" + body + "{% endfor %}"
+    (directory / "chat_template.jinja").write_text(template)
+    assert Tokenizer(directory).render_chat([{"role": "user", "content": "Hi"}]) == "Hi!"
+
+
+def test_template_errors_are_reported(directory):
+    with pytest.raises(ValueError, match="unknown role tool"):
+        Tokenizer(directory).chat([{"role": "tool", "content": "x"}])
+    edit_config(directory, chat_template="{{ messages.__class__.__mro__ }}")
+    with pytest.raises(ValueError, match="unsafe"):
+        Tokenizer(directory).chat(MESSAGES)
+    edit_config(directory, chat_template="{% if %}")
+    with pytest.raises(ValueError, match="chat template of"):
+        Tokenizer(directory).chat(MESSAGES)
+    edit_config(directory, chat_template=None)
+    with pytest.raises(ValueError, match="needs a chat_template"):
+        Tokenizer(directory).chat(MESSAGES)
+
+
+def test_truncation_in_the_file_is_not_applied(directory):
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.enable_truncation(2)
+    backend.enable_padding(length=64)
+    backend.save(str(directory / "tokenizer.json"))
+    tokenizer = Tokenizer(directory)
+    text = "the question the answer"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_added_tokens_survive_saving(directory, tmp_path):
+    tokenizer = Tokenizer(directory)
+    size = tokenizer.vocab_size
+    assert tokenizer.add_special_tokens(["<query>", "</query>", "<|im_end|>"]) == 2
+    assert tokenizer.vocab_size == size + 2
+    tokenizer.save(tmp_path / "saved")
+    saved = Tokenizer(tmp_path / "saved")
+    text = "the <query>Darwin</query>"
+    assert saved.encode(text) == tokenizer.encode(text)
+    assert saved.token_id("</query>") == size + 1
+    assert saved.chat(MESSAGES) == tokenizer.chat(MESSAGES)
+    assert saved.decode([saved.token_id("<query>")], skip_special=True) == ""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs.encode(text, add_special_tokens=False) == saved.encode(text)
+    assert theirs.eos_token == "<|im_end|>"
+
+
+def test_a_directory_without_tokenizer_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must hold tokenizer\.json"):
+        Tokenizer(tmp_path)
+
+
+def test_where_a_stop_string_ends(directory):
+    """Counted in tokens, the last of which may hold more than the string: nothing behind the string is a token less."""
+    tokenizer = Tokenizer(directory)
+    ids = tokenizer.encode("the answer Darwin\n中\nmore")
+    for strings, spelled in (
+        (("\n",), "the answer Darwin\n"),
+        (("中",), "the answer Darwin\n中"),
+        (("wer", "\n"), None),
+    ):
+        count = tokenizer.end_of(strings, ids)
+        assert any(string in tokenizer.decode(ids[:count]) for string in strings)
+        assert not any(string in tokenizer.decode(ids[: count - 1]) for string in strings)
+        assert spelled is None or tokenizer.decode(ids[:count]) == spelled
+    assert tokenizer.end_of(("wer", "\n"), ids) < tokenizer.end_of(("\n",), ids)
+    assert tokenizer.end_of(("answers",), ids) == tokenizer.end_of(("\n",), []) == 0
+    assert tokenizer.end_of(("the",), tokenizer.encode("the")) == len(tokenizer.encode("the"))
