@@ -41,8 +41,13 @@ CORE = [
     "markupsafe>=2.1",
 ]
 NOTEBOOK = ["matplotlib>=3.10", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=7.0"]
+# Trackers that `log.trackers` names.
+TENSORBOARD = ["tensorboardX>=2.6"]
+TRACKIO = ["trackio>=0.40"]
 TEST = [
     *NOTEBOOK,
+    *TENSORBOARD,
+    *TRACKIO,
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "hypothesis>=6.150",
@@ -73,6 +78,8 @@ setup(
         "test": TEST,
         # `python -m r3rag_jax.convert model.gguf`: transformers reads it with these.
         "gguf": ["gguf>=0.19", "accelerate>=1.15", "torch>=2.13"],
+        "tensorboard": TENSORBOARD,
+        "trackio": TRACKIO,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
     },

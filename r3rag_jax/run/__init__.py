@@ -1,1 +1,1 @@
-"""A run on disk: its directory, checkpoints, metrics, progress."""
+"""What a run leaves on disk and reports while it works: directory, checkpoints, metrics, trackers, progress."""

@@ -1,0 +1,1 @@
+"""Experiment trackers that receive a run's metrics in addition to `metrics.jsonl`; `factory.py` lists them."""

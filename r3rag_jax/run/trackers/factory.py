@@ -1,0 +1,34 @@
+"""The table of trackers: a new one is a file beside this one and a line in `TRACKERS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from r3rag_jax.errors import UserError
+from r3rag_jax.run.trackers.base import Tracker
+from r3rag_jax.run.trackers.tensorboard import TensorBoardTracker
+from r3rag_jax.run.trackers.trackio import TrackioTracker
+
+TRACKERS: dict[str, type[Tracker]] = {
+    "tensorboard": TensorBoardTracker,
+    "trackio": TrackioTracker,
+}
+
+
+def make_trackers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any]) -> tuple[Tracker, ...]:
+    """The trackers that `log.trackers` names.
+
+    Args:
+        names: keys of `TRACKERS`.
+        run_dir: the run's directory; nothing is written to it before the first metric.
+        config: the resolved configuration as nested dicts.
+
+    Raises:
+        UserError: a name is unknown, or the package of a tracker is not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"log.trackers must be of {', '.join(TRACKERS)}; got {name}")
+    return tuple(TRACKERS[name](run_dir, config) for name in names)

@@ -1,0 +1,88 @@
+"""The TensorBoard tracker: what it writes is read back from the event file."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from r3rag_jax.run.trackers.tensorboard import TensorBoardTracker
+
+pytest.importorskip("tensorboardX", reason="needs the extra tensorboard")
+
+
+def events(directory: Path) -> Iterator[Any]:
+    """The events of a directory in the order written.
+
+    A TFRecord is a length (uint64), a checksum of it (uint32), the bytes and a checksum of those.
+    """
+    from tensorboardX.proto.event_pb2 import Event
+
+    for path in sorted(directory.glob("events.out.tfevents.*")):
+        data, start = path.read_bytes(), 0
+        while start < len(data):
+            (length,) = struct.unpack_from("<Q", data, start)
+            yield Event.FromString(data[start + 12 : start + 12 + length])
+            start += 16 + length
+
+
+def scalars(directory: Path) -> list[tuple[str, int, float]]:
+    values = [(value, event.step) for event in events(directory) for value in event.summary.value]
+    return [(v.tag, step, v.simple_value) for v, step in values if v.WhichOneof("value") == "simple_value"]
+
+
+def texts(directory: Path) -> dict[tuple[str, int], str]:
+    values = [(value, event.step) for event in events(directory) for value in event.summary.value]
+    return {
+        (v.tag.removesuffix("/text_summary"), step): v.tensor.string_val[0].decode()
+        for v, step in values
+        if v.WhichOneof("value") == "tensor"
+    }
+
+
+def test_scalars_keep_their_names_and_steps(tmp_path: Path) -> None:
+    tracker = TensorBoardTracker(tmp_path, {})
+    tracker.log(0, {"sft/loss": 2.5})
+    tracker.log(0, {"rl/reward": 0.1, "rl/tokens_per_s": 5400.0})
+    tracker.log(7, {"rl/reward": -1.0, "rl/kl": math.nan, "rl/ratio": math.inf})
+    tracker.finish()
+    written = scalars(tmp_path / "tensorboard")
+    *finite, kl, ratio = written
+    assert finite == [
+        ("sft/loss", 0, 2.5), ("rl/reward", 0, float(np.float32(0.1))), ("rl/tokens_per_s", 0, 5400.0),
+        ("rl/reward", 7, -1.0),
+    ]  # fmt: skip
+    assert kl[:2] == ("rl/kl", 7) and math.isnan(kl[2])
+    assert ratio == ("rl/ratio", 7, math.inf)
+
+
+def test_trajectories_and_configuration_are_texts(tmp_path: Path) -> None:
+    tracker = TensorBoardTracker(tmp_path, {"seed": 3, "rl": {"lr": 1e-6}})
+    tracker.trajectories(4, [{"question": "Wer war Gödel?", "reward": 1.0}, {"question": "Why?"}])
+    tracker.finish()
+    written = texts(tmp_path / "tensorboard")
+    assert written["config", 0] == '```json\n{\n  "seed": 3,\n  "rl": {\n    "lr": 1e-06\n  }\n}\n```'
+    first, second = written["trajectories", 4].split("\n\n")
+    assert first == '```json\n{\n  "question": "Wer war Gödel?",\n  "reward": 1.0\n}\n```'
+    assert '"Why?"' in second
+
+
+def test_a_resumed_run_adds_to_the_same_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for start in (0, 2):
+        monkeypatch.setattr("time.time", lambda start=start: 1e9 + start)  # names of event files have whole seconds
+        tracker = TensorBoardTracker(tmp_path, {})
+        for step in range(start, start + 3):
+            tracker.log(step, {"rl/reward": float(step)})
+        tracker.finish()
+    steps = [step for _, step, _ in scalars(tmp_path / "tensorboard")]
+    assert steps == [0, 1, 2, 2, 3, 4]
+
+
+def test_nothing_is_written_before_the_first_metric(tmp_path: Path) -> None:
+    TensorBoardTracker(tmp_path, {"seed": 3}).finish()
+    assert list(tmp_path.iterdir()) == []
