@@ -35,6 +35,7 @@ CORE = [
     "safetensors>=0.5",
     "numpy>=2.1",
     "ml_dtypes>=0.5",
+    "httpx>=0.28",  # clients of HTTP servers: pooled connections
     "pyyaml>=6.0",
     "rich>=13.9",
     "jinja2>=3.1",

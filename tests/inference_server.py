@@ -1,99 +1,19 @@
-"""A small real OpenAI-compatible server for tests: an HTTP server in a thread, and our engine behind it."""
+"""The engine behind the HTTP server of `openai_server.py`, in the dialects of several inference servers."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from openai_server import MODEL, Reply, completion
 
 from r3rag_jax.components import Session
 from r3rag_jax.sampler.state import RowStatus
 from r3rag_jax.types import Context
 
-Reply = tuple[int, Any]  # status, and a JSON value or bytes as they stand
 Asked = tuple[tuple[int, ...], int, tuple[int, ...]]  # ids, budget, ids that end it
 Written = tuple[list[int], list[float]]  # ids and their log-probabilities
-MODEL = "tiny"
-
-
-class Endpoint:
-    """What a running server has heard, and where it is."""
-
-    def __init__(self, url: str):
-        self.url = url
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.num_busy = self.most_busy = 0  # requests under way at once
-
-
-@contextlib.contextmanager
-def serve(reply: Callable[[dict[str, Any]], Reply], extra_headers: dict[str, str] | None = None) -> Iterator[Endpoint]:
-    """`reply` answers the bodies of /v1/completions and /v1/chat/completions, from a thread each."""
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.answer(200, {"data": [{"id": MODEL}]} if self.path == "/v1/models" else {})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                endpoint.bodies.append(body)
-                endpoint.headers.append(dict(self.headers))
-                endpoint.num_busy += 1
-                endpoint.most_busy = max(endpoint.most_busy, endpoint.num_busy)
-            try:
-                assert self.path == ("/v1/chat/completions" if "messages" in body else "/v1/completions")
-                status, value = reply(body)
-            finally:
-                with lock:
-                    endpoint.num_busy -= 1
-            self.answer(status, value)
-
-        def answer(self, status: int, value: Any) -> None:
-            content = value if isinstance(value, bytes) else json.dumps(value).encode()
-            self.send_response(status)
-            for name, text in (extra_headers or {}).items():
-                self.send_header(name, text)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    class Listener(ThreadingHTTPServer):
-        request_queue_size = 64
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            if not isinstance(sys.exception(), ConnectionError):  # a client that has left is no news
-                super().handle_error(request, client_address)
-
-    server = Listener(("127.0.0.1", 0), Handler)
-    endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}/v1")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield endpoint
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def completion(text: str, finish: str = "stop", **fields: Any) -> dict[str, Any]:
-    """The reply of a server that tells no more than OpenAI's API asks for."""
-    return {"choices": [{"index": 0, "text": text, "finish_reason": finish} | fields]}
-
-
-def chat(text: Any, finish: str = "stop") -> dict[str, Any]:
-    """The reply of /v1/chat/completions."""
-    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
 
 
 class EngineReply:

@@ -1,1 +1,1 @@
-"""Clients of OpenAI-compatible HTTP servers."""
+"""Clients of servers that speak JSON over HTTP."""

@@ -1,82 +1,95 @@
-"""One user message in, one greedy reply out, over a server's `/v1/chat/completions`."""
+"""One user message in, one greedy reply out: what a judge needs of a chat model, and the client of a served one.
+
+A message without a whole reply yields an error: neither a failure nor the half of a reply that the token budget cut off
+("Relevance: 0" of "Relevance: 0.85") can be taken for what the model said.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Protocol
 
 from r3rag_jax.clients.endpoint import Endpoint
 from r3rag_jax.errors import UserError
 
+PATH = "/chat/completions"
 
-class ServedChat:
-    """A model on an OpenAI-compatible server."""
 
-    is_collective = False  # of several processes, one asks for all
+class Chat(Protocol):
+    """A chat model: `ChatClient`, or `EngineChat` of the sampler."""
 
-    def __init__(self, endpoint: Endpoint, model: str, *, max_tokens: int, max_in_flight: int):
-        """`model` is its name there; empty: the first that the server lists."""
-        self._endpoint, self._model = endpoint, model
-        self._max_tokens, self._max_in_flight = max_tokens, max_in_flight
-        self._has_given_up = False
+    @property
+    def is_collective(self) -> bool:
+        """Whether all processes must call it together; otherwise one process calls it for all."""
+        ...
 
     @property
     def model(self) -> str:
-        return self._model or self._endpoint.first_model
+        """The model's name."""
+        ...
 
     @property
     def identity(self) -> str:
-        """What a reply depends on beside the prompt: not where the model is served."""
-        return self.model
+        """What a reply depends on besides the prompt."""
+        ...
 
     @property
-    def place(self) -> str:
-        """Where it is, for errors."""
+    def location(self) -> str:
+        """Where the model runs, for error messages."""
+        ...
+
+    def reply_all(self, prompts: Sequence[str]) -> Iterator[tuple[int, str | UserError]]:
+        """Yields the index of each prompt and its reply, or why there is none, in the order of arrival."""
+        ...
+
+    def give_up(self) -> None:
+        """Start no further replies of the current `reply_all`."""
+        ...
+
+
+class ChatClient:
+    """A model on an OpenAI-compatible server, over `/v1/chat/completions`."""
+
+    is_collective = False
+
+    def __init__(self, endpoint: Endpoint, *, max_tokens: int):
+        """`max_tokens`: budget of a reply; a longer one is an error."""
+        self._endpoint, self._max_tokens = endpoint, max_tokens
+
+    @property
+    def model(self) -> str:
+        return self._endpoint.model
+
+    @property
+    def identity(self) -> str:
+        return self.model  # wherever it is served
+
+    @property
+    def location(self) -> str:
         return self._endpoint.url
 
     def reply_all(self, prompts: Sequence[str]) -> Iterator[tuple[int, str | UserError]]:
-        """Place of each prompt and its reply, or why there is none, as they come."""
-        self._has_given_up = False
-        with ThreadPoolExecutor(self._max_in_flight) as pool, self._endpoint.session():
-            futures = {pool.submit(self._reply, prompt): place for place, prompt in enumerate(prompts)}
-            try:
-                for future in as_completed(futures):
-                    if not future.cancelled():
-                        yield futures[future], future.result()
-                    if self._has_given_up:
-                        _cancel(futures)
-            finally:
-                _cancel(futures)  # the caller has left
+        """See `Chat.reply_all`; requests in flight when the client gives up still yield their replies."""
+        return self._endpoint.call_all(self._reply, prompts)
 
     def give_up(self) -> None:
-        """Nothing more is asked and nothing asked again; `reply_all` still gives what is in flight."""
-        self._has_given_up = True
         self._endpoint.give_up()
 
-    def _reply(self, prompt: str) -> str | UserError:
+    def _reply(self, prompt: str) -> str:
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0.0,
+            "max_tokens": self._max_tokens,
+        }
+        reply = self._endpoint.call(PATH, body)
         try:
-            body = {
-                "model": self.model,
-                "messages": [{"role": "user", "content": prompt}],
-                "temperature": 0.0,
-                "max_tokens": self._max_tokens,
-            }
-            reply = self._endpoint.call("/chat/completions", body)
-            try:
-                choice = reply["choices"][0]
-                text, finish = choice["message"]["content"], choice.get("finish_reason")
-            except (KeyError, IndexError, TypeError, AttributeError):
-                text, finish = None, None
-            if not isinstance(text, str):
-                raise self._endpoint.malformed("/chat/completions", "choices with a message's content", reply)
-            if finish == "length":
-                raise self._endpoint.malformed("/chat/completions", f"in {self._max_tokens} tokens", reply)
-        except UserError as error:
-            return error
+            choice = reply["choices"][0]
+            text, finish = choice["message"]["content"], choice.get("finish_reason")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            text, finish = None, None
+        if not isinstance(text, str):
+            raise self._endpoint.malformed(PATH, "choices with a message's content", reply)
+        if finish == "length":
+            raise self._endpoint.malformed(PATH, f"in {self._max_tokens} tokens", reply)
         return text
-
-
-def _cancel(futures: Any) -> None:
-    for future in futures:
-        future.cancel()

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
@@ -69,15 +70,14 @@ class Server:
         self._ends = {id: tokenizer.decode([id]) for id in (*stop_ids, eos_id)}
         hint = "for a server that refuses fields beyond OpenAI's: rollout.server_extras=false"
         self._endpoint = Endpoint(
-            config.server, name="rollout.server", key_name="rollout.server_key_env", key_env=config.server_key_env,
-            retries=config.server_retries, timeout_s=config.server_timeout_s, first_wait_s=first_wait_s,
+            _endpoint_config(config), name="rollout.server", first_wait_s=first_wait_s,
             hints=dict.fromkeys((400, 422), hint) if config.server_extras else None,
         )  # fmt: skip
 
     @property
     def model(self) -> str:
         """`rollout.server_model`, or the first model that the server lists."""
-        return self._config.server_model or self._endpoint.first_model
+        return self._endpoint.model
 
     def complete(self, context: Context) -> Completion:
         """Sample behind a context.
@@ -228,3 +228,10 @@ class Server:
     def give_up(self) -> None:
         """Calls in flight are not retried any more."""
         self._endpoint.give_up()
+
+
+def _endpoint_config(config: RolloutConfig) -> Any:
+    return types.SimpleNamespace(
+        url=config.server, model=config.server_model, key_env=config.server_key_env, max_in_flight=config.slots,
+        requests_per_minute=0, retries=config.server_retries, timeout_s=config.server_timeout_s,
+    )  # fmt: skip

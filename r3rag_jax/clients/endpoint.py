@@ -1,32 +1,60 @@
 """A model server that speaks OpenAI's API over HTTP: JSON out, JSON in, calls repeated while it is busy or away.
 
-What the sampler of rollouts (`sampler/server.py`) and a judge (`sampler/chat.py`) share: key, retries, rate,
-errors. The standard library is enough, and asks for no event loop: callers bring threads.
+All clients of this folder share it: key, retries, rate limit, concurrency and error messages are defined here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import http.client
 import json
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any, Protocol, TypeVar
 
+import httpx
+
+from r3rag_jax.clients.transport import MAX_REPLY_BYTES, Reply, ReplyTooLargeError, Transport, TransportError
 from r3rag_jax.errors import UserError
 
-RETRIED = (408, 409, 429, 500, 502, 503, 504, 529)  # HTTP status: busy or broken for the moment
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # before the first retry; doubled for each further one
-SHOWN = 300  # characters of a reply in an error
+T = TypeVar("T")
+U = TypeVar("U")
+
+RETRIED_STATUSES = frozenset((408, 409, 429, 500, 502, 503, 504, 529))  # the server is busy or broken for the moment
+FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0  # before the first retry; doubled for each further one, up to the maximum
+MAX_SHOWN = 300  # characters of a reply in an error message
+
+
+class EndpointConfig(Protocol):
+    """What an endpoint needs of its configuration section."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def key_env(self) -> str: ...
+
+    @property
+    def max_in_flight(self) -> int: ...
+
+    @property
+    def requests_per_minute(self) -> int: ...
+
+    @property
+    def retries(self) -> int: ...
+
+    @property
+    def timeout_s(self) -> float: ...
 
 
 class RateLimit:
-    """Starts of calls at least 60 / per_minute seconds apart, whichever thread makes them."""
+    """Spaces the starts of requests by at least 60 / per_minute seconds, whichever thread makes them."""
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic):
         self._gap_s, self._clock = 60 / per_minute, clock
@@ -34,7 +62,7 @@ class RateLimit:
         self._next = clock()
 
     def reserve(self) -> float:
-        """Takes the next free start; returns the seconds until then."""
+        """Reserve the next free start; returns the seconds until then."""
         with self._lock:
             now = self._clock()
             start = max(now, self._next)
@@ -42,57 +70,60 @@ class RateLimit:
             return start - now
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: followed, it would carry the key to another host and lose the request's body."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
 class Endpoint:
-    """One such server; its methods may be called from many threads."""
+    """One server; its methods may be called from many threads."""
 
     def __init__(
         self,
-        url: str,
+        config: EndpointConfig,
         *,
         name: str,
-        key_name: str,
-        key_env: str = "",
-        retries: int,
-        timeout_s: float,
         hints: Mapping[int, str] | None = None,
-        limit: RateLimit | None = None,
         first_wait_s: float = FIRST_WAIT_S,
         wait: Callable[[float], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        max_reply_bytes: int = MAX_REPLY_BYTES,
     ):
         """
         Args:
-            url: e.g. http://localhost:8000/v1.
-            name: the configuration's key of the URL, which errors begin with; `key_name`: that of `key_env`.
-            key_env: environment variable that holds the API key; empty: none is sent.
+            config: `url` is the base of all paths, e.g. http://localhost:8000/v1.
+            name: the configuration section, e.g. `judge.endpoint`; error messages begin with its key.
             hints: HTTP status of a refusal -> what may help.
-            limit: of all requests, repeated ones included.
-            wait: waits so many seconds; tests bring their own. Default: or until the calls are given up.
+            first_wait_s: seconds before the first retry.
+            wait: waits so many seconds, and `clock` reads the time in seconds; a test may bring its own. The default
+                wait ends early when `give_up` is called.
+            max_reply_bytes: a larger reply is an error.
 
         Raises:
-            UserError: the environment variable is not set.
+            UserError: the URL is invalid, or the environment variable of the key is not set.
         """
-        self.url, self._name = url.rstrip("/"), name
-        self._retries, self._timeout_s, self._first_wait_s, self._limit = retries, timeout_s, first_wait_s, limit
-        self._hints = dict.fromkeys((401, 403), f"{key_name} names the variable that holds the key") | dict(hints or {})
-        self._key = os.environ.get(key_env, "") if key_env else ""
-        if key_env and not self._key:
-            raise UserError(f"{key_name} names the environment variable {key_env}: it is not set")
-        self._opener = urllib.request.build_opener(_NoRedirect)
-        self._given_up = threading.Event()
-        self._wait = self._given_up.wait if wait is None else wait
+        self.url, self._config, self._name = config.url.rstrip("/"), config, name
+        self._first_wait_s, self._max_reply_bytes = first_wait_s, max_reply_bytes
+        self._hints = dict.fromkeys((401, 403), f"{name}.key_env names the variable that holds the key")
+        self._hints |= dict(hints or {})
+        self._key = _read_key(config.key_env, name)
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        try:
+            httpx.URL(self.url)
+            self._transport = Transport(headers, timeout_s=config.timeout_s, max_bytes=max_reply_bytes)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise UserError(f"{name}.url: {self.url} cannot be called: {error}") from None
+        self._limit = RateLimit(config.requests_per_minute, clock) if config.requests_per_minute else None
+        self._has_given_up = threading.Event()
+        self._wait = self._has_given_up.wait if wait is None else wait
         self._is_away = False  # a call has run out of its retries, and none has been answered since
         self._lock = threading.Lock()
 
     @property
-    def first_model(self) -> str:
-        """The first model that the server lists."""
+    def model(self) -> str:
+        """The configured model, or the first that the server lists.
+
+        Raises:
+            UserError: the server must be asked and does not answer.
+        """
+        if self._config.model:
+            return self._config.model
         with self._lock:
             return self._first_model
 
@@ -107,10 +138,83 @@ class Endpoint:
             raise self.malformed("/models", "a list of models", reply)
         return name
 
+    # ---- one call
+
+    def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """POST a body (GET without one); returns the JSON reply.
+
+        While the server is busy, broken or away the request is repeated after doubling waits. Once a call has run out
+        of its retries, every further one of the session has a single attempt until one is answered: the server has had
+        its time, and hundreds of calls that each wait their turn would take hours to say so.
+
+        Raises:
+            UserError: the server refuses, keeps failing, or answers no JSON.
+        """
+        content = None if body is None else json.dumps(body).encode()
+        num_attempts = 1 if self._is_away else self._config.retries + 1
+        reason, attempt = "given up before it was asked", 0
+        for attempt in range(num_attempts):
+            if self._limit is not None and self._pause(self._limit.reserve()):
+                break
+            least_wait_s = 0.0
+            try:
+                reply = self._send(path, content)
+                if reply.status not in RETRIED_STATUSES:
+                    return self._read(path, reply)
+                reason = f"{reply.status} {self.shown(reply.content)}"
+                least_wait_s = _seconds(reply.headers.get("Retry-After", ""))
+            except TransportError as error:
+                reason = self.shown(str(error).encode())
+            if attempt == self._config.retries:
+                self._is_away = True
+            wait_s = min(MAX_WAIT_S, max(least_wait_s, self._first_wait_s * 2**attempt))
+            if attempt == num_attempts - 1 or self._pause(wait_s):
+                break
+        raise UserError(
+            f"{self._name}.url: {self.url}{path} failed, attempt {attempt + 1} of {self._config.retries + 1}: {reason}"
+        )
+
+    def _send(self, path: str, content: bytes | None) -> Reply:
+        try:
+            return self._transport.send("GET" if content is None else "POST", self.url + path, content)
+        except ReplyTooLargeError:
+            rule = f"at most {self._max_reply_bytes} bytes; got more"
+            raise UserError(f"{self._name}.url: {self.url}{path} must answer {rule}") from None
+
+    def _read(self, path: str, reply: Reply) -> Any:
+        """The JSON of an answer that is not to be retried."""
+        self._is_away = False
+        if not reply.is_success:
+            hint = f" ({self._hints[reply.status]})" if reply.status in self._hints else ""
+            answer = f"{reply.status} {self.shown(reply.content)}"
+            raise UserError(f"{self._name}.url: {self.url}{path} answered {answer}{hint}")
+        try:
+            return json.loads(reply.content)
+        except (ValueError, RecursionError):
+            raise self.malformed(path, "JSON", reply.content) from None
+
+    def malformed(self, path: str, rule: str, reply: Any) -> UserError:
+        """The error for a reply that breaks a rule."""
+        return UserError(f"{self._name}.url: {self.url}{path} must answer {rule}; got {self.shown(reply)}")
+
+    def shown(self, reply: Any) -> str:
+        """A reply (bytes or a JSON value) as one short text, without the key, which a server may echo."""
+        text = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else json.dumps(reply)
+        for key in {self._key, json.dumps(self._key)[1:-1]} - {""}:
+            text = text.replace(key, "***")
+        return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; returns whether the calls were given up."""
+        self._wait(seconds)
+        return self._has_given_up.is_set()
+
+    # ---- many calls
+
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """A round of calls; an exception inside ends the retries of those in flight."""
-        self._given_up.clear()
+        """A session of calls, with its own retries; an exception inside ends the retries of those in flight."""
+        self._has_given_up.clear()
         self._is_away = False
         try:
             yield
@@ -119,81 +223,47 @@ class Endpoint:
             raise
 
     def give_up(self) -> None:
-        """Calls in flight are not retried any more."""
-        self._given_up.set()
+        """End the retries of the session's calls; `call_all` starts no further ones."""
+        self._has_given_up.set()
 
-    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON reply; retried with exponential backoff while the server is busy, broken or away.
+    def call_all(
+        self, function: Callable[[T], U], inputs: Sequence[T], *, max_in_flight: int | None = None
+    ) -> Iterator[tuple[int, U | UserError]]:
+        """Apply a function that calls this endpoint to all inputs, in the threads of one session.
 
-        Once a call has run out of its retries, each further one of the session has a single attempt until one is
-        answered: the server has been given its time, and hundreds that wait in turn would take hours to say so.
-
-        Raises:
-            UserError: the server refuses, keeps failing, or answers no JSON.
+        Yields the index of an input and its result, or the UserError that it raised, as they come. After `give_up` it
+        yields what is in flight and ends. `max_in_flight` inputs are taken at once, by default the configured number.
         """
-        data = None if body is None else json.dumps(body).encode()
-        num_attempts = 1 if self._is_away else self._retries + 1
-        error, attempt = "given up before it was asked", 0
-        for attempt in range(num_attempts):
-            if self._limit is not None and self._pause(self._limit.reserve()):
-                break
-            least_wait_s = 0.0
+        with ThreadPoolExecutor(max_in_flight or self._config.max_in_flight) as pool, self.session():
+            futures = {pool.submit(function, one): index for index, one in enumerate(inputs)}
             try:
-                request = urllib.request.Request(self.url + path, data, self._headers())
-                with self._opener.open(request, timeout=self._timeout_s) as response:
-                    content = response.read()
-                self._is_away = False
-                return self._json(path, content)
-            except urllib.error.HTTPError as refusal:
-                with refusal:
-                    error = f"{refusal.code} {self.shown(_content(refusal))}"
-                if refusal.code not in RETRIED:
-                    self._is_away = False
-                    hint = f" ({self._hints[refusal.code]})" if refusal.code in self._hints else ""
-                    raise UserError(f"{self._name}: {self.url}{path} answered {error}{hint}") from None
-                least_wait_s = _seconds(refusal.headers.get("Retry-After", ""))
-            except (OSError, http.client.HTTPException) as away:  # refused, reset, timed out, cut off
-                error = str(getattr(away, "reason", "") or away) or type(away).__name__
-            if attempt == self._retries:
-                self._is_away = True
-            wait_s = min(LONGEST_WAIT_S, max(least_wait_s, self._first_wait_s * 2**attempt))
-            if attempt == num_attempts - 1 or self._pause(wait_s):
-                break
-        raise UserError(f"{self._name}: {self.url}{path} failed, attempt {attempt + 1} of {self._retries + 1}: {error}")
-
-    def malformed(self, path: str, rule: str, reply: Any) -> UserError:
-        """The error of a reply that breaks a rule."""
-        return UserError(f"{self._name}: {self.url}{path} must answer {rule}; got {self.shown(reply)}")
-
-    def shown(self, reply: Any) -> str:
-        """A reply cut to a line, without the key that a server may echo."""
-        text = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else json.dumps(reply)
-        text = text.replace(self._key, "***") if self._key else text
-        return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
-
-    def _pause(self, seconds: float) -> bool:
-        """Waits; returns whether the calls were given up."""
-        self._wait(seconds)
-        return self._given_up.is_set()
-
-    def _headers(self) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        return headers | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-
-    def _json(self, path: str, content: bytes) -> Any:
-        try:
-            return json.loads(content)
-        except ValueError:
-            raise self.malformed(path, "JSON", content) from None
+                for future in as_completed(futures):
+                    if not future.cancelled():
+                        error = future.exception()
+                        yield futures[future], error if isinstance(error, UserError) else future.result()
+                    if self._has_given_up.is_set():
+                        _cancel(futures)
+            finally:
+                _cancel(futures)  # the caller may have left
 
 
-def _content(refusal: urllib.error.HTTPError) -> bytes:
-    try:
-        return refusal.read()
-    except (OSError, http.client.HTTPException):
-        return b""
+def _cancel(futures: Mapping[Future[Any], int]) -> None:
+    for future in futures:
+        future.cancel()
+
+
+def _read_key(key_env: str, name: str) -> str:
+    """The API key in an environment variable; empty where none is named."""
+    if not key_env:
+        return ""
+    key = os.environ.get(key_env, "")
+    if not key:
+        raise UserError(f"{name}.key_env names the environment variable {key_env}: it is not set")
+    if not (key.isascii() and key.isprintable()) or " " in key:  # the error of a refused header would show it
+        raise UserError(f"{name}.key_env: the variable {key_env} must hold visible ASCII characters alone")
+    return key
 
 
 def _seconds(text: str) -> float:
-    """Of a Retry-After header; its other form, a date, counts as none."""
+    """The seconds of a Retry-After header; its other form, a date, counts as none."""
     return float(text) if text.isdecimal() else 0.0

@@ -1,8 +1,4 @@
-"""One user message in, one reply out, greedy: over a server's `/v1/chat/completions`, or with a model of our own.
-
-A judge reads with one of them. A message without a whole reply has an error in its place: nobody can take a failure, or
-the half of a reply that a budget cut off ("Relevance: 0" of "Relevance: 0.85"), for what the model said.
-"""
+"""A chat model on the sampler's engine; see `clients/chat.py` for what a judge needs of one."""
 
 from __future__ import annotations
 
@@ -17,8 +13,8 @@ from r3rag_jax.types import Context
 CHUNK = 32  # most tokens per row in one call on the device
 
 
-class LocalChat:
-    """A model of our own engine, whose stop tokens end a reply."""
+class EngineChat:
+    """A model on the run's own devices, decoded greedily; its stop tokens end a reply."""
 
     is_collective = True  # every process computes its share
 
@@ -42,34 +38,34 @@ class LocalChat:
         self._has_given_up = False
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return "our own engine"
 
     def reply_all(self, prompts: Sequence[str]) -> Iterator[tuple[int, str | UserError]]:
-        """See `ServedChat.reply_all`."""
+        """See `Chat.reply_all`."""
         self._has_given_up = False
         prefix, suffix = self._frame
         room = self._engine.max_length - self._max_tokens
-        places, contexts = [], []
-        for place, prompt in enumerate(prompts):
+        indices, contexts = [], []
+        for index, prompt in enumerate(prompts):
             ids = [*prefix, *self._tokenizer.encode(prompt, allow_special=False), *suffix]
             if len(ids) > room:
                 yield (
-                    place,
+                    index,
                     UserError(f"a prompt may have {room} tokens (judge.max_length is short); got {len(ids)}"),
                 )
                 continue
-            places.append(place)
+            indices.append(index)
             contexts.append(Context(ids, self._max_tokens))
         leave_at = max(1, self._engine.slots // 4)
-        for number, ids in complete_all(self._engine, self._decoder, contexts, chunk=CHUNK, leave_at=leave_at):
+        for row, ids in complete_all(self._engine, self._decoder, contexts, chunk=CHUNK, leave_at=leave_at):
             if ids[-1] in self._stop_ids:
-                yield places[number], self._tokenizer.decode(ids[:-1], skip_special=True)
+                yield indices[row], self._tokenizer.decode(ids[:-1], skip_special=True)
             else:
-                yield places[number], UserError(f"{self.model} has not come to an end in {self._max_tokens} tokens")
+                yield indices[row], UserError(f"{self.model} has not come to an end in {self._max_tokens} tokens")
             if self._has_given_up:
                 return
 
     def give_up(self) -> None:
-        """See `ServedChat.give_up`; what is in flight here is no reply yet."""
+        """See `Chat.give_up`; replies that are not finished yield nothing."""
         self._has_given_up = True

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import inference_server
 import jax
 import numpy as np
 import pytest
 import tiny
 import tiny_run
-from inference_server import EngineReply, Reply, completion, serve
+from inference_server import EngineReply
+from openai_server import MODEL, Reply, RunningServer, completion, serve
 from rich.console import Console
 
 from r3rag_jax import evaluate, train
@@ -145,7 +145,7 @@ def play(
     on_done: Callable[[Trajectory], None] | None = None,
     headers: dict[str, str] | None = None,
     **settings: Any,
-) -> tuple[list[Trajectory], inference_server.Endpoint]:
+) -> tuple[list[Trajectory], RunningServer]:
     with serve(reply, headers) as endpoint:
         played = roller(codec, endpoint.url, **settings).play(None, jobs or [job(0)], on_done)
     return played, endpoint
@@ -178,7 +178,7 @@ def test_ids_budgets_and_seeds_of_the_requests(codec: Codec) -> None:
     assert [t.sample_index for t in played] == [0, 1]
     for body in endpoint.bodies:
         assert body["max_tokens"] == min(300, 800 - len(body["prompt"]))
-        assert (body["top_p"], body["min_p"], body["top_k"], body["model"]) == (0.9, 0.1, 40, inference_server.MODEL)
+        assert (body["top_p"], body["min_p"], body["top_k"], body["model"]) == (0.9, 0.1, 40, MODEL)
         assert "<|im_end|>" in body["stop"] and set(codec.stop_ids) <= set(body["stop_token_ids"])
     assert sorted(body["temperature"] for body in endpoint.bodies) == [0.2, 0.2, 0.7, 0.7]
     seeds = {(body["temperature"], body["seed"]) for body in endpoint.bodies}

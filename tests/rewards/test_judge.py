@@ -6,11 +6,11 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import inference_server
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,17 +19,15 @@ import pytest
 import tiny
 import tiny_run
 from flax import nnx
-from inference_server import Reply, chat, serve
+from openai_server import MODEL, Reply, RunningServer, chat, serve
 from rich.console import Console
 
 from r3rag_jax import evaluate, train
-from r3rag_jax.clients.chat import ServedChat
-from r3rag_jax.clients.endpoint import Endpoint, RateLimit
 from r3rag_jax.components import Session
 from r3rag_jax.config.schema import JudgeConfig, MeshConfig, RewardConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import save_decoder
-from r3rag_jax.parallel import shardings as sharding
+from r3rag_jax.parallel import processes
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.rewards.judge.factory import judge_memory, local_chat, open_judge
 from r3rag_jax.rewards.judge.judge import FIELDS, Judge, Judgements, read_verdict
@@ -162,7 +160,7 @@ def test_a_round_over_http(tmp_path: Path) -> None:
         [message] = body.pop("messages")
         assert message["role"] == "user" and "Who wrote Origin?" in message["content"]
         assert "Darwin" in message["content"] and "{" not in message["content"]
-        assert body == {"model": inference_server.MODEL, "temperature": 0.0, "max_tokens": 99}
+        assert body == {"model": MODEL, "temperature": 0.0, "max_tokens": 99}
 
 
 def test_requests_are_in_flight_together(tmp_path: Path) -> None:
@@ -259,58 +257,19 @@ def failing(times: int, status: int) -> Speak:
     return lambda body: (status, {"error": "busy"}) if next(left, None) is not None else tenths(body)
 
 
-class Clock:
-    """Time that passes only where somebody waits."""
-
-    def __init__(self) -> None:
-        self.time = 100.0
-
-    def now(self) -> float:
-        return self.time
-
-    def wait(self, seconds: float) -> None:
-        self.time += seconds
-
-
-def timed(url: str, clock: Clock, *, retries: int = 2, per_minute: int = 0) -> Endpoint:
-    limit = RateLimit(per_minute, clock.now) if per_minute else None
-    return Endpoint(url, name="judge.url", key_name="judge.key_env", retries=retries, timeout_s=20, first_wait_s=1.0,
-                    limit=limit, wait=clock.wait)  # fmt: skip
-
-
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_judge_is_asked_again_after_doubling_waits(status: int, tmp_path: Path) -> None:
-    clock = Clock()
+def test_a_busy_judge_is_asked_again(status: int, tmp_path: Path) -> None:
     with serve(failing(2, status)) as endpoint:
-        judge = Judge(ServedChat(timed(endpoint.url, clock), "m", max_tokens=9, max_in_flight=1), tmp_path / "j")
+        judge = open_at(endpoint.url, tmp_path / "j", max_in_flight=1)
         verdicts = judge.ask([asking(judge, 4)])
     assert verdicts.values == np.float32(0.4) and verdicts.num_failed == 0
-    assert len(endpoint.bodies) == 3 and clock.time == 100 + 1 + 2
+    assert len(endpoint.bodies) == 3
 
 
-def test_the_judge_may_say_how_long_to_wait() -> None:
-    clock = Clock()
-    with serve(failing(1, 429), {"Retry-After": "17"}) as endpoint:
-        timed(endpoint.url, clock).call("/chat/completions", {"messages": [{"content": "number 1."}]})
-    assert clock.time == 117
-
-
-def test_requests_per_minute_hold_for_every_attempt() -> None:
-    clock, starts = Clock(), []
-
-    def reply(body: dict[str, Any]) -> Reply:
-        starts.append(clock.time)
-        return (503, b"") if len(starts) in (2, 3) else tenths(body)
-
-    with serve(reply) as endpoint:
-        server = ServedChat(timed(endpoint.url, clock, per_minute=12), "m", max_tokens=9, max_in_flight=1)
-        replies = dict(server.reply_all([f"number {n}." for n in range(4)]))
-    assert [read_verdict(str(replies[n]), "relevance") for n in range(4)] == [0, 0.1, 0.2, 0.3]
-    assert starts == [100, 105, 110, 115, 120, 125]  # four calls, two of them again
-    limit = RateLimit(12, clock.now)
-    assert [limit.reserve() for _ in range(3)] == [0, 5, 10]  # three threads at once
-    clock.wait(60)
-    assert [limit.reserve() for _ in range(2)] == [0, 5]  # what was not used is not saved up
+def test_requests_per_minute_are_those_of_the_configuration(tmp_path: Path) -> None:
+    started = time.monotonic()
+    verdicts, _ = ask(tenths, tmp_path / "j", range(4), requests_per_minute=300)
+    assert verdicts.num_failed == 0 and time.monotonic() - started > 3 * 60 / 300
 
 
 def test_a_judge_that_is_down_ends_the_run_with_its_name_after_the_retries(tmp_path: Path) -> None:
@@ -425,15 +384,6 @@ def test_of_few_judgements_one_may_fail(tmp_path: Path) -> None:
     assert np.isnan(verdicts.values).all() and verdicts.metrics["judge_failure_rate"] == 1
 
 
-def test_a_caller_that_leaves_stops_the_asking(tmp_path: Path) -> None:
-    with serve(tenths) as endpoint:
-        server = ServedChat(timed(endpoint.url, Clock()), "m", max_tokens=9, max_in_flight=1)
-        replies = server.reply_all([f"number {n}." for n in range(50)])
-        next(replies)
-        replies.close()
-    assert len(endpoint.bodies) < 50
-
-
 def test_process_0_asks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[np.ndarray] = []
 
@@ -441,7 +391,7 @@ def test_process_0_asks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
         sent.append(told)
         return sent[0]
 
-    monkeypatch.setattr(sharding.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(processes.multihost_utils, "broadcast_one_to_all", broadcast)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
 
     def values() -> np.ndarray:
@@ -455,12 +405,12 @@ def test_process_0_asks_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for process, compute in ((0, values), (1, never)):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        np.testing.assert_array_equal(sharding.from_process_0(compute, 2), values())
+        np.testing.assert_array_equal(processes.from_process_0(compute, 2), values())
     sent.clear()
     for process, compute, error in ((0, breaks, "down"), (1, never, "process 0 has failed")):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         with pytest.raises(UserError, match=error):
-            sharding.from_process_0(compute, 2)
+            processes.from_process_0(compute, 2)
 
 
 # ------------------------------------------------------------------------------------------ prompts
@@ -527,7 +477,7 @@ def graded(*nonsense_on: str) -> Speak:
     return reply
 
 
-def rewarded(tmp_path: Path, reply: Speak, config: RewardConfig = BY_JUDGE) -> tuple[Any, inference_server.Endpoint]:
+def rewarded(tmp_path: Path, reply: Speak, config: RewardConfig = BY_JUDGE) -> tuple[Any, RunningServer]:
     with serve(reply) as endpoint:
         judge = open_at(endpoint.url, tmp_path / "j")
         return score(ATTEMPTS, config, None, max_steps=4, judge=judge), endpoint

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from r3rag_jax.clients.chat import ServedChat
-from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint, RateLimit
+from r3rag_jax.clients.chat import ChatClient
+from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
 from r3rag_jax.config.schema import JudgeConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.decoder import param_shapes, param_shardings
@@ -18,7 +18,7 @@ from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, load_ge
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.rewards.judge.judge import CORRECTNESS_PROMPT, RELEVANCE_PROMPT, Judge, Kind, check_template
 from r3rag_jax.sampler.cache import fastest_dtype
-from r3rag_jax.sampler.chat import LocalChat
+from r3rag_jax.sampler.chat import EngineChat
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.memory import plan
 from r3rag_jax.text.tokenizer import Tokenizer
@@ -55,17 +55,12 @@ def read_prompt(path: str, kind: Kind) -> str:
     return check_template(text, kind, path)
 
 
-def served_chat(config: JudgeConfig, first_wait_s: float = FIRST_WAIT_S) -> ServedChat:
-    """The chat of `judge.url`."""
-    endpoint = Endpoint(
-        config.url, name="judge.url", key_name="judge.key_env", key_env=config.key_env, retries=config.retries,
-        timeout_s=config.timeout_s, first_wait_s=first_wait_s,
-        limit=RateLimit(config.requests_per_minute) if config.requests_per_minute else None,
-    )  # fmt: skip
-    return ServedChat(endpoint, config.model, max_tokens=config.max_tokens, max_in_flight=config.max_in_flight)
+def served_chat(config: JudgeConfig, first_wait_s: float = FIRST_WAIT_S) -> ChatClient:
+    """The chat model of a server."""
+    return ChatClient(Endpoint(config, name="judge", first_wait_s=first_wait_s), max_tokens=config.max_tokens)
 
 
-def local_chat(config: JudgeConfig, mesh: Mesh) -> LocalChat:
+def local_chat(config: JudgeConfig, mesh: Mesh) -> EngineChat:
     """The chat of the model at `judge.model`, sharded over the mesh like a policy."""
     path, dtype = local_path(config), jnp.dtype(config.dtype)
     with reading(path):
@@ -81,7 +76,7 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> LocalChat:
     files = sorted(path.glob("*.safetensors"))
     marks = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]  # other weights may take their place
     with reading(path):  # its chat template
-        return LocalChat(
+        return EngineChat(
             engine, engine.load(params), tokenizer, model=config.model,
             identity=" ".join([config.model, config.dtype, *marks]), stop_ids=sorted(stops),
             max_tokens=config.max_tokens,

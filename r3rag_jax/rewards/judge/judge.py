@@ -17,12 +17,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from r3rag_jax.clients.endpoint import SHOWN
+from r3rag_jax.clients.chat import Chat
+from r3rag_jax.clients.endpoint import MAX_SHOWN
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import from_process_0
 from r3rag_jax.types import Question, Step
@@ -152,36 +153,6 @@ class Verdicts:
         return {"judge_failure_rate": self.num_failed / num, "judge_known_rate": self.num_known / num}
 
 
-class Chat(Protocol):
-    """Whatever replies to prompts; see `sampler/chat.py`."""
-
-    @property
-    def is_collective(self) -> bool:
-        """Whether all processes must call together; else one asks for all."""
-        ...
-
-    @property
-    def model(self) -> str: ...
-
-    @property
-    def identity(self) -> str:
-        """What a reply depends on beside the prompt."""
-        ...
-
-    @property
-    def place(self) -> str:
-        """Where the model is, for errors."""
-        ...
-
-    def reply_all(self, prompts: Sequence[str]) -> Iterator[tuple[int, str | UserError]]:
-        """Place of each prompt and its reply, or why there is none, as they come."""
-        ...
-
-    def give_up(self) -> None:
-        """`reply_all` starts nothing new."""
-        ...
-
-
 class Judge:
     """Asks, reads, remembers."""
 
@@ -267,7 +238,7 @@ class Judge:
                     self._chat.give_up()
         if is_over or (len(reasons) > allowed and num_silent == len(inquiries)):
             raise UserError(
-                f"the judge {self._chat.model} at {self._chat.place} failed in {len(reasons)} of {num_in_round} "
+                f"the judge {self._chat.model} at {self._chat.location} failed in {len(reasons)} of {num_in_round} "
                 f"judgements, more than judge.max_failure_share={self._max_failure_share:g} allows; "
                 f"{self._file.path} keeps the others; the first failure: {reasons[0]}"
             )
@@ -275,8 +246,8 @@ class Judge:
 
     def _unread(self, reply: str, inquiry: Inquiry) -> str:
         example = "Relevance: 0.7" if inquiry.kind == "relevance" else "Correct: yes"
-        shown = reply if len(reply) <= SHOWN else f"{reply[:100]} … {reply[-(SHOWN - 100) :]}"
-        return f"{self._chat.place} must reply with one line like {example!r}; got {shown!r}"
+        shown = reply if len(reply) <= MAX_SHOWN else f"{reply[:100]} … {reply[-(MAX_SHOWN - 100) :]}"
+        return f"{self._chat.location} must reply with one line like {example!r}; got {shown!r}"
 
     def _key(self, inquiry: Inquiry) -> str:
         """Of a judgement: the same model is asked the same. Where it is served does not matter."""

@@ -1,0 +1,479 @@
+"""The HTTP client over real sockets: when a call is repeated, what ends it, and what no error message shows."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import socket
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from openai_server import MODEL, Reply, chat, serve
+
+from r3rag_jax.clients.endpoint import Endpoint, RateLimit
+from r3rag_jax.errors import UserError
+
+BODY = {"messages": [{"role": "user", "content": "hello"}]}
+PATH = "/chat/completions"
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def config(url: str, **settings: Any) -> Any:
+    fields: dict[str, Any] = {
+        "url": url, "model": "m", "key_env": "", "max_in_flight": 4, "requests_per_minute": 0, "retries": 2,
+        "timeout_s": 20.0,
+    }  # fmt: skip
+    return types.SimpleNamespace(**fields | settings)
+
+
+class Clock:
+    """Time that passes only where somebody waits."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def now(self) -> float:
+        return self.time
+
+    def wait(self, seconds: float) -> None:
+        self.time += seconds
+
+
+def open_at(url: str, clock: Clock | None = None, max_reply_bytes: int = 1 << 20, **settings: Any) -> Endpoint:
+    clock = clock or Clock()
+    return Endpoint(
+        config(url, **settings), name="judge.endpoint", hints={422: "try less"}, first_wait_s=1.0, wait=clock.wait,
+        clock=clock.now, max_reply_bytes=max_reply_bytes,
+    )  # fmt: skip
+
+
+def said(reply: Any) -> str:
+    return reply["choices"][0]["message"]["content"]
+
+
+def failing(times: int, status: int) -> Callable[[dict[str, Any]], Reply]:
+    left = iter(range(times))
+    return lambda _: (status, {"error": "busy"}) if next(left, None) is not None else (200, chat("yes"))
+
+
+# ------------------------------------------------------------------------------------------ retries
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504, 529])
+def test_a_busy_server_is_asked_again_after_doubling_waits(status: int) -> None:
+    clock = Clock()
+    with serve(failing(2, status)) as server:
+        assert said(open_at(server.url, clock).call(PATH, BODY)) == "yes"
+    assert server.bodies == [BODY] * 3 and clock.time == 100 + 1 + 2
+
+
+def test_waits_grow_up_to_half_a_minute() -> None:
+    clock = Clock()
+    with serve(failing(8, 503)) as server:
+        open_at(server.url, clock, retries=8).call(PATH, BODY)
+    assert clock.time == 100 + 1 + 2 + 4 + 8 + 16 + 30 + 30 + 30
+
+
+@pytest.mark.parametrize(
+    ("header", "waited"), [("17", 17), ("0", 1), ("3600", 30), ("Wed, 21 Oct 2015 07:28:00 GMT", 1)]
+)
+def test_the_server_may_say_how_long_to_wait(header: str, waited: float) -> None:
+    clock = Clock()
+    with serve(failing(1, 429), {"Retry-After": header}) as server:
+        open_at(server.url, clock).call(PATH, BODY)
+    assert clock.time == 100 + waited
+
+
+def test_a_server_that_keeps_failing_ends_in_one_line_with_the_key_and_the_url() -> None:
+    with serve(lambda _: (500, b"out of\nmemory")) as server:
+        with pytest.raises(UserError) as caught:
+            open_at(server.url).call(PATH, BODY)
+    assert str(caught.value) == (f"judge.endpoint.url: {server.url}{PATH} failed, attempt 3 of 3: 500 out of memory")
+    assert len(server.bodies) == 3
+
+
+def test_once_a_server_is_away_each_call_has_a_single_attempt() -> None:
+    is_down = True
+    with serve(lambda _: (503, b"") if is_down else (200, chat("yes"))) as server:
+        endpoint = open_at(server.url, retries=3)
+        with endpoint.session():
+            for attempt in (4, 1, 1):
+                with pytest.raises(UserError, match=rf"attempt {attempt} of 4: 503"):
+                    endpoint.call(PATH, BODY)
+            assert len(server.bodies) == 4 + 1 + 1
+            is_down = False
+            endpoint.call(PATH, BODY)
+            is_down = True
+            with pytest.raises(UserError, match="attempt 4 of 4"):  # it had answered
+                endpoint.call(PATH, BODY)
+        with endpoint.session(), pytest.raises(UserError, match="attempt 4 of 4"):
+            endpoint.call(PATH, BODY)
+
+
+def test_calls_that_are_given_up_are_not_repeated() -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        endpoint.give_up()
+        return 503, b"loading"
+
+    with serve(reply) as server:
+        endpoint = Endpoint(config(server.url, retries=5), name="judge.endpoint", first_wait_s=60)
+        started = time.monotonic()
+        with endpoint.session(), pytest.raises(UserError, match="attempt 1 of 6: 503 loading"):
+            endpoint.call(PATH, BODY)
+        assert time.monotonic() - started < 30  # the wait ended early
+    assert len(server.bodies) == 1
+
+
+def test_requests_per_minute_hold_for_every_attempt() -> None:
+    clock, starts = Clock(), []
+
+    def reply(_: dict[str, Any]) -> Reply:
+        starts.append(clock.time)
+        return (503, b"") if len(starts) in (2, 3) else (200, chat("yes"))
+
+    with serve(reply) as server:
+        endpoint = open_at(server.url, clock, requests_per_minute=12)
+        for _ in range(4):
+            endpoint.call(PATH, BODY)
+    assert starts == [100, 105, 110, 115, 120, 125]  # four calls, two of them again
+    limit = RateLimit(12, clock.now)
+    assert [limit.reserve() for _ in range(3)] == [0, 5, 10]  # three threads at once
+    clock.wait(60)
+    assert [limit.reserve() for _ in range(2)] == [0, 5]  # what was not used is not saved up
+
+
+# ------------------------------------------------------------------------------- refusals and redirects
+
+
+def test_a_refusal_is_not_repeated_and_says_what_may_help() -> None:
+    with serve(lambda _: (422, {"error": "unknown field"})) as server:
+        with pytest.raises(UserError) as caught:
+            open_at(server.url).call(PATH, BODY)
+    assert str(caught.value) == (
+        f'judge.endpoint.url: {server.url}{PATH} answered 422 {{"error": "unknown field"}} (try less)'
+    )
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_refused_and_carries_the_key_nowhere(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "secret-1")
+    with serve(failing(0, 0)) as other:
+        headers = {"Location": other.url + PATH, "Set-Cookie": "seen=1"}
+        with serve(lambda _: (status, b"moved"), headers) as server:
+            endpoint = open_at(server.url, key_env="MY_KEY")
+            for _ in range(2):
+                with pytest.raises(UserError, match=rf"judge\.endpoint\.url: .* answered {status} moved"):
+                    endpoint.call(PATH, BODY)
+    assert len(server.bodies) == 2 and other.bodies == []
+    assert not any("Cookie" in headers for headers in server.headers)
+
+
+def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"judge\.endpoint\.key_env names the environment variable MY_KEY: it is not s"):
+        open_at("http://x", key_env="MY_KEY")
+    key = 'secret-"1\\'
+    monkeypatch.setenv("MY_KEY", key)
+    for content in ({"error": f"no such key: {key}"}, f"no such key: {key}".encode()):
+        with serve(lambda _, content=content: (401, content)) as server:  # type: ignore[misc]
+            with pytest.raises(UserError) as caught:
+                open_at(server.url, key_env="MY_KEY").call(PATH, BODY)
+        assert "secret" not in str(caught.value) and "no such key: ***" in str(caught.value)
+        assert "(judge.endpoint.key_env names the variable that holds the key)" in str(caught.value)
+    assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
+    for wrong in ("secret 1", "secret\n", "sécret"):
+        monkeypatch.setenv("MY_KEY", wrong)
+        with pytest.raises(UserError, match="MY_KEY must hold visible ASCII characters alone") as caught:
+            open_at("http://x", key_env="MY_KEY")
+        assert "cret" not in str(caught.value)
+
+
+def test_without_a_key_none_is_sent() -> None:
+    with serve(failing(0, 0)) as server:
+        open_at(server.url).call(PATH, BODY)
+    assert "Authorization" not in server.headers[0]
+
+
+def test_urls_and_proxies_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"judge\.endpoint\.url: http://x:y cannot be called: Invalid port"):
+        open_at("http://x:y")
+    monkeypatch.setenv("all_proxy", "gopher://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"judge\.endpoint\.url: http://x cannot be called: .*proxy"):
+        open_at("http://x")
+
+
+# -------------------------------------------------------------------------------------------- replies
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"", b"[" * 100_000, b"\xff"])
+def test_a_reply_must_be_json(content: bytes) -> None:
+    with serve(lambda _: (200, content)) as server, pytest.raises(UserError) as caught:
+        open_at(server.url).call(PATH, BODY)
+    assert f"judge.endpoint.url: {server.url}{PATH} must answer JSON; got" in str(caught.value)
+    assert len(server.bodies) == 1 and len(str(caught.value)) < 500
+
+
+def test_the_model_is_the_configured_one_or_the_first_that_the_server_lists() -> None:
+    with serve(failing(0, 0)) as server:
+        assert open_at(server.url).model == "m"
+        endpoint = open_at(server.url + "/", model="")
+        assert endpoint.url == server.url
+        assert endpoint.model == endpoint.model == MODEL
+    assert endpoint.model == MODEL  # it is asked once
+    with serve(failing(0, 0)) as server:
+        endpoint = open_at(server.url.removesuffix("/v1"), model="")
+        with pytest.raises(UserError, match=r"/models must answer a list of models; got \{\}"):
+            _ = endpoint.model
+
+
+def test_connections_are_used_again() -> None:
+    together = threading.Barrier(3)
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if body.get("together"):
+            together.wait(timeout=20)
+        return 200, chat("yes")
+
+    with serve(reply) as server:
+        endpoint = open_at(server.url)
+        for _ in range(5):
+            endpoint.call(PATH, BODY)
+        assert (len(server.bodies), server.num_connections) == (5, 1)
+        replies = dict(endpoint.call_all(lambda body: said(endpoint.call(PATH, body)), [BODY | {"together": 1}] * 3))
+        assert replies == dict.fromkeys(range(3), "yes")
+        assert server.num_connections == 3  # as many as were busy at once
+        assert server.most_busy == 3
+
+
+def test_an_endpoint_that_is_dropped_closes_its_connections() -> None:
+    has_left = threading.Event()
+
+    def handle(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        while connection.recv(65536):  # the request's body may come apart from its headers
+            pass
+        has_left.set()
+
+    with raw_server(handle) as url:
+        endpoint = open_at(url)
+        assert endpoint.call(PATH, BODY) == {}
+        seen = weakref.ref(endpoint)
+        del endpoint
+        gc.collect()
+        assert seen() is None and has_left.wait(20)
+
+
+# ------------------------------------------------------------------------------------ broken connections
+
+
+@contextlib.contextmanager
+def raw_server(handle: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Speaks whatever `handle` writes to a connection, each in its thread."""
+    is_over = False
+    threads = []
+
+    def serve_one(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):  # the client has left
+            handle(connection)
+
+    def accept() -> None:
+        while True:
+            connection, _ = listener.accept()
+            if is_over:
+                connection.close()
+                return
+            threads.append(threading.Thread(target=serve_one, args=(connection,)))
+            threads[-1].start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        acceptor = threading.Thread(target=accept)
+        acceptor.start()
+        try:
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            is_over = True
+            socket.create_connection(("127.0.0.1", port)).close()
+            for thread in [acceptor, *threads]:
+                thread.join(timeout=20)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def drip(connection: socket.socket, text: bytes) -> None:
+    """Text again and again, a byte at a time."""
+    while True:
+        for byte in text:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.02)
+
+
+HEADERS = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+SLOW = {  # what comes at once, and what comes a byte at a time
+    "silence": (b"", b""),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X-Slow: 1\r\n" * 1000),
+    "body": (HEADERS + b"\r\n", b"1"),
+    "length": (HEADERS + b"Content-Length: 99999\r\n\r\n", b"1"),
+    "chunks": (HEADERS + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n1\r\n"),
+}
+
+
+@pytest.mark.parametrize("how", SLOW)
+def test_a_server_that_drips_ends_at_the_deadline(how: str) -> None:
+    """Each byte comes in time; the whole would take hours."""
+    is_over = threading.Event()
+
+    def handle(connection: socket.socket) -> None:
+        connection.recv(65536)
+        at_once, slowly = SLOW[how]
+        connection.sendall(at_once)
+        if slowly:
+            drip(connection, slowly)
+        is_over.wait(20)
+
+    clock = Clock()
+    with raw_server(handle) as url:
+        started = time.monotonic()
+        with pytest.raises(UserError) as caught:
+            open_at(url, clock, retries=1, timeout_s=0.4).call(PATH, BODY)
+        is_over.set()
+        assert 0.8 <= time.monotonic() - started < 10
+    assert str(caught.value) == (
+        f"judge.endpoint.url: {url}{PATH} failed, attempt 2 of 2: timed out after 0.4 s"
+    )  # fmt: skip
+    assert clock.time == 101  # it may have been a moment's trouble
+
+
+@pytest.mark.parametrize("framing", ["", "Content-Length: 9999999999\r\n", "Transfer-Encoding: chunked\r\n"])
+def test_a_reply_without_end_is_cut_off_at_the_size_limit(framing: str) -> None:
+    num_sent = 0
+    chunk = b" " * 10_000
+    chunk = b"%x\r\n%s\r\n" % (len(chunk), chunk) if "chunked" in framing else chunk
+
+    def handle(connection: socket.socket) -> None:
+        nonlocal num_sent
+        connection.recv(65536)
+        connection.sendall(HEADERS + framing.encode() + b"\r\n")
+        while True:
+            connection.sendall(chunk)
+            num_sent += len(chunk)
+
+    with raw_server(handle) as url, pytest.raises(UserError) as caught:
+        open_at(url, max_reply_bytes=100_000).call(PATH, BODY)
+    assert str(caught.value) == f"judge.endpoint.url: {url}{PATH} must answer at most 100000 bytes; got more"
+    assert num_sent < 50_000_000  # what the buffers of both sides hold
+
+
+def test_a_reply_as_large_as_the_limit_is_read() -> None:
+    content = b'"' + b"x" * 998 + b'"'
+    with serve(lambda _: (200, content)) as server:
+        assert len(open_at(server.url, max_reply_bytes=1000).call(PATH, BODY)) == 998
+        with pytest.raises(UserError, match="at most 999 bytes"):
+            open_at(server.url, max_reply_bytes=999).call(PATH, BODY)
+
+
+@pytest.mark.parametrize("drips", [True, False])
+def test_a_refusal_stands_whatever_its_message(drips: bool) -> None:
+    def handle(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 999999\r\n\r\nno such field")
+        if drips:
+            drip(connection, b".")
+
+    with raw_server(handle) as url, pytest.raises(UserError, match=r"answered 400 no such field\.*$"):
+        open_at(url, timeout_s=1.0).call(PATH, BODY)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Server disconnected without sending a response"),
+        (HEADERS + b"Content-Length: 10\r\n\r\n{", "peer closed connection"),
+        (b"220 mail.example.org ESMTP\r\n\r\n", "illegal status line"),
+    ],
+)
+def test_a_connection_that_breaks_off_is_tried_again(content: bytes, reason: str) -> None:
+    num_connections = 0
+
+    def handle(connection: socket.socket) -> None:
+        nonlocal num_connections
+        num_connections += 1
+        connection.recv(65536)
+        connection.sendall(content)
+
+    with raw_server(handle) as url, pytest.raises(UserError) as caught:
+        open_at(url).call(PATH, BODY)
+    assert f"judge.endpoint.url: {url}{PATH} failed, attempt 3 of 3: " in str(caught.value)
+    assert reason in str(caught.value), caught.value
+    assert num_connections == 3
+
+
+def test_nobody_listens() -> None:
+    with serve(failing(0, 0)) as server:
+        endpoint = open_at(server.url, retries=1)
+        endpoint.call(PATH, BODY)
+    for name in ("127.0.0.1", "localhost"):
+        url = server.url.replace("127.0.0.1", name)
+        with pytest.raises(UserError) as caught:
+            (endpoint if url == server.url else open_at(url, retries=1)).call(PATH, BODY)
+        assert str(caught.value) == f"judge.endpoint.url: {url}{PATH} failed, attempt 2 of 2: Connection refused"
+
+
+# ---------------------------------------------------------------------------------------- many calls
+
+
+def test_many_calls_are_in_flight_together_and_errors_come_in_their_place() -> None:
+    together = threading.Barrier(4)  # breaks, and fails the test, unless four wait at once
+
+    def reply(body: dict[str, Any]) -> Reply:
+        together.wait(timeout=20)
+        return (400, b"no") if body["number"] == 5 else (200, body["number"])
+
+    def ask(number: int) -> int:
+        return endpoint.call(PATH, {"messages": [], "number": number})
+
+    with serve(reply) as server:
+        endpoint = open_at(server.url, max_in_flight=4)
+        replies = dict(endpoint.call_all(ask, range(8)))
+    assert server.most_busy == 4
+    assert "answered 400 no" in str(replies.pop(5)) and replies == {i: i for i in range(8) if i != 5}
+
+
+def test_giving_up_ends_the_calls_that_wait() -> None:
+    with serve(lambda _: (200, chat("yes"))) as server:
+        endpoint = open_at(server.url)
+        for index, _ in endpoint.call_all(lambda _: endpoint.call(PATH, BODY), range(50), max_in_flight=1):
+            assert index < 10
+            endpoint.give_up()
+    assert 1 <= len(server.bodies) < 10
+
+
+def test_a_caller_that_leaves_stops_the_calls() -> None:
+    with serve(lambda _: (200, chat("yes"))) as server:
+        endpoint = open_at(server.url)
+        replies = endpoint.call_all(lambda _: endpoint.call(PATH, BODY), range(50), max_in_flight=1)
+        next(replies)
+        replies.close()
+    assert len(server.bodies) < 50
+
+
+def test_a_bug_in_a_call_is_raised_and_ends_the_others() -> None:
+    def ask(number: int) -> int:
+        if number == 0:
+            raise KeyError("bug")
+        return endpoint.call(PATH, BODY)
+
+    with serve(lambda _: (200, chat("yes"))) as server:
+        endpoint = open_at(server.url)
+        with pytest.raises(KeyError, match="bug"):
+            list(endpoint.call_all(ask, range(50), max_in_flight=1))
+    assert len(server.bodies) < 50

@@ -1,0 +1,106 @@
+"""A small OpenAI-compatible HTTP server in a thread, whose replies a test scripts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = tuple[int, Any]  # status, and a JSON value or bytes as they stand
+MODEL = "tiny"
+
+
+class RunningServer:
+    """Where a server listens, and what it has been asked."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.num_busy = self.most_busy = 0  # requests in progress at the same time
+        self.num_connections = 0
+
+
+@contextlib.contextmanager
+def serve(
+    reply: Callable[[dict[str, Any]], Reply], extra_headers: dict[str, str] | None = None
+) -> Iterator[RunningServer]:
+    """`reply` answers the bodies of /v1/completions and /v1/chat/completions, from a thread each."""
+    lock = threading.Lock()
+    connections: list[socket.socket] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections stay open
+        disable_nagle_algorithm = True
+
+        def setup(self) -> None:
+            super().setup()
+            with lock:
+                running.num_connections += 1
+                connections.append(self.connection)
+
+        def do_GET(self) -> None:
+            self.answer(200, {"data": [{"id": MODEL}]} if self.path == "/v1/models" else {})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                running.bodies.append(body)
+                running.headers.append(dict(self.headers))
+                running.num_busy += 1
+                running.most_busy = max(running.most_busy, running.num_busy)
+            try:
+                assert self.path == ("/v1/chat/completions" if "messages" in body else "/v1/completions")
+                status, value = reply(body)
+            finally:
+                with lock:
+                    running.num_busy -= 1
+            self.answer(status, value)
+
+        def answer(self, status: int, value: Any) -> None:
+            content = value if isinstance(value, bytes) else json.dumps(value).encode()
+            self.send_response(status)
+            for name, text in (extra_headers or {}).items():
+                self.send_header(name, text)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    class Listener(ThreadingHTTPServer):
+        request_queue_size = 64
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exception(), ConnectionError):  # a client that has left is no news
+                super().handle_error(request, client_address)
+
+    server = Listener(("127.0.0.1", 0), Handler)
+    running = RunningServer(f"http://127.0.0.1:{server.server_port}/v1")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield running
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        for connection in connections:
+            with contextlib.suppress(OSError):  # it is closed
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def completion(text: str, finish: str = "stop", **fields: Any) -> dict[str, Any]:
+    """The reply of a server that tells no more than OpenAI's API asks for."""
+    return {"choices": [{"index": 0, "text": text, "finish_reason": finish} | fields]}
+
+
+def chat(text: Any, finish: str = "stop") -> dict[str, Any]:
+    """The reply of /v1/chat/completions."""
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}]}
