@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import medians
 
-from r3rag_jax.components import Session
+from r3rag_jax.components import Components
 from r3rag_jax.config.loader import load_config
 from r3rag_jax.config.schema import MeshConfig
 from r3rag_jax.models.hf.decoder_files import load_decoder
@@ -199,12 +199,13 @@ class Replay(Rules):
 def run(console: Console, args: argparse.Namespace) -> None:
     path, slots = args.run, args.slots
     config = load_config(path / "config.yaml", ["phases=index"])
-    session = Session(config, path, console=console)
+    session = Components(config, path, console=console)
     params = session.phase_params("rl" if session.policy_dir("rl").exists() else "sft")
     codec, retrieval = session.codec, config.retrieval
-    questions = session.questions("test")[: args.questions]
+    questions = session.dataset.questions("test")[: args.questions]
     jobs = [Job(question, i, temperature=1.0) for i in range(args.samples) for question in questions]
-    graphdef, decoder_config, dtype, rules = session.graphdef, session.decoder_config, session.cache_dtype, Rules
+    graphdef, decoder_config = session.policy.graphdef, session.policy.decoder_config
+    dtype, rules = session.cache_dtype, Rules
 
     def roller(engine: Engine, latency_ms: float = 0.0, search_turns: int = 0) -> Roller:
         rollout = dataclasses.replace(config.rollout, slots=engine.slots, search_turns=search_turns)

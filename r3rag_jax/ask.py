@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from r3rag_jax.config.loader import FlagParser
 from r3rag_jax.errors import UserError, main_guard
-from r3rag_jax.evaluate import add_checkpoint_flags, open_session
+from r3rag_jax.evaluate import add_checkpoint_flags, open_components
 from r3rag_jax.evaluation.evaluator import play_greedy
 from r3rag_jax.reporting.rendering import print_trajectory
 from r3rag_jax.run.caches import use_compile_cache
@@ -26,11 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.question.strip():
         raise UserError("the question must not be empty")
     use_compile_cache()
-    session, phase = open_session(args)
+    components, phase = open_components(args)
     question = Question("asked", args.question.strip(), ())
-    policy = session.sampling_policy(lambda: session.phase_params(phase))
-    [trajectory] = play_greedy(session.roller(), policy, [question])
-    print_trajectory(trajectory, session.console)
+    policy = components.sampling_policy(lambda: components.policy.load(components.policy_dir(phase)))
+    [trajectory] = play_greedy(components.roller(), policy, [question])
+    print_trajectory(trajectory, components.console)
     return 0
 
 

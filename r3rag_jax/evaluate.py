@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from r3rag_jax.components import Session
+from r3rag_jax.components import Components
 from r3rag_jax.config.loader import FlagParser, load_config
 from r3rag_jax.data.qa import read_passages, read_questions, trajectory_to_dict, write_jsonl
 from r3rag_jax.errors import UserError, main_guard
@@ -36,22 +36,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
     args = parser.parse_intermixed_args(argv)
     use_compile_cache()
-    session, phase = open_session(args)
-    path = args.questions or session.path_of("test")
+    components, phase = open_components(args)
+    path = args.questions or components.dataset.path_of("test")
     questions = read_questions(path)
-    policy = session.sampling_policy(lambda: session.phase_params(phase))
-    with Bar(f"eval {path.name}", len(questions), console=session.console, live=session.config.log.progress) as bar:
-        trajectories = play_greedy(session.roller(), policy, questions, lambda t: bar.advance(steps=len(t.steps)))
+    policy = components.sampling_policy(lambda: components.policy.load(components.policy_dir(phase)))
+    live = components.config.log.progress
+    with Bar(f"eval {path.name}", len(questions), console=components.console, live=live) as bar:
+        trajectories = play_greedy(components.roller(), policy, questions, lambda t: bar.advance(steps=len(t.steps)))
     name = args.name or path.stem
     mark = fingerprint(
-        questions, index=session.retriever.fingerprint, top_k=session.config.retrieval.top_k, phase=phase,
-        **session.sampling_mark(), **session.judge_mark(),
+        questions, index=components.retriever.fingerprint, top_k=components.config.retrieval.top_k, phase=phase,
+        **components.sampling_mark(), **components.judge_mark(),
     )  # fmt: skip
-    write_jsonl(session.run_dir / "trajectories" / f"{name}.jsonl", map(trajectory_to_dict, trajectories))
-    summary = summarise(name, trajectories, mark, session.judge if session.config.eval.judge else None)
-    (session.run_dir / "eval").mkdir(exist_ok=True)
-    (session.run_dir / "eval" / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
-    session.console.print(results_table([summary]))
+    write_jsonl(components.run_dir / "trajectories" / f"{name}.jsonl", map(trajectory_to_dict, trajectories))
+    summary = summarise(name, trajectories, mark, components.judge if components.config.eval.judge else None)
+    (components.run_dir / "eval").mkdir(exist_ok=True)
+    (components.run_dir / "eval" / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
+    components.console.print(results_table([summary]))
     return 0
 
 
@@ -62,21 +63,21 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--phase", choices=PHASES, help="which policy of the run; default: the last one trained")
 
 
-def open_session(args: argparse.Namespace) -> tuple[Session, str]:
-    """The session of a trained run, its retriever over `--corpus` where given, and the phase to load."""
+def open_components(args: argparse.Namespace) -> tuple[Components, str]:
+    """The components of a trained run, its retriever over `--corpus` where given, and the phase to load."""
     path = args.checkpoint / "config.yaml"
     if not path.is_file():
         raise UserError(f"--checkpoint must be a run directory with config.yaml; got {args.checkpoint}")
     # Only `index`: what its phases need of a configuration is the training's business.
     config = load_config(path, [*getattr(args, "overrides", ()), f"run_dir={args.checkpoint}", "phases=index"])
-    session = Session(config, args.checkpoint)
-    trained = [phase for phase in PHASES if session.policy_dir(phase).exists()]
+    components = Components(config, args.checkpoint)
+    trained = [phase for phase in PHASES if components.policy_dir(phase).exists()]
     phase = args.phase or (trained[0] if trained else "")
     if phase not in trained and not config.rollout.server:
         raise UserError(f"{args.checkpoint} has no trained policy{f' of phase {phase}' if phase else ''}")
     if args.corpus is not None:
-        session.retriever = session.build_index(read_passages(args.corpus))
-    return session, phase
+        components.retriever = components.build_index(read_passages(args.corpus))
+    return components, phase
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 from openai_server import MODEL, Reply, completion
 
-from r3rag_jax.components import Session
+from r3rag_jax.components import Components
 from r3rag_jax.sampler.state import RowStatus
 from r3rag_jax.types import Context
 
@@ -26,13 +26,13 @@ class EngineReply:
     openai    no ids, no log-probabilities, no name of the end, and the text lacks it
     """
 
-    def __init__(self, session: Session, policy: Any, dialect: str = "vllm"):
+    def __init__(self, session: Components, policy: Any, dialect: str = "vllm"):
         self.session, self.policy, self.dialect = session, policy, dialect
         self.written: dict[Asked, Written] = {}
         self._lock, self._waiting = threading.Lock(), set[Asked]()
 
     def __call__(self, body: dict[str, Any]) -> Reply:
-        tokenizer = self.session.tokenizer
+        tokenizer = self.session.policy.tokenizer
         assert (body["model"], body["temperature"]) == (MODEL, 0.0)
         prompt = body["prompt"]
         prompt = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -60,7 +60,7 @@ class EngineReply:
             self._waiting.discard(asked)
 
     def render(self, ids: list[int], logprobs: list[float], stops: set[int]) -> dict[str, Any]:
-        tokenizer, eos = self.session.tokenizer, self.session.tokenizer.eos_id
+        tokenizer, eos = self.session.policy.tokenizer, self.session.policy.tokenizer.eos_id
         has_ended = ids[-1] in {*stops, eos}
         finish, name = ("stop", tokenizer.decode(ids[-1:])) if has_ended else ("length", None)
         whole, trimmed = tokenizer.decode(ids), tokenizer.decode(ids[:-1] if has_ended else ids)

@@ -22,9 +22,9 @@ from jax.sharding import AxisType
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from r3rag_jax import ask, evaluate, train
-from r3rag_jax import components as session_module
-from r3rag_jax.components import Session
+from r3rag_jax import ask, evaluate
+from r3rag_jax import components as components_module
+from r3rag_jax.components import Components
 from r3rag_jax.config.loader import load_config
 from r3rag_jax.config.schema import Config, MeshConfig, RLConfig, RolloutConfig, SFTConfig
 from r3rag_jax.data.qa import read_passages, read_questions, read_rows, trajectory_from_dict
@@ -34,7 +34,9 @@ from r3rag_jax.rewards.scorer import Scores
 from r3rag_jax.rollout.rollout import Job
 from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.sampler import memory
-from r3rag_jax.training import learner
+from r3rag_jax.training import learner, rl
+from r3rag_jax.training.memory_plan import plan_memory, undivided
+from r3rag_jax.training.requests import iteration_jobs
 from r3rag_jax.training.trainer import RLTrainer, equal_groups, number_groups
 from r3rag_jax.types import Question, Sample, Status, Step, Trajectory
 
@@ -231,13 +233,13 @@ def test_rollouts_ahead_are_one_step_behind_and_resume_as_they_were(
     """On devices of their own, or beside the updates on one; killed while some are under way, and the same bits."""
     if sampler_devices == 0:
         alone = jax.make_mesh((1, 1, 1), AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
-        monkeypatch.setattr(session_module, "make_mesh", lambda config: alone)
+        monkeypatch.setattr(components_module, "make_mesh", lambda config: alone)
     settings = {
         "mesh__sampler_devices": sampler_devices, "rl__ahead": "true", "rl__iterations": 5, "rl__checkpoint_every": 3,
         "rl__eval_every": 5, "phases": "[index, rl]", "rl__entropy": 0.1,
     }  # fmt: skip  # with entropy even the first update moves the policy, whatever the rewards
     base, played = finished("tags") / "policy" / "sft", []
-    play, update = train.Rollouts._play, RLTrainer.update
+    play, update = rl.Rollouts._play, RLTrainer.update
 
     def kept_play(rollouts, iteration, params):
         trajectories = play(rollouts, iteration, params)
@@ -250,7 +252,7 @@ def test_rollouts_ahead_are_one_step_behind_and_resume_as_they_were(
         return update(trainer, trajectories, scores)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Rollouts, "_play", kept_play)
+        patch.setattr(rl.Rollouts, "_play", kept_play)
         tiny_run.train(tmp_path / "whole", base, **settings)
     assert [iteration for iteration, _, _ in played] == [0, 1, 2, 3, 4]
     policies = [params for _, params, _ in played]
@@ -286,22 +288,22 @@ def test_rollouts_ahead_need_devices_that_nothing_else_launches_on(base: Path, t
 def test_every_question_comes_once_before_any_comes_again() -> None:
     questions = [Question(str(i), f"q{i}", ("x",)) for i in range(10)]
     config = Config(rl=RLConfig(questions=4), rollout=RolloutConfig(samples=3, temperatures=(0.4, 1.0)))
-    jobs = [train.iteration_jobs(config, questions, iteration) for iteration in range(5)]
+    jobs = [iteration_jobs(config, questions, iteration) for iteration in range(5)]
     ids = [job.question.id for iteration in jobs for job in iteration[::3]]
     assert sorted(ids[:10]) == sorted(ids[10:]) == sorted(str(i) for i in range(10))
     assert ids[:10] != ids[10:] and ids[:10] != sorted(ids[:10])
     assert [(job.sample_index, job.temperature) for job in jobs[0][:3]] == [(0, 0.4), (1, 1.0), (2, 0.4)]
-    assert jobs[2] == train.iteration_jobs(config, questions, 2)
+    assert jobs[2] == iteration_jobs(config, questions, 2)
     assert len({job.seed for iteration in jobs for job in iteration}) == 5
-    assert {job.seed for job in jobs[0]}.isdisjoint({job.seed for job in train.iteration_jobs(
+    assert {job.seed for job in jobs[0]}.isdisjoint({job.seed for job in iteration_jobs(
         Config(seed=1, rl=config.rl, rollout=config.rollout), questions, 0)})  # fmt: skip
 
 
 def test_questions_that_teach_nothing_make_room_for_others() -> None:
     """A fake policy answers questions of an even number right or wrong in turn, and all others wrong."""
     questions = [Question(str(i), f"q{i}", ("x",)) for i in range(12)]
-    rl = RLConfig(algorithm="grpo", questions=4, draws=3)
-    config = Config(rl=rl, rollout=RolloutConfig(samples=2, temperatures=(1.0,)))
+    rl_config = RLConfig(algorithm="grpo", questions=4, draws=3)
+    config = Config(rl=rl_config, rollout=RolloutConfig(samples=2, temperatures=(1.0,)))
     played: list[list[int]] = []
 
     def play(params: Any, jobs: list[Job]) -> list[Trajectory]:
@@ -310,13 +312,14 @@ def test_questions_that_teach_nothing_make_room_for_others() -> None:
         steps = [(Step("a", answer="x" if right else "y"),) for right in is_right]
         return [Trajectory(job.question, s, Status.ANSWERED) for job, s in zip(jobs, steps, strict=True)]
 
-    session = SimpleNamespace(
-        config=config, mesh=None, sampler_mesh=None, questions=lambda _: questions, to_sampler=lambda params: params,
+    components = SimpleNamespace(
+        config=config, mesh=None, sampler_mesh=None, dataset=SimpleNamespace(questions=lambda _: questions),
+        to_sampler=lambda params: params,
         roller=lambda: SimpleNamespace(play=play), retriever=SimpleNamespace(encoder=None),
     )  # fmt: skip
     for iteration in range(3):
         played.clear()
-        trajectories = train.Rollouts(session).of(iteration, None)
+        trajectories = rl.Rollouts(components).of(iteration, None)
         numbers = [number for draw in played for number in draw]
         assert len(set(numbers)) == len(numbers) and 1 < len(played) <= 3
         for draw, before in zip(played[1:], itertools.accumulate(played), strict=False):
@@ -324,7 +327,7 @@ def test_questions_that_teach_nothing_make_room_for_others() -> None:
         assert [int(t.question.id) for t in trajectories[::2]] == numbers
         again = [*played]
         played.clear()
-        train.Rollouts(session).of(iteration, None)
+        rl.Rollouts(components).of(iteration, None)
         assert played == again
 
 
@@ -373,9 +376,9 @@ def test_groups_without_a_difference_are_found() -> None:
 @pytest.mark.parametrize("rank", [0, 2])
 def test_planned_memory_is_what_the_trainer_holds(base: Path, tmp_path: Path, rank: int) -> None:
     config = tiny_run.config(tmp_path, base, lora__rank=rank, rl__critic="separate", mesh__fsdp=2)
-    session = Session(config, config.run_directory)
-    [planned] = train.plan_memory(session, "rl")
-    rl = RLTrainer(session)
+    components = Components(config, config.run_directory)
+    [planned] = plan_memory(components, "rl")
+    rl = RLTrainer(components)
 
     def held(tree: object) -> int:
         shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
@@ -385,7 +388,7 @@ def test_planned_memory_is_what_the_trainer_holds(base: Path, tmp_path: Path, ra
     assert planned.parts["trained"] == held(rl.state.params)
     assert planned.parts["optimizer"] == held(rl.state.opt_state)
     assert planned.parts.get("merged", 0) == (held(rl.policy_params) if rank else 0)
-    assert planned.parts["policy of rollouts"] == held(session.to_sampler(rl.policy_params))
+    assert planned.parts["policy of rollouts"] == held(components.to_sampler(rl.policy_params))
 
 
 def test_more_slots_than_memory_are_refused_before_anything_runs(
@@ -411,11 +414,11 @@ OPTIONS = {
 NUM_PROMPT, STEP_TOKENS = 6, 5
 
 
-def written(session: Session, question: str, index: int, num_steps: int) -> Trajectory:
+def written(components: Components, question: str, index: int, num_steps: int) -> Trajectory:
     """A trajectory of random tokens in the session's layout, as a sampler would hand it over."""
     rng = np.random.default_rng((ord(question), index))
     rows = [[-1] * NUM_PROMPT + [step] * STEP_TOKENS for step in range(num_steps)]
-    if session.codec.protocol.is_one_sequence:
+    if components.codec.protocol.is_one_sequence:
         rows = [[id for row in rows for id in row]]
     samples = []
     for row in rows:
@@ -434,12 +437,12 @@ def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Pa
     settings = {"rl.algorithm": algorithm, "rl.questions": 3, "rl.batch_rows": 8, "rl.row_length": 320}
     keys = {name.replace(".", "__"): value for name, value in (settings | OPTIONS[algorithm]).items()}
     config = tiny_run.config(tmp_path, base, keys.pop("rollout__protocol", "tags"), **keys)
-    session = Session(config, config.run_directory)
+    components = Components(config, config.run_directory)
     plays = zip("xxyyzz", (0, 1) * 3, (3, 1, 2, 2, 1, 2), strict=True)
-    trajectories = [written(session, q, i, n) for q, i, n in plays]
+    trajectories = [written(components, q, i, n) for q, i, n in plays]
     rewards = [np.asarray(r, np.float32) for r in ([0.5, 0.5, 2], [-1], [0.8, 2], [0.8, 2], [0], [1, -0.5])]
     scores = Scores(rewards, np.zeros((6, 3), np.float32), {}, {})
-    one = RLTrainer(session)
+    one = RLTrainer(components)
     metrics = one.update(trajectories, scores)
     assert all(math.isfinite(value) for value in metrics.values())
     is_grouped = algorithm in ("grpo", "rloo")
@@ -451,7 +454,7 @@ def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Pa
     assert ("weight" in metrics) == (algorithm == "ppo")
     assert metrics["grad_norm"] > 0
     one.save()
-    other = RLTrainer(session)  # from the checkpoint
+    other = RLTrainer(components)  # from the checkpoint
     assert other.iteration == 1 and other.kl == one.kl
     if algorithm == "ppo":
         change = min(max((metrics["kl"] - 1e-3) / 1e-3, -0.2), 0.2)
@@ -481,16 +484,16 @@ def inject_fault(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(learner, "ppo_policy_loss", faulty)
 
 
-def faulty_session(base: Path, tmp_path: Path, **keys: Any) -> tuple[Session, list[Trajectory], Scores]:
+def faulty_components(base: Path, tmp_path: Path, **keys: Any) -> tuple[Components, list[Trajectory], Scores]:
     """Four updates of one row each; the second question's first trajectory is the faulty one."""
     short = {"rollout__max_length": 64, "rl__row_length": 64, "rl__batch_rows": 1, "rl__algorithm": "rloo",
              "rl__kl": 0.0, "rl__warmup": 0.0}  # fmt: skip
     config = tiny_run.config(tmp_path, base, **short | keys)
-    session = Session(config, config.run_directory, console=Console(file=io.StringIO(), width=1000))
-    trajectories = [written(session, q, i, 3) for q in "xy" for i in (0, 1)]  # 33 tokens each
+    components = Components(config, config.run_directory, console=Console(file=io.StringIO(), width=1000))
+    trajectories = [written(components, q, i, 3) for q in "xy" for i in (0, 1)]  # 33 tokens each
     trajectories[2] = marked(trajectories[2])
     rewards = [np.asarray(r, np.float32) for r in ([0, 0, 2], [0, 0, 0], [1, 0, 2], [0, 1, 0])]
-    return session, trajectories, Scores(rewards, np.zeros((4, 3), np.float32), {}, {})
+    return components, trajectories, Scores(rewards, np.zeros((4, 3), np.float32), {}, {})
 
 
 def on_host(tree: Any) -> list[np.ndarray]:
@@ -498,24 +501,24 @@ def on_host(tree: Any) -> list[np.ndarray]:
 
 
 def test_a_step_of_nan_is_named_kept_and_replayed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, trajectories, scores = faulty_session(base, tmp_path)
+    components, trajectories, scores = faulty_components(base, tmp_path)
     with monkeypatch.context() as patch:
         inject_fault(patch)
-        trainer = RLTrainer(session)
+        trainer = RLTrainer(components)
         with pytest.raises(
             UserError, match=r"RL iteration 0, update \d of 4 \(batch \d\): .* finite; got nan and nan; kept"
         ):
             trainer.update(trajectories, scores)
         before = on_host(trainer.state.params)
         assert all(np.isfinite(x).all() for x in before)
-        [path] = (session.run_dir / "checkpoints").glob("bad_step_*.npz")
+        [path] = (components.run_dir / "checkpoints").glob("bad_step_*.npz")
         assert (np.load(path)["batch.behaviour_logprobs"] == MARK).any()
-        replayed = RLTrainer(session).replay(path)
+        replayed = RLTrainer(components).replay(path)
         assert math.isnan(replayed["loss"]) and math.isfinite(replayed["entropy"])
-    sound = RLTrainer(session)  # the fault is repaired
+    sound = RLTrainer(components)  # the fault is repaired
     replayed = sound.replay(path)
     assert math.isfinite(replayed["loss"]) and replayed["grad_norm"] > 0
-    state, _ = Checkpoints(session.run_dir, path.stem).restore(trainer.state)
+    state, _ = Checkpoints(components.run_dir, path.stem).restore(trainer.state)
     np.testing.assert_equal(on_host(state.params), before)
 
 
@@ -523,15 +526,17 @@ def test_a_step_of_nan_is_named_kept_and_replayed(base: Path, tmp_path: Path, mo
 def test_a_step_of_nan_is_skipped_or_rolled_back(
     nonfinite: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session, trajectories, scores = faulty_session(base, tmp_path, guards__nonfinite=nonfinite, guards__rollbacks=1)
+    components, trajectories, scores = faulty_components(
+        base, tmp_path, guards__nonfinite=nonfinite, guards__rollbacks=1
+    )
     inject_fault(monkeypatch)
-    trainer = RLTrainer(session)
+    trainer = RLTrainer(components)
     start = on_host(trainer.state.params)
     metrics = trainer.update(trajectories, scores)
     assert metrics["bad_steps"] == 1 and trainer.iteration == 1
     moved = not all(np.array_equal(a, b) for a, b in zip(on_host(trainer.state.params), start, strict=True))
     assert all(np.isfinite(x).all() for x in on_host(trainer.state))
-    said = session.console.file.getvalue()  # type: ignore[attr-defined]
+    said = components.console.file.getvalue()  # type: ignore[attr-defined]
     if nonfinite == "skip":
         assert moved and math.isfinite(metrics["policy_loss"]) and "skipped" in said
         return
@@ -542,9 +547,9 @@ def test_a_step_of_nan_is_skipped_or_rolled_back(
 
 def test_rewards_that_are_all_equal_move_nothing_and_are_told(base: Path, tmp_path: Path) -> None:
     keys = {"guards__equal_groups": 0.9, "guards__action": "rollback", "guards__rollbacks": 1}
-    session, trajectories, scores = faulty_session(base, tmp_path, **keys)
+    components, trajectories, scores = faulty_components(base, tmp_path, **keys)
     equal = dataclasses.replace(scores, rewards=[np.ones(3, np.float32)] * 4)
-    trainer = RLTrainer(session)
+    trainer = RLTrainer(components)
     start = on_host(trainer.state.params)
     seen = {"trajectory_tokens": 20.0}
     metrics = trainer.update(trajectories, equal) | seen
@@ -584,7 +589,7 @@ def test_rows_that_do_not_divide_by_the_devices_are_told_of() -> None:
     config = dataclasses.replace(
         Config(), sft=SFTConfig(batch_rows=6), rl=RLConfig(batch_rows=8), rollout=RolloutConfig(slots=10)
     )
-    told = {phase: train.undivided(config, mesh, mesh, phase) for phase in ("index", "sft", "rl", "eval")}
+    told = {phase: undivided(config, mesh, mesh, phase) for phase in ("index", "sft", "rl", "eval")}
     assert told == {"index": [], "sft": ["sft.batch_rows=6"], "rl": ["rollout.slots=10"], "eval": ["rollout.slots=10"]}
     of_one = make_mesh(MeshConfig(tensor=8))
-    assert not any(train.undivided(config, of_one, of_one, phase) for phase in told)
+    assert not any(undivided(config, of_one, of_one, phase) for phase in told)

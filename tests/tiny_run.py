@@ -15,7 +15,7 @@ from rich.console import Console
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from r3rag_jax.components import Session
+from r3rag_jax.components import Components
 from r3rag_jax.config.loader import load_config
 from r3rag_jax.config.schema import Config
 from r3rag_jax.models.hf.decoder_files import save_decoder
@@ -116,10 +116,10 @@ def files(run_dir: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
-def open_session(run_dir: Path, *overrides: str) -> Session:
+def open_components(run_dir: Path, *overrides: str) -> Components:
     """A finished run to work with; it is only read."""
     config = load_config(run_dir / "config.yaml", [*overrides, "phases=index"])
-    return Session(config, run_dir, console=Console(quiet=True))
+    return Components(config, run_dir, console=Console(quiet=True))
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from rich.markup import escape
 
-from r3rag_jax.components import Session
+from r3rag_jax.components import Components
 from r3rag_jax.errors import UserError
 from r3rag_jax.models import lora
 from r3rag_jax.parallel.shardings import device_put_batch, replicated
@@ -41,29 +41,30 @@ class StepInputs:
 class RLTrainer:
     """What RL holds: policy, critic, frozen reference, optimizer, weight of the KL; resumes by itself."""
 
-    def __init__(self, session: Session):
-        self._session, self._config = session, session.config.rl
-        start = session.phase_params("sft") if session.policy_dir("sft").exists() else session.base_params()
-        self._ref_params = start
+    def __init__(self, components: Components):
+        self._components, self._config = components, components.config.rl
+        policy, cold_start = components.policy, components.policy_dir("sft")
+        self._ref_params = policy.load(cold_start) if cold_start.exists() else policy.base_params()
         parts = self._parts()
         graphdefs = {name: part.graphdef for name, part in parts.items()}
         self._frozen = {name: part.frozen for name, part in parts.items()}
         self._merge = jax.jit(functools.partial(lora.merge, parts["policy"].graphdef))
-        self._tx = tx = optimizer.rl_optimizer(self._config, session.config.model.moment_dtype)
-        self.state: Any = learner.init_state(session.mesh, {name: part.params for name, part in parts.items()}, tx)
+        self._tx = tx = optimizer.rl_optimizer(self._config, components.config.model.moment_dtype)
+        self.state: Any = learner.init_state(components.mesh, {name: part.params for name, part in parts.items()}, tx)
         self.iteration, self.kl = 0, self._config.kl
-        self.guards = Guards(session.config.guards, self._config)
+        self.guards = Guards(components.config.guards, self._config)
         self._kept_bad_step = False
-        self.checkpoints = Checkpoints(session.run_dir, "rl")
+        self.checkpoints = Checkpoints(components.run_dir, "rl")
         if self.checkpoints.latest is not None:
             self.state, note = self.checkpoints.restore(self.state)
             self.iteration, self.kl = note["iteration"], note["kl"]
             self.guards.set_state(note["guards"])
-        session.log.rewind("rl", self.iteration)
-        model, truncation = session.config.model, Truncation.of(session.config.rollout)
-        self._score = learner.make_scorer(session.mesh, graphdefs, session.graphdef, model, self._config, truncation)
-        self._estimate = learner.make_estimator(session.mesh, self._config, num_steps=session.config.rollout.max_steps)
-        self._step = learner.make_rl_step(session.mesh, graphdefs, tx, model, self._config, self.state, truncation)
+        components.log.rewind("rl", self.iteration)
+        model, truncation = components.config.model, Truncation.of(components.config.rollout)
+        self._score = learner.make_scorer(components.mesh, graphdefs, policy.graphdef, model, self._config, truncation)
+        num_steps = components.config.rollout.max_steps
+        self._estimate = learner.make_estimator(components.mesh, self._config, num_steps=num_steps)
+        self._step = learner.make_rl_step(components.mesh, graphdefs, tx, model, self._config, self.state, truncation)
 
     @property
     def policy_params(self) -> Any:
@@ -73,16 +74,16 @@ class RLTrainer:
 
     def _parts(self) -> dict[str, lora.Parts]:
         """Policy and critic as they are before RL."""
-        parts = {"policy": self._session.trainable_policy(self._ref_params)}
+        parts = {"policy": self._components.policy.trainable(self._ref_params)}
         if self._config.has_critic:
             policy = parts["policy"]
             critic = learner.new_critic(lora.join(policy.graphdef, policy.params, policy.frozen), self._config.critic)
-            parts["critic"] = lora.Parts.of(critic, self._session.config.lora)
+            parts["critic"] = lora.Parts.of(critic, self._components.config.lora)
         return parts
 
     def save(self) -> None:
         """Make a checkpoint of the state, unless it may have to be rolled back."""
-        if self.guards.is_clean or self._session.config.guards.action != "rollback":
+        if self.guards.is_clean or self._components.config.guards.action != "rollback":
             note = {"iteration": self.iteration, "kl": self.kl, "guards": self.guards.get_state()}
             self.checkpoints.save(self.iteration, self.state, note)
 
@@ -92,7 +93,7 @@ class RLTrainer:
         Raises:
             UserError: RL ends here.
         """
-        broken, action = self.guards.check(metrics), self._session.config.guards.action
+        broken, action = self.guards.check(metrics), self._components.config.guards.action
         if not broken:
             return
         told = f"RL iteration {self.iteration - 1}: {'; '.join(broken)}"
@@ -101,41 +102,41 @@ class RLTrainer:
         if action == "rollback":
             self._roll_back(told)
         else:
-            self._session.console.print(f"[yellow]{escape(told)}[/]", highlight=False)
+            self._components.console.print(f"[yellow]{escape(told)}[/]", highlight=False)
 
     def _roll_back(self, why: str) -> None:
         """State and weight of the KL of the last checkpoint, or of the start; questions go on where they are.
 
         Only other questions can go another way: the same ones would be played and learnt from alike.
         """
-        most = self._session.config.guards.rollbacks
+        most = self._components.config.guards.rollbacks
         if self.guards.rollbacks >= most:
             raise UserError(f"{why}; rolled back {most} times before (guards.rollbacks)")
         self.guards.rollbacks += 1
         shapes, self.state = shapes_of(self.state), None  # freed before the other is there
         if self.checkpoints.latest is None:
             params = {name: part.params for name, part in self._parts().items()}
-            self.state, self.kl, to = learner.init_state(self._session.mesh, params, self._tx), self._config.kl, 0
+            self.state, self.kl, to = learner.init_state(self._components.mesh, params, self._tx), self._config.kl, 0
         else:
             self.state, note = self.checkpoints.restore(shapes)
             self.kl, to = note["kl"], note["iteration"]
         told = f"{why}; back to the state before iteration {to}"
-        self._session.console.print(f"[yellow]{escape(told)}[/]", highlight=False)
+        self._components.console.print(f"[yellow]{escape(told)}[/]", highlight=False)
 
     def _on_bad_step(self, step: int, where: str, inputs: StepInputs, metrics: Mapping[str, Any]) -> None:
         """Keep the first update that was none, and do as `guards.nonfinite` says."""
-        guards = self._session.config.guards
+        guards = self._components.config.guards
         told = (
             f"RL iteration {self.iteration}, {where}: loss and gradient norm must be finite; got "
             f"{metrics['loss']} and {metrics['grad_norm']}"
         )
         if not self._kept_bad_step:
             self._kept_bad_step, name = True, f"bad_step_{self.iteration}_{step}"
-            path = self._session.run_dir / "checkpoints" / f"{name}.npz"
-            whole = jax.jit(lambda tree: tree, out_shardings=replicated(self._session.mesh))
+            path = self._components.run_dir / "checkpoints" / f"{name}.npz"
+            whole = jax.jit(lambda tree: tree, out_shardings=replicated(self._components.mesh))
             save_arrays(path, whole(inputs))
             if guards.save_state:
-                kept = Checkpoints(self._session.run_dir, name)
+                kept = Checkpoints(self._components.run_dir, name)
                 if kept.latest is None:
                     kept.save(self.iteration, self.state, {"iteration": self.iteration})
                 kept.close()
@@ -145,7 +146,7 @@ class RLTrainer:
         if guards.nonfinite == "rollback":
             self._roll_back(told)
         else:
-            self._session.console.print(f"[yellow]{escape(told)}; skipped[/]", highlight=False)
+            self._components.console.print(f"[yellow]{escape(told)}; skipped[/]", highlight=False)
 
     def replay(self, path: Path) -> dict[str, float]:
         """The metrics of an update that was kept in `path`, done again, from the state before it where that was kept.
@@ -167,18 +168,18 @@ class RLTrainer:
             0,
         )
         inputs: StepInputs = load_arrays(path, like)
-        batch, targets = (device_put_batch(self._session.mesh, tree) for tree in (inputs.batch, inputs.targets))
+        batch, targets = (device_put_batch(self._components.mesh, tree) for tree in (inputs.batch, inputs.targets))
         _, metrics = self._step(self.state, batch, targets, inputs.lr_scale, self._frozen, inputs.kl)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
     def update(self, trajectories: Sequence[Trajectory], scores: Scores) -> dict[str, float]:
         """One iteration: reference and values, advantages, then an epoch or more of clipped updates."""
-        config, mesh = self._config, self._session.mesh
-        if self._session.shares_prefixes:
+        config, mesh = self._config, self._components.mesh
+        if self._components.shares_prefixes:
             trajectories = [
                 dataclasses.replace(t, samples=share_prefixes(t.samples, config.row_length)) for t in trajectories
             ]
-        rng = np.random.default_rng((self._session.config.seed, self.iteration))
+        rng = np.random.default_rng((self._components.config.seed, self.iteration))
         groups = number_groups(trajectories)
         is_equal = equal_groups(scores.rewards, groups, totals=config.returns == "total")
         is_kept = np.ones_like(is_equal)
@@ -210,7 +211,7 @@ class RLTrainer:
                 num_bad += 1
                 inputs = StepInputs(batches[i], targets[i], lr_scale, np.float32(self.kl))
                 self._on_bad_step(number, f"update {number + 1} of {len(order)} (batch {i})", inputs, metrics)
-                if self._session.config.guards.nonfinite == "rollback":
+                if self._components.config.guards.nonfinite == "rollback":
                     break
                 continue
             sampler_gap = metrics.pop("sampler_gap")

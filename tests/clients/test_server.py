@@ -52,9 +52,9 @@ needs_devices = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight 
 @needs_devices
 @pytest.mark.parametrize("protocol", ["tags", "steps"])
 def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Callable[[str], Path]) -> None:
-    session = tiny_run.open_session(finished(protocol))
-    policy = session.to_sampler(session.phase_params("rl"))
-    jobs = [Job(question) for question in [*session.questions("rl")[:4], *session.questions("test")]]
+    session = tiny_run.open_components(finished(protocol))
+    policy = session.to_sampler(session.policy.load(session.policy_dir("rl")))
+    jobs = [Job(question) for question in [*session.dataset.questions("rl")[:4], *session.dataset.questions("test")]]
     local = session.roller().play(policy, jobs)
     assert sum(t.num_retrievals for t in local) > 3  # so that passages are in the contexts
     reply = EngineReply(session, policy)
@@ -62,7 +62,7 @@ def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Ca
         reply.dialect = dialect  # what is written is kept: one greedy generation for all
         plain = ["rollout.server_extras=false", "rollout.server_prompt=text"] if dialect == "openai" else []
         with serve(reply) as endpoint:
-            client = tiny_run.open_session(session.run_dir, f"rollout.server={endpoint.url}", *plain)
+            client = tiny_run.open_components(session.run_dir, f"rollout.server={endpoint.url}", *plain)
             client.retriever = session.retriever
             heard: list[Trajectory] = []
             served = client.roller().play(None, jobs, heard.append)
@@ -72,7 +72,9 @@ def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Ca
             if dialect in ("llama", "openai") and mine.status == Status.FORMAT_ERROR:
                 assert theirs.steps[:-1] == mine.steps[:-1]  # which token ended a malformed step they do not tell
                 continue
-            if dialect == "openai" and not all(is_as_encoded(session.tokenizer, sample) for sample in mine.samples):
+            if dialect == "openai" and not all(
+                is_as_encoded(session.policy.tokenizer, sample) for sample in mine.samples
+            ):
                 continue  # text alone: another split into tokens, so another context
             assert theirs.steps == mine.steps, dialect
             for ours, sample in zip(mine.samples, theirs.samples, strict=True):
@@ -92,14 +94,14 @@ def is_as_encoded(tokenizer: Tokenizer, sample: Sample) -> bool:
 @needs_devices
 def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path], tmp_path: Path) -> None:
     run_dir = shutil.copytree(finished("tags"), tmp_path / "run")
-    session = tiny_run.open_session(run_dir)
-    policy = session.to_sampler(session.phase_params("rl"))
+    session = tiny_run.open_components(run_dir)
+    policy = session.to_sampler(session.policy.load(session.policy_dir("rl")))
     assert evaluate.main(["--checkpoint", str(run_dir), "--name", "local"]) == 0
     with serve(EngineReply(session, policy)) as endpoint:
         served = f"rollout.server={endpoint.url}"
         assert evaluate.main(["--checkpoint", str(run_dir), "--name", "served", served]) == 0
-        client = tiny_run.open_session(run_dir, served)
-        arguments = client.tokenizer, None, session.questions("test"), session.retriever, 2
+        client = tiny_run.open_components(run_dir, served)
+        arguments = client.policy.tokenizer, None, session.dataset.questions("test"), session.retriever, 2
         lines = read_answers(client.reading_engine(), *arguments)
         copy = shutil.copytree(run_dir, tmp_path / "copy")
         shutil.rmtree(copy / "policy")  # a server has its own
@@ -113,7 +115,7 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
     assert rows["served"] == rows["local"]
     marks = {name: json.loads((run_dir / "eval" / f"{name}.json").read_text())["fingerprint"] for name in rows}
     assert marks["served"] == marks["local"] | {"server": endpoint.url}
-    own = read_answers(session.reading_engine(), session.tokenizer, policy, *arguments[2:])
+    own = read_answers(session.reading_engine(), session.policy.tokenizer, policy, *arguments[2:])
     assert [(t.steps, t.status, t.num_policy_tokens) for t in lines] == [
         (t.steps, t.status, t.num_policy_tokens) for t in own
     ]

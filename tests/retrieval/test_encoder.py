@@ -17,7 +17,7 @@ import tiny_run
 from safetensors.numpy import load_file, save_file
 
 from r3rag_jax import ask, evaluate
-from r3rag_jax.components import Session
+from r3rag_jax.components import Components
 from r3rag_jax.config.schema import Config, ConfigError, RetrievalConfig, RewardConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.encoder import HF_NAMES, BertConfig, load_encoder, param_shapes, pool, unit
@@ -615,9 +615,9 @@ def test_a_session_builds_the_encoder_that_the_configuration_describes(built: Pa
     expected = BertEncoder(
         built, pooling="cls", query_prefix="q: ", passage_prefix="p: ", max_length=12, dtype="bfloat16"
     )
-    encoder = Session(Config(retrieval=retrieval), tmp_path).encoder
+    encoder = Components(Config(retrieval=retrieval), tmp_path).encoder
     assert encoder is not None and encoder.fingerprint == expected.fingerprint
-    assert Session(Config(), tmp_path).encoder is None
+    assert Components(Config(), tmp_path).encoder is None
 
 
 @pytest.mark.parametrize("kind", ["hash", "bert"])

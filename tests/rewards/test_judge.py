@@ -23,7 +23,7 @@ from openai_server import MODEL, Reply, RunningServer, chat, serve
 from rich.console import Console
 
 from r3rag_jax import evaluate, train
-from r3rag_jax.components import Session
+from r3rag_jax.components import Components
 from r3rag_jax.config.schema import JudgeConfig, MeshConfig, RewardConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import save_decoder
@@ -699,7 +699,7 @@ def test_a_session_plans_and_opens_a_local_judge(judge_dir: Path, base: Path, tm
     settings = {"rewards.process": "judge", "judge.kind": "local", "judge.model": judge_dir, "judge.slots": 8,
                 "judge.max_length": 1024, "judge.max_tokens": 8}  # fmt: skip
     config = tiny_run.config(tmp_path, base, **{name.replace(".", "__"): value for name, value in settings.items()})
-    session = Session(config, config.run_directory, console=Console(quiet=True))
+    session = Components(config, config.run_directory, console=Console(quiet=True))
     planned = {phase: train.plan_memory(session, phase)[0].parts for phase in ("sft", "rl", "eval")}
     expected = judge_memory(config.judge, session.mesh)
     assert expected.items() <= planned["rl"].items()

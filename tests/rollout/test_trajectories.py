@@ -15,7 +15,7 @@ import pytest
 import tiny_run
 from flax import nnx
 
-from r3rag_jax.components import Session
+from r3rag_jax.components import Components
 from r3rag_jax.config.schema import MeshConfig, RolloutConfig
 from r3rag_jax.parallel.mesh import make_sampler_mesh
 from r3rag_jax.retrieval.base import Hit, Retriever
@@ -31,13 +31,13 @@ TEMPERATURES = (0.0, 0.7, 1.0)
 
 
 @pytest.fixture(scope="module", params=["tags", "steps"])
-def trained(request: pytest.FixtureRequest, finished: Callable[[str], Path]) -> tuple[Session, Any]:
-    session = tiny_run.open_session(finished(request.param))
-    return session, session.phase_params("rl")
+def trained(request: pytest.FixtureRequest, finished: Callable[[str], Path]) -> tuple[Components, Any]:
+    session = tiny_run.open_components(finished(request.param))
+    return session, session.policy.load(session.policy_dir("rl"))
 
 
-def jobs_of(session: Session, count: int) -> list[Job]:
-    questions = session.questions("test")[:count]
+def jobs_of(session: Components, count: int) -> list[Job]:
+    questions = session.dataset.questions("test")[:count]
     return [Job(question, i, t, seed=5) for i, t in enumerate(TEMPERATURES) for question in questions]
 
 
@@ -54,7 +54,7 @@ class Slow:
 
 
 def play(
-    session: Session,
+    session: Components,
     params: Any,
     jobs: Sequence[Job],
     slots: int = 8,
@@ -69,21 +69,21 @@ def play(
 
 
 def roller_of(
-    session: Session, config: RolloutConfig, retriever: Retriever | None = None, is_alone: bool = False
+    session: Components, config: RolloutConfig, retriever: Retriever | None = None, is_alone: bool = False
 ) -> Roller:
     """On all devices, or on one alone, which decodes fewer rows when fewer are left."""
     shape = {"slots": config.slots, "max_length": config.max_length}
     mesh = make_sampler_mesh(MeshConfig(sampler_devices=1), session.mesh) if is_alone else session.mesh
-    engine = Engine(session.graphdef, session.decoder_config, mesh, **shape)
+    engine = Engine(session.policy.graphdef, session.policy.decoder_config, mesh, **shape)
     codec = session.codec
     engine.stop_at(*codec.ends)
     rules = Rules(codec, retriever or session.retriever, config, session.config.retrieval.top_k, 10)
     return Roller(engine, rules)
 
 
-def naive(session: Session, params: Any, job: Job) -> list[tuple[list[int], list[float]]]:
+def naive(session: Components, params: Any, job: Job) -> list[tuple[list[int], list[float]]]:
     """Ids and log-probabilities of each step: a full forward per token, one search per step, no cache, no batch."""
-    config, codec, model = session.config.rollout, session.codec, nnx.merge(session.graphdef, params)
+    config, codec, model = session.config.rollout, session.codec, nnx.merge(session.policy.graphdef, params)
     forward = _forward(model, config.max_length)
     transcript, written, seen = Transcript(codec, job.question.question), [], set[str]()
     for number in range(config.max_steps):
@@ -129,7 +129,7 @@ def _draw(logits: np.ndarray, job: Job, step: int, position: int) -> int:
     return int(np.searchsorted(np.cumsum(weights) / weights.sum(), float(jax.random.uniform(key)), "right"))
 
 
-def test_a_trajectory_is_that_of_a_naive_loop(trained: tuple[Session, Any]) -> None:
+def test_a_trajectory_is_that_of_a_naive_loop(trained: tuple[Components, Any]) -> None:
     session, params = trained
     jobs = jobs_of(session, 3)
     played = play(session, params, jobs)
@@ -145,7 +145,7 @@ def test_a_trajectory_is_that_of_a_naive_loop(trained: tuple[Session, Any]) -> N
 
 
 @pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
-def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Session, Any]) -> None:
+def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Components, Any]) -> None:
     session, params = trained
     jobs = jobs_of(session, 4)
     plain = play(session, params, jobs)
@@ -162,7 +162,7 @@ def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Session, An
 
 
 @pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
-def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Session, Any]) -> None:
+def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Components, Any]) -> None:
     session, params = trained
     jobs = jobs_of(session, 4)
     fast, slow = (
@@ -177,7 +177,7 @@ def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Session, Any]) -> No
 
 @pytest.mark.parametrize("is_alone", [False, True])
 @pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
-def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Session, Any], is_alone: bool) -> None:
+def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Components, Any], is_alone: bool) -> None:
     """Two hundred trajectories of all lengths, groups and temperatures, some slots full and some not."""
     session, params = trained
     config = dataclasses.replace(session.config.rollout, slots=16)
@@ -186,7 +186,7 @@ def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Session, Any], is_al
     roller.engine.warm_up(policy)
     roller.play(policy, jobs_of(session, 1)[:1])  # what else is compiled once, outside of the engine
     before = num_compiled()
-    questions = [dataclasses.replace(q, id=f"{q.id}-{i}") for i in range(50) for q in session.questions("test")]
+    questions = [dataclasses.replace(q, id=f"{q.id}-{i}") for i in range(50) for q in session.dataset.questions("test")]
     assert len(questions) == 200
     played = roller.play(policy, [Job(q, i % 4, TEMPERATURES[i % 3]) for i, q in enumerate(questions)])
     assert num_compiled() == before

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from r3rag_jax.components import Session
+from r3rag_jax.components import Components
 from r3rag_jax.config.schema import Config, ModelConfig, RetrievalConfig, RolloutConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.text.protocols import make_protocol
@@ -189,8 +189,8 @@ def directory(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def session(directory: Path, chat_template: str, run_dir: Path) -> Session:
-    return Session(
+def session(directory: Path, chat_template: str, run_dir: Path) -> Components:
+    return Components(
         Config(
             model=ModelConfig(path=str(directory), chat_template=chat_template),
             retrieval=RetrievalConfig(passage_tokens=128),
@@ -239,12 +239,12 @@ BRIEF = {
 
 
 def test_the_models_own_templates_say_something_else(model: str, directory: Path, tmp_path: Path) -> None:
-    tokenizer = session(directory, "", tmp_path).tokenizer
+    tokenizer = session(directory, "", tmp_path).policy.tokenizer
     assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == OWN[model]
 
 
 def test_a_system_turn_that_is_given_stays(model: str, directory: Path, tmp_path: Path) -> None:
-    tokenizer = session(directory, TEMPLATE[model], tmp_path).tokenizer
+    tokenizer = session(directory, TEMPLATE[model], tmp_path).policy.tokenizer
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert tokenizer.render_chat(messages, add_generation_prompt=False) == BRIEF[model]
 
@@ -252,7 +252,7 @@ def test_a_system_turn_that_is_given_stays(model: str, directory: Path, tmp_path
 def test_an_exported_policy_keeps_the_template_it_was_trained_under(
     model: str, directory: Path, tmp_path: Path
 ) -> None:
-    chosen = session(directory, TEMPLATE[model], tmp_path).tokenizer
+    chosen = session(directory, TEMPLATE[model], tmp_path).policy.tokenizer
     chosen.save(tmp_path / "out")
     messages = [{"role": "user", "content": QUESTION}]
     want = chosen.render_chat(messages)
@@ -264,7 +264,7 @@ def test_an_exported_policy_keeps_the_template_it_was_trained_under(
 
 def test_a_template_of_ones_own(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    own = session(directory, str(tmp_path / "own.jinja"), tmp_path).tokenizer
+    own = session(directory, str(tmp_path / "own.jinja"), tmp_path).policy.tokenizer
     assert own.render_chat([{"role": "user", "content": "Hi"}]) == "[Hi]"
     with pytest.raises(UserError, match=r"model\.chat_template must be chatml, llama3 or a Jinja file; got chatlm$"):
         read_template("chatlm")

@@ -15,7 +15,7 @@ import tiny
 import tiny_run
 from flax import nnx
 
-from r3rag_jax.components import Session, open_run
+from r3rag_jax.components import Components, open_run
 from r3rag_jax.config.loader import load_config
 from r3rag_jax.config.schema import (
     Config,
@@ -33,6 +33,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.types import Status
+from r3rag_jax.world.dataset import index_phase
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 
@@ -120,16 +121,16 @@ def config(base: Path, tmp_path: Path) -> Config:
     return tiny_run.config(tmp_path, base)
 
 
-def session(config: Config, *sizes: int, **model: str) -> Session:
+def components(config: Config, *sizes: int, **model: str) -> Components:
     mesh = MeshConfig(*sizes) if sizes else config.mesh
     changed = dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, **model))
-    return Session(changed, config.run_directory)
+    return Components(changed, config.run_directory)
 
 
 def test_the_base_is_what_the_file_holds_on_every_mesh(config: Config, base: Path) -> None:
     want = flat(nnx.split(load_decoder(base, dtype="float32"))[1])
     for sizes in ((8, 1, 1), (1, 4, 2)):
-        params = session(config, *sizes).base_params()
+        params = components(config, *sizes).policy.base_params()
         for got, leaf in zip(flat(params), want, strict=True):
             np.testing.assert_array_equal(got, leaf)
     shapes = {shard.data.shape for shard in params["layers"]["q_proj"][...].addressable_shards}
@@ -137,22 +138,24 @@ def test_the_base_is_what_the_file_holds_on_every_mesh(config: Config, base: Pat
 
 
 def test_random_parameters_depend_on_the_seed_and_not_on_the_mesh(config: Config) -> None:
-    one, other = (flat(session(config, *sizes, init="random").base_params()) for sizes in ((8, 1, 1), (1, 4, 2)))
+    one, other = (
+        flat(components(config, *sizes, init="random").policy.base_params()) for sizes in ((8, 1, 1), (1, 4, 2))
+    )
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a, b)
-    reseeded = flat(session(dataclasses.replace(config, seed=1), init="random").base_params())
-    pretrained = flat(session(config).base_params())
+    reseeded = flat(components(dataclasses.replace(config, seed=1), init="random").policy.base_params())
+    pretrained = flat(components(config).policy.base_params())
     for different in (one, pretrained):  # the tiny base may be what seed 0 draws
         assert any(not np.array_equal(a, b) for a, b in zip(reseeded, different, strict=True))
 
 
 def test_a_phases_policy_is_exported_whole_and_read_back_on_another_mesh(config: Config) -> None:
     run_dir = open_run(config)
-    writer = session(config, 1, 4, 2)
-    params = jax.tree.map(lambda x: x + 0.123456789, writer.base_params())
-    writer.save_policy("sft", params)
+    writer = components(config, 1, 4, 2)
+    params = jax.tree.map(lambda x: x + 0.123456789, writer.policy.base_params())
+    writer.policy.save(writer.policy_dir("sft"), params)
     assert [path.name for path in (run_dir / "policy").iterdir()] == ["sft"]
-    read = session(config, 8, 1, 1).phase_params("sft")
+    read = components(config, 8, 1, 1).policy.load(writer.policy_dir("sft"))
     for a, b in zip(flat(read), flat(params), strict=True):
         np.testing.assert_array_equal(a, b)  # float32: nothing is rounded
     whole = tiny_run.files(run_dir / "policy" / "sft")
@@ -164,8 +167,8 @@ def test_a_phases_policy_is_exported_whole_and_read_back_on_another_mesh(config:
 def test_what_generation_is_told_goes_with_the_policy(config: Config, base: Path, tmp_path: Path) -> None:
     source = shutil.copytree(base, tmp_path / "source")
     (source / "generation_config.json").write_text('{"eos_token_id": [2, 0], "temperature": 0.6}')
-    writer = session(config, path=str(source))
-    writer.save_policy("sft", writer.base_params())
+    writer = components(config, path=str(source))
+    writer.policy.save(writer.policy_dir("sft"), writer.policy.base_params())
     written = json.loads((writer.policy_dir("sft") / "generation_config.json").read_text())
     assert written == {"pad_token_id": 0, "eos_token_id": [2, 0], "temperature": 0.6}
 
@@ -174,45 +177,45 @@ def test_a_tokenizer_without_the_tags_is_the_users_to_fix(config: Config, base: 
     source = shutil.copytree(base, tmp_path / "source")
     tiny.tokenizer(source, (*tiny.SPECIALS[:3], "<think>"))
     with pytest.raises(UserError, match=r"source lacks </think> <query> .*convert .*/source OUT --add-tags$"):
-        _ = session(config, path=str(source)).codec
+        _ = components(config, path=str(source)).codec
     steps = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, protocol="steps"))
-    assert session(steps, path=str(source)).codec.protocol.name == "steps"
+    assert components(steps, path=str(source)).codec.protocol.name == "steps"
 
 
 def test_a_model_path_without_a_model_is_the_users_to_fix(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path must be a Hugging Face directory .* got .*/nothing"):
-        _ = session(config, path=str(tmp_path / "nothing")).base_path
+        _ = components(config, path=str(tmp_path / "nothing")).policy.base_path
 
 
 # ------------------------------------------------------------------------------------------- data
 
 
 def test_the_worlds_files_fit_together(config: Config) -> None:
-    writer = Session(config, open_run(config))
-    writer.write_data()
+    writer = Components(config, open_run(config))
+    index_phase(writer)
     data = config.run_directory / "data"
     corpus = {passage.id: passage for passage in read_passages(data / "corpus.jsonl")}
     for split in ("rl", "dev", "test"):
-        assert writer.questions(split) == read_questions(data / f"{split}.jsonl")
-        assert len(writer.questions(split)) == getattr(config.world, f"num_{split}")
+        assert writer.dataset.questions(split) == read_questions(data / f"{split}.jsonl")
+        assert len(writer.dataset.questions(split)) == getattr(config.world, f"num_{split}")
     trajectories = read_trajectories(data / "sft.jsonl", corpus, config.retrieval.top_k)
     assert len(trajectories) == config.world.num_sft
     for trajectory in trajectories:
         assert trajectory.status == Status.ANSWERED
         assert set(trajectory.question.supporting_ids) <= set(trajectory.retrieved_ids)
-    reader = Session(config, config.run_directory)
+    reader = Components(config, config.run_directory)
     [hits] = reader.retriever.search([corpus["5"].contents], 3)
     assert hits[0].passage == corpus["5"] and len(hits) == 3
-    assert reader.retriever.fingerprint == Session(config, config.run_directory).retriever.fingerprint
+    assert reader.retriever.fingerprint == Components(config, config.run_directory).retriever.fingerprint
 
 
 def test_files_need_not_be_given_for_what_is_only_watched(config: Config, tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"id": 7, "question": "Who?", "golden_answers": ["x"]}\n')
     data = DataConfig(source="files", corpus="c.jsonl", test=str(tmp_path / "test.jsonl"))
     files = dataclasses.replace(config, phases=("eval",), data=data)
-    assert Session(files, tmp_path).questions("dev") == []
-    assert [question.id for question in Session(files, tmp_path).questions("test")] == ["7"]
-    assert Session(files, tmp_path).path_of("corpus") == Path("c.jsonl")
+    assert Components(files, tmp_path).dataset.questions("dev") == []
+    assert [question.id for question in Components(files, tmp_path).dataset.questions("test")] == ["7"]
+    assert Components(files, tmp_path).dataset.path_of("corpus") == Path("c.jsonl")
 
 
 def files_of_ones_own(config: Config, directory: Path, **keys: Any) -> Config:
@@ -235,31 +238,33 @@ def files_of_ones_own(config: Config, directory: Path, **keys: Any) -> Config:
 
 def test_rl_leaves_out_the_questions_that_the_cold_start_drew(config: Config, tmp_path: Path) -> None:
     few = files_of_ones_own(config, tmp_path / "data", num_sft=4)
-    one = Session(few, open_run(few))
-    one.write_data()
-    used = [trajectory.question.id for trajectory in one.trajectories()]
+    one = Components(few, open_run(few))
+    index_phase(one)
+    used = [trajectory.question.id for trajectory in one.dataset.trajectories()]
     assert len(used) == 4 and set(used) < {f"q{i}" for i in range(6)}
-    assert [question.id for question in one.questions("rl")] == [f"q{i}" for i in range(10) if f"q{i}" not in used]
-    reseeded = Session(dataclasses.replace(few, seed=3), one.run_dir)
-    assert [trajectory.question.id for trajectory in reseeded.trajectories()] != used
+    assert [question.id for question in one.dataset.questions("rl")] == [
+        f"q{i}" for i in range(10) if f"q{i}" not in used
+    ]
+    reseeded = Components(dataclasses.replace(few, seed=3), one.run_dir)
+    assert [trajectory.question.id for trajectory in reseeded.dataset.trajectories()] != used
     shared = dataclasses.replace(few, data=dataclasses.replace(few.data, disjoint=False))
-    assert len(Session(shared, one.run_dir).questions("rl")) == 10
+    assert len(Components(shared, one.run_dir).dataset.questions("rl")) == 10
     later = dataclasses.replace(few, phases=("rl",))  # the cold start was a command of its own
-    assert len(Session(later, one.run_dir).questions("rl")) == 6
+    assert len(Components(later, one.run_dir).dataset.questions("rl")) == 6
     alone = dataclasses.replace(few, phases=("index", "rl"), data=dataclasses.replace(few.data, sft=""))
-    assert len(Session(alone, one.run_dir).questions("rl")) == 10
+    assert len(Components(alone, one.run_dir).dataset.questions("rl")) == 10
 
 
 def test_data_that_leaves_nothing_or_holds_too_little_is_the_users_to_fix(config: Config, tmp_path: Path) -> None:
     every = files_of_ones_own(config, tmp_path / "data")
     every = dataclasses.replace(every, data=dataclasses.replace(every.data, rl="taught.jsonl"))
-    one = Session(every, open_run(every))
-    one.write_data()
+    one = Components(every, open_run(every))
+    index_phase(one)
     with pytest.raises(UserError, match=r"data.disjoint leaves no question for RL: all of .*taught.jsonl"):
-        one.questions("rl")
+        one.dataset.questions("rl")
     many = dataclasses.replace(every, data=dataclasses.replace(every.data, num_sft=7))
     with pytest.raises(UserError, match=r"data.num_sft must be at most 6, what .*taught.jsonl holds; got 7"):
-        Session(many, one.run_dir).trajectories()
+        Components(many, one.run_dir).dataset.trajectories()
 
 
 def test_a_search_again_places_what_is_wrong_with_the_trajectories(config: Config, tmp_path: Path) -> None:
@@ -267,17 +272,17 @@ def test_a_search_again_places_what_is_wrong_with_the_trajectories(config: Confi
     with (tmp_path / "data" / "taught.jsonl").open("a") as file:
         file.write('{"id": "q9", "question": "Who?", "golden_answers": ["x"]}\n')
     with pytest.raises(UserError, match=r"taught.jsonl:7: expected a field 'steps'"):
-        Session(again, open_run(again)).write_data()
+        index_phase(Components(again, open_run(again)))
 
 
 def test_a_search_again_brings_this_runs_documents_and_keeps_what_a_step_is_after(
     config: Config, tmp_path: Path
 ) -> None:
     again = files_of_ones_own(config, tmp_path / "data", search_again=True)
-    one = Session(again, open_run(again))
-    one.write_data()
-    assert one.path_of("sft") == one.run_dir / "data" / "sft.jsonl"
-    for number, trajectory in enumerate(one.trajectories()):
+    one = Components(again, open_run(again))
+    index_phase(one)
+    assert one.dataset.path_of("sft") == one.run_dir / "data" / "sft.jsonl"
+    for number, trajectory in enumerate(one.dataset.trajectories()):
         [found] = one.retriever.search([trajectory.steps[0].query or ""], again.retrieval.top_k)
         shown = [passage.id for passage in trajectory.steps[0].passages]
         assert str(number) in shown and len(shown) == again.retrieval.top_k

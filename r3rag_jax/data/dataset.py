@@ -1,0 +1,61 @@
+"""The questions, passages and teacher trajectories of a run, from the user's files or the embedded world's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from r3rag_jax.config.schema import Config
+from r3rag_jax.data.qa import read_questions, read_trajectories
+from r3rag_jax.errors import UserError
+from r3rag_jax.types import Passage, Question, Trajectory
+
+
+class Dataset:
+    """Reads the splits of a run; its files exist once the index phase is done."""
+
+    def __init__(self, config: Config, run_dir: Path, corpus: Callable[[], Mapping[str, Passage]]):
+        """`corpus`: passages by id, asked for only when trajectories are read."""
+        self._config, self._run_dir, self._corpus = config, run_dir, corpus
+
+    def path_of(self, what: str) -> Path:
+        """The file of `corpus` or of a split (`sft`, `rl`, `dev`, `test`)."""
+        data = self._config.data
+        if data.source == "world" or (what == "sft" and data.search_again):
+            return self._run_dir / "data" / f"{what}.jsonl"
+        return data.path(what)
+
+    def trajectories(self) -> list[Trajectory]:
+        """The teacher's trajectories of the cold start, with the passages that a rollout would show."""
+        data = self._config.data
+        found = read_trajectories(self.path_of("sft"), self._corpus(), self._config.retrieval.top_k)
+        if data.source == "world" or data.num_sft in (0, len(found)):
+            return found
+        if data.num_sft > len(found):
+            raise UserError(
+                f"data.num_sft must be at most {len(found)}, what {data.path('sft')} holds; got {data.num_sft}"
+            )
+        order = np.random.default_rng((self._config.seed, *b"sft")).permutation(len(found))
+        return [found[i] for i in sorted(order[: data.num_sft])]
+
+    def questions(self, split: str) -> list[Question]:
+        """The questions of a split; an empty list where no file is given.
+
+        Raises:
+            UserError: the cold start used all questions that RL has.
+        """
+        data = self._config.data
+        if data.source == "files" and not getattr(data, split):
+            return []
+        questions = read_questions(self.path_of(split))
+        if data.source == "files" and split == "rl" and data.disjoint and data.sft:
+            used = {trajectory.question.id for trajectory in self.trajectories()}
+            questions = [question for question in questions if question.id not in used]
+            if not questions:
+                raise UserError(
+                    f"data.disjoint leaves no question for RL: all of {data.path('rl')} are in the cold start; "
+                    "take fewer (data.num_sft) or data.disjoint=false"
+                )
+        return questions

@@ -1,0 +1,74 @@
+"""The evaluation phase: baselines, cold start and R3-RAG on the test questions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from r3rag_jax.components import Components
+from r3rag_jax.data.qa import trajectory_to_dict
+from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.evaluator import fingerprint, play_greedy, read_answers, summarise
+from r3rag_jax.parallel.processes import barrier
+from r3rag_jax.run.progress import Bar
+from r3rag_jax.types import Question, Trajectory
+
+
+def eval_phase(components: Components) -> bool:
+    """Baselines, cold start and R3-RAG on the test questions."""
+    questions = components.dataset.questions("test")[: components.config.eval.max_questions or None]
+    mark = fingerprint(questions, index=components.retriever.fingerprint, top_k=components.config.retrieval.top_k,
+                       **components.sampling_mark(), **components.judge_mark())  # fmt: skip
+    did_work = False
+    for system in components.config.eval.systems:
+        path = components.run_dir / "eval" / f"{system}.json"
+        if path.exists() and json.loads(path.read_text())["fingerprint"] == mark:
+            continue
+        did_work = True
+        bar = Bar(f"eval {system}", len(questions), console=components.console, live=components.config.log.progress)
+        with bar:
+            trajectories = evaluate_system(components, system, questions, bar)
+        write_eval(components, system, trajectories, mark)
+    barrier("eval")
+    return did_work
+
+
+def evaluate_system(components: Components, system: str, questions: Sequence[Question], bar: Bar) -> list[Trajectory]:
+    """Trajectories of one system of `eval.systems` on the questions."""
+
+    def on_done(trajectory: Trajectory) -> None:
+        bar.advance(retrievals=trajectory.num_retrievals)
+
+    if system in ("closed_book", "oneshot_rag"):
+        retriever = components.retriever if system == "oneshot_rag" else None
+        policy = components.sampling_policy(components.policy.base_params)
+        return read_answers(components.reading_engine(), components.policy.tokenizer, policy, questions, retriever,
+                            components.config.retrieval.oneshot_top_k, on_done,
+                            chat=components.config.eval.prompt == "chat")  # fmt: skip
+    phase = {"cold_start": "sft", "r3rag": "rl"}[system]
+    if not components.policy_dir(phase).exists() and not components.config.rollout.server:
+        raise UserError(f"eval.systems names {system}, but phase {phase} of {components.run_dir} has not finished")
+    policy = components.sampling_policy(lambda: components.policy.load(components.policy_dir(phase)))
+    return play_greedy(components.roller(), policy, questions, on_done)
+
+
+def write_eval(components: Components, system: str, trajectories: Sequence[Trajectory], mark: dict[str, Any]) -> None:
+    """Trajectories first: a judge may fail. Process 0 alone writes."""
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        for name in ("eval", "trajectories"):
+            (components.run_dir / name).mkdir(exist_ok=True)
+        lines = (json.dumps(trajectory_to_dict(t), ensure_ascii=False) for t in trajectories)
+        (components.run_dir / "trajectories" / f"{system}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    summary = summarise(system, trajectories, mark, components.judge if components.config.eval.judge else None)
+    if is_writer:
+        (components.run_dir / "eval" / f"{system}.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def load_evals(components: Components) -> list[dict[str, Any]]:
+    """The finished evaluations, in the configured order."""
+    paths = [components.run_dir / "eval" / f"{system}.json" for system in components.config.eval.systems]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]

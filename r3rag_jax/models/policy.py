@@ -1,0 +1,138 @@
+"""The language model that is trained: which directory it starts from, and its parameters in and out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from r3rag_jax.config.schema import ConfigError, LoraConfig, ModelConfig
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shardings
+from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, load_generation, save_decoder
+from r3rag_jax.models.lora import Parts, attach
+from r3rag_jax.models.paths import model_path, reading
+from r3rag_jax.parallel.processes import barrier
+from r3rag_jax.parallel.shardings import tree_shardings
+from r3rag_jax.text.tokenizer import Tokenizer, read_template
+
+
+class Policy:
+    """Architecture and tokenizer of `model.path`, and what makes, loads and saves parameters for it.
+
+    It holds no parameters itself: callers own them, as `nnx.State` pytrees on the mesh.
+    """
+
+    def __init__(
+        self, config: ModelConfig, lora: LoraConfig, mesh: Mesh, *, seed: int, trained_tokens: Sequence[str] = ()
+    ):
+        """`trained_tokens`: special tokens whose embeddings are trained beside adapters."""
+        self._config, self._lora, self._mesh, self._seed = config, lora, mesh, seed
+        self._trained_tokens = trained_tokens
+
+    @functools.cached_property
+    def base_path(self) -> Path:
+        """The Hugging Face directory that the policy starts from.
+
+        Raises:
+            ConfigError: `model.path` is no such directory.
+        """
+        if self._config.path == "bundled":
+            return Path(str(files("r3rag_jax") / "world" / "base"))
+        path = model_path(self._config.path)
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model.path must be a Hugging Face directory with config.json; got {path}")
+        return path
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        name = self._config.chat_template
+        template = read_template(name) if name else None
+        with reading(self.base_path):
+            return Tokenizer(self.base_path, chat_template=template)
+
+    @functools.cached_property
+    def decoder_config(self) -> DecoderConfig:
+        with reading(self.base_path):
+            return load_config(self.base_path)
+
+    @functools.cached_property
+    def graphdef(self) -> Any:
+        """The static half of the decoder, without adapters."""
+        return nnx.split(nnx.eval_shape(self.new_decoder))[0]
+
+    @property
+    def param_dtype(self) -> Any:
+        """Dtype of the decoder's parameters: float32, or the compute dtype where only adapters are trained."""
+        return jnp.dtype(self._config.dtype if self._lora.rank else "float32")
+
+    def new_decoder(self) -> Decoder:
+        """A decoder with random parameters, drawn from the run's seed."""
+        return Decoder(
+            self.decoder_config,
+            rngs=nnx.Rngs(self._seed),
+            param_dtype=self.param_dtype,
+            dtype=jnp.dtype(self._config.dtype),
+            attention_implementation=self._config.attention,
+        )
+
+    def param_shapes(self) -> Any:
+        """Shapes and dtypes of the decoder's parameters, as a pytree like them."""
+        return nnx.split(nnx.eval_shape(self.new_decoder))[1]
+
+    def param_shardings(self, mesh: Mesh) -> Any:
+        """Where the decoder's parameters lie on a mesh."""
+        return tree_shardings(mesh, self.param_shapes(), PARAM_AXES)
+
+    def base_params(self) -> Any:
+        """The parameters that training starts from: those of `base_path`, or random ones (`model.init`)."""
+        if self._config.init == "random":
+            build: Callable[[], Any] = lambda: nnx.split(self.new_decoder())[1]  # noqa: E731
+            return jax.jit(build, out_shardings=self.param_shardings(self._mesh))()
+        return self.load(self.base_path)
+
+    def load(self, path: Path) -> Any:
+        """The parameters of a Hugging Face directory, on the mesh.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        with reading(path):
+            decoder = load_decoder(
+                path,
+                dtype=jnp.dtype(self._config.dtype),
+                param_dtype=self.param_dtype,
+                shardings=param_shardings(self._mesh, self.decoder_config),
+                attention_implementation=self._config.attention,
+            )
+        return nnx.split(decoder)[1]
+
+    def save(self, path: Path, params: Any) -> None:
+        """Write parameters in float32 as a Hugging Face directory, a matrix at a time.
+
+        The directory appears only when it is complete. All processes must call this.
+        """
+        partial = path.with_name(f".{path.name}.partial")
+        with reading(self.base_path):
+            generation = self.tokenizer.generation_ids() | load_generation(self.base_path)
+        save_decoder(nnx.merge(self.graphdef, params), partial, dtype="float32", generation=generation)
+        if jax.process_index() == 0:
+            self.tokenizer.save(partial)
+            partial.rename(path)
+        barrier(f"policy {path.name}")
+
+    def trainable(self, params: Any) -> Parts:
+        """The decoder with these parameters, split into what is trained and what is frozen.
+
+        With `lora.rank` above 0 it has new adapters, and those alone (with the rows of `trained_tokens`) are trained.
+        """
+        ids = [self.tokenizer.token_id(token) for token in self._trained_tokens]
+        decoder = attach(nnx.merge(self.graphdef, params), self._lora, self._mesh, self._seed, ids)
+        return Parts.of(decoder, self._lora)

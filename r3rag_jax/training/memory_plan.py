@@ -1,0 +1,85 @@
+"""What a phase keeps in the memory of each device, and whether that fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from r3rag_jax.components import Components
+from r3rag_jax.config.schema import Config
+from r3rag_jax.models import lora
+from r3rag_jax.models.decoder import PARAM_AXES
+from r3rag_jax.parallel.shardings import batch_ways, tree_shardings
+from r3rag_jax.rewards.judge.factory import judge_memory
+from r3rag_jax.sampler.cached_decoder import CachedDecoder
+from r3rag_jax.sampler.memory import MemoryPlan, bytes_per_device, plan
+from r3rag_jax.training import learner, optimizer
+
+
+def is_ahead(components: Components, phase: str) -> bool:
+    """Whether the phase has a policy on the devices and is still to be done."""
+    if phase == "eval":
+        return not components.config.rollout.server
+    return phase != "index" and not components.policy_dir(phase).exists()
+
+
+def plan_memory(components: Components, phase: str) -> list[MemoryPlan]:
+    """What the phase keeps on each device: what it starts from, what it trains, the sampler's cache.
+
+    Two plans where the sampler has devices of its own.
+    """
+    config, mesh = components.config, components.mesh
+    components.codec  # noqa: B018  # a tokenizer without the protocol's tags is told of first
+    shapes = components.policy.param_shapes()
+
+    def size(tree: Any) -> int:
+        return bytes_per_device(tree, tree_shardings(mesh, tree, PARAM_AXES))
+
+    def trained() -> Any:
+        policy = components.policy.trainable(shapes_to_zeros(shapes))
+        if phase == "sft":
+            return policy.params, optimizer.sft_optimizer(config.sft, 1, config.model.moment_dtype).init(policy.params)
+        params = {"policy": policy.params}
+        if config.rl.has_critic:
+            whole = lora.join(policy.graphdef, policy.params, policy.frozen)
+            params["critic"] = lora.Parts.of(learner.new_critic(whole, config.rl.critic), config.lora).params
+        return params, optimizer.rl_optimizer(config.rl, config.model.moment_dtype).init(params)
+
+    parts = {"weights" if phase == "eval" else "start" if phase == "sft" else "reference": size(shapes)}
+    if (phase == "rl" and config.rewards.needs_judge) or (phase == "eval" and config.eval.judge):
+        parts |= judge_memory(config.judge, mesh)
+    if phase != "eval":
+        params, moments = jax.eval_shape(trained)
+        parts |= {"trained": size(params), "optimizer": size(moments)}
+        if phase == "rl" and config.lora.rank:
+            parts["merged"] = size(shapes)
+    if phase == "sft":
+        return [plan(mesh, parts)]
+    rollout, sampler_mesh = config.rollout, components.sampler_mesh
+    policy = jax.eval_shape(lambda: CachedDecoder.of(components.policy.new_decoder()))
+    own = {"policy of rollouts": bytes_per_device(policy, policy.shardings(sampler_mesh, rollout.split_weights))}
+    if sampler_mesh is mesh:
+        own = parts | own
+    else:
+        own = {"weights": bytes_per_device(shapes, tree_shardings(sampler_mesh, shapes, PARAM_AXES))} | own
+    sampler = plan(
+        sampler_mesh, own, components.policy.decoder_config, slots=rollout.slots, max_length=rollout.max_length,
+        dtype=components.cache_dtype,
+    )  # fmt: skip
+    return [sampler] if sampler_mesh is mesh else [plan(mesh, parts), sampler]
+
+
+def undivided(config: Config, mesh: Mesh, sampler_mesh: Mesh, phase: str) -> list[str]:
+    """Settings of a phase by which devices work on the same rows instead of some each, as `key=value`."""
+    batches = {"sft": ("sft.batch_rows", config.sft.batch_rows), "rl": ("rl.batch_rows", config.rl.batch_rows)}
+    slots = ("rollout.slots", config.rollout.slots)
+    asked = [(mesh, *batches[phase])] if phase in batches else []
+    asked += [(sampler_mesh, *slots)] if phase in ("rl", "eval") and not config.rollout.server else []
+    return [f"{key}={rows}" for on, key, rows in asked if on.size > on.shape["tensor"] and batch_ways(on, rows) == 1]
+
+
+def shapes_to_zeros(shapes: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

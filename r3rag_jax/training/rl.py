@@ -1,0 +1,159 @@
+"""The RL phase: policy gradients against the live retriever."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from r3rag_jax.components import Components
+from r3rag_jax.data.qa import trajectory_to_dict
+from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.evaluator import play_greedy, summarise
+from r3rag_jax.rewards.scorer import Scores, learnable, score
+from r3rag_jax.run.progress import Bar, num_compiled
+from r3rag_jax.sampler.cached_decoder import CachedDecoder
+from r3rag_jax.training.requests import iteration_jobs, more_jobs
+from r3rag_jax.training.rollout_metrics import rollout_metrics
+from r3rag_jax.training.trainer import RLTrainer, equal_groups, number_groups
+from r3rag_jax.types import Trajectory
+
+
+def rl_phase(components: Components) -> bool:
+    """Policy gradients against the live retriever, from the cold start (or the base where there is none)."""
+    config = components.config.rl
+    if components.policy_dir("rl").exists():
+        return False
+    trainer = RLTrainer(components)
+    rewind_trajectories(components, trainer.iteration)
+    rollouts, dev = Rollouts(components), components.dataset.questions("dev")
+    judge = components.judge if components.config.rewards.needs_judge else None
+    bar = Bar("RL", config.iterations, console=components.console, live=components.config.log.progress,
+              done=trainer.iteration)  # fmt: skip
+
+    def is_at(number: int, every: int) -> bool:
+        return number % every == 0
+
+    with bar, rollouts:
+        while trainer.iteration < config.iterations:
+            started, number, compiled = time.monotonic(), trainer.iteration, num_compiled()
+            num_rollbacks = trainer.guards.rollbacks
+            trajectories = rollouts.of(number, trainer.policy_params)
+            following = number + 1
+            # Not across a checkpoint, which a run may resume from, nor an evaluation, which takes the sampler itself.
+            is_free = not (is_at(following, config.checkpoint_every) or (dev and is_at(following, config.eval_every)))
+            if config.ahead and is_free and following < config.iterations:
+                rollouts.start(following, trainer.policy_params)
+            scores = score(trajectories, components.config.rewards, components.retriever.encoder,
+                           max_steps=components.config.rollout.max_steps, judge=judge)  # fmt: skip
+            metrics = rollout_metrics(trajectories, scores) | {"rollout_s": time.monotonic() - started}
+            trajectories, scores = learnable(trajectories, scores)
+            metrics |= trainer.update(trajectories, scores)
+            if dev and is_at(trainer.iteration, config.eval_every):
+                played = play_greedy(components.roller(), components.to_sampler(trainer.policy_params), dev)
+                metrics["dev_em"] = summarise("dev", played, {})["groups"]["all"]["em"] / 100
+            tokens = sum(len(sample) for trajectory in trajectories for sample in trajectory.samples)
+            metrics["tokens_per_s"] = tokens / (time.monotonic() - started)
+            metrics["num_compiled"] = num_compiled() - compiled
+            components.log.write("rl", number, metrics)
+            trainer.guard(metrics)
+            if trainer.guards.rollbacks > num_rollbacks:
+                rollouts.forget()
+            keep_trajectories(components, trajectories, scores, number)
+            bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
+            if is_at(trainer.iteration, config.checkpoint_every) and trainer.iteration < config.iterations:
+                trainer.save()
+    components.policy.save(components.policy_dir("rl"), trainer.policy_params)
+    trainer.checkpoints.close()
+    return True
+
+
+class Rollouts:
+    """The trajectories of each iteration, sampled when they are asked for or, with `rl.ahead`, in a thread before.
+
+    What is sampled ahead has the policy before the update beside it, so the ratios of PPO correct for one update more:
+    they are to the log-probabilities that were recorded. Weights change without a new compilation.
+    """
+
+    def __init__(self, components: Components):
+        mesh = components.sampler_mesh
+        if components.config.rl.ahead and mesh is components.mesh and mesh.size > 1:
+            raise UserError(
+                "rl.ahead must have one device, or mesh.sampler_devices of its own: two threads cannot launch programs "
+                f"on the same {mesh.size} devices; got mesh.sampler_devices={components.config.mesh.sampler_devices}"
+            )
+        self._components, self._questions = components, components.dataset.questions("rl")
+        self._roller = components.roller()
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: tuple[int, Future[list[Trajectory]]] | None = None
+
+    def __enter__(self) -> Rollouts:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def of(self, iteration: int, params: Any) -> list[Trajectory]:
+        """Those started for the iteration, or else sampled now by the policy of `params`."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == iteration:
+            return ahead[1].result()
+        return self._play(iteration, self._components.to_sampler(params))
+
+    def start(self, iteration: int, params: Any) -> None:
+        """Sample the iteration's in a thread; `params` may be donated as soon as this returns."""
+        self._ahead = iteration, self._thread.submit(self._play, iteration, self._components.to_sampler(params))
+
+    def forget(self) -> None:
+        """Leave what was started alone: it is of a policy that is no more."""
+        if self._ahead is not None:
+            self._ahead[1].result()
+        self._ahead = None
+
+    def _play(self, iteration: int, policy: CachedDecoder) -> list[Trajectory]:
+        """With `rl.draws`, also those of questions drawn in the place of those that teach nothing."""
+        config, components = self._components.config, self._components
+        judge = components.judge if config.rewards.needs_judge else None
+        trajectories = self._roller.play(policy, iteration_jobs(config, self._questions, iteration))
+        for draw in range(1, config.rl.draws):
+            scores = score(trajectories, config.rewards, components.retriever.encoder,
+                           max_steps=config.rollout.max_steps, judge=judge)  # fmt: skip
+            known, scores = learnable(trajectories, scores)
+            groups = number_groups(known)
+            is_equal = equal_groups(scores.rewards, groups, totals=config.rl.returns == "total")
+            num_missing = config.rl.questions - len(np.unique(groups[~is_equal]))
+            taken = {trajectory.question.id for trajectory in trajectories}
+            jobs = more_jobs(config, self._questions, iteration, draw, num_missing, taken)
+            if not jobs:
+                break
+            trajectories = trajectories + self._roller.play(policy, jobs)
+        return trajectories
+
+
+def keep_trajectories(
+    components: Components, trajectories: Sequence[Trajectory], scores: Scores, iteration: int
+) -> None:
+    """Append a few trajectories of the iteration to `trajectories/rl.jsonl`."""
+    count = components.config.log.trajectories
+    if jax.process_index() != 0 or count == 0:
+        return
+    path = components.run_dir / "trajectories" / "rl.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        for i in range(0, len(trajectories), max(1, len(trajectories) // count)):
+            row = trajectory_to_dict(trajectories[i])
+            row |= {"reward": float(scores.rewards[i].sum()), "iteration": iteration}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def rewind_trajectories(components: Components, iteration: int) -> None:
+    """Forget the kept trajectories of iterations that a resumed phase plays again, and a half-written line."""
+    path = components.run_dir / "trajectories" / "rl.jsonl"
+    if jax.process_index() == 0 and path.exists():
+        lines = path.read_text().split("\n")[:-1]
+        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["iteration"] < iteration))
