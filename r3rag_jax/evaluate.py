@@ -18,11 +18,10 @@ from r3rag_jax.config.loader import FlagParser, load_config
 from r3rag_jax.data.qa import read_passages, read_questions, trajectory_to_dict, write_jsonl
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluation.evaluator import fingerprint, play_greedy, summarise
+from r3rag_jax.models.hf.conversion import POLICY_PHASES
 from r3rag_jax.reporting.rendering import results_table
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.progress import Bar
-
-PHASES = ("rl", "sft")  # best first
 
 
 @main_guard
@@ -60,7 +59,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that `evaluate` and `ask` share."""
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run directory of a training")
     parser.add_argument("--corpus", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the run's own index")
-    parser.add_argument("--phase", choices=PHASES, help="which policy of the run; default: the last one trained")
+    parser.add_argument("--phase", choices=POLICY_PHASES, help="which policy of the run; default: the last one trained")
 
 
 def open_components(args: argparse.Namespace) -> tuple[Components, str]:
@@ -71,7 +70,7 @@ def open_components(args: argparse.Namespace) -> tuple[Components, str]:
     # Only `index`: what its phases need of a configuration is the training's business.
     config = load_config(path, [*getattr(args, "overrides", ()), f"run_dir={args.checkpoint}", "phases=index"])
     components = Components(config, args.checkpoint)
-    trained = [phase for phase in PHASES if components.policy_dir(phase).exists()]
+    trained = [phase for phase in POLICY_PHASES if components.policy_dir(phase).exists()]
     phase = args.phase or (trained[0] if trained else "")
     if phase not in trained and not config.rollout.server:
         raise UserError(f"{args.checkpoint} has no trained policy{f' of phase {phase}' if phase else ''}")

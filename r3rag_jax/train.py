@@ -20,8 +20,8 @@ from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.phase import eval_phase, load_evals
 from r3rag_jax.parallel.mesh import traced_on
 from r3rag_jax.parallel.processes import start_distributed
-from r3rag_jax.report import write_report
 from r3rag_jax.reporting.rendering import groups_table, results_table
+from r3rag_jax.reporting.report_page import write_report
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.sampler.kernels.cpu import operations as cpu_kernels
 from r3rag_jax.training.memory_plan import is_ahead, plan_memory, undivided

@@ -27,7 +27,9 @@ from r3rag_jax import convert
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder
+from r3rag_jax.models.hf import gguf_files
 from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, save_decoder
+from r3rag_jax.models.hf.gguf_files import GGUF_MAGIC, GGUF_NEEDS
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.text.protocols import TAGS, make_protocol
@@ -172,7 +174,7 @@ def test_transformers_reads_model_and_tags(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------- GGUF
 
 needs_gguf = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in convert.GGUF_NEEDS), reason="needs the `gguf` extra"
+    any(importlib.util.find_spec(name) is None for name in GGUF_NEEDS), reason="needs the `gguf` extra"
 )
 H, D, F, V = 8, 32, 48, 260
 
@@ -275,8 +277,8 @@ def test_a_gguf_that_lacks_a_tensor_or_its_end_is_refused(tmp_path: Path, capsys
 def test_gguf_without_its_libraries(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "tiny.gguf").write_bytes(convert.GGUF_MAGIC)
-    monkeypatch.setattr(convert, "GGUF_NEEDS", ("json", "json", "no_such_library", "json"))
+    (tmp_path / "tiny.gguf").write_bytes(GGUF_MAGIC)
+    monkeypatch.setattr(gguf_files, "GGUF_NEEDS", ("json", "json", "no_such_library", "json"))
     line = error_line(convert.main, [str(tmp_path / "tiny.gguf"), str(tmp_path / "out")], capsys)
     assert "No module named 'no_such_library': pip install 'r3rag_jax[gguf]'" in line
 

@@ -10,23 +10,21 @@ import synthetic_run
 from test_view import Tags
 
 from r3rag_jax.errors import UserError
-from r3rag_jax.report import (
+from r3rag_jax.report import main
+from r3rag_jax.reporting.curves import (
     MAX_POINTS,
     Curve,
     Frame,
     Plot,
     draw,
-    gallery,
-    headline,
-    load_run,
-    main,
-    milestones,
     moving_mean,
     nice_ticks,
     read_curve,
     tick_label,
-    write_report,
 )
+from r3rag_jax.reporting.gallery import gallery, milestones
+from r3rag_jax.reporting.report_page import headline, write_report
+from r3rag_jax.reporting.run_files import load_run
 
 
 @pytest.fixture(scope="module")

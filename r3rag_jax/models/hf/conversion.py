@@ -1,0 +1,109 @@
+"""A model on its way from one Hugging Face directory to another: tensors pass one at a time, tags are added."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from r3rag_jax.errors import UserError
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.hf.decoder_files import (
+    HF_NAMES,
+    check_decoder,
+    hf_tensors,
+    load_config,
+    load_generation,
+    write_model,
+)
+from r3rag_jax.models.hf.tensor_files import CONFIG_FILE, TensorFiles
+from r3rag_jax.text.protocols import TAGS
+from r3rag_jax.text.tokenizer import Tokenizer
+
+POLICY_PHASES = ("rl", "sft")  # phases of a run that leave a policy, best first
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model to convert: what it is, and a function that reads its tensors."""
+
+    config: DecoderConfig
+    tokenizer: Tokenizer
+    generation: dict[str, Any]  # of generation_config.json
+    dtype: str  # what is written unless asked otherwise: "bfloat16" if every tensor is, else "float32"
+    tensor: Callable[[str], np.ndarray]  # by Hugging Face name, in the layout of the files
+
+
+def find_model(source: Path) -> Path:
+    """The Hugging Face directory or the file that SOURCE means.
+
+    Raises:
+        UserError: it is neither of them, nor a run with a policy.
+    """
+    candidates = [source, *(source / "policy" / phase for phase in POLICY_PHASES)]
+    for path in candidates:
+        if (path / CONFIG_FILE).is_file():
+            return path
+    if source.is_file():
+        return source
+    raise UserError(
+        f"SOURCE must be a Hugging Face directory with {CONFIG_FILE}, a run directory with a trained policy or a "
+        f".gguf file; got {source}"
+    )
+
+
+def export(source: Source, out: Path, dtype: str) -> None:
+    """Write weights, configurations and tokenizer; the directory appears only when it is complete."""
+    out = out.absolute()  # "." has no name
+    partial = out.with_name(f".{out.name}.partial")
+    write_model(partial, source.config, source.tensor, dtype=dtype, generation=source.generation)
+    source.tokenizer.save(partial)
+    partial.rename(out)
+
+
+@contextlib.contextmanager
+def open_directory(path: Path) -> Iterator[Source]:
+    """A Hugging Face directory; its tensors are checked now and read when asked for.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file or a tensor is wrong or missing, by name.
+    """
+    config, tokenizer = load_config(path), Tokenizer(path)
+    tensors = hf_tensors(config)
+    with TensorFiles(path) as files:
+        check_decoder(config, files)
+        is_half = all(files.dtype(name) == "BF16" for name in tensors)
+        yield Source(
+            config, tokenizer, tokenizer.generation_ids() | load_generation(path), "bfloat16" if is_half else "float32",
+            lambda name: files.read(name, tuple(slice(0, size) for size in tensors[name].shape)),
+        )  # fmt: skip
+
+
+def add_tags(source: Source) -> Source:
+    """The same model with TAGS as special tokens, which start as the mean of their words' embeddings.
+
+    `<query>` starts as the tokens of "query", `</query>` as those of "/query", lest a tag and its end are
+    one. Rows of the table that no token uses yet are used first, and others appended; so with the output layer's
+    rows where it is not the same table. Tokens that are in the vocabulary already keep their rows.
+    """
+    tokenizer = source.tokenizer
+    words = {tag: tokenizer.encode(tag[1:-1], allow_special=False) for tag in TAGS if tag not in tokenizer}
+    tokenizer.add_special_tokens(TAGS)
+    vocab_size = max(source.config.vocab_size, tokenizer.vocab_size)
+
+    def tensor(name: str) -> np.ndarray:
+        array = source.tensor(name)
+        if name not in (HF_NAMES["embed"], HF_NAMES["lm_head"]):
+            return array
+        table = np.zeros((vocab_size, array.shape[1]), array.dtype)
+        table[: len(array)] = array
+        for tag, ids in words.items():
+            table[tokenizer.token_id(tag)] = array[ids].astype(np.float32).mean(axis=0)
+        return table
+
+    return dataclasses.replace(source, config=dataclasses.replace(source.config, vocab_size=vocab_size), tensor=tensor)

@@ -1,0 +1,191 @@
+"""Learning curves as SVG: which metrics are plotted together, their smoothing, and the axes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from r3rag_jax.reporting.rendering import environment
+
+MAX_POINTS = 160  # points of a curve; longer logs are averaged over equal blocks of steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """What one plot shows: metrics of a phase on a common axis."""
+
+    title: str
+    unit: str
+    curves: tuple[tuple[str, str], ...]  # (metric, its name in the legend)
+    scale: float = 1.0  # what the logged values are multiplied by
+    from_zero: bool = True  # whether the axis must hold 0
+
+
+PLOTS = {
+    "rl": (
+        Plot("Reward", "mean reward of a trajectory", (("reward", "reward"),), from_zero=False),
+        Plot(
+            "Parts of the reward",
+            "mean of a trajectory",
+            (
+                ("reward_outcome", "right answer"),
+                ("reward_process", "relevant passages"),
+                ("reward_format", "malformed step"),
+                ("reward_no_answer", "no answer"),
+            ),
+            from_zero=False,
+        ),
+        Plot("Exact match", "% of questions", (("em", "rollouts"), ("dev_em", "dev, greedy")), 100),
+        Plot("Right, says the judge", "% of questions", (("acc", "rollouts"),), 100),
+        Plot("Retrievals", "searches per question", (("mean_retrievals", "retrievals"),)),
+        Plot(
+            "Attempts without an answer",
+            "% of trajectories",
+            (("no_answer_rate", "out of steps"), ("format_error_rate", "malformed step")),
+            100,
+        ),
+        Plot(
+            "Signs of a collapse",
+            "%",
+            (("repeated_query_rate", "queries repeated"), ("equal_groups", "questions whose samples earned the same")),
+            100,
+        ),
+        Plot("Length", "sampled tokens per trajectory", (("trajectory_tokens", "tokens"),)),
+        Plot("Judge", "%", (("judge_failure_rate", "failed judgements"), ("left_out", "trajectories left out")), 100),
+        Plot("KL to the reference policy", "nats per token", (("kl", "KL"),)),
+        Plot("Entropy", "nats per token", (("entropy", "entropy"),)),
+        Plot("Clip fraction", "% of tokens", (("clip_fraction", "clipped"),), 100),
+        Plot("Move of the policy in an iteration", "nats per token", (("approx_kl", "approximate KL"),)),
+        Plot("Displacement", "mean log-ratio of better tokens", (("displacement", "displacement"),), from_zero=False),
+        Plot("Critic", "explained variance", (("explained_variance", "explained"),), from_zero=False),
+    ),
+    "sft": (
+        Plot("Loss", "nats per token", (("loss", "loss"),)),
+        Plot("Token accuracy", "% of tokens", (("accuracy", "accuracy"),), 100),
+    ),
+}
+STEP_NAMES = {"rl": "RL iteration", "sft": "optimizer step"}
+
+
+class Curve(NamedTuple):
+    """One line: block means of the log and, where there are enough, their moving mean."""
+
+    name: str
+    steps: list[float]
+    values: list[float]
+    smooth: list[float]  # equals values when the curve is too short to smooth
+    block: int  # logged steps that a point is the mean of
+    num_broken: int  # values that are not finite
+
+    @property
+    def is_smoothed(self) -> bool:
+        return self.smooth != self.values
+
+
+def read_curve(rows: Sequence[dict[str, Any]], metric: str, name: str, scale: float = 1.0) -> Curve:
+    """The curve of a metric over `step`; rows without the metric are passed over."""
+    points = [(row["step"], scale * row[metric]) for row in rows if row.get(metric) is not None]
+    finite = [point for point in points if math.isfinite(point[1])]
+    block = max(1, math.ceil(len(finite) / MAX_POINTS))
+    blocks = [finite[i : i + block] for i in range(0, len(finite), block)]
+    steps, values = ([_mean([p[axis] for p in b]) for b in blocks] for axis in (0, 1))
+    return Curve(name, steps, values, moving_mean(values), block, len(points) - len(finite))
+
+
+def moving_mean(values: Sequence[float]) -> list[float]:
+    """Mean of the values near each one; fewer than 15 values stay unchanged.
+
+    Centred, so that a rise stands where it happened: a running average would show it late. The
+    window narrows towards the start, where curves are steep, and is cut off at the end, where they
+    are noisy.
+    """
+    reach = len(values) // 20 + 2 if len(values) >= 15 else 0
+    return [_mean(values[i - min(i, reach) : i + min(i, reach) + 1]) for i in range(len(values))]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if len(values) > 1 else float(values[0])
+
+
+def nice_ticks(low: float, high: float, count: int, *, is_whole: bool = False) -> list[float]:
+    """About `count` numbers, 1, 2 or 5 times a power of ten apart, that enclose [low, high]."""
+    if high <= low:  # a constant: from 0 to 1, or half its size to both sides
+        low, high = (low - abs(low) / 2, low + abs(low) / 2) if low else (0.0, 1.0)
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    width = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    width = max(1.0, width) if is_whole else width
+    slack = 1e-3  # of a tick, too little to see: -1e-9 needs no tick below 0
+    first, last = math.floor(low / width + slack), math.ceil(high / width - slack)
+    return [place * width for place in range(first, last + 1)]
+
+
+def tick_label(value: float, ticks: Sequence[float]) -> str:
+    """The value with as many decimals as the ticks are apart."""
+    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    return f"{value:.1e}" if decimals > 4 and value else f"{value:,.{min(decimals, 4)}f}"
+
+
+class Frame:
+    """Places values in the drawing; the template holds everything else. Units: SVG pixels."""
+
+    width, height = 420, 216
+    left, right, top, bottom = 46, 410, 22, 180
+
+    def __init__(self, curves: Sequence[Curve], from_zero: bool):
+        last = max(step for curve in curves for step in curve.steps)
+        values = [value for curve in curves for value in curve.values] + [0.0] * from_zero
+        self.y_ticks = nice_ticks(min(values), max(values), 5)
+        self._last_step = max(last, 1)
+        ticks = nice_ticks(0, self._last_step, 5, is_whole=True)
+        self.x_ticks = [tick for tick in ticks if tick <= self._last_step]
+
+    def x(self, step: float) -> float:
+        return round(self.left + step / self._last_step * (self.right - self.left), 1)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return round(self.bottom - (value - low) / (high - low) * (self.bottom - self.top), 1)
+
+    def path(self, steps: Sequence[float], values: Sequence[float]) -> str:
+        points = (f"{self.x(s):g},{self.y(v):g}" for s, v in zip(steps, values, strict=True))
+        return "M" + "L".join(points)
+
+    def bands(self, curves: Sequence[Curve]) -> list[tuple[float, float, float, str]]:
+        """For hovering: left edge, width, centre and text of a band around each step."""
+        table: dict[float, list[str]] = {}
+        for curve in curves:
+            for step, value in zip(curve.steps, curve.values, strict=True):
+                table.setdefault(step, []).append(f"{curve.name} {value:.4g}")
+        steps = sorted(table)
+        centres = [self.x(step) for step in steps]
+        edges = [
+            self.left,
+            *((a + b) / 2 for a, b in itertools.pairwise(centres)),
+            self.right,
+        ]
+        return [
+            (
+                edges[i],
+                round(edges[i + 1] - edges[i], 2),
+                centres[i],
+                f"{step:g}: {', '.join(table[step])}",
+            )
+            for i, step in enumerate(steps)
+        ]
+
+
+def draw(plot: Plot, rows: Sequence[dict[str, Any]], step_name: str) -> Markup | None:
+    """The plot as an HTML figure, or None when no row has one of its metrics."""
+    read = [read_curve(rows, metric, name, plot.scale) for metric, name in plot.curves]
+    curves = [curve for curve in read if curve.values]
+    if not curves:
+        return None
+    frame = Frame(curves, plot.from_zero)
+    template = environment().get_template("plot.html.j2")
+    return Markup(template.render(plot=plot, curves=curves, frame=frame, step_name=step_name, tick_label=tick_label))

@@ -1,0 +1,92 @@
+"""What a run directory holds so far, read for the report: metrics, evaluations, trajectories."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from r3rag_jax.data.qa import trajectory_from_dict
+from r3rag_jax.errors import UserError
+from r3rag_jax.types import Trajectory
+
+SYSTEMS = ("closed_book", "oneshot_rag", "cold_start", "r3rag")  # order of the tables; others follow
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run directory holds so far."""
+
+    name: str
+    config: str  # config.yaml as text, "" where missing
+    metrics: dict[str, list[dict[str, Any]]]  # phase -> rows of metrics.jsonl, by step
+    evals: list[dict[str, Any]]  # contents of eval/*.json, baselines first
+    trajectories: dict[str, list[Trajectory]]  # system -> trajectories of its evaluation
+    rollouts: list[tuple[int, float, Trajectory]]  # (RL iteration, reward, trajectory)
+    notices: tuple[str, ...]  # what could not be read
+
+
+def load_run(run_dir: Path | str) -> Run:
+    """Read a run directory, finished or not.
+
+    Raises:
+        UserError: it is no run directory.
+    """
+    run_dir = Path(run_dir)
+    config, metrics_path = run_dir / "config.yaml", run_dir / "metrics.jsonl"
+    if not (config.is_file() or metrics_path.is_file()):
+        raise UserError(f"expected a run directory with config.yaml or metrics.jsonl; got {run_dir}")
+    notices: list[str] = []
+    metrics: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows(metrics_path, notices):
+        metrics.setdefault(row["phase"], []).append(row)
+    for rows in metrics.values():
+        rows.sort(key=lambda row: row["step"])
+    trajectories, rollouts = {}, []
+    for path in sorted((run_dir / "trajectories").glob("*.jsonl")):
+        read = list(_trajectories(path, notices))
+        if path.stem == "rl":
+            rollouts = [(row["iteration"], row["reward"], trajectory) for row, trajectory in read]
+        else:
+            trajectories[path.stem] = [trajectory for _, trajectory in read]
+    return Run(
+        name=run_dir.resolve().name,
+        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        metrics=metrics,
+        evals=_evals(run_dir / "eval", notices),
+        trajectories=trajectories,
+        rollouts=sorted(rollouts, key=lambda rollout: rollout[0]),
+        notices=tuple(notices),
+    )
+
+
+def _rows(path: Path, notices: list[str]) -> Iterable[dict[str, Any]]:
+    """The objects of a JSONL file, which may still be being written; a missing file has none."""
+    if not path.is_file():
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            notices.append(f"{path.name}: line {number} is not JSON and was left out.")
+
+
+def _trajectories(path: Path, notices: list[str]) -> Iterable[tuple[dict[str, Any], Trajectory]]:
+    for number, row in enumerate(_rows(path, notices), 1):
+        try:
+            yield row, trajectory_from_dict(row)
+        except ValueError as error:
+            notices.append(f"{path.name}: object {number} was left out: {error}.")
+
+
+def _evals(folder: Path, notices: list[str]) -> list[dict[str, Any]]:
+    order = {system: place for place, system in enumerate(SYSTEMS)}
+    evals = []
+    for path in sorted(folder.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem)):
+        try:
+            evals.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            notices.append(f"eval/{path.name} is not JSON and was left out.")
+    return evals
