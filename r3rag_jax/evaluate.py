@@ -15,7 +15,9 @@ from pathlib import Path
 
 from r3rag_jax.components import Components
 from r3rag_jax.config.loader import FlagParser, load_config
-from r3rag_jax.data.qa import read_passages, read_questions, trajectory_to_dict, write_jsonl
+from r3rag_jax.data.jsonl import write_jsonl
+from r3rag_jax.data.questions import read_passages, read_questions
+from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluation.evaluator import fingerprint, play_greedy, summarise
 from r3rag_jax.models.hf.conversion import POLICY_PHASES

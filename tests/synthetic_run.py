@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from r3rag_jax.data.qa import trajectory_to_dict
+from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
 
 TITLES = {

@@ -28,7 +28,9 @@ from r3rag_jax.config.schema import (
     RLConfig,
     RolloutConfig,
 )
-from r3rag_jax.data.qa import read_passages, read_questions, read_trajectories, write_jsonl
+from r3rag_jax.data.jsonl import write_jsonl
+from r3rag_jax.data.questions import read_passages, read_questions
+from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.run.caches import use_compile_cache

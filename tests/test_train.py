@@ -27,7 +27,9 @@ from r3rag_jax import components as components_module
 from r3rag_jax.components import Components
 from r3rag_jax.config.loader import load_config
 from r3rag_jax.config.schema import Config, MeshConfig, RLConfig, RolloutConfig, SFTConfig
-from r3rag_jax.data.qa import read_passages, read_questions, read_rows, trajectory_from_dict
+from r3rag_jax.data.jsonl import read_rows
+from r3rag_jax.data.questions import read_passages, read_questions
+from r3rag_jax.data.trajectories import trajectory_from_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.rewards.scorer import Scores

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from r3rag_jax.config.schema import Config
-from r3rag_jax.data.qa import read_questions, read_trajectories
+from r3rag_jax.data.questions import read_questions
+from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
 from r3rag_jax.types import Passage, Question, Trajectory
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from r3rag_jax.components import Components
-from r3rag_jax.data.qa import trajectory_to_dict
+from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.evaluator import fingerprint, play_greedy, read_answers, summarise
 from r3rag_jax.parallel.processes import barrier

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from r3rag_jax.data.qa import trajectory_from_dict
+from r3rag_jax.data.trajectories import trajectory_from_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.types import Trajectory
 

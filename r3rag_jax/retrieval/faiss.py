@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from r3rag_jax.data.qa import read_passages, write_jsonl
+from r3rag_jax.data.jsonl import write_jsonl
+from r3rag_jax.data.questions import read_passages
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import Encoder, Hit, RetrievalError, TextKind
 from r3rag_jax.retrieval.encoders.bert import BertEncoder

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from r3rag_jax.data.sft import first_fit_decreasing, join, row_layout
+from r3rag_jax.data.packing import first_fit_decreasing, join, row_layout
 from r3rag_jax.types import Sample, TrainBatch, Trajectory, TrajectoryTable
 
 

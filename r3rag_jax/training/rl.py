@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from r3rag_jax.components import Components
-from r3rag_jax.data.qa import trajectory_to_dict
+from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.evaluator import play_greedy, summarise
 from r3rag_jax.rewards.scorer import Scores, learnable, score

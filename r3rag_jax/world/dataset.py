@@ -10,7 +10,9 @@ import jax
 
 from r3rag_jax.components import Components
 from r3rag_jax.config.schema import Config
-from r3rag_jax.data.qa import question_to_dict, read_passages, read_rows, read_trajectories, write_jsonl
+from r3rag_jax.data.jsonl import read_rows, write_jsonl
+from r3rag_jax.data.questions import question_to_dict, read_passages
+from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.retrieval.faiss import FaissIndex
 from r3rag_jax.types import Passage

@@ -23,7 +23,7 @@ from r3rag_jax import evaluate, train
 from r3rag_jax.clients.completions import Server
 from r3rag_jax.config.loader import load_config
 from r3rag_jax.config.schema import RolloutConfig
-from r3rag_jax.data.qa import read_rows
+from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.evaluator import read_answers, reading_stops
 from r3rag_jax.rollout.rollout import Job, Rules, ServedRoller

@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from r3rag_jax.data.sft import SFTBatch, SFTBatches, SFTSample, first_fit_decreasing, plan_rows
+from r3rag_jax.data.packing import plan_rows
+from r3rag_jax.data.sft import SFTBatch, SFTBatches, SFTSample
 from r3rag_jax.errors import UserError
 
 FIELDS = ("tokens", "positions", "segment_ids", "loss_mask")
@@ -31,14 +32,6 @@ def batches(data: list[SFTSample], **options: object) -> SFTBatches:
 def assert_equal(a: SFTBatch, b: SFTBatch) -> None:
     for field in FIELDS:
         np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
-
-
-def test_first_fit_decreasing() -> None:
-    #      6 -> [6]   5 -> [5]   4 -> [6 4]   3 -> [5 3]   2 -> [5 3 2]
-    assert first_fit_decreasing([2, 3, 4, 5, 6], 10) == [[4, 2], [3, 1, 0]]
-    assert first_fit_decreasing([], 10) == []
-    with pytest.raises(UserError, match=r"row_length=10 tokens; 2 of 3 do not, the longest has 12"):
-        first_fit_decreasing([11, 3, 12], 10)
 
 
 def test_layout_of_a_row() -> None:
@@ -165,14 +158,6 @@ def test_long_samples_are_an_error_or_counted() -> None:
     assert stream.num_examples == 20
     with pytest.raises(UserError, match="got none among 2"):
         batches(data[-2:], too_long="drop")
-
-
-def test_fill_of_the_plan() -> None:
-    plan = plan_rows([6, 4, 5, 5, 8], row_length=10, epochs=3, seed=0)
-    assert len(plan.rows) == 9
-    assert plan.fill == pytest.approx(28 / 30)
-    lengths = np.random.default_rng(0).integers(50, 2000, 5000)
-    assert plan_rows(lengths, row_length=4096, epochs=1, seed=0).fill > 0.97
 
 
 def test_bad_settings() -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from r3rag_jax.data import qa
+from r3rag_jax.data.jsonl import write_jsonl
+from r3rag_jax.data.questions import read_questions
 from r3rag_jax.data.readers import tfds as tfds_builder
 from r3rag_jax.data.sft import SFTBatches, SFTSample
+from r3rag_jax.data.trajectories import read_trajectories, teacher_trajectory_from_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.types import Passage, Trajectory
 
@@ -44,9 +46,9 @@ def teacher(index: int) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tfds")
-    qa.write_jsonl(folder / "train.jsonl", map(question, range(NUM_ROWS)))
-    qa.write_jsonl(folder / "dev.jsonl", map(question, range(1)))
-    qa.write_jsonl(folder / "teacher.jsonl", map(teacher, range(NUM_ROWS)))
+    write_jsonl(folder / "train.jsonl", map(question, range(NUM_ROWS)))
+    write_jsonl(folder / "dev.jsonl", map(question, range(1)))
+    write_jsonl(folder / "teacher.jsonl", map(teacher, range(NUM_ROWS)))
     return folder
 
 
@@ -63,7 +65,7 @@ def test_questions_keep_every_row_in_order(folder: Path) -> None:
     builder = tfds_builder.build(files, folder / "data", "questions")
     for split, path in files.items():
         source = tfds_builder.data_source(builder, split)
-        assert list(source) == qa.read_questions(path)
+        assert list(source) == read_questions(path)
     assert len(tfds_builder.data_source(builder, "train")) == NUM_ROWS
     with pytest.raises(UserError, match=r"split must be one of \['dev', 'train'\]; got 'test'"):
         tfds_builder.data_source(builder, "test")
@@ -72,10 +74,10 @@ def test_questions_keep_every_row_in_order(folder: Path) -> None:
 def test_trajectories_to_batches_equal_direct_reading(folder: Path) -> None:
     path = folder / "teacher.jsonl"
     builder = tfds_builder.build({"train": path}, folder / "data", "trajectories")
-    direct = qa.read_trajectories(path, CORPUS, 2)
+    direct = read_trajectories(path, CORPUS, 2)
 
     def read(row: dict[str, object]) -> Trajectory:
-        return qa.teacher_trajectory_from_dict(row, CORPUS, 2)
+        return teacher_trajectory_from_dict(row, CORPUS, 2)
 
     source = grain.MapDataset.source(tfds_builder.data_source(builder, "train")).map(read)
     assert [source[i] for i in range(len(source))] == direct
@@ -93,14 +95,14 @@ def test_trajectories_to_batches_equal_direct_reading(folder: Path) -> None:
 def test_changed_content_is_built_anew(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     for count in (3, 5):
-        qa.write_jsonl(path, map(question, range(count)))
+        write_jsonl(path, map(question, range(count)))
         builder = tfds_builder.build({"train": path}, tmp_path / "data", "questions")
         assert len(tfds_builder.data_source(builder, "train")) == count
 
 
 def test_faulty_row_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    qa.write_jsonl(path, [question(0), question(1) | {"golden_answers": []}])
+    write_jsonl(path, [question(0), question(1) | {"golden_answers": []}])
     with pytest.raises(UserError, match=r"train\.jsonl:2: golden_answers must be a list of one"):
         tfds_builder.build({"train": path}, tmp_path / "data", "questions")
     assert not (tmp_path / "data").exists()
@@ -116,7 +118,7 @@ def test_source_is_a_sequence(folder: Path) -> None:
 
 def test_neither_tensorflow_nor_tfds_is_imported() -> None:
     code = (
-        "import sys; import r3rag_jax.data.tfds_builder; "
+        "import sys; import r3rag_jax.data.readers.tfds; "
         "assert not {'tensorflow', 'tensorflow_datasets', 'grain'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

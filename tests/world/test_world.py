@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import pytest
 
 from r3rag_jax.config.schema import Config, WorldConfig
-from r3rag_jax.data.qa import read_trajectories
+from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import Hit
 from r3rag_jax.types import Question, Step

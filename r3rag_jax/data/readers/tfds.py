@@ -1,10 +1,10 @@
 """FlashRAG JSONL as a tensorflow-datasets data set in array_record files, without TensorFlow.
 
-Only this pair reads back complete without TensorFlow: `file_format="array_record"` and the data
-source (parquet loses rows, `as_dataset` needs TensorFlow). What tfds cannot nest without
-TensorFlow, the steps of a trajectory, is kept as JSON text, and so is the metadata.
+Without TensorFlow, only the pair of `file_format="array_record"` and `as_data_source` reads back every row (parquet
+loses rows, `as_dataset` needs TensorFlow). tfds cannot nest the steps of a trajectory without TensorFlow, so they are
+stored as JSON text, and so is the metadata.
 
-`tensorflow_datasets` is imported inside the functions: importing this module needs none of it.
+`tensorflow_datasets` is imported inside the functions, because only users of this reader need it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from r3rag_jax.data import qa
+from r3rag_jax.data.jsonl import read_rows
+from r3rag_jax.data.questions import question_from_dict, question_to_dict, read_questions
+from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
 from r3rag_jax.types import Passage, Question
 
@@ -24,16 +26,16 @@ Kind = Literal["questions", "trajectories"]
 
 
 def build(files: Mapping[str, str | Path], data_dir: str | Path, kind: Kind) -> Any:
-    """Writes each split's JSONL file into `data_dir`, unless this very content is already there.
+    """Convert each split's JSONL file into `data_dir`, unless the same content is already there.
 
     Args:
-        files: split name -> JSONL file, as `qa.read_questions` or `qa.read_trajectories` read it.
+        files: split name -> JSONL file, as `read_questions` or `read_trajectories` read it.
 
     Returns:
         The prepared `tfds.core.DatasetBuilder`, for `data_source`.
 
     Raises:
-        UserError: naming file and line of a faulty row.
+        UserError: a row breaks a rule; names file and line.
         RuntimeError: rows were lost in writing.
     """
     counts = {split: _check(path, kind) for split, path in files.items()}
@@ -59,7 +61,7 @@ def data_source(builder: Any, split: str) -> DataSource:
 
 
 class DataSource(Sequence[Any]):
-    """Rows of a split: a Question, or a trajectory's dict for `qa.teacher_trajectory_from_dict`.
+    """Rows of a split: a Question, or the dict of a trajectory, which `teacher_trajectory_from_dict` parses.
 
     A source for `grain.MapDataset.source`: random access, safe to read from several threads.
     """
@@ -79,20 +81,20 @@ class DataSource(Sequence[Any]):
             "metadata": json.loads(record["metadata"]),
         }
         if "steps" not in record:
-            return qa.question_from_dict(row)
+            return question_from_dict(row)
         steps = [json.loads(step) for step in record["steps"]]
         return row | {"sample_index": int(record["sample_index"]), "steps": steps}
 
 
 def _check(path: str | Path, kind: Kind) -> int:
-    """Number of rows of a file, all of which are well formed; else UserError."""
+    """Number of rows of a file; UserError if one is not well formed."""
     if kind == "questions":
-        return len(qa.read_questions(path))
-    return len(qa.read_trajectories(path, _AnyCorpus(), passages_per_step=1))
+        return len(read_questions(path))
+    return len(read_trajectories(path, _AnyCorpus(), passages_per_step=1))
 
 
 class _AnyCorpus(dict[str, Passage]):
-    """Holds every id: whether a corpus has the passages is known only where one is given."""
+    """A corpus that holds every id: the passages of a trajectory are looked up when it is read, not here."""
 
     def __missing__(self, passage_id: str) -> Passage:
         return Passage(id=passage_id, contents="")
@@ -108,9 +110,9 @@ def _fingerprint(files: Mapping[str, str | Path]) -> str:
 
 def _examples(path: str, kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
     """(key, features) of each row; the keys are in file order, which tfds keeps."""
-    for number, row in qa.read_rows(path):
-        question: Question = qa.question_from_dict(row)
-        example: dict[str, Any] = qa.question_to_dict(question)
+    for number, row in read_rows(path):
+        question: Question = question_from_dict(row)
+        example: dict[str, Any] = question_to_dict(question)
         example["metadata"] = json.dumps(example["metadata"], ensure_ascii=False)
         if kind == "trajectories":
             example["sample_index"] = row.get("sample_index") or 0

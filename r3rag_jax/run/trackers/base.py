@@ -29,7 +29,7 @@ class Tracker(Protocol):
         """Record the metrics of a step under names such as `rl/reward`. Values may be NaN or infinite."""
 
     def trajectories(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Record trajectories of a step as JSON objects with the keys of `data.qa.trajectory_to_dict`, or more."""
+        """Record trajectories of a step, each a JSON object with at least the keys of `trajectory_to_dict`."""
 
     def finish(self) -> None:
         """Write what is still buffered and close the files. Nothing may be recorded afterwards."""
