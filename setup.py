@@ -36,6 +36,7 @@ CORE = [
     "numpy>=2.1",
     "ml_dtypes>=0.5",
     "httpx>=0.28",  # clients of HTTP servers: pooled connections
+    "pydantic>=2.11",  # configuration: types, bounds, nested sections
     "pyyaml>=6.0",
     "rich>=13.9",
     "jinja2>=3.1",

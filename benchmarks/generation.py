@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import matmul_flops, read_bandwidth, torch_device
 
-from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.config import MeshConfig
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import param_shapes
 from r3rag_jax.models.hf.decoder_files import load_config, load_decoder

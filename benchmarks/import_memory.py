@@ -30,7 +30,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.config import MeshConfig
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, param_shapes
 from r3rag_jax.models.hf.decoder_files import hf_tensors, load_config, load_decoder, write_model

@@ -13,7 +13,7 @@ with one question at a time, and with both, as the released code does it. In flo
 are compared with lockstep, in which a batch waits for its slowest row (and with one that leaves out, as our calls do,
 rows that wait from a call's start, once a quarter, half or three quarters do), and with one question at a time; then
 each search is made so many milliseconds slower, as one of a server is, and rows that wait while the others write
-(`rollout.search_turns`) are compared with everybody waiting (0) and with one question at a time. With `--model`,
+(`rollout.search_overlap`) are compared with everybody waiting (0) and with one question at a time. With `--model`,
 another model writes as many tokens in each step as that policy did, whatever they are, searches for the same queries
 and is given the same passages.
 
@@ -39,8 +39,7 @@ from rich.table import Table
 from timing import medians
 
 from r3rag_jax.components import Components
-from r3rag_jax.config.loader import load_config
-from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.config import MeshConfig, load_config
 from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.parallel.mesh import make_mesh
@@ -208,7 +207,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
     dtype, rules = session.cache_dtype, Rules
 
     def roller(engine: Engine, latency_ms: float = 0.0, search_turns: int = 0) -> Roller:
-        rollout = dataclasses.replace(config.rollout, slots=engine.slots, search_turns=search_turns)
+        rollout = config.rollout.replace(slots=engine.slots, search_overlap=search_turns)
         retriever = Slow(session.retriever, latency_ms / 1e3) if latency_ms else session.retriever
         return Roller(engine, rules(codec, retriever, rollout, retrieval.top_k, retrieval.max_passages))
 
@@ -250,7 +249,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
     }
     for latency in args.latencies:
         for wait in args.turns:
-            ways[f"{latency:g} ms, search_turns={wait}"] = playing(roller(ours, latency, wait))
+            ways[f"{latency:g} ms, search_overlap={wait}"] = playing(roller(ours, latency, wait))
         ways[f"{latency:g} ms, {one_at_a_time}"] = playing(roller(single, latency), singles)
     seconds = medians(ways, args.rounds)
     for name in ways:
@@ -282,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_of.add_argument("--singles", type=int, help="how many trajectories are played one at a time (default: all)")
     run_of.add_argument("--slots", type=int, default=64)
     run_of.add_argument("--latencies", type=float, nargs="*", default=[5.0, 50.0, 500.0], help="milliseconds")
-    run_of.add_argument("--turns", type=int, nargs="*", default=[0, 1, 8], help="each as rollout.search_turns")
+    run_of.add_argument("--turns", type=int, nargs="*", default=[0, 1, 8], help="each as rollout.search_overlap")
     for command in (steps_of, run_of):
         command.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import matmul_flops, medians, torch_device
 
-from r3rag_jax.config.schema import MeshConfig, ModelConfig, RLConfig, SFTConfig
+from r3rag_jax.config import CriticConfig, KLConfig, MeshConfig, ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.models.decoder import Decoder, param_shapes
 from r3rag_jax.models.hf.decoder_files import load_config, load_decoder
 from r3rag_jax.models.paths import model_path
@@ -75,7 +75,7 @@ class Ours:
     @classmethod
     def ppo(cls, model: str, settings: ModelConfig) -> Ours:
         """Of a policy and of a critic."""
-        policy, config = read(model, settings), RLConfig(lr=1e-5, critic_lr=1e-5, kl=0.0)
+        policy, config = read(model, settings), RLConfig(lr=1e-5, critic=CriticConfig(lr=1e-5), kl=KLConfig(coef=0.0))
         parts = {"policy": nnx.split(policy), "critic": nnx.split(learner.new_critic(policy, "separate"))}
         graphdefs = {name: graphdef for name, (graphdef, _) in parts.items()}
         mesh, tx = make_mesh(MeshConfig()), optimizer.rl_optimizer(config)

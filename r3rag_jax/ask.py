@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from r3rag_jax.config.loader import FlagParser
+from r3rag_jax.config import FlagParser
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluate import add_checkpoint_flags, open_components
 from r3rag_jax.evaluation.evaluator import play_greedy

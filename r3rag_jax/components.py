@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from r3rag_jax.clients.completions import Server
-from r3rag_jax.config.loader import load_config, to_yaml
-from r3rag_jax.config.schema import Config
+from r3rag_jax.config import Config, ConfigError, load_config, to_yaml
+from r3rag_jax.config.resume import changed_keys
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.evaluator import reading_stops
@@ -38,14 +37,6 @@ from r3rag_jax.text.protocols import TAGS, make_protocol
 from r3rag_jax.text.transcript import Codec
 from r3rag_jax.types import Passage
 
-# Sections that may change when a run is resumed: they do not change what was computed.
-FREE_KEYS = ("run_dir", "phases", "eval", "guards", "mesh", "log", "rollout.server")
-# Of a judge also while it has a say in rewards: where it is and how patiently it is asked.
-FREE_OF_JUDGE = tuple(
-    f"judge.{name}"
-    for name in "url key_env max_in_flight requests_per_minute retries timeout_s max_failure_share cache slots".split()
-)
-
 
 def open_run(config: Config) -> Path:
     """Create the run directory, or check that it was made by this very configuration.
@@ -56,13 +47,17 @@ def open_run(config: Config) -> Path:
     run_dir = config.run_directory
     path = run_dir / "config.yaml"
     if path.exists():
-        old = load_config(path)
-        changed = [name for name, (was, now) in _differences(old, config).items()
-                   if not _is_free(name, old) and was != now]  # fmt: skip
-        if changed:
-            was, now = _differences(old, config)[changed[0]]
+        try:
+            changed = changed_keys(load_config(path), config)
+        except ConfigError as error:
             raise UserError(
-                f"{run_dir} holds a run with other settings ({changed[0]} was {was!r}, now {now!r}): "
+                f"{run_dir} holds a run with a configuration that cannot be read: {error}; "
+                "choose another name=… or remove the directory"
+            ) from None
+        if changed:
+            name, (was, now) = next(iter(changed.items()))
+            raise UserError(
+                f"{run_dir} holds a run with other settings ({name} was {was!r}, now {now!r}): "
                 "choose another name=… or remove the directory"
             )
     elif run_dir.exists() and any(run_dir.iterdir()):
@@ -73,29 +68,6 @@ def open_run(config: Config) -> Path:
         path.write_text(to_yaml(config))
     barrier("run directory")
     return run_dir
-
-
-def _is_free(name: str, old: Config) -> bool:
-    """Whether a dotted key is one of FREE_KEYS, of such a section, or (`server_…`) of such a group.
-
-    What a judge is may change where the run has trained on no word of it.
-    """
-    if name.startswith("judge."):
-        return name in FREE_OF_JUDGE or not old.rewards.needs_judge
-    return any(name == free or name.startswith((f"{free}.", f"{free}_")) for free in FREE_KEYS)
-
-
-def _differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old, new) of every key with two values."""
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        pairs: dict[str, Any] = {}
-        for name, value in tree.items():
-            pairs |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        return pairs
-
-    was, now = flat(dataclasses.asdict(old)), flat(dataclasses.asdict(new))
-    return {name: (was[name], now[name]) for name in was if was[name] != now[name]}
 
 
 class Components:
@@ -157,13 +129,13 @@ class Components:
         Raises:
             UserError: the encoder's directory cannot be read.
         """
-        retrieval = self.config.retrieval
-        if retrieval.encoder == "hash":
+        encoder = self.config.retrieval.encoder
+        if encoder.kind == "hash":
             return None
         return BertEncoder(
-            model_path(retrieval.encoder_path), pooling=retrieval.pooling, query_prefix=retrieval.query_prefix,
-            passage_prefix=retrieval.passage_prefix, max_length=retrieval.encoder_length,
-            batch_tokens=retrieval.encoder_batch, dtype=retrieval.encoder_dtype,
+            model_path(encoder.path), pooling=encoder.pooling, query_prefix=encoder.query_prefix,
+            passage_prefix=encoder.passage_prefix, max_length=encoder.max_length, batch_tokens=encoder.batch_tokens,
+            dtype=encoder.dtype,
         )  # fmt: skip
 
     @functools.cached_property
@@ -173,7 +145,7 @@ class Components:
     def build_index(self, passages: Sequence[Passage]) -> FaissIndex:
         """Index passages with the encoder of the configuration."""
         if self.encoder is None:
-            return FaissIndex.build(passages, dim=self.config.retrieval.dim)
+            return FaissIndex.build(passages, dim=self.config.retrieval.encoder.dim)
         with Bar("encode", len(passages), console=self.console, live=self.config.log.progress) as bar:
             return FaissIndex(self.encoder, passages, progress=bar.advance)
 
@@ -185,7 +157,7 @@ class Components:
         return Engine(
             self.policy.graphdef, self.policy.decoder_config, self.sampler_mesh,
             slots=rollout.slots, max_length=rollout.max_length, truncation=Truncation.of(rollout),
-            dtype=self.cache_dtype, split_weights=rollout.split_weights,
+            dtype=self.cache_dtype, split_weights=rollout.shard_weights,
         )  # fmt: skip
 
     @property
@@ -200,7 +172,7 @@ class Components:
         """The engine, or the user's server, set up for trajectories of the configured protocol."""
         codec, retrieval = self.codec, self.config.retrieval
         rules = Rules(codec, self.retriever, self.config.rollout, top_k or retrieval.top_k, retrieval.max_passages)
-        if self.config.rollout.server:
+        if self.config.rollout.server.is_given:
             return ServedRoller(self.server(codec.eos_id, codec.stop_ids), rules)
         end_of = rules.end_of if self.config.rollout.stop_strings else None
         self.engine.stop_at(*codec.ends, end_of)
@@ -209,7 +181,7 @@ class Components:
     def reading_engine(self) -> Engine | Server:
         """The engine, or the user's server, set up for the baselines' one line of answer."""
         stops = reading_stops(self.policy.tokenizer)
-        if self.config.rollout.server:
+        if self.config.rollout.server.is_given:
             return self.server(self.policy.tokenizer.eos_id, [i for i in stops if i != self.policy.tokenizer.eos_id])
         self.engine.stop_at((), stops, functools.partial(self.policy.tokenizer.end_of, ("\n",)))
         return self.engine
@@ -232,13 +204,14 @@ class Components:
     def judge_mark(self) -> dict[str, Any]:
         """What a fingerprint says of the evaluation's judge."""
         judge = self.config.judge
-        return {"judge": judge.model or judge.url} if self.config.eval.judge else {}
+        name = judge.endpoint.model or judge.endpoint.url if judge.kind == "server" else judge.local.path
+        return {"judge": name} if self.config.eval.judge else {}
 
     # ---- a user's inference server
 
     def sampling_policy(self, load: Callable[[], Any]) -> Any:
         """What rollouts take: that of the parameters that `load` gives, or None where a server has its own."""
-        return None if self.config.rollout.server else self.to_sampler(load())
+        return None if self.config.rollout.server.is_given else self.to_sampler(load())
 
     def to_sampler(self, params: Any) -> CachedDecoder:
         """A copy of the policy's parameters where rollouts run; `params` may be donated afterwards."""
@@ -248,5 +221,5 @@ class Components:
 
     def sampling_mark(self) -> dict[str, Any]:
         """What a fingerprint says of a user's server: which one, and which model it served."""
-        rollout = self.config.rollout
-        return {"server": f"{rollout.server} {rollout.server_model}".strip()} if rollout.server else {}
+        server = self.config.rollout.server
+        return {"server": f"{server.url} {server.model}".strip()} if server.is_given else {}

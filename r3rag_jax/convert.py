@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from r3rag_jax.config.loader import FlagParser
+from r3rag_jax.config import FlagParser
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.models.decoder import param_shapes
 from r3rag_jax.models.hf.conversion import add_tags, export, find_model, open_directory

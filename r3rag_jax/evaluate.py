@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r3rag_jax.components import Components
-from r3rag_jax.config.loader import FlagParser, load_config
+from r3rag_jax.config import FlagParser, load_config
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.questions import read_passages, read_questions
 from r3rag_jax.data.trajectories import trajectory_to_dict
@@ -74,7 +74,7 @@ def open_components(args: argparse.Namespace) -> tuple[Components, str]:
     components = Components(config, args.checkpoint)
     trained = [phase for phase in POLICY_PHASES if components.policy_dir(phase).exists()]
     phase = args.phase or (trained[0] if trained else "")
-    if phase not in trained and not config.rollout.server:
+    if phase not in trained and not config.rollout.server.is_given:
         raise UserError(f"{args.checkpoint} has no trained policy{f' of phase {phase}' if phase else ''}")
     if args.corpus is not None:
         components.retriever = components.build_index(read_passages(args.corpus))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from r3rag_jax.config.loader import FlagParser
+from r3rag_jax.config import FlagParser
 from r3rag_jax.errors import main_guard
 from r3rag_jax.reporting.report_page import write_report
 

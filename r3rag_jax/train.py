@@ -14,8 +14,7 @@ import jax
 from rich.console import Console
 
 from r3rag_jax.components import Components, open_run
-from r3rag_jax.config.loader import parse_args
-from r3rag_jax.config.schema import Config
+from r3rag_jax.config import Config, parse_args
 from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.phase import eval_phase, load_evals
 from r3rag_jax.parallel.mesh import traced_on

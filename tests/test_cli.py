@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 
 from r3rag_jax import ask, evaluate, train
-from r3rag_jax.config.loader import schema
+from r3rag_jax.config.schema import schema
 
 Main = Callable[[Sequence[str]], int]
 
@@ -113,8 +113,8 @@ def test_other_settings_for_an_existing_run_change_nothing(
     run_dir = finished("tags")
     recipe = tiny_run.write_recipe(run_dir.parent, base)
     before = tiny_run.files(run_dir)
-    line = error_line(train.main, ["--config", str(recipe), "rl.kl=0.5"], capsys)
-    assert "holds a run with other settings (rl.kl was 0.01, now 0.5)" in line
+    line = error_line(train.main, ["--config", str(recipe), "rl.kl.coef=0.5"], capsys)
+    assert "holds a run with other settings (rl.kl.coef was 0.01, now 0.5)" in line
     assert tiny_run.files(run_dir) == before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,17 +15,20 @@ import tiny_run
 from flax import nnx
 
 from r3rag_jax.components import Components, open_run
-from r3rag_jax.config.loader import load_config
-from r3rag_jax.config.schema import (
+from r3rag_jax.config import (
     Config,
     ConfigError,
+    CriticConfig,
     DataConfig,
     EvalConfig,
     GuardsConfig,
+    KLConfig,
     LogConfig,
     MeshConfig,
     RLConfig,
     RolloutConfig,
+    ServerConfig,
+    load_config,
 )
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.questions import read_passages, read_questions
@@ -62,7 +64,7 @@ def test_a_new_directory_records_its_configuration(tmp_path: Path) -> None:
         {"mesh": MeshConfig(fsdp=2)},
         {"log": LogConfig(progress=False)},
         {"guards": GuardsConfig(kl=1.0, action="stop")},
-        {"phases": ("index",), "rollout": RolloutConfig(server="http://host/v1", server_model="policy")},
+        {"phases": ("index",), "rollout": RolloutConfig(server=ServerConfig(url="http://host/v1", model="policy"))},
     ],
     ids=str,
 )
@@ -70,8 +72,8 @@ def test_what_computes_the_same_may_change(change: dict[str, Any], tmp_path: Pat
     config = Config(run_dir=str(tmp_path / "run"))
     open_run(config)
     (tmp_path / "run" / "metrics.jsonl").write_text("kept")
-    open_run(dataclasses.replace(config, **change))
-    assert load_config(tmp_path / "run" / "config.yaml") == dataclasses.replace(config, **change)
+    open_run(config.replace(**change))
+    assert load_config(tmp_path / "run" / "config.yaml") == config.replace(**change)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == "kept"
 
 
@@ -79,8 +81,8 @@ def test_what_computes_the_same_may_change(change: dict[str, Any], tmp_path: Pat
     ("change", "words"),
     [
         ({"seed": 1}, "seed was 0, now 1"),
-        ({"rl": RLConfig(kl=0.5)}, "rl.kl was 0.01, now 0.5"),
-        ({"rl": RLConfig(critic="head")}, "rl.critic was 'separate', now 'head'"),
+        ({"rl": RLConfig(kl=KLConfig(coef=0.5))}, "rl.kl.coef was 0.01, now 0.5"),
+        ({"rl": RLConfig(critic=CriticConfig(kind="head"))}, "rl.critic.kind was 'separate', now 'head'"),
         ({"rollout": RolloutConfig(slots=3)}, "rollout.slots was 64, now 3"),
         ({"name": "other"}, "name was 'run', now 'other'"),
     ],
@@ -90,8 +92,18 @@ def test_other_settings_are_refused_and_nothing_is_touched(change: dict[str, Any
     open_run(config)
     before = tiny_run.files(tmp_path)
     with pytest.raises(UserError) as caught:
-        open_run(dataclasses.replace(config, **change))
+        open_run(config.replace(**change))
     assert words in str(caught.value) and str(tmp_path / "run") in str(caught.value)
+    assert tiny_run.files(tmp_path) == before
+
+
+def test_a_run_with_keys_that_were_renamed_is_refused_with_the_first_of_them(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: run\nworld:\n  waste: 0.25\nrl:\n  kl: 0.0\n")
+    before = tiny_run.files(tmp_path)
+    with pytest.raises(UserError) as caught:
+        open_run(Config(run_dir=str(tmp_path)))
+    assert "holds a run with a configuration that cannot be read: unknown key 'world.waste'" in str(caught.value)
+    assert "config.yaml:3); its new name is world.needless_retrievals; choose another name=" in str(caught.value)
     assert tiny_run.files(tmp_path) == before
 
 
@@ -124,8 +136,8 @@ def config(base: Path, tmp_path: Path) -> Config:
 
 
 def components(config: Config, *sizes: int, **model: str) -> Components:
-    mesh = MeshConfig(*sizes) if sizes else config.mesh
-    changed = dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, **model))
+    mesh = tiny.mesh_config(*sizes) if sizes else config.mesh
+    changed = config.replace(mesh=mesh, model=config.model.replace(**model))
     return Components(changed, config.run_directory)
 
 
@@ -145,7 +157,7 @@ def test_random_parameters_depend_on_the_seed_and_not_on_the_mesh(config: Config
     )
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a, b)
-    reseeded = flat(components(dataclasses.replace(config, seed=1), init="random").policy.base_params())
+    reseeded = flat(components(config.replace(seed=1), init="random").policy.base_params())
     pretrained = flat(components(config).policy.base_params())
     for different in (one, pretrained):  # the tiny base may be what seed 0 draws
         assert any(not np.array_equal(a, b) for a, b in zip(reseeded, different, strict=True))
@@ -180,7 +192,7 @@ def test_a_tokenizer_without_the_tags_is_the_users_to_fix(config: Config, base: 
     tiny.tokenizer(source, (*tiny.SPECIALS[:3], "<think>"))
     with pytest.raises(UserError, match=r"source lacks </think> <query> .*convert .*/source OUT --add-tags$"):
         _ = components(config, path=str(source)).codec
-    steps = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, protocol="steps"))
+    steps = config.replace(rollout=config.rollout.replace(protocol="steps"))
     assert components(steps, path=str(source)).codec.protocol.name == "steps"
 
 
@@ -214,7 +226,7 @@ def test_the_worlds_files_fit_together(config: Config) -> None:
 def test_files_need_not_be_given_for_what_is_only_watched(config: Config, tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"id": 7, "question": "Who?", "golden_answers": ["x"]}\n')
     data = DataConfig(source="files", corpus="c.jsonl", test=str(tmp_path / "test.jsonl"))
-    files = dataclasses.replace(config, phases=("eval",), data=data)
+    files = config.replace(phases=("eval",), data=data)
     assert Components(files, tmp_path).dataset.questions("dev") == []
     assert [question.id for question in Components(files, tmp_path).dataset.questions("test")] == ["7"]
     assert Components(files, tmp_path).dataset.path_of("corpus") == Path("c.jsonl")
@@ -234,8 +246,10 @@ def files_of_ones_own(config: Config, directory: Path, **keys: Any) -> Config:
     write_jsonl(
         directory / "taught.jsonl", [question | {"steps": steps(i)} for i, question in enumerate(questions[:6])]
     )
-    data = DataConfig("files", str(directory), "corpus.jsonl", sft="taught.jsonl", rl="train.jsonl", **keys)
-    return dataclasses.replace(config, phases=("index", "sft", "rl"), data=data)
+    data = DataConfig(
+        source="files", dir=str(directory), corpus="corpus.jsonl", sft="taught.jsonl", rl="train.jsonl", **keys
+    )
+    return config.replace(phases=("index", "sft", "rl"), data=data)
 
 
 def test_rl_leaves_out_the_questions_that_the_cold_start_drew(config: Config, tmp_path: Path) -> None:
@@ -247,30 +261,30 @@ def test_rl_leaves_out_the_questions_that_the_cold_start_drew(config: Config, tm
     assert [question.id for question in one.dataset.questions("rl")] == [
         f"q{i}" for i in range(10) if f"q{i}" not in used
     ]
-    reseeded = Components(dataclasses.replace(few, seed=3), one.run_dir)
+    reseeded = Components(few.replace(seed=3), one.run_dir)
     assert [trajectory.question.id for trajectory in reseeded.dataset.trajectories()] != used
-    shared = dataclasses.replace(few, data=dataclasses.replace(few.data, disjoint=False))
+    shared = few.replace(data=few.data.replace(disjoint=False))
     assert len(Components(shared, one.run_dir).dataset.questions("rl")) == 10
-    later = dataclasses.replace(few, phases=("rl",))  # the cold start was a command of its own
+    later = few.replace(phases=("rl",))  # the cold start was a command of its own
     assert len(Components(later, one.run_dir).dataset.questions("rl")) == 6
-    alone = dataclasses.replace(few, phases=("index", "rl"), data=dataclasses.replace(few.data, sft=""))
+    alone = few.replace(phases=("index", "rl"), data=few.data.replace(sft=""))
     assert len(Components(alone, one.run_dir).dataset.questions("rl")) == 10
 
 
 def test_data_that_leaves_nothing_or_holds_too_little_is_the_users_to_fix(config: Config, tmp_path: Path) -> None:
     every = files_of_ones_own(config, tmp_path / "data")
-    every = dataclasses.replace(every, data=dataclasses.replace(every.data, rl="taught.jsonl"))
+    every = every.replace(data=every.data.replace(rl="taught.jsonl"))
     one = Components(every, open_run(every))
     index_phase(one)
     with pytest.raises(UserError, match=r"data.disjoint leaves no question for RL: all of .*taught.jsonl"):
         one.dataset.questions("rl")
-    many = dataclasses.replace(every, data=dataclasses.replace(every.data, num_sft=7))
+    many = every.replace(data=every.data.replace(num_sft=7))
     with pytest.raises(UserError, match=r"data.num_sft must be at most 6, what .*taught.jsonl holds; got 7"):
         Components(many, one.run_dir).dataset.trajectories()
 
 
 def test_a_search_again_places_what_is_wrong_with_the_trajectories(config: Config, tmp_path: Path) -> None:
-    again = files_of_ones_own(config, tmp_path / "data", search_again=True)
+    again = files_of_ones_own(config, tmp_path / "data", refresh_retrieved=True)
     with (tmp_path / "data" / "taught.jsonl").open("a") as file:
         file.write('{"id": "q9", "question": "Who?", "golden_answers": ["x"]}\n')
     with pytest.raises(UserError, match=r"taught.jsonl:7: expected a field 'steps'"):
@@ -280,7 +294,7 @@ def test_a_search_again_places_what_is_wrong_with_the_trajectories(config: Confi
 def test_a_search_again_brings_this_runs_documents_and_keeps_what_a_step_is_after(
     config: Config, tmp_path: Path
 ) -> None:
-    again = files_of_ones_own(config, tmp_path / "data", search_again=True)
+    again = files_of_ones_own(config, tmp_path / "data", refresh_retrieved=True)
     one = Components(again, open_run(again))
     index_phase(one)
     assert one.dataset.path_of("sft") == one.run_dir / "data" / "sft.jsonl"

@@ -20,8 +20,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from r3rag_jax.config.loader import load_config
-from r3rag_jax.config.schema import Config, MeshConfig
+from r3rag_jax.config import Config, MeshConfig, load_config
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import Decoder, param_shapes, rope_frequencies
 from r3rag_jax.models.hf.decoder_files import hf_tensors
@@ -29,7 +28,7 @@ from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
 from r3rag_jax.sampler import engine
 from r3rag_jax.sampler.cache import KVCache
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
-from r3rag_jax.sampler.distribution import WHOLE, Truncation
+from r3rag_jax.sampler.distribution import WHOLE
 from r3rag_jax.sampler.state import Rows
 from r3rag_jax.training import learner, optimizer
 from r3rag_jax.training.batch import pack
@@ -144,15 +143,15 @@ def test_constants_are_those_of_the_paper(name: str, sft_lr: float) -> None:
     sft, rl, rollout, retrieval = config.sft, config.rl, config.rollout, config.retrieval
     assert config.name == name and config.phases == ("index", "sft", "rl", "eval")
     assert (sft.lr, sft.warmup, sft.epochs, sft.row_length) == (sft_lr, 0.1, 3, 4096)
-    assert (rl.lr, rl.critic_lr, rl.warmup, rl.clip, rl.value_clip) == (5e-7, 9e-6, 0.03, 0.2, 0.2)
-    assert (rl.gamma, rl.lam, rl.kl, rl.epochs, rl.grad_norm) == (1, 1, 0.01, 1, 1)
-    assert (rl.algorithm, rl.critic, rl.step_discount, rl.negative_weight) == ("ppo", "separate", 0, 1)
+    assert (rl.lr, rl.critic.lr, rl.warmup, rl.clip, rl.critic.value_clip) == (5e-7, 9e-6, 0.03, 0.2, 0.2)
+    assert (rl.gamma, rl.critic.gae_lambda, rl.kl.coef, rl.epochs, rl.max_grad_norm) == (1, 1, 0.01, 1, 1)
+    assert (rl.algorithm, rl.critic.kind, rl.step_discount, rl.negative_weight) == ("ppo", "separate", 0, 1)
     assert rl.questions == 64 and rl.iterations * rl.questions == 4 * 8192
     assert (rollout.protocol, rollout.max_steps, rollout.max_new_tokens) == ("steps", 5, 512)
-    assert Truncation.of(rollout) == WHOLE
+    assert not rollout.truncates
     assert rollout.samples == 4 and rollout.temperatures == (0.1, 0.4, 0.7, 1.0)
     assert (retrieval.top_k, retrieval.max_passages, retrieval.oneshot_top_k) == (2, 10, 16)
-    assert (retrieval.query_prefix, retrieval.passage_prefix) == ("query: ", "passage: ")
+    assert (retrieval.encoder.query_prefix, retrieval.encoder.passage_prefix) == ("query: ", "passage: ")
     assert (config.rewards.outcome_weight, config.rewards.factor_correct, config.rewards.factor_wrong) == (2, 1.6, 0.8)
     assert (config.model.dtype, config.model.remat) == ("bfloat16", "full")
 
@@ -196,7 +195,7 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
     mesh = make_mesh(config.mesh)
     new = functools.partial(new_decoder, config, decoder)
     graphdef, policy = nnx.split(nnx.eval_shape(new))
-    critic = nnx.split(nnx.eval_shape(lambda: learner.new_critic(new(), config.rl.critic)))
+    critic = nnx.split(nnx.eval_shape(lambda: learner.new_critic(new(), config.rl.critic.kind)))
 
     tx = optimizer.sft_optimizer(config.sft, 1000)
     state, rows = state_of(policy, tx), batch_of(config.sft.batch_rows, config.sft.row_length)

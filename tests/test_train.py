@@ -25,8 +25,7 @@ from safetensors.numpy import load_file
 from r3rag_jax import ask, evaluate
 from r3rag_jax import components as components_module
 from r3rag_jax.components import Components
-from r3rag_jax.config.loader import load_config
-from r3rag_jax.config.schema import Config, MeshConfig, RLConfig, RolloutConfig, SFTConfig
+from r3rag_jax.config import Config, MeshConfig, RLConfig, RolloutConfig, SFTConfig, load_config
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.data.questions import read_passages, read_questions
 from r3rag_jax.data.trajectories import trajectory_from_dict
@@ -190,7 +189,7 @@ def test_adapters_are_trained_resumed_and_merged(
         "lora.rank": 4,
         "sft.epochs": 2,
         "rl.iterations": 2,
-        "rl.critic": "separate",
+        "rl.critic.kind": "separate",
         "phases": "[index, sft, rl]",
     }
     settings |= {"sft.lr": 1e-3, "rl.eval_every": 2}
@@ -237,8 +236,8 @@ def test_rollouts_ahead_are_one_step_behind_and_resume_as_they_were(
         alone = jax.make_mesh((1, 1, 1), AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
         monkeypatch.setattr(components_module, "make_mesh", lambda config: alone)
     settings = {
-        "mesh__sampler_devices": sampler_devices, "rl__ahead": "true", "rl__iterations": 5, "rl__checkpoint_every": 3,
-        "rl__eval_every": 5, "phases": "[index, rl]", "rl__entropy": 0.1,
+        "mesh__sampler_devices": sampler_devices, "rl__async_rollouts": "true", "rl__iterations": 5,
+        "rl__checkpoint_every": 3, "rl__eval_every": 5, "phases": "[index, rl]", "rl__entropy_coef": 0.1,
     }  # fmt: skip  # with entropy even the first update moves the policy, whatever the rewards
     base, played = finished("tags") / "policy" / "sft", []
     play, update = rl.Rollouts._play, RLTrainer.update
@@ -280,8 +279,8 @@ def are_equal(one: list[jax.Array], other: list[jax.Array]) -> bool:
 
 
 def test_rollouts_ahead_need_devices_that_nothing_else_launches_on(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"rl.ahead must have one device, or mesh.sampler_devices of its own"):
-        tiny_run.train(tmp_path, base, rl__ahead="true", phases="[index, rl]")
+    with pytest.raises(UserError, match=r"rl.async_rollouts must have one device, or mesh.sampler_devices of its own"):
+        tiny_run.train(tmp_path, base, rl__async_rollouts="true", phases="[index, rl]")
 
 
 # ---------------------------------------------------------------------------- jobs of an iteration
@@ -304,7 +303,7 @@ def test_every_question_comes_once_before_any_comes_again() -> None:
 def test_questions_that_teach_nothing_make_room_for_others() -> None:
     """A fake policy answers questions of an even number right or wrong in turn, and all others wrong."""
     questions = [Question(str(i), f"q{i}", ("x",)) for i in range(12)]
-    rl_config = RLConfig(algorithm="grpo", questions=4, draws=3)
+    rl_config = RLConfig(algorithm="grpo", questions=4, max_resamples=2)
     config = Config(rl=rl_config, rollout=RolloutConfig(samples=2, temperatures=(1.0,)))
     played: list[list[int]] = []
 
@@ -377,7 +376,7 @@ def test_groups_without_a_difference_are_found() -> None:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_planned_memory_is_what_the_trainer_holds(base: Path, tmp_path: Path, rank: int) -> None:
-    config = tiny_run.config(tmp_path, base, lora__rank=rank, rl__critic="separate", mesh__fsdp=2)
+    config = tiny_run.config(tmp_path, base, lora__rank=rank, rl__critic__kind="separate", mesh__fsdp=2)
     components = Components(config, config.run_directory)
     [planned] = plan_memory(components, "rl")
     rl = RLTrainer(components)
@@ -405,13 +404,15 @@ def test_more_slots_than_memory_are_refused_before_anything_runs(
 # --------------------------------------------------------------------------------------- algorithms
 
 OPTIONS = {
-    "ppo": {"rl.kl_target": 1e-3, "rl.truncate_weights": 2.0, "rollout.protocol": "steps"},
+    "ppo": {"rl.kl.target": 1e-3, "rl.max_importance_weight": 2.0, "rollout.protocol": "steps"},
     "grpo": {
-        "rl.std": "true", "rl.returns": "total", "rl.loss_mean": "sequence", "rl.clip_high": 0.28, "rl.kl": 0.1,
-        "rl.kl_in": "loss", "rl.kl_estimator": "k3", "rl.whiten_advantages": "false",
+        "rl.normalize_std": "true", "rl.returns": "total", "rl.loss_aggregation": "sequence", "rl.clip_high": 0.28,
+        "rl.kl.coef": 0.1, "rl.kl.placement": "loss", "rl.kl.estimator": "k3", "rl.whiten_advantages": "false",
     },
-    "rloo": {"rl.loss_mean": "constant", "rl.kl": 0.0, "rollout.protocol": "steps", "rl.step_discount": 0.5},
-    "reinforce++": {"rl.whiten_rewards": "true", "rl.kl_estimator": "k2"},
+    "rloo": {
+        "rl.loss_aggregation": "constant", "rl.kl.coef": 0.0, "rollout.protocol": "steps", "rl.step_discount": 0.5
+    },
+    "reinforce++": {"rl.whiten_rewards": "true", "rl.kl.estimator": "k2"},
 }  # fmt: skip
 NUM_PROMPT, STEP_TOKENS = 6, 5
 
@@ -460,7 +461,7 @@ def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Pa
     assert other.iteration == 1 and other.kl == one.kl
     if algorithm == "ppo":
         change = min(max((metrics["kl"] - 1e-3) / 1e-3, -0.2), 0.2)
-        assert one.kl == pytest.approx(config.rl.kl * (1 + 0.1 * change), rel=1e-6) and one.kl != config.rl.kl
+        assert one.kl == pytest.approx(config.rl.kl.coef * (1 + 0.1 * change), rel=1e-6) and one.kl != config.rl.kl.coef
     again, resumed = (trainer.update(trajectories, scores) for trainer in (one, other))
     assert again == resumed and again["policy_loss"] != metrics["policy_loss"]
 
@@ -489,7 +490,7 @@ def inject_fault(patch: pytest.MonkeyPatch) -> None:
 def faulty_components(base: Path, tmp_path: Path, **keys: Any) -> tuple[Components, list[Trajectory], Scores]:
     """Four updates of one row each; the second question's first trajectory is the faulty one."""
     short = {"rollout__max_length": 64, "rl__row_length": 64, "rl__batch_rows": 1, "rl__algorithm": "rloo",
-             "rl__kl": 0.0, "rl__warmup": 0.0}  # fmt: skip
+             "rl__kl__coef": 0.0, "rl__warmup": 0.0}  # fmt: skip
     config = tiny_run.config(tmp_path, base, **short | keys)
     components = Components(config, config.run_directory, console=Console(file=io.StringIO(), width=1000))
     trajectories = [written(components, q, i, 3) for q in "xy" for i in (0, 1)]  # 33 tokens each
@@ -588,9 +589,7 @@ def test_the_cold_start_ends_at_a_step_of_nan(base: Path, tmp_path: Path, monkey
 def test_rows_that_do_not_divide_by_the_devices_are_told_of() -> None:
     """Eight devices, four of data and fsdp."""
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
-    config = dataclasses.replace(
-        Config(), sft=SFTConfig(batch_rows=6), rl=RLConfig(batch_rows=8), rollout=RolloutConfig(slots=10)
-    )
+    config = Config().replace(sft=SFTConfig(batch_rows=6), rl=RLConfig(batch_rows=8), rollout=RolloutConfig(slots=10))
     told = {phase: undivided(config, mesh, mesh, phase) for phase in ("index", "sft", "rl", "eval")}
     assert told == {"index": [], "sft": ["sft.batch_rows=6"], "rl": ["rollout.slots=10"], "eval": ["rollout.slots=10"]}
     of_one = make_mesh(MeshConfig(tensor=8))

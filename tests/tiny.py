@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from r3rag_jax.config import MeshConfig
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.retrieval.base import Hit, RetrievalError
@@ -34,6 +35,11 @@ LLAMA_8B_OF_TWO_LAYERS = DecoderConfig(
 )
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
+
+
+def mesh_config(data: int, fsdp: int, tensor: int) -> MeshConfig:
+    """The sizes of a mesh's axes, in their order."""
+    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
 
 
 def tokenizer(path: Path, specials: Sequence[str] = SPECIALS) -> Tokenizer:

@@ -16,8 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from r3rag_jax.components import Components
-from r3rag_jax.config.loader import load_config
-from r3rag_jax.config.schema import Config
+from r3rag_jax.config import Config, load_config
 from r3rag_jax.models.hf.decoder_files import save_decoder
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.train import run
@@ -35,8 +34,8 @@ SETTINGS: dict[str, Any] = {
     "world.num_rl": 12,
     "world.num_dev": 2,
     "world.num_test": 4,
-    "world.waste": 0.0,
-    "retrieval.dim": 256,
+    "world.needless_retrievals": 0.0,
+    "retrieval.encoder.dim": 256,
     "retrieval.passage_tokens": 12,
     "retrieval.top_k": 1,
     "retrieval.oneshot_top_k": 2,
@@ -55,9 +54,9 @@ SETTINGS: dict[str, Any] = {
     "rl.batch_rows": 8,
     "rl.row_length": 320,
     "rl.lr": 1e-3,
-    "rl.critic_lr": 1e-3,
+    "rl.critic.lr": 1e-3,
     "rl.adam_eps": 1e-4,  # without, gradients that are rounding make whole steps
-    "rl.critic": "head",
+    "rl.critic.kind": "head",
     "rl.eval_every": 3,
     "rl.checkpoint_every": 1,
     "log.progress": "false",

@@ -1,11 +1,11 @@
 """A user's own inference server as sampler: any that speaks OpenAI's `/v1/completions` (vLLM, SGLang, llama.cpp).
 
 What is exact: prompts are sent as token ids, so the server continues the very context that the engine of this package
-would (`rollout.server_prompt=text` is for servers that take text alone). Sampled ids are the server's where it tells
-them (vLLM: `token_ids`; llama.cpp: ids beside the log-probabilities) or spells every token (SGLang), unless one is a
-part of a character; else its text is encoded again, which keeps the text but not always the split into tokens.
-Fields that OpenAI's API lacks are sent unless `rollout.server_extras` is false: they ask for ids, keep special tokens
-in the text, and switch off sampling defaults of server or model.
+would (`rollout.server.prompt_format=text` is for servers that take text alone). Sampled ids are the server's where it
+tells them (vLLM: `token_ids`; llama.cpp: ids beside the log-probabilities) or spells every token (SGLang), unless one
+is a part of a character; else its text is encoded again, which keeps the text but not always the split into tokens.
+Fields that OpenAI's API lacks are sent unless `rollout.server.extra_fields` is false: they ask for ids, keep special
+tokens in the text, and switch off sampling defaults of server or model.
 
 Which token ended a step, in this order: the last sampled id, the end of the text, `stop_reason` (vLLM) or
 `matched_stop` (SGLang), the closing tag of the tag left open, the end of turn. A server that tells
@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
@@ -27,9 +26,8 @@ from typing import Any
 import numpy as np
 
 from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
-from r3rag_jax.config.schema import RolloutConfig
+from r3rag_jax.config import RolloutConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.sampler.distribution import WHOLE, Truncation
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Context
 
@@ -62,21 +60,22 @@ class Server:
         """`eos_id` and `stop_ids` end a completion.
 
         Raises:
-            UserError: the environment variable that `rollout.server_key_env` names is not set.
+            UserError: the environment variable that `rollout.server.key_env` names is not set.
         """
         self.max_length = config.max_length
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, server = config, tokenizer, config.server
+        self.max_in_flight = server.max_in_flight or config.slots
         self._eos_id = eos_id
         self._ends = {id: tokenizer.decode([id]) for id in (*stop_ids, eos_id)}
-        hint = "for a server that refuses fields beyond OpenAI's: rollout.server_extras=false"
+        hint = "for a server that refuses fields beyond OpenAI's: rollout.server.extra_fields=false"
         self._endpoint = Endpoint(
-            _endpoint_config(config), name="rollout.server", first_wait_s=first_wait_s,
-            hints=dict.fromkeys((400, 422), hint) if config.server_extras else None,
+            server.replace(max_in_flight=self.max_in_flight), name="rollout.server", first_wait_s=first_wait_s,
+            hints=dict.fromkeys((400, 422), hint) if server.extra_fields else None,
         )  # fmt: skip
 
     @property
     def model(self) -> str:
-        """`rollout.server_model`, or the first model that the server lists."""
+        """`rollout.server.model`, or the first model that the server lists."""
         return self._endpoint.model
 
     def complete(self, context: Context) -> Completion:
@@ -91,7 +90,7 @@ class Server:
         ids = [int(i) for i in context.ids]
         body: dict[str, Any] = {
             "model": self.model,
-            "prompt": ids if self._config.server_prompt == "ids" else self._tokenizer.decode(ids),
+            "prompt": ids if self._config.server.prompt_format == "ids" else self._tokenizer.decode(ids),
             "max_tokens": min(context.budget, self.max_length - length),
             "temperature": context.temperature,
             "top_p": self._config.top_p,
@@ -100,7 +99,7 @@ class Server:
         }
         if context.key is not None:
             body["seed"] = int(context.key[0]) >> 1  # 31 bits, which every server takes
-        if self._config.server_extras:
+        if self._config.server.extra_fields:
             body |= {
                 "stop_token_ids": list(self._ends),
                 "include_stop_str_in_output": True,  # vLLM
@@ -117,13 +116,13 @@ class Server:
         reply = self._endpoint.call("/completions", body)
         ids, logprobs = self._read(reply)
         # Servers report them at temperature 1 or at the sampling temperature, and before a truncation or behind it.
-        is_as_sampled = context.temperature in (0.0, 1.0) and Truncation.of(self._config) == WHOLE
+        is_as_sampled = context.temperature in (0.0, 1.0) and not self._config.truncates
         return Completion(ids, logprobs if is_as_sampled else None)
 
     def complete_all(self, contexts: Sequence[Context]) -> Iterator[tuple[int, Completion]]:
         """Place and completion of each context, as they come; what has come is told before an error is raised."""
         failure: UserError | None = None
-        with ThreadPoolExecutor(self._config.slots) as pool, self.session():
+        with ThreadPoolExecutor(self.max_in_flight) as pool, self.session():
             futures = {pool.submit(self.complete, context): place for place, context in enumerate(contexts)}
             for future in as_completed(futures):
                 if future.cancelled():
@@ -228,10 +227,3 @@ class Server:
     def give_up(self) -> None:
         """Calls in flight are not retried any more."""
         self._endpoint.give_up()
-
-
-def _endpoint_config(config: RolloutConfig) -> Any:
-    return types.SimpleNamespace(
-        url=config.server, model=config.server_model, key_env=config.server_key_env, max_in_flight=config.slots,
-        requests_per_minute=0, retries=config.server_retries, timeout_s=config.server_timeout_s,
-    )  # fmt: skip

@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
 from r3rag_jax.clients.transport import MAX_REPLY_BYTES, Reply, ReplyTooLargeError, Transport, TransportError
+from r3rag_jax.config import EndpointConfig
 from r3rag_jax.errors import UserError
 
 T = TypeVar("T")
@@ -26,31 +27,6 @@ U = TypeVar("U")
 RETRIED_STATUSES = frozenset((408, 409, 429, 500, 502, 503, 504, 529))  # the server is busy or broken for the moment
 FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0  # before the first retry; doubled for each further one, up to the maximum
 MAX_SHOWN = 300  # characters of a reply in an error message
-
-
-class EndpointConfig(Protocol):
-    """What an endpoint needs of its configuration section."""
-
-    @property
-    def url(self) -> str: ...
-
-    @property
-    def model(self) -> str: ...
-
-    @property
-    def key_env(self) -> str: ...
-
-    @property
-    def max_in_flight(self) -> int: ...
-
-    @property
-    def requests_per_minute(self) -> int: ...
-
-    @property
-    def retries(self) -> int: ...
-
-    @property
-    def timeout_s(self) -> float: ...
 
 
 class RateLimit:

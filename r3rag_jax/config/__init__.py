@@ -1,1 +1,55 @@
-"""Configuration: every key with its bounds, and the loader of YAML recipes and `key=value` overrides."""
+"""Configuration of an experiment: one pydantic model a section, read strictly from YAML and `key=value` overrides."""
+
+from r3rag_jax.config.cli import FlagParser, parse_args
+from r3rag_jax.config.data import DataConfig
+from r3rag_jax.config.endpoint import EndpointConfig
+from r3rag_jax.config.evaluation import SYSTEMS, EvalConfig
+from r3rag_jax.config.experiment import PHASES, Config
+from r3rag_jax.config.guards import GuardsConfig
+from r3rag_jax.config.judge import JudgeConfig, LocalJudgeConfig
+from r3rag_jax.config.loader import load_config, to_yaml
+from r3rag_jax.config.log import TRACKERS, LogConfig
+from r3rag_jax.config.mesh import MeshConfig
+from r3rag_jax.config.model import PROJECTIONS, LoraConfig, ModelConfig
+from r3rag_jax.config.retrieval import EncoderConfig, RetrievalConfig
+from r3rag_jax.config.rewards import RewardConfig
+from r3rag_jax.config.rl import CriticConfig, KLConfig, RLConfig
+from r3rag_jax.config.rollout import RolloutConfig, ServerConfig
+from r3rag_jax.config.section import ConfigError, Section
+from r3rag_jax.config.sft import SFTConfig
+from r3rag_jax.config.world import MAX_SEED, WorldConfig
+
+__all__ = [
+    "MAX_SEED",
+    "PHASES",
+    "PROJECTIONS",
+    "SYSTEMS",
+    "TRACKERS",
+    "Config",
+    "ConfigError",
+    "CriticConfig",
+    "DataConfig",
+    "EncoderConfig",
+    "EndpointConfig",
+    "EvalConfig",
+    "FlagParser",
+    "GuardsConfig",
+    "JudgeConfig",
+    "KLConfig",
+    "LocalJudgeConfig",
+    "LogConfig",
+    "LoraConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "RLConfig",
+    "RetrievalConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "SFTConfig",
+    "Section",
+    "ServerConfig",
+    "WorldConfig",
+    "load_config",
+    "parse_args",
+    "to_yaml",
+]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r3rag_jax.config.schema import Config
+from r3rag_jax.config import Config
 from r3rag_jax.data.questions import read_questions
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
@@ -24,7 +24,7 @@ class Dataset:
     def path_of(self, what: str) -> Path:
         """The file of `corpus` or of a split (`sft`, `rl`, `dev`, `test`)."""
         data = self._config.data
-        if data.source == "world" or (what == "sft" and data.search_again):
+        if data.source == "world" or (what == "sft" and data.refresh_retrieved):
             return self._run_dir / "data" / f"{what}.jsonl"
         return data.path(what)
 

@@ -49,7 +49,7 @@ def evaluate_system(components: Components, system: str, questions: Sequence[Que
                             components.config.retrieval.oneshot_top_k, on_done,
                             chat=components.config.eval.prompt == "chat")  # fmt: skip
     phase = {"cold_start": "sft", "r3rag": "rl"}[system]
-    if not components.policy_dir(phase).exists() and not components.config.rollout.server:
+    if not components.policy_dir(phase).exists() and not components.config.rollout.server.is_given:
         raise UserError(f"eval.systems names {system}, but phase {phase} of {components.run_dir} has not finished")
     policy = components.sampling_policy(lambda: components.policy.load(components.policy_dir(phase)))
     return play_greedy(components.roller(), policy, questions, on_done)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from r3rag_jax.config.schema import PROJECTIONS, LoraConfig
+from r3rag_jax.config import PROJECTIONS, LoraConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
 from r3rag_jax.parallel.shardings import tree_shardings
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from r3rag_jax.config.schema import ConfigError, LoraConfig, ModelConfig
+from r3rag_jax.config import ConfigError, LoraConfig, ModelConfig
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shardings
 from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, load_generation, save_decoder

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import AxisType, Mesh
 
-from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.config import MeshConfig
 from r3rag_jax.errors import UserError
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from r3rag_jax.config.schema import RewardConfig
+from r3rag_jax.config import RewardConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import Encoder
 from r3rag_jax.rewards.answer import answer_scores, encode_answers

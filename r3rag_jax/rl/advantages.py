@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from r3rag_jax.config.schema import RLConfig
+from r3rag_jax.config import RLConfig
 from r3rag_jax.types import TrajectoryTable
 
 STD_FLOOR = 1e-4  # a smaller deviation counts as none: equal entries differ by rounding
@@ -204,7 +204,8 @@ def estimate(
     mask_NT, step_ids_NT = table.mask, table.step_ids
     rewards_NT = jnp.where(mask_NT, table.rewards - penalties_NT, 0.0)
     along = functools.partial(discounts, gamma=config.gamma, step_discount=config.step_discount)
-    advantages_NT, returns_NT = jax.vmap(functools.partial(gae, lam=config.lam if config.has_critic else 1.0))(
+    lam = config.critic.gae_lambda if config.has_critic else 1.0
+    advantages_NT, returns_NT = jax.vmap(functools.partial(gae, lam=lam))(
         rewards_NT,
         values_NT if config.has_critic else jnp.zeros_like(rewards_NT),
         jax.vmap(along)(step_ids_NT, mask_NT),
@@ -223,7 +224,7 @@ def estimate(
         else:
             mean_NK, std_NK = group_mean_std(returns_NK, has_step_NK, table.groups)
             advantages_NT = returns_NT - of_step(mean_NK)
-            if config.std:
+            if config.normalize_std:
                 std_NT = of_step(std_NK)
                 advantages_NT = jnp.where(std_NT > STD_FLOOR, advantages_NT / jnp.maximum(std_NT, STD_FLOOR), 0.0)
     learnt_NT = learnt_NT & mask_NT

@@ -6,8 +6,8 @@
 A slot is refilled as soon as its row ends, so slow questions do not hold up the others. What a step means is the same
 whoever samples it: `Roller` plays with the engine of this package, `ServedRoller` with a user's inference server.
 
-With `rollout.search_turns` above 0 a search runs in a thread beside so many decode calls of the other rows. When it is
-awaited is counted in calls, never by the clock: however slow the retriever, the same calls are made with the same
+With `rollout.search_overlap` above 0 a search runs in a thread beside so many decode calls of the other rows. When it
+is awaited is counted in calls, never by the clock: however slow the retriever, the same calls are made with the same
 numbers in them, on every process of a pod.
 """
 
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from r3rag_jax.clients.completions import Completion, Server
-from r3rag_jax.config.schema import RolloutConfig
+from r3rag_jax.config import RolloutConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import Hit, Retriever
 from r3rag_jax.retrieval.selection import select_passages
@@ -188,7 +188,7 @@ class Roller:
         self.engine.reset()
         game, config = _Game(self.rules, jobs, on_done), self.rules.config
         searches: deque[tuple[int, list[int], Hits]] = deque()  # the last turn it runs beside, slots, hits of each
-        with ThreadPoolExecutor(max(1, config.search_turns)) as pool:
+        with ThreadPoolExecutor(max(1, config.search_overlap)) as pool:
             for turn in itertools.count():
                 contexts: dict[int, Context] = {}  # one call for all that is to be prefilled
                 while searches and searches[0][0] < turn:
@@ -204,7 +204,7 @@ class Roller:
                     self.engine.decode(policy, config.decode_chunk, leave_at=max(1, len(active) // LEAVE_SHARE))
                 if asking := self._read(game):
                     hits = self._search(pool, [game.rows[slot] for slot in asking])
-                    searches.append((turn + config.search_turns, asking, hits))
+                    searches.append((turn + config.search_overlap, asking, hits))
         raise AssertionError("the loop ends by returning")
 
     def _read(self, game: _Game) -> list[int]:
@@ -223,7 +223,7 @@ class Roller:
 
     def _search(self, pool: ThreadPoolExecutor, rows: Sequence[_Row]) -> Hits:
         """Start a search: here, when its hits are asked for, where none is to run beside anything."""
-        if self.rules.config.search_turns == 0:
+        if self.rules.config.search_overlap == 0:
             return functools.partial(self.rules.search, rows)
         return pool.submit(self.rules.search, rows).result
 
@@ -240,7 +240,7 @@ class Roller:
 
 
 class ServedRoller:
-    """Plays jobs with a user's inference server, `rollout.slots` requests in flight; see `sampler/server.py`."""
+    """Plays jobs with a user's inference server, `server.max_in_flight` requests at once; see `clients.completions`."""
 
     def __init__(self, server: Server, rules: Rules):
         self.server, self.rules = server, rules
@@ -251,7 +251,7 @@ class ServedRoller:
         Raises:
             UserError: the server failed. Requests in flight are awaited first, and `on_done` hears of what they end.
         """
-        game, slots = _Game(self.rules, jobs, on_done), self.rules.config.slots
+        game, slots = _Game(self.rules, jobs, on_done), self.server.max_in_flight
         busy: dict[Future[Completion], int] = {}  # a request in flight -> its place
         places, failure = itertools.count(), None
         with ThreadPoolExecutor(slots) as pool, self.server.session():

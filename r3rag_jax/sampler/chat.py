@@ -52,7 +52,7 @@ class EngineChat:
             if len(ids) > room:
                 yield (
                     index,
-                    UserError(f"a prompt may have {room} tokens (judge.max_length is short); got {len(ids)}"),
+                    UserError(f"a prompt may have {room} tokens (judge.local.max_length is short); got {len(ids)}"),
                 )
                 continue
             indices.append(index)

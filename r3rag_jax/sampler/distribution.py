@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from r3rag_jax.config.schema import RolloutConfig
+from r3rag_jax.config import RolloutConfig
 from r3rag_jax.parallel.mesh import collectives_race
 
 CANDIDATES = 128  # most likely tokens among which a nucleus is looked for before all of the vocabulary is

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from r3rag_jax.config.schema import GuardsConfig, RLConfig
+from r3rag_jax.config import GuardsConfig, RLConfig
 
 ABOVE = (
     "approx_kl", "kl", "clip_fraction", "no_answer_rate", "format_error_rate", "repeated_query_rate", "equal_groups",

@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from r3rag_jax.config.schema import ModelConfig, RLConfig
+from r3rag_jax.config import ModelConfig, RLConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
 from r3rag_jax.models.lora import join
 from r3rag_jax.parallel.mesh import collectives_race, platform, traced_on
@@ -158,18 +158,18 @@ def rl_loss(
 ) -> tuple[jax.Array, Metrics]:
     """Clipped surrogate + KL - entropy bonus, each by `loss_mean`, + value loss (arXiv 1707.06347, eq. 9).
 
-    The value loss is there with a critic, the KL with `kl_in` loss, weighed by `kl`. `truncation` is what the batch
-    was sampled with. `sampler_gap` is the largest difference between its recorded log-probabilities and today's:
+    The value loss is there with a critic, the KL with `rl.kl.placement=loss`, weighed by `kl`. `truncation` is what the
+    batch was sampled with. `sampler_gap` is the largest difference between its recorded log-probabilities and today's:
     before the first update of an iteration nothing but rounding. Of a part of a batch, what it adds to the loss and to
     the metrics of the whole, but for `sampler_gap`.
     """
     modules, mask = _modules(graphdefs, params, frozen), batch.loss_mask
     logprobs, entropy, hidden = _logprobs(modules["policy"], batch, remat, truncation)
     shares = jnp.zeros_like(logprobs) if targets.shares is None else targets.shares
-    share = part.tokens if config.loss_mean == "token" else part.sequences
+    share = part.tokens if config.loss_aggregation == "token" else part.sequences
 
     def mean(x: jax.Array, mask: jax.Array) -> jax.Array:
-        return share * loss_mean(x, mask, shares, kind=config.loss_mean, length=config.loss_length)
+        return share * loss_mean(x, mask, shares, kind=config.loss_aggregation, length=config.loss_length)
 
     policy_loss, metrics = ppo_policy_loss(
         logprobs,
@@ -183,17 +183,17 @@ def rl_loss(
     )
     metrics = {name: x * (part.gains if name == "displacement" else part.tokens) for name, x in metrics.items()}
     metrics |= {"policy_loss": policy_loss, "entropy": part.tokens * masked_mean(entropy, mask)}
-    loss = policy_loss - config.entropy * mean(entropy, mask)
+    loss = policy_loss - config.entropy_coef * mean(entropy, mask)
     if targets.ref_logprobs is not None:
         ref_logprobs = jnp.where(mask, targets.ref_logprobs, 0.0)  # 0 times the slope of NaN is NaN
-        metrics["kl_loss"] = mean(kl_penalty(logprobs, ref_logprobs, config.kl_estimator), mask)
-        loss = loss + (config.kl if kl is None else kl) * metrics["kl_loss"]
+        metrics["kl_loss"] = mean(kl_penalty(logprobs, ref_logprobs, config.kl.estimator), mask)
+        loss = loss + (config.kl.coef if kl is None else kl) * metrics["kl_loss"]
     if "critic" in modules:
         assert targets.old_values is not None and targets.returns is not None
         values = modules["critic"](batch, hidden, remat)
-        error = value_loss(values, targets.old_values, targets.returns, mask, clip=config.value_clip)
+        error = value_loss(values, targets.old_values, targets.returns, mask, clip=config.critic.value_clip)
         metrics["value_loss"] = part.tokens * error
-        loss = loss + config.value_coef * metrics["value_loss"]
+        loss = loss + config.critic.value_coef * metrics["value_loss"]
     gap = jnp.abs(logprobs - batch.behaviour_logprobs)
     metrics["sampler_gap"] = jnp.max(jnp.where(mask, gap, 0.0))
     return loss, metrics | {"loss": loss}
@@ -254,18 +254,19 @@ def make_scorer(
         modules, mask = _modules(graphdefs, params, frozen), batch.loss_mask
         values = penalties = ref_logprobs = old_logprobs = weights = hidden = None
         metrics: Metrics = {}
-        if config.truncate_weights > 0:
+        if config.max_importance_weight > 0:
             old_logprobs, _, hidden = _logprobs(modules["policy"], batch, "none", truncation)
-            weights, stats = truncated_weights(old_logprobs, batch.behaviour_logprobs, mask, config.truncate_weights)
+            most = config.max_importance_weight
+            weights, stats = truncated_weights(old_logprobs, batch.behaviour_logprobs, mask, most)
             metrics |= stats
         if "critic" in modules:
             hidden = _hidden(modules["policy"], batch, "none") if hidden is None else hidden
             values = modules["critic"](batch, hidden, "none")
-        if config.kl > 0:
+        if config.kl.coef > 0:
             ref_logprobs, _, _ = _logprobs(nnx.merge(reference, ref_params), batch, "none", truncation)
             metrics["kl"] = masked_mean(kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1"), mask)
-            if config.kl_in == "reward":
-                penalties = kl_penalty(batch.behaviour_logprobs, ref_logprobs, config.kl_estimator)
+            if config.kl.placement == "reward":
+                penalties = kl_penalty(batch.behaviour_logprobs, ref_logprobs, config.kl.estimator)
                 ref_logprobs = None
         return Scored(values, penalties, ref_logprobs, old_logprobs, weights), metrics
 
@@ -308,7 +309,7 @@ def make_estimator(
             unexplained = masked_mean(jnp.square(error - masked_mean(error, mask)), mask)
             metrics["explained_variance"] = 1.0 - unexplained / jnp.maximum(spread, 1e-8)
             metrics["value"] = masked_mean(values, mask)
-        if config.loss_mean != "token":
+        if config.loss_aggregation != "token":
             shares = jnp.where(mask, 1.0 / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1), 0.0)
             targets = [dataclasses.replace(t, shares=s) for t, s in zip(targets, scatter(shares), strict=True)]
         return targets, metrics

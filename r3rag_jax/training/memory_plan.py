@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from r3rag_jax.components import Components
-from r3rag_jax.config.schema import Config
+from r3rag_jax.config import Config
 from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.parallel.shardings import batch_ways, tree_shardings
@@ -22,7 +22,7 @@ from r3rag_jax.training import learner, optimizer
 def is_ahead(components: Components, phase: str) -> bool:
     """Whether the phase has a policy on the devices and is still to be done."""
     if phase == "eval":
-        return not components.config.rollout.server
+        return not components.config.rollout.server.is_given
     return phase != "index" and not components.policy_dir(phase).exists()
 
 
@@ -45,7 +45,7 @@ def plan_memory(components: Components, phase: str) -> list[MemoryPlan]:
         params = {"policy": policy.params}
         if config.rl.has_critic:
             whole = lora.join(policy.graphdef, policy.params, policy.frozen)
-            params["critic"] = lora.Parts.of(learner.new_critic(whole, config.rl.critic), config.lora).params
+            params["critic"] = lora.Parts.of(learner.new_critic(whole, config.rl.critic.kind), config.lora).params
         return params, optimizer.rl_optimizer(config.rl, config.model.moment_dtype).init(params)
 
     parts = {"weights" if phase == "eval" else "start" if phase == "sft" else "reference": size(shapes)}
@@ -60,7 +60,7 @@ def plan_memory(components: Components, phase: str) -> list[MemoryPlan]:
         return [plan(mesh, parts)]
     rollout, sampler_mesh = config.rollout, components.sampler_mesh
     policy = jax.eval_shape(lambda: CachedDecoder.of(components.policy.new_decoder()))
-    own = {"policy of rollouts": bytes_per_device(policy, policy.shardings(sampler_mesh, rollout.split_weights))}
+    own = {"policy of rollouts": bytes_per_device(policy, policy.shardings(sampler_mesh, rollout.shard_weights))}
     if sampler_mesh is mesh:
         own = parts | own
     else:
@@ -77,7 +77,7 @@ def undivided(config: Config, mesh: Mesh, sampler_mesh: Mesh, phase: str) -> lis
     batches = {"sft": ("sft.batch_rows", config.sft.batch_rows), "rl": ("rl.batch_rows", config.rl.batch_rows)}
     slots = ("rollout.slots", config.rollout.slots)
     asked = [(mesh, *batches[phase])] if phase in batches else []
-    asked += [(sampler_mesh, *slots)] if phase in ("rl", "eval") and not config.rollout.server else []
+    asked += [(sampler_mesh, *slots)] if phase in ("rl", "eval") and not config.rollout.server.is_given else []
     return [f"{key}={rows}" for on, key, rows in asked if on.size > on.shape["tensor"] and batch_ways(on, rows) == 1]
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from r3rag_jax.config.schema import RLConfig, SFTConfig
+from r3rag_jax.config import RLConfig, SFTConfig
 
 
 def schedule(progress: Any, warmup: float, final: float) -> Any:
@@ -28,7 +28,7 @@ def sft_optimizer(
         return config.lr * schedule(number / (num_steps + 1), config.warmup, 0.0)
 
     return optax.chain(
-        optax.clip_by_global_norm(config.grad_norm),
+        optax.clip_by_global_norm(config.max_grad_norm),
         adamw(rate, weight_decay=config.weight_decay, moment_dtype=moment_dtype),
     )
 
@@ -44,12 +44,12 @@ def rl_optimizer(
 
     def one(lr: float) -> optax.GradientTransformation:
         return optax.chain(
-            optax.clip_by_global_norm(config.grad_norm),
+            optax.clip_by_global_norm(config.max_grad_norm),
             adamw(lambda _: lr, b2=0.95, eps=config.adam_eps, moment_dtype=moment_dtype),
         )
 
     return optax.multi_transform(
-        {"policy": one(config.lr), "critic": one(config.critic_lr)},
+        {"policy": one(config.lr), "critic": one(config.critic.lr)},
         lambda params: {name: jax.tree.map(lambda _, name=name: name, tree) for name, tree in params.items()},
     )
 

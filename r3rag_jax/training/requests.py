@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from r3rag_jax.config.schema import Config
+from r3rag_jax.config import Config
 from r3rag_jax.rollout.rollout import Job
 from r3rag_jax.types import Question
 

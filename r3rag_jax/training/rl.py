@@ -47,7 +47,7 @@ def rl_phase(components: Components) -> bool:
             following = number + 1
             # Not across a checkpoint, which a run may resume from, nor an evaluation, which takes the sampler itself.
             is_free = not (is_at(following, config.checkpoint_every) or (dev and is_at(following, config.eval_every)))
-            if config.ahead and is_free and following < config.iterations:
+            if config.async_rollouts and is_free and following < config.iterations:
                 rollouts.start(following, trainer.policy_params)
             scores = score(trajectories, components.config.rewards, components.retriever.encoder,
                            max_steps=components.config.rollout.max_steps, judge=judge)  # fmt: skip
@@ -74,7 +74,7 @@ def rl_phase(components: Components) -> bool:
 
 
 class Rollouts:
-    """The trajectories of each iteration, sampled when they are asked for or, with `rl.ahead`, in a thread before.
+    """The trajectories of each iteration, sampled when asked for or, with `rl.async_rollouts`, in a thread before.
 
     What is sampled ahead has the policy before the update beside it, so the ratios of PPO correct for one update more:
     they are to the log-probabilities that were recorded. Weights change without a new compilation.
@@ -82,10 +82,11 @@ class Rollouts:
 
     def __init__(self, components: Components):
         mesh = components.sampler_mesh
-        if components.config.rl.ahead and mesh is components.mesh and mesh.size > 1:
+        if components.config.rl.async_rollouts and mesh is components.mesh and mesh.size > 1:
             raise UserError(
-                "rl.ahead must have one device, or mesh.sampler_devices of its own: two threads cannot launch programs "
-                f"on the same {mesh.size} devices; got mesh.sampler_devices={components.config.mesh.sampler_devices}"
+                "rl.async_rollouts must have one device, or mesh.sampler_devices of its own: two threads cannot "
+                f"launch programs on the same {mesh.size} devices; got mesh.sampler_devices="
+                f"{components.config.mesh.sampler_devices}"
             )
         self._components, self._questions = components, components.dataset.questions("rl")
         self._roller = components.roller()
@@ -116,11 +117,11 @@ class Rollouts:
         self._ahead = None
 
     def _play(self, iteration: int, policy: CachedDecoder) -> list[Trajectory]:
-        """With `rl.draws`, also those of questions drawn in the place of those that teach nothing."""
+        """With `rl.max_resamples`, also those of questions drawn in the place of those that teach nothing."""
         config, components = self._components.config, self._components
         judge = components.judge if config.rewards.needs_judge else None
         trajectories = self._roller.play(policy, iteration_jobs(config, self._questions, iteration))
-        for draw in range(1, config.rl.draws):
+        for draw in range(1, 1 + config.rl.max_resamples):
             scores = score(trajectories, config.rewards, components.retriever.encoder,
                            max_steps=config.rollout.max_steps, judge=judge)  # fmt: skip
             known, scores = learnable(trajectories, scores)

@@ -51,7 +51,7 @@ class RLTrainer:
         self._merge = jax.jit(functools.partial(lora.merge, parts["policy"].graphdef))
         self._tx = tx = optimizer.rl_optimizer(self._config, components.config.model.moment_dtype)
         self.state: Any = learner.init_state(components.mesh, {name: part.params for name, part in parts.items()}, tx)
-        self.iteration, self.kl = 0, self._config.kl
+        self.iteration, self.kl = 0, self._config.kl.coef
         self.guards = Guards(components.config.guards, self._config)
         self._kept_bad_step = False
         self.checkpoints = Checkpoints(components.run_dir, "rl")
@@ -77,7 +77,8 @@ class RLTrainer:
         parts = {"policy": self._components.policy.trainable(self._ref_params)}
         if self._config.has_critic:
             policy = parts["policy"]
-            critic = learner.new_critic(lora.join(policy.graphdef, policy.params, policy.frozen), self._config.critic)
+            decoder = lora.join(policy.graphdef, policy.params, policy.frozen)
+            critic = learner.new_critic(decoder, self._config.critic.kind)
             parts["critic"] = lora.Parts.of(critic, self._components.config.lora)
         return parts
 
@@ -116,7 +117,8 @@ class RLTrainer:
         shapes, self.state = shapes_of(self.state), None  # freed before the other is there
         if self.checkpoints.latest is None:
             params = {name: part.params for name, part in self._parts().items()}
-            self.state, self.kl, to = learner.init_state(self._components.mesh, params, self._tx), self._config.kl, 0
+            self.state, to = learner.init_state(self._components.mesh, params, self._tx), 0
+            self.kl = self._config.kl.coef
         else:
             self.state, note = self.checkpoints.restore(shapes)
             self.kl, to = note["kl"], note["iteration"]
@@ -183,7 +185,7 @@ class RLTrainer:
         groups = number_groups(trajectories)
         is_equal = equal_groups(scores.rewards, groups, totals=config.returns == "total")
         is_kept = np.ones_like(is_equal)
-        if config.is_grouped and config.drop_equal and not is_equal.all():  # an iteration is never empty
+        if config.is_grouped and config.drop_zero_variance and not is_equal.all():  # an iteration is never empty
             is_kept = ~is_equal
         kept, rest = (np.flatnonzero(x).tolist() for x in (is_kept, ~is_kept))
 
@@ -222,10 +224,10 @@ class RLTrainer:
         means["learnt_from"] = len(kept) / len(trajectories)
         means["equal_groups"] = len(np.unique(groups[is_equal])) / len(np.unique(groups))
         means |= {"bad_steps": float(num_bad)} if num_bad else {}
-        if config.kl_target > 0:
+        if config.kl.target > 0:
             means["kl_weight"] = self.kl
-        if config.kl_target > 0 and not num_bad:
-            self.kl = adapted_kl(self.kl, means["kl"], config.kl_target, config.kl_rate)
+        if config.kl.target > 0 and not num_bad:
+            self.kl = adapted_kl(self.kl, means["kl"], config.kl.target, config.kl.adaptation_rate)
         return means
 
 
@@ -252,7 +254,7 @@ def equal_groups(rewards: Sequence[np.ndarray], groups: np.ndarray, *, totals: b
     """bool [N]: whether all trajectories of one's question earned the same, step by step or (`totals`) in all.
 
     There is nothing to learn from them by comparison, and whitening makes much of their rounding: they are left out
-    (the dynamic sampling of DAPO, arXiv 2503.14476; `rl.draws` plays others in their place).
+    (the dynamic sampling of DAPO, arXiv 2503.14476; `rl.max_resamples` plays others in their place).
     """
     table = np.zeros((len(rewards), max(map(len, rewards), default=0)), np.float32)
     for line, earned in enumerate(rewards):

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from r3rag_jax.components import Components
-from r3rag_jax.config.schema import Config
+from r3rag_jax.config import Config
 from r3rag_jax.data.jsonl import read_rows, write_jsonl
 from r3rag_jax.data.questions import question_to_dict, read_passages
 from r3rag_jax.data.trajectories import read_trajectories
@@ -39,7 +39,11 @@ def write_teacher(world: World, config: Config, index: FaissIndex, directory: Pa
     rows = []
     for question in world.questions("sft", config.world.num_sft, with_trajectories=True):
         steps = teach(
-            question, rng, waste=config.world.waste, haste=config.world.haste, max_steps=config.rollout.max_steps
+            question,
+            rng,
+            waste=config.world.needless_retrievals,
+            haste=config.world.lucky_guesses,
+            max_steps=config.rollout.max_steps,
         )
         asking = [step for step in steps if "query" in step]
         for step, hits in zip(asking, index.search([step["query"] for step in asking], 8 * k), strict=True):
@@ -77,7 +81,7 @@ def write_data(
         index = build_index(passages)
         if config.data.source == "world":
             write_teacher(world, config, index, directory)
-        elif config.data.search_again:
+        elif config.data.refresh_retrieved:
             read_trajectories(  # says what is wrong with the file, and where
                 config.data.path("sft"), {p.id: p for p in passages}, config.retrieval.top_k
             )

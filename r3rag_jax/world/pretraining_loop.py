@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from r3rag_jax.config.schema import MeshConfig, ModelConfig, SFTConfig
+from r3rag_jax.config import MeshConfig, ModelConfig, SFTConfig
 from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.models.hf.decoder_files import load_decoder, save_decoder
 from r3rag_jax.parallel.mesh import make_mesh

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import types
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from openai_server import MODEL, Reply, chat, serve
 
 from r3rag_jax.clients.chat import ChatClient
 from r3rag_jax.clients.endpoint import Endpoint
+from r3rag_jax.config import EndpointConfig
 from r3rag_jax.errors import UserError
 
 
@@ -20,12 +20,10 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_at(url: str, **settings: Any) -> ChatClient:
-    fields: dict[str, Any] = {
-        "url": url, "model": "m", "key_env": "", "max_in_flight": 4, "requests_per_minute": 0, "retries": 1,
-        "timeout_s": 20.0,
-    }  # fmt: skip
-    config: Any = types.SimpleNamespace(**fields | settings)
-    return ChatClient(Endpoint(config, name="judge.endpoint", first_wait_s=0.001), max_tokens=9)
+    fields: dict[str, Any] = {"url": url, "model": "m", "max_in_flight": 4, "retries": 1, "timeout_s": 20.0}
+    return ChatClient(
+        Endpoint(EndpointConfig(**fields | settings), name="judge.endpoint", first_wait_s=0.001), max_tokens=9
+    )
 
 
 def echo(body: dict[str, Any]) -> Reply:

@@ -7,7 +7,6 @@ import gc
 import socket
 import threading
 import time
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from openai_server import MODEL, Reply, chat, serve
 
 from r3rag_jax.clients.endpoint import Endpoint, RateLimit
+from r3rag_jax.config import EndpointConfig
 from r3rag_jax.errors import UserError
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
@@ -27,12 +27,9 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-def config(url: str, **settings: Any) -> Any:
-    fields: dict[str, Any] = {
-        "url": url, "model": "m", "key_env": "", "max_in_flight": 4, "requests_per_minute": 0, "retries": 2,
-        "timeout_s": 20.0,
-    }  # fmt: skip
-    return types.SimpleNamespace(**fields | settings)
+def config(url: str, **settings: Any) -> EndpointConfig:
+    fields: dict[str, Any] = {"url": url, "model": "m", "max_in_flight": 4, "retries": 2, "timeout_s": 20.0}
+    return EndpointConfig(**fields | settings)
 
 
 class Clock:

@@ -21,8 +21,7 @@ from rich.console import Console
 
 from r3rag_jax import evaluate, train
 from r3rag_jax.clients.completions import Server
-from r3rag_jax.config.loader import load_config
-from r3rag_jax.config.schema import RolloutConfig
+from r3rag_jax.config import RolloutConfig, ServerConfig, load_config
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.evaluator import read_answers, reading_stops
@@ -60,9 +59,10 @@ def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Ca
     reply = EngineReply(session, policy)
     for dialect in ("vllm", "tokens", "llama", "sglang", "openai"):
         reply.dialect = dialect  # what is written is kept: one greedy generation for all
-        plain = ["rollout.server_extras=false", "rollout.server_prompt=text"] if dialect == "openai" else []
+        plain = ["rollout.server.extra_fields=false", "rollout.server.prompt_format=text"]
+        plain = plain if dialect == "openai" else []
         with serve(reply) as endpoint:
-            client = tiny_run.open_components(session.run_dir, f"rollout.server={endpoint.url}", *plain)
+            client = tiny_run.open_components(session.run_dir, f"rollout.server.url={endpoint.url}", *plain)
             client.retriever = session.retriever
             heard: list[Trajectory] = []
             served = client.roller().play(None, jobs, heard.append)
@@ -98,7 +98,7 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
     policy = session.to_sampler(session.policy.load(session.policy_dir("rl")))
     assert evaluate.main(["--checkpoint", str(run_dir), "--name", "local"]) == 0
     with serve(EngineReply(session, policy)) as endpoint:
-        served = f"rollout.server={endpoint.url}"
+        served = f"rollout.server.url={endpoint.url}"
         assert evaluate.main(["--checkpoint", str(run_dir), "--name", "served", served]) == 0
         client = tiny_run.open_components(run_dir, served)
         arguments = client.policy.tokenizer, None, session.dataset.questions("test"), session.retriever, 2
@@ -134,8 +134,10 @@ def codec(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Codec:
     return Codec(tokenizer, make_protocol(request.param), passage_tokens=200)
 
 
-def roller(codec: Codec, url: str, **settings: Any) -> ServedRoller:
-    config = RolloutConfig(**{"server": url, "max_length": 2000, "server_retries": 2} | settings)
+def roller(codec: Codec, url: str, served: dict[str, Any] | None = None, **settings: Any) -> ServedRoller:
+    """`served` holds keys of `rollout.server`, `settings` keys of `rollout`."""
+    endpoint = ServerConfig(**{"url": url, "retries": 2} | (served or {}))
+    config = RolloutConfig(**{"server": endpoint, "max_length": 2000} | settings)
     server = Server(config, codec.tokenizer, eos_id=codec.eos_id, stop_ids=codec.stop_ids, first_wait_s=0.01)
     return ServedRoller(server, Rules(codec, tiny.DictRetriever(PASSAGES), config, top_k=1, max_passages=10))
 
@@ -191,7 +193,7 @@ def test_ids_budgets_and_seeds_of_the_requests(codec: Codec) -> None:
 
 
 def test_a_server_without_extras_hears_openai_fields_alone(codec: Codec) -> None:
-    _, endpoint = play(codec, answering(codec), server_extras=False, server_model="mine")
+    _, endpoint = play(codec, answering(codec), served={"extra_fields": False, "model": "mine"})
     assert {name for body in endpoint.bodies for name in body} == {
         "model", "prompt", "max_tokens", "temperature", "top_p", "stop", "logprobs", "seed",
     }  # fmt: skip
@@ -290,7 +292,7 @@ def test_as_many_requests_are_in_flight_as_there_are_slots(codec: Codec) -> None
         together.wait(timeout=20)
         return answering(codec)(body)
 
-    played, endpoint = play(codec, reply, [job(number) for number in range(4)], slots=4, server_model="m")
+    played, endpoint = play(codec, reply, [job(number) for number in range(4)], slots=4, served={"model": "m"})
     assert [t.answer for t in played] == ["Charles Darwin"] * 4
     assert endpoint.most_busy == 4
 
@@ -373,7 +375,7 @@ def test_a_malformed_reply_is_an_error_and_never_an_empty_step(tokenizer: Tokeni
 def test_a_refusal_is_not_repeated_and_says_what_may_help(tokenizer: Tokenizer) -> None:
     codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
     bodies = []
-    with pytest.raises(UserError, match=r'answered 400 \{"error": "unknown field"\} .*rollout\.server_extras=false'):
+    with pytest.raises(UserError, match=r'answered 400 \{"error": "unknown field"\} .*server\.extra_fields=false'):
         play(codec, lambda body: bodies.append(body) or (400, {"error": "unknown field"}))
     assert len(bodies) == 1
     with pytest.raises(UserError, match="answered 307"):
@@ -383,12 +385,12 @@ def test_a_refusal_is_not_repeated_and_says_what_may_help(tokenizer: Tokenizer) 
 def test_the_key_is_sent_and_never_shown(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
     with pytest.raises(UserError, match="environment variable MY_KEY: it is not set"):
-        play(codec, answering(codec), server_key_env="MY_KEY")
+        play(codec, answering(codec), served={"key_env": "MY_KEY"})
     monkeypatch.setenv("MY_KEY", "secret-1")
-    _, endpoint = play(codec, answering(codec), server_key_env="MY_KEY")
+    _, endpoint = play(codec, answering(codec), served={"key_env": "MY_KEY"})
     assert {headers["Authorization"] for headers in endpoint.headers} == {"Bearer secret-1"}
     with pytest.raises(UserError) as caught:
-        play(codec, lambda _: (401, {"error": "no such key: secret-1"}), server_key_env="MY_KEY")
+        play(codec, lambda _: (401, {"error": "no such key: secret-1"}), served={"key_env": "MY_KEY"})
     assert "secret" not in str(caught.value) and "no such key: ***" in str(caught.value)
 
 
@@ -403,7 +405,7 @@ def test_baselines_tell_what_has_come_before_an_error(tokenizer: Tokenizer) -> N
     stops = [id for id in reading_stops(tokenizer) if id != tokenizer.eos_id]
     heard: list[Trajectory] = []
     with serve(reply) as endpoint:
-        config = RolloutConfig(server=endpoint.url, server_retries=0)
+        config = RolloutConfig(server=ServerConfig(url=endpoint.url, retries=0))
         server = Server(config, tokenizer, eos_id=tokenizer.eos_id, stop_ids=stops)
         with pytest.raises(UserError, match="attempt 1 of 1: 500"):
             read_answers(server, tokenizer, None, questions, None, 2, heard.append)
@@ -411,6 +413,9 @@ def test_baselines_tell_what_has_come_before_an_error(tokenizer: Tokenizer) -> N
 
 
 def test_a_context_without_room_is_an_error(tokenizer: Tokenizer) -> None:
-    server = Server(RolloutConfig(server="http://x"), tokenizer, eos_id=tokenizer.eos_id)
+    limited = RolloutConfig(slots=5, server=ServerConfig(url="http://x", max_in_flight=2))
+    assert Server(limited, tokenizer, eos_id=tokenizer.eos_id).max_in_flight == 2
+    server = Server(RolloutConfig(server=ServerConfig(url="http://x")), tokenizer, eos_id=tokenizer.eos_id)
+    assert server.max_in_flight == RolloutConfig().slots
     with pytest.raises(UserError, match="1 to 511 tokens; got 512"):
         server.complete(Context([5] * 512, 8))

@@ -13,7 +13,7 @@ import tiny
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
-from r3rag_jax.config.schema import MeshConfig, ModelConfig, RLConfig, SFTConfig
+from r3rag_jax.config import KLConfig, MeshConfig, ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.attention import attention
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
@@ -123,7 +123,8 @@ def test_one_answer_on_a_mesh_under_scan_and_remat() -> None:
         return jax.device_get(jax.jit(traced_on(mesh, loss))(params, device_put_batch(mesh, batch())))
 
     one = jax.make_mesh((1, 1, 1), AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
-    want, got = loss_and_gradients(one, "xla"), loss_and_gradients(make_mesh(MeshConfig(2, 2, 2)), "splash")
+    many = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    want, got = loss_and_gradients(one, "xla"), loss_and_gradients(many, "splash")
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 
@@ -131,14 +132,14 @@ def test_one_answer_on_a_mesh_under_scan_and_remat() -> None:
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 def test_each_device_of_a_mesh_computes_its_own_rows_and_heads() -> None:
     # An interpreted kernel is split by the compiler, and works without the mesh; a compiled one is not.
-    mesh, (graphdef, params), rows = make_mesh(MeshConfig(2, 2, 2)), policy("splash"), batch()
+    mesh, (graphdef, params), rows = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), policy("splash"), batch()
     tx = optimizer.sft_optimizer(SFTConfig(), 10)
     state = jax.eval_shape(lambda params: learner.TrainState(jnp.int32(0), params, tx.init(params)), params)
     step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
     zeros = {field.name: jnp.zeros((4, 24)) for field in dataclasses.fields(TrainBatch)}
     train_batch = TrainBatch(**zeros | {f.name: getattr(rows, f.name) for f in dataclasses.fields(SFTBatch)})
     score = learner.make_scorer(
-        mesh, {"policy": graphdef}, graphdef, ModelConfig(), RLConfig(algorithm="reinforce++", kl=0.1)
+        mesh, {"policy": graphdef}, graphdef, ModelConfig(), RLConfig(algorithm="reinforce++", kl=KLConfig(coef=0.1))
     )
     for traced in (step.trace(state, rows), score.trace({"policy": params}, params, train_batch)):
         jaxpr = str(traced.jaxpr)

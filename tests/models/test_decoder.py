@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from r3rag_jax.config.schema import LoraConfig, MeshConfig
+from r3rag_jax.config import LoraConfig, MeshConfig
 from r3rag_jax.models import lora
 from r3rag_jax.models.attention import attention
 from r3rag_jax.models.config import DecoderConfig, RopeScaling

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from test_learner import RL, VOCAB
 
-from r3rag_jax.config.schema import ConfigError, LoraConfig, MeshConfig, ModelConfig, SFTConfig
+from r3rag_jax.config import ConfigError, LoraConfig, MeshConfig, ModelConfig, SFTConfig
 from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.parallel.mesh import make_mesh
@@ -134,7 +134,7 @@ def test_on_a_mesh_targets_and_gradients_are_those_of_one_device() -> None:
 
         return jax.device_get((targets, scored, jax.jit(jax.value_and_grad(loss, has_aux=True))(params)))
 
-    wanted, found = on(test_learner.one_device()), on(make_mesh(MeshConfig(2, 2, 2)))
+    wanted, found = on(test_learner.one_device()), on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     assert wanted[1]["kl"] != 0
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), wanted, found)
 

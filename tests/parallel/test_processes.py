@@ -102,7 +102,7 @@ EXPORT = """
 import sys
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.config import MeshConfig
 from r3rag_jax.models.decoder import PARAM_AXES, param_shapes
 from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, save_decoder
 from r3rag_jax.parallel.mesh import make_mesh

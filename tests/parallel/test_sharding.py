@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.config import MeshConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.parallel.mesh import AXES, make_mesh
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight for
     [((-1, 1, 1), (8, 1, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, 4, 2), (1, 4, 2)), ((-1, 8, 1), (1, 8, 1))],
 )
 def test_mesh_shapes(sizes: tuple[int, int, int], shape: tuple[int, int, int]) -> None:
-    mesh = make_mesh(MeshConfig(*sizes))
+    mesh = make_mesh(tiny.mesh_config(*sizes))
     assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
     assert set(mesh.axis_types) == {AxisType.Auto}  # jax.make_mesh alone would give Explicit axes
 
@@ -35,7 +35,7 @@ def test_mesh_shapes(sizes: tuple[int, int, int], shape: tuple[int, int, int]) -
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (8, 2, 1), (-1, 16, 1)])
 def test_sizes_that_are_not_the_devices_are_refused(sizes: tuple[int, int, int]) -> None:
     with pytest.raises(UserError, match=r"must be the number of devices, 8; got {} \* {} \* {}$".format(*sizes)):
-        make_mesh(MeshConfig(*sizes))
+        make_mesh(tiny.mesh_config(*sizes))
 
 
 def test_every_logical_axis_has_a_rule_and_every_rule_names_mesh_axes() -> None:
@@ -45,7 +45,7 @@ def test_every_logical_axis_has_a_rule_and_every_rule_names_mesh_axes() -> None:
 
 
 def test_an_axis_that_does_not_divide_is_replicated() -> None:
-    mesh = make_mesh(MeshConfig(1, 4, 2))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     assert partition_spec(mesh, ("vocab", "embed"), (272, 32)) == P(("tensor",), ("fsdp",))
     assert partition_spec(mesh, ("vocab", "embed"), (267, 30)) == P(None, None)
     assert partition_spec(mesh, ("batch", None), (8, 3)) == P(("data", "fsdp"), None)
@@ -54,7 +54,7 @@ def test_an_axis_that_does_not_divide_is_replicated() -> None:
 
 
 def test_parameters_and_their_moments_lie_alike_and_the_rest_is_whole() -> None:
-    mesh = make_mesh(MeshConfig(1, 4, 2))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     params = nnx.split(tiny.decoder(272))[1]
     state = {"params": params, "opt": optax.adamw(1e-3).init(params), "head": jnp.zeros(32), "step": jnp.int32(0)}
     flat = jax.tree_util.tree_flatten_with_path(tree_shardings(mesh, state, PARAM_AXES))[0]
@@ -72,7 +72,7 @@ def test_parameters_and_their_moments_lie_alike_and_the_rest_is_whole() -> None:
 
 
 def test_a_batch_is_split_by_rows() -> None:
-    mesh = make_mesh(MeshConfig(2, 2, 2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     host = {"tokens": np.arange(32, dtype=np.int32).reshape(8, 4), "odd": np.ones((3, 2), np.float32)}
     batch = device_put_batch(mesh, host)
     assert batch["tokens"].sharding.spec == P(("data", "fsdp"), None)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from r3rag_jax import ask, evaluate
 from r3rag_jax.components import Components
-from r3rag_jax.config.schema import Config, ConfigError, RetrievalConfig, RewardConfig
+from r3rag_jax.config import Config, ConfigError, EncoderConfig, RetrievalConfig, RewardConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.encoder import HF_NAMES, BertConfig, load_encoder, param_shapes, pool, unit
 from r3rag_jax.retrieval.encoders import bert as bert_encoder
@@ -601,22 +601,22 @@ def test_an_index_is_encoded_in_chunks(built: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_bert_encoder_needs_a_path() -> None:
-    with pytest.raises(ConfigError, match=r"retrieval\.encoder_path must be given when retrieval\.encoder is bert"):
-        RetrievalConfig(encoder="bert")
-    with pytest.raises(ConfigError, match=r"retrieval\.encoder_batch must be at least 1; got 0"):
-        RetrievalConfig(encoder_batch=0)
+    with pytest.raises(ConfigError, match=r"encoder\.path must be given when retrieval\.encoder\.kind is bert"):
+        EncoderConfig(kind="bert")
+    with pytest.raises(ConfigError, match=r"retrieval\.encoder\.batch_tokens must be at least 1; got 0"):
+        EncoderConfig(batch_tokens=0)
 
 
 def test_a_session_builds_the_encoder_that_the_configuration_describes(built: Path, tmp_path: Path) -> None:
-    retrieval = RetrievalConfig(
-        encoder="bert", encoder_path=str(built), pooling="cls", query_prefix="q: ", passage_prefix="p: ",
-        encoder_length=12, encoder_batch=64, encoder_dtype="bfloat16",
+    encoder = EncoderConfig(
+        kind="bert", path=str(built), pooling="cls", query_prefix="q: ", passage_prefix="p: ",
+        max_length=12, batch_tokens=64, dtype="bfloat16",
     )  # fmt: skip
     expected = BertEncoder(
         built, pooling="cls", query_prefix="q: ", passage_prefix="p: ", max_length=12, dtype="bfloat16"
     )
-    encoder = Components(Config(retrieval=retrieval), tmp_path).encoder
-    assert encoder is not None and encoder.fingerprint == expected.fingerprint
+    found = Components(Config(retrieval=RetrievalConfig(encoder=encoder)), tmp_path).encoder
+    assert found is not None and found.fingerprint == expected.fingerprint
     assert Components(Config(), tmp_path).encoder is None
 
 
@@ -646,7 +646,7 @@ def test_a_run_trains_evaluates_and_asks_with_a_bert_encoder(
 ) -> None:
     said = tiny_run.train(
         tmp_path, base, phases=["index", "rl"], rl__iterations=1, rewards__process="embedding",
-        retrieval__encoder="bert", retrieval__encoder_path=built, retrieval__query_prefix='"query: "',
+        retrieval__encoder__kind="bert", retrieval__encoder__path=built, retrieval__encoder__query_prefix='"query: "',
     )  # fmt: skip
     run_dir = tmp_path / "run"
     assert "encode" in said and "✓ rl" in said
@@ -660,7 +660,7 @@ def test_a_run_trains_evaluates_and_asks_with_a_bert_encoder(
     mark = json.loads((run_dir / "eval" / "questions.json").read_text())["fingerprint"]
     encoder = BertEncoder(built, query_prefix="query: ")
     assert mark["index"] == FaissIndex(encoder, PASSAGES).fingerprint
-    assert evaluate.main([*flags, "retrieval.pooling=cls"]) == 2  # not the encoder of the index
+    assert evaluate.main([*flags, "retrieval.encoder.pooling=cls"]) == 2  # not the encoder of the index
     assert "Build the index again" in capsys.readouterr().err
 
 

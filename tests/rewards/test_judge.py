@@ -24,7 +24,7 @@ from rich.console import Console
 
 from r3rag_jax import evaluate, train
 from r3rag_jax.components import Components
-from r3rag_jax.config.schema import JudgeConfig, MeshConfig, RewardConfig
+from r3rag_jax.config import EndpointConfig, JudgeConfig, LocalJudgeConfig, MeshConfig, RewardConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import save_decoder
 from r3rag_jax.parallel import processes
@@ -140,7 +140,10 @@ def tenths(body: dict[str, Any]) -> Reply:
 
 
 def open_at(url: str, path: Path, **settings: Any) -> Judge:
-    config = JudgeConfig(**{"url": url, "model": "m", "retries": 2} | settings)
+    """`settings` are keys of `judge` or of `judge.endpoint`."""
+    endpoint = {"url": url, "model": "m", "retries": 2}
+    endpoint |= {name: settings.pop(name) for name in list(settings) if name in EndpointConfig.model_fields}
+    config = JudgeConfig(endpoint=EndpointConfig(**endpoint), **settings)
     return open_judge(config, make_mesh(MeshConfig()), path, first_wait_s=0.001)
 
 
@@ -238,14 +241,14 @@ def test_a_folder_is_no_file_of_judgements(tmp_path: Path) -> None:
 
 def test_the_key_is_sent_and_never_kept_or_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "j.jsonl"
-    with pytest.raises(UserError, match=r"judge\.key_env names the environment variable MY_KEY: it is not set"):
+    with pytest.raises(UserError, match=r"judge\.endpoint\.key_env names the .* variable MY_KEY: it is not set"):
         ask(tenths, path, [1], key_env="MY_KEY")
     monkeypatch.setenv("MY_KEY", "secret-1")
     _, endpoint = ask(tenths, path, [1], key_env="MY_KEY")
     assert {headers["Authorization"] for headers in endpoint.headers} == {"Bearer secret-1"}
     with pytest.raises(UserError) as caught:
         ask(lambda _: (401, {"error": "no such key: secret-1"}), path, [2], key_env="MY_KEY")
-    assert "answered 401" in str(caught.value) and "judge.key_env names the variable" in str(caught.value)
+    assert "answered 401" in str(caught.value) and "judge.endpoint.key_env names the variable" in str(caught.value)
     assert "secret" not in str(caught.value) + path.read_text()
 
 
@@ -277,7 +280,7 @@ def test_a_judge_that_is_down_ends_the_run_with_its_name_after_the_retries(tmp_p
         ask(lambda _: (503, b"loading"), tmp_path / "j", range(100), max_in_flight=1)
     assert re.search(
         r"the judge m at http://127\.0\.0\.1:\d+/v1 failed in 2[12] of 100 judgements, more than judge\."
-        r"max_failure_share=0\.2 allows; .*/j keeps the others; the first failure: judge\.url: http://127\.0\.0\.1:"
+        r"max_failure_share=0\.2 allows; .*/j keeps the others; the first failure: judge\.endpoint\.url: http://127\.0\.0\.1:"
         r"\d+/v1/chat/completions failed, attempt 3 of 3: 503 loading",
         str(caught.value),
     ), caught.value
@@ -300,7 +303,8 @@ def test_nobody_listens(tmp_path: Path) -> None:
     with serve(tenths) as endpoint:
         pass
     judge = open_at(endpoint.url, tmp_path / "j", model="", retries=1)
-    with pytest.raises(UserError, match=rf"judge\.url: {endpoint.url}/models failed, attempt 2 of 2: .*refused"):
+    words = rf"judge\.endpoint\.url: {endpoint.url}/models failed, attempt 2 of 2: .*refused"
+    with pytest.raises(UserError, match=words):
         judge.ask([asking(judge, 1)])
 
 
@@ -624,9 +628,10 @@ def judge_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def local_config(path: Path, tmp_path: Path, **settings: Any) -> JudgeConfig:
     (tmp_path / "prompt.txt").write_text(TEMPLATE)
-    values = {"model": str(path), "correctness_prompt": str(tmp_path / "prompt.txt"), "slots": 8, "max_length": 128,
-              "max_tokens": 24, "max_failure_share": 1.0}  # fmt: skip
-    return JudgeConfig(kind="local", **values | settings)
+    values = {"correctness_prompt": str(tmp_path / "prompt.txt"), "max_tokens": 24, "max_failure_share": 1.0}
+    own = {name: settings.pop(name) for name in list(settings) if name in LocalJudgeConfig.model_fields}
+    local = LocalJudgeConfig(**{"path": str(path), "slots": 8, "max_length": 128} | own)
+    return JudgeConfig(kind="local", local=local, **values | settings)
 
 
 def inquire(judge: Judge, gold: str, answer: str) -> Any:
@@ -692,12 +697,12 @@ def test_what_a_local_judge_keeps_on_a_device_is_planned(judge_dir: Path, tmp_pa
         return sum(shard.data.nbytes for shard in shards if shard.device == device)
 
     assert planned == {"judge": held(chat_._decoder), "judge's cache": held(chat_._engine._cache)}
-    assert judge_memory(JudgeConfig(url="http://x"), mesh) == {}
+    assert judge_memory(JudgeConfig(endpoint=EndpointConfig(url="http://x")), mesh) == {}
 
 
 def test_a_session_plans_and_opens_a_local_judge(judge_dir: Path, base: Path, tmp_path: Path) -> None:
-    settings = {"rewards.process": "judge", "judge.kind": "local", "judge.model": judge_dir, "judge.slots": 8,
-                "judge.max_length": 1024, "judge.max_tokens": 8}  # fmt: skip
+    settings = {"rewards.process": "judge", "judge.kind": "local", "judge.local.path": judge_dir,
+                "judge.local.slots": 8, "judge.local.max_length": 1024, "judge.max_tokens": 8}  # fmt: skip
     config = tiny_run.config(tmp_path, base, **{name.replace(".", "__"): value for name, value in settings.items()})
     session = Components(config, config.run_directory, console=Console(quiet=True))
     planned = {phase: train.plan_memory(session, phase)[0].parts for phase in ("sft", "rl", "eval")}
@@ -712,11 +717,21 @@ def test_a_session_plans_and_opens_a_local_judge(judge_dir: Path, base: Path, tm
 
 
 def test_a_local_judge_that_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"judge\.model must be a Hugging Face directory with config\.json; got .*none"):
-        open_judge(JudgeConfig(kind="local", model=str(tmp_path / "none")), make_mesh(MeshConfig()), tmp_path / "j")
+    with pytest.raises(
+        UserError, match=r"judge\.local\.path must be a Hugging Face directory with config\.json; got .*none"
+    ):
+        open_judge(
+            JudgeConfig(kind="local", local=LocalJudgeConfig(path=str(tmp_path / "none"))),
+            make_mesh(MeshConfig()),
+            tmp_path / "j",
+        )
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"the model at .* cannot be read"):
-        open_judge(JudgeConfig(kind="local", model=str(tmp_path)), make_mesh(MeshConfig()), tmp_path / "j")
+        open_judge(
+            JudgeConfig(kind="local", local=LocalJudgeConfig(path=str(tmp_path))),
+            make_mesh(MeshConfig()),
+            tmp_path / "j",
+        )
 
 
 # ------------------------------------------------------------------------------------- a whole run
@@ -753,17 +768,17 @@ def test_a_run_whose_judge_goes_down_goes_on_where_it_was(
     monkeypatch.setattr(train.RLTrainer, "update", update_and_fall)
     monkeypatch.setenv("MY_KEY", "secret-1")
     settings: dict[str, Any] = {
-        "rewards__process": "judge", "rewards__outcome": "judge", "eval__judge": "true", "judge__key_env": "MY_KEY",
-        "judge__model": "m", "judge__retries": 0, "judge__max_failure_share": 0.6, "rl__algorithm": "rloo",
-        "eval__systems": "[closed_book, r3rag]",
+        "rewards__process": "judge", "rewards__outcome": "judge", "eval__judge": "true",
+        "judge__endpoint__key_env": "MY_KEY", "judge__endpoint__model": "m", "judge__endpoint__retries": 0,
+        "judge__max_failure_share": 0.6, "rl__algorithm": "rloo", "eval__systems": "[closed_book, r3rag]",
     }  # fmt: skip
-    with serve(reply) as endpoint, pytest.raises(UserError, match=r"judge\.url: .*out of memory"):
-        tiny_run.train(tmp_path, base, judge__url=endpoint.url, **settings)
+    with serve(reply) as endpoint, pytest.raises(UserError, match=r"judge\.endpoint\.url: .*out of memory"):
+        tiny_run.train(tmp_path, base, judge__endpoint__url=endpoint.url, **settings)
     assert is_down and {headers["Authorization"] for headers in endpoint.headers} == {"Bearer secret-1"}
     assert len(tiny_run.metrics(tmp_path / "run")) > 1
     is_down = False
     with serve(reply) as endpoint:
-        tiny_run.train(tmp_path, base, judge__url=endpoint.url, **settings)
+        tiny_run.train(tmp_path, base, judge__endpoint__url=endpoint.url, **settings)
     assert len(judged) == len(set(judged)) > 10
     rows = [row for row in tiny_run.metrics(tmp_path / "run") if row["phase"] == "rl"]
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -781,10 +796,15 @@ def test_a_run_whose_judge_goes_down_goes_on_where_it_was(
     test = tmp_path / "run" / "data" / "test.jsonl"
     flags = ["--checkpoint", str(tmp_path / "run"), "--questions", str(test), "--name", "again"]
     with serve(reply) as endpoint:
-        assert evaluate.main([*flags, f"judge.url={endpoint.url}"]) == 0
+        assert evaluate.main([*flags, f"judge.endpoint.url={endpoint.url}"]) == 0
     again = json.loads((tmp_path / "run" / "eval" / "again.json").read_text())
     assert again["groups"] == summary["groups"] and all("Hm." in str(reply(body)) for body in endpoint.bodies)
-    said = tiny_run.train(tmp_path, base, judge__url="http://127.0.0.1:9", **settings)
+    said = tiny_run.train(tmp_path, base, judge__endpoint__url="http://127.0.0.1:9", **settings)
     assert "eval  done before" in said and "ACC" in said
-    with pytest.raises(UserError, match=r"judge\.model was 'm', now 'another'"):
-        tiny_run.train(tmp_path, base, judge__url="http://127.0.0.1:9", **settings | {"judge__model": "another"})
+    with pytest.raises(UserError, match=r"judge\.endpoint\.model was 'm', now 'another'"):
+        tiny_run.train(
+            tmp_path,
+            base,
+            judge__endpoint__url="http://127.0.0.1:9",
+            **settings | {"judge__endpoint__model": "another"},
+        )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r3rag_jax.config.schema import RewardConfig
+from r3rag_jax.config import RewardConfig
 from r3rag_jax.rewards import relevance
 from r3rag_jax.rewards.answer import answer_scores, encode_answers, normalize_answer
 from r3rag_jax.rewards.format import format_rewards

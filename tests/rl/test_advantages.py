@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r3rag_jax.config.schema import MeshConfig, RLConfig
+from r3rag_jax.config import CriticConfig, KLConfig, MeshConfig, RLConfig
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.rl.advantages import (
     at_step_starts,
@@ -199,11 +199,13 @@ def _estimate(table=TABLE, values=0.0, penalties=0.0, **keys):
         # the baseline is of the step's first token, where gamma 0.5 has left 0.5 + 0.5 of 1 and 2
         ({"algorithm": "rloo", "gamma": 0.5}, [[2, 3, 2], [-2, 0, 0], [-3, 0, 0], [3, 0, 0]]),
         ({"algorithm": "grpo"}, [[2, 2, 0], [-2, 0, 0], [-1.5, 0, 0], [1.5, 0, 0]]),
-        ({"algorithm": "grpo", "std": True}, [[1, 1, 0], [-1, 0, 0], [-1, 0, 0], [1, 0, 0]]),
-        ({"algorithm": "grpo", "std": True, "returns": "total"}, [[1, 1, 1], [-1, 0, 0], [-1, 0, 0], [1, 0, 0]]),
+        ({"algorithm": "grpo", "normalize_std": True}, [[1, 1, 0], [-1, 0, 0], [-1, 0, 0], [1, 0, 0]]),
+        ({"algorithm": "grpo", "normalize_std": True, "returns": "total"},
+         [[1, 1, 1], [-1, 0, 0], [-1, 0, 0], [1, 0, 0]]),
         # of ppo with values of 1: td errors 0 + 1 - 1, 1 + 1 - 1, 2 - 1, and half of the next advantage
-        ({"algorithm": "ppo", "lam": 0.5, "values": 1.0}, [[0.75, 1.5, 1], [-2, 0, 0], [-1, 0, 0], [2, 0, 0]]),
-        ({"algorithm": "ppo", "lam": 0.5, "values": 1.0, "step_discount": 0.0},
+        ({"algorithm": "ppo", "critic": CriticConfig(gae_lambda=0.5), "values": 1.0},
+         [[0.75, 1.5, 1], [-2, 0, 0], [-1, 0, 0], [2, 0, 0]]),
+        ({"algorithm": "ppo", "critic": CriticConfig(gae_lambda=0.5), "values": 1.0, "step_discount": 0.0},
          [[0, 0, 1], [-2, 0, 0], [-1, 0, 0], [2, 0, 0]]),
         ({"algorithm": "rloo", "penalties": 0.25}, [[3.5, 3.75, 1.75], [-3.5, 0, 0], [-3, 0, 0], [3, 0, 0]]),
         ({"algorithm": "rloo", "negative_weight": 0.25}, [[4, 4, 2], [-1, 0, 0], [-0.75, 0, 0], [3, 0, 0]]),
@@ -239,9 +241,9 @@ def test_whitened_rewards_keep_their_mean():
 
 
 ALGORITHMS = (
-    {"algorithm": "ppo", "lam": 0.9, "gamma": 0.95},
+    {"algorithm": "ppo", "critic": CriticConfig(gae_lambda=0.9), "gamma": 0.95},
     {"algorithm": "rloo", "step_discount": 0.5},
-    {"algorithm": "grpo", "std": True},
+    {"algorithm": "grpo", "normalize_std": True},
     {"algorithm": "grpo", "returns": "total"},
     {"algorithm": "reinforce++"},
 )
@@ -338,9 +340,17 @@ TRAJECTORY = {
 @pytest.mark.parametrize(
     ("keys", "want"),
     [
-        ({"algorithm": "rloo", "step_discount": 0.5, "negative_weight": 0.3, "kl": 0.0}, GROUP),
-        ({"algorithm": "ppo", "step_discount": 0.0, "lam": 0.9, "kl": 0.0}, STEP),
-        ({"algorithm": "ppo", "lam": 0.9, "kl": 0.0}, TRAJECTORY),
+        ({"algorithm": "rloo", "step_discount": 0.5, "negative_weight": 0.3, "kl": KLConfig(coef=0.0)}, GROUP),
+        (
+            {
+                "algorithm": "ppo",
+                "step_discount": 0.0,
+                "critic": CriticConfig(gae_lambda=0.9),
+                "kl": KLConfig(coef=0.0),
+            },
+            STEP,
+        ),
+        ({"algorithm": "ppo", "critic": CriticConfig(gae_lambda=0.9), "kl": KLConfig(coef=0.0)}, TRAJECTORY),
     ],
     ids=["group", "step", "trajectory"],
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from r3rag_jax.config.schema import RolloutConfig
+from r3rag_jax.config import RolloutConfig
 from r3rag_jax.retrieval.base import RetrievalError
 from r3rag_jax.rollout.rollout import Job, Roller, Rules
 from r3rag_jax.sampler.state import Rows, RowStatus
@@ -220,7 +220,7 @@ def test_a_search_runs_beside_decoding(codec, turns):
     scripts = [script(codec, FIRST, LAST), *([script(codec, LAST)] * 4)]
     jobs = [Job(dataclasses.replace(QUESTION, id=str(i))) for i in range(5)]
     retriever = Patient(turns)
-    trajectories, _ = play(codec, scripts, jobs=jobs, retriever=retriever, search_turns=turns)
+    trajectories, _ = play(codec, scripts, jobs=jobs, retriever=retriever, search_overlap=turns)
     assert [t.status for t in trajectories] == [Status.ANSWERED] * 5
     assert trajectories[0].retrieved_ids == ("a",)
     assert [len(t.steps) for t in trajectories] == [2, 1, 1, 1, 1]
@@ -232,7 +232,7 @@ def test_a_search_runs_beside_decoding(codec, turns):
 def test_a_failed_search_in_a_thread_is_told(codec):
     retriever = tiny.DictRetriever(PASSAGES, fails_on="Origin")
     with pytest.raises(RetrievalError, match="no search for 'Origin'"):
-        play(codec, [script(codec, FIRST, LAST)], retriever=retriever, search_turns=1)
+        play(codec, [script(codec, FIRST, LAST)], retriever=retriever, search_overlap=1)
 
 
 def test_results_come_in_the_order_of_the_jobs(codec):

@@ -16,7 +16,7 @@ import tiny_run
 from flax import nnx
 
 from r3rag_jax.components import Components
-from r3rag_jax.config.schema import MeshConfig, RolloutConfig
+from r3rag_jax.config import MeshConfig, RolloutConfig
 from r3rag_jax.parallel.mesh import make_sampler_mesh
 from r3rag_jax.retrieval.base import Hit, Retriever
 from r3rag_jax.retrieval.selection import select_passages
@@ -63,7 +63,7 @@ def play(
     **options: Any,
 ) -> list[Trajectory]:
     """Trajectories by an engine of `slots`."""
-    config = dataclasses.replace(session.config.rollout, slots=slots, **options)
+    config = session.config.rollout.replace(slots=slots, **options)
     roller = roller_of(session, config, retriever, is_alone)
     return roller.play(roller.engine.load(jax.device_get(params)), jobs)
 
@@ -153,7 +153,7 @@ def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Components,
     slow, shuffled = Slow(session.retriever), [jobs[i] for i in order]
     ways = (8, 1, slow, False), (3, 0, None, False), (3, 2, slow, False), (8, 0, None, True)
     for slots, turns, retriever, is_alone in ways:
-        others = play(session, params, shuffled, slots, retriever, is_alone, search_turns=turns, decode_chunk=7)
+        others = play(session, params, shuffled, slots, retriever, is_alone, search_overlap=turns, decode_chunk=7)
         for i, other in zip(order, others, strict=True):
             assert other.steps == plain[i].steps and other.status == plain[i].status
             for one, sample in zip(plain[i].samples, other.samples, strict=True):
@@ -166,7 +166,7 @@ def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Components, Any]) ->
     session, params = trained
     jobs = jobs_of(session, 4)
     fast, slow = (
-        play(session, params, jobs, 4, retriever, search_turns=1)
+        play(session, params, jobs, 4, retriever, search_overlap=1)
         for retriever in (session.retriever, Slow(session.retriever))
     )
     for one, other in zip(fast, slow, strict=True):
@@ -180,7 +180,7 @@ def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Components, Any]) ->
 def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Components, Any], is_alone: bool) -> None:
     """Two hundred trajectories of all lengths, groups and temperatures, some slots full and some not."""
     session, params = trained
-    config = dataclasses.replace(session.config.rollout, slots=16)
+    config = session.config.rollout.replace(slots=16)
     roller = roller_of(session, config, is_alone=is_alone)
     policy = roller.engine.load(jax.device_get(params))
     roller.engine.warm_up(policy)

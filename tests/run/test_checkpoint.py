@@ -11,7 +11,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from r3rag_jax.config.schema import MeshConfig, SFTConfig
+from r3rag_jax.config import SFTConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.run.checkpoints import Checkpoints
@@ -24,7 +24,7 @@ def state_on(sizes: tuple[int, int, int], scale: float = 1.0) -> learner.TrainSt
     """A training state whose optimizer has moved, on a mesh of these sizes."""
     params = jax.tree.map(lambda x: scale * x, nnx.split(tiny.decoder(272))[1])
     tx = optimizer.sft_optimizer(SFTConfig(lr=1e-3), 10)
-    state = learner.init_state(make_mesh(MeshConfig(*sizes)), params, tx)
+    state = learner.init_state(make_mesh(tiny.mesh_config(*sizes)), params, tx)
     return jax.tree.map(lambda x: x + jnp.asarray(scale, x.dtype), state)
 
 

@@ -12,7 +12,7 @@ import tiny
 from flax import nnx
 from hypothesis import given
 
-from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.config import MeshConfig
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.sampler import cache as cache_module
 from r3rag_jax.sampler.cache import KEY_BLOCK, KVCache, LayerCache, quantize

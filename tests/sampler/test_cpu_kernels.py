@@ -16,7 +16,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.config import MeshConfig
 from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh, traced_on
 from r3rag_jax.sampler.cache import LayerCache

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r3rag_jax.config.schema import RolloutConfig
+from r3rag_jax.config import RolloutConfig
 from r3rag_jax.sampler import distribution
 from r3rag_jax.sampler.distribution import WHOLE, Truncation, truncate
 

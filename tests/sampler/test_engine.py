@@ -12,7 +12,7 @@ import tiny
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.config import MeshConfig
 from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.parallel.mesh import AXES, make_mesh, make_sampler_mesh
 from r3rag_jax.parallel.shardings import batch_shardings, batch_ways, device_put_batch, replicated

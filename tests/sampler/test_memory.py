@@ -11,7 +11,7 @@ import tiny
 from flax import nnx
 from jax.sharding import AxisType
 
-from r3rag_jax.config.schema import MeshConfig
+from r3rag_jax.config import MeshConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.parallel.mesh import AXES, make_mesh

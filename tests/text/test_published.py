@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from r3rag_jax.components import Components
-from r3rag_jax.config.schema import Config, ModelConfig, RetrievalConfig, RolloutConfig
+from r3rag_jax.config import Config, ModelConfig, RetrievalConfig, RolloutConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.text.protocols import make_protocol
 from r3rag_jax.text.tokenizer import Tokenizer, read_template

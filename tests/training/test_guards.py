@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from r3rag_jax.config.schema import ConfigError, GuardsConfig, RLConfig
+from r3rag_jax.config import ConfigError, GuardsConfig, RLConfig
 from r3rag_jax.training.guards import Guards, is_finite
 from r3rag_jax.training.rollout_metrics import repeated_query_rate
 from r3rag_jax.types import Question, Status, Step, Trajectory

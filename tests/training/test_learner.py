@@ -15,7 +15,7 @@ import tiny
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from r3rag_jax.config.schema import MeshConfig, ModelConfig, RLConfig, RolloutConfig, SFTConfig
+from r3rag_jax.config import CriticConfig, KLConfig, MeshConfig, ModelConfig, RLConfig, RolloutConfig, SFTConfig
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.parallel.mesh import AXES, make_mesh, traced_on
 from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, tree_shardings
@@ -34,7 +34,8 @@ pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight for
 VOCAB = 272  # divides by the tensor axis, so that the embedding is really cut
 MESHES = ((8, 1, 1), (2, 2, 2), (1, 4, 2))
 Gradients = Callable[[Any, Any], tuple[tuple[Any, dict[str, Any]], Any]]
-RL = RLConfig(lr=1e-3, critic_lr=1e-3, critic="head", kl=0.05, entropy=0.01, lam=0.9, warmup=0.0)
+HEAD = CriticConfig(kind="head", lr=1e-3, gae_lambda=0.9)
+RL = RLConfig(lr=1e-3, critic=HEAD, kl=KLConfig(coef=0.05), entropy_coef=0.01, warmup=0.0)
 
 
 def one_device() -> Mesh:
@@ -84,7 +85,7 @@ def targets_of(
     groups = np.arange(1 + max(batch.trajectory_ids.max() for batch in batches)) if groups is None else groups
     estimate = learner.make_estimator(mesh, config, num_steps=3)
     shape = batches[0].tokens.shape
-    targets, stats = estimate([found for found, _ in scored], tabulate(batches, groups), config.kl, shape)
+    targets, stats = estimate([found for found, _ in scored], tabulate(batches, groups), config.kl.coef, shape)
     return targets, [metrics for _, metrics in scored] + [stats]
 
 
@@ -154,26 +155,29 @@ def flat(tree: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_sft_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
-    assert_close(sft_grads(make_mesh(MeshConfig(*sizes)), sft_batch()), on_one_device("sft"))
+    assert_close(sft_grads(make_mesh(tiny.mesh_config(*sizes)), sft_batch()), on_one_device("sft"))
 
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_rl_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
-    assert_close(rl_grads(make_mesh(MeshConfig(*sizes)), rl_batch()), on_one_device("rl"))
+    assert_close(rl_grads(make_mesh(tiny.mesh_config(*sizes)), rl_batch()), on_one_device("rl"))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("kind", ["sft", "token", "sequence", "constant"])
 def test_parts_add_up_to_the_batch(kind: str, sizes: tuple[int, int, int]) -> None:
     """Loss, metrics and gradients of micro-batches that hold unequal numbers of tokens, trajectories and gains."""
-    mesh = one_device() if sizes == (1, 1, 1) else make_mesh(MeshConfig(*sizes))
+    mesh = one_device() if sizes == (1, 1, 1) else make_mesh(tiny.mesh_config(*sizes))
     graphdefs, params = parts()
     params = device_put_global(params, tree_shardings(mesh, params, PARAM_AXES))
     if kind == "sft":
         loss = lambda params, batch, part: learner.sft_loss(graphdefs["policy"], params, batch, "none", part=part)  # noqa: E731
         params, batch = params["policy"], (sft_batch(),)
     else:
-        rng, config = np.random.default_rng(3), dataclasses.replace(RL, loss_mean=kind, kl_in="loss", kl_estimator="k3")
+        rng, config = (
+            np.random.default_rng(3),
+            RL.replace(loss_aggregation=kind, kl=KLConfig(coef=0.05, placement="loss", estimator="k3")),
+        )
         targets = targets_like(rl_batch())
         drawn = {
             name: rng.uniform(0.1, 1.0, targets.returns.shape).astype(np.float32) for name in ("shares", "weights")
@@ -244,7 +248,7 @@ def two_rl_updates(mesh: Mesh) -> tuple[Any, Any]:
 def test_updates_on_a_mesh(updates: Callable[[Mesh], tuple[Any, Any]]) -> None:
     """Whole updates: state laid out by the table, metrics and parameters those of one device."""
     want_state, want_logs = jax.device_get(updates(one_device()))
-    mesh = make_mesh(MeshConfig(1, 4, 2))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     state, logs = updates(mesh)
     assert jax.tree.map(lambda x: x.sharding, state) == tree_shardings(mesh, state, PARAM_AXES)
     assert int(state.step) == 2
@@ -463,7 +467,9 @@ def test_a_new_critic_values_everything_at_zero_and_owns_its_model() -> None:
 @pytest.mark.parametrize(("critic", "is_shared"), [("head", True), ("separate", False)])
 def test_the_value_loss_reaches_the_policy_only_through_a_shared_trunk(critic: str, is_shared: bool) -> None:
     with_value = rl_grads(one_device(), rl_batch(), critic=critic)[1]
-    without = rl_grads(one_device(), rl_batch(), critic=critic, config=dataclasses.replace(RL, value_coef=0.0))[1]
+    without = rl_grads(one_device(), rl_batch(), critic=critic, config=RL.replace(critic=HEAD.replace(value_coef=0.0)))[
+        1
+    ]
     assert np.array_equal(flat(with_value["policy"]), flat(without["policy"])) is not is_shared
     assert (flat(without["critic"]) == 0).all()
     assert np.abs(flat(with_value["critic"])).max() > 0
@@ -471,7 +477,7 @@ def test_the_value_loss_reaches_the_policy_only_through_a_shared_trunk(critic: s
 
 def test_without_a_critic_the_advantages_are_returns_and_the_loss_is_the_policys() -> None:
     graphdefs, params = ({"policy": part["policy"]} for part in parts())
-    config = RLConfig(algorithm="rloo", kl=0.0, entropy=0.01, whiten_advantages=False)
+    config = RLConfig(algorithm="rloo", kl=KLConfig(coef=0.0), entropy_coef=0.01, whiten_advantages=False)
     sample, rewards = two_steps()
     batch = pack([sample], [rewards], [0], row_length=6)
     [targets], [_, stats] = targets_of(one_device(), graphdefs, params, params["policy"], [batch], config)
@@ -480,7 +486,9 @@ def test_without_a_critic_the_advantages_are_returns_and_the_loss_is_the_policys
     assert stats == {}  # nothing is explained where nothing explains
     loss, metrics = learner.rl_loss(graphdefs, params, batch, targets, config, "none")
     assert "value_loss" not in metrics
-    assert float(loss) == pytest.approx(float(metrics["policy_loss"] - config.entropy * metrics["entropy"]), rel=1e-6)
+    assert float(loss) == pytest.approx(
+        float(metrics["policy_loss"] - config.entropy_coef * metrics["entropy"]), rel=1e-6
+    )
     tx = optimizer.rl_optimizer(config)
     state = learner.init_state(one_device(), params, tx)
     step = learner.make_rl_step(one_device(), graphdefs, tx, ModelConfig(), config, state)
@@ -492,7 +500,7 @@ def test_without_a_critic_the_advantages_are_returns_and_the_loss_is_the_policys
 
 
 def test_policy_and_critic_have_rates_of_their_own() -> None:
-    config, mesh = dataclasses.replace(RL, critic_lr=0.0), one_device()
+    config, mesh = RL.replace(critic=HEAD.replace(lr=0.0)), one_device()
     graphdefs, params = parts()
     tx = optimizer.rl_optimizer(config)
     step = learner.make_rl_step(mesh, graphdefs, tx, ModelConfig(), config, learner.init_state(mesh, params, tx))
@@ -531,7 +539,9 @@ def test_credit_flows_along_a_trajectory_in_both_protocols(protocol: str, step_d
     sample, rewards = two_steps()
     graphdefs, params = parts()
     blind = {"policy": params["policy"], "critic": jax.tree.map(jnp.zeros_like, params["critic"])}
-    config = RLConfig(critic="head", kl=0.0, step_discount=step_discount, whiten_advantages=False)
+    config = RLConfig(
+        critic=CriticConfig(kind="head"), kl=KLConfig(coef=0.0), step_discount=step_discount, whiten_advantages=False
+    )
     if protocol == "tags":
         batches, want = [pack([sample], [rewards], [0], row_length=6)], [[[0, first, first, 0, 2, 2]]]
     else:
@@ -561,7 +571,9 @@ def test_the_kl_penalty_sits_on_every_token(estimator: str) -> None:
     batch = pack([sample], [rewards], [0], row_length=6)
     graphdefs, params = parts()
     reference, logprobs = changed_policy(params)
-    config = RLConfig(critic="head", kl=0.1, kl_estimator=estimator, whiten_advantages=False)
+    config = RLConfig(
+        critic=CriticConfig(kind="head"), kl=KLConfig(coef=0.1, estimator=estimator), whiten_advantages=False
+    )
     blind = {"policy": params["policy"], "critic": jax.tree.map(jnp.zeros_like, params["critic"])}
     [targets], [metrics, _] = targets_of(one_device(), graphdefs, blind, reference, [batch], config)
     difference = -2.0 - logprobs
@@ -577,7 +589,9 @@ def test_a_kl_in_the_loss_leaves_the_rewards_alone_and_pulls_the_policy() -> Non
     batch = pack([sample], [rewards], [0], row_length=6)
     graphdefs, params = parts()
     reference, logprobs = changed_policy(params)
-    config = RLConfig(algorithm="rloo", kl=0.1, kl_in="loss", kl_estimator="k3", whiten_advantages=False)
+    config = RLConfig(
+        algorithm="rloo", kl=KLConfig(coef=0.1, placement="loss", estimator="k3"), whiten_advantages=False
+    )
     graphdefs, params = {"policy": graphdefs["policy"]}, {"policy": params["policy"]}
     [targets], [metrics, _] = targets_of(one_device(), graphdefs, params, reference, [batch], config)
     np.testing.assert_allclose(targets.advantages, [[0, 2.5, 2.5, 0, 2, 2]], atol=1e-6)
@@ -603,7 +617,7 @@ def test_truncated_weights_take_the_ratio_against_the_policy_before_the_update()
     made = samples()
     batch = rl_batch()
     graphdefs, params = parts()
-    config = dataclasses.replace(RL, truncate_weights=2.0, kl=0.0)
+    config = RL.replace(max_importance_weight=2.0, kl=KLConfig(coef=0.0))
     [targets], [metrics, _] = targets_of(one_device(), graphdefs, params, params["policy"], [batch], config)
     ratio = np.exp(np.asarray(targets.old_logprobs) - batch.behaviour_logprobs)[batch.loss_mask]
     np.testing.assert_allclose(np.asarray(targets.weights)[batch.loss_mask], np.minimum(ratio, 2.0), rtol=1e-5)
@@ -624,7 +638,7 @@ def test_every_trajectory_counts_alike_in_a_sequence_mean_whatever_batches_its_s
     sample, rewards = two_steps()
     batches = [pack([s], [rewards], [0], row_length=6) for s in per_step(sample)]
     graphdefs, params = ({"policy": part["policy"]} for part in parts())
-    config = RLConfig(algorithm="reinforce++", kl=0.0, loss_mean="sequence")
+    config = RLConfig(algorithm="reinforce++", kl=KLConfig(coef=0.0), loss_aggregation="sequence")
     targets, _ = targets_of(one_device(), graphdefs, params, params["policy"], batches, config)
     np.testing.assert_allclose(targets[0].shares, [[0, 0.25, 0.25, 0, 0, 0]])
     np.testing.assert_allclose(targets[1].shares, [[0, 0, 0, 0, 0.25, 0.25]])
@@ -633,7 +647,7 @@ def test_every_trajectory_counts_alike_in_a_sequence_mean_whatever_batches_its_s
 def test_a_critic_is_told_how_much_it_explains() -> None:
     sample, rewards = two_steps()
     batch = pack([sample], [rewards], [0], row_length=6)
-    config = RLConfig(critic="head", kl=0.0)
+    config = RLConfig(critic=CriticConfig(kind="head"), kl=KLConfig(coef=0.0))
     estimate = learner.make_estimator(one_device(), config, num_steps=2)
     explained = []
     for values in ([0, 0, 0, 0, 0, 0], [0, 2.5, 2.5, 0, 2, 2]):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from r3rag_jax.config.schema import RLConfig, SFTConfig
+from r3rag_jax.config import CriticConfig, RLConfig, SFTConfig
 from r3rag_jax.training.optimizer import adamw, rl_optimizer, schedule, sft_optimizer
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 12).reshape(3, 4), "b": jnp.asarray([0.5, -2.0])}
@@ -47,7 +47,7 @@ def test_adamw_is_optax_s(weight_decay: float) -> None:
 
 def test_both_phases_clip_the_gradient_by_its_norm() -> None:
     clipped = optax.chain(optax.clip_by_global_norm(0.3), optax.adam(1e-2, 0.9, 0.95, 1e-8))
-    both = rl_optimizer(RLConfig(lr=1e-2, critic_lr=0.0, grad_norm=0.3, adam_eps=1e-8))
+    both = rl_optimizer(RLConfig(lr=1e-2, critic=CriticConfig(lr=0.0), max_grad_norm=0.3, adam_eps=1e-8))
     expected, _ = clipped.update(grads(0), clipped.init(PARAMS), PARAMS)
     twice = {"policy": PARAMS, "critic": PARAMS}
     found, _ = both.update(
@@ -55,7 +55,7 @@ def test_both_phases_clip_the_gradient_by_its_norm() -> None:
     )
     assert_same(found["policy"], expected, 1e-5)
     assert all((x == 0).all() for x in jax.tree.leaves(found["critic"]))
-    config = SFTConfig(lr=1e-2, grad_norm=0.3, warmup=0.5, weight_decay=0.0)
+    config = SFTConfig(lr=1e-2, max_grad_norm=0.3, warmup=0.5, weight_decay=0.0)
     sft, reference = sft_optimizer(config, 9), optax.chain(
         optax.clip_by_global_norm(0.3), optax.adam(lambda count: 1e-2 * schedule((count + 1) / 10, 0.5, 0.0))
     )  # fmt: skip

@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r3rag_jax.config.schema import RLConfig
+from r3rag_jax.config import CriticConfig, KLConfig, RLConfig
 from r3rag_jax.data.sft import SFTBatches, SFTSample
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.attention import attention
@@ -165,7 +165,7 @@ def test_rl_learns_the_same(trajectories: list[Trajectory]) -> None:
     critic.head[...] = 0.1 * jax.random.normal(jax.random.key(5), critic.head.shape)
     split_of = {"policy": nnx.split(policy), "critic": nnx.split(critic)}
     graphdefs, params = ({name: part[i] for name, part in split_of.items()} for i in (0, 1))
-    config = RLConfig(critic="head", kl=0.05, entropy=0.01, lam=0.9)
+    config = RLConfig(critic=CriticConfig(kind="head", gae_lambda=0.9), kl=KLConfig(coef=0.05), entropy_coef=0.01)
 
     def learn(batch: TrainBatch) -> Any:
         # A function of who wrote the token, wherever it lies.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import os
@@ -14,7 +13,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from r3rag_jax.config.schema import Config, WorldConfig
+from r3rag_jax.config import Config, WorldConfig
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import Hit
@@ -184,7 +183,7 @@ class ShuffledIndex:
 
 
 def test_trajectories_show_nothing_of_the_test_split(world: World, tmp_path) -> None:
-    config = dataclasses.replace(Config(), world=WorldConfig(num_sft=COUNTS["sft"]))
+    config = Config().replace(world=WorldConfig(num_sft=COUNTS["sft"]))
     write_teacher(world, config, ShuffledIndex(world), tmp_path)
     corpus = {passage.id: passage for passage in world.passages}
     trajectories = read_trajectories(tmp_path / "sft.jsonl", corpus, 2)

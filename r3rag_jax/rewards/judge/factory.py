@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from r3rag_jax.clients.chat import ChatClient
 from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
-from r3rag_jax.config.schema import JudgeConfig
+from r3rag_jax.config import JudgeConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.decoder import param_shapes, param_shardings
 from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, load_generation
@@ -57,12 +57,13 @@ def read_prompt(path: str, kind: Kind) -> str:
 
 def served_chat(config: JudgeConfig, first_wait_s: float = FIRST_WAIT_S) -> ChatClient:
     """The chat model of a server."""
-    return ChatClient(Endpoint(config, name="judge", first_wait_s=first_wait_s), max_tokens=config.max_tokens)
+    endpoint = Endpoint(config.endpoint, name="judge.endpoint", first_wait_s=first_wait_s)
+    return ChatClient(endpoint, max_tokens=config.max_tokens)
 
 
 def local_chat(config: JudgeConfig, mesh: Mesh) -> EngineChat:
-    """The chat of the model at `judge.model`, sharded over the mesh like a policy."""
-    path, dtype = local_path(config), jnp.dtype(config.dtype)
+    """The chat of the model at `judge.local.path`, sharded over the mesh like a policy."""
+    path, dtype = local_path(config), jnp.dtype(config.local.dtype)
     with reading(path):
         shape, tokenizer = load_config(path), Tokenizer(path)
         stops = load_generation(path).get("eos_token_id", [])
@@ -70,24 +71,24 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> EngineChat:
         decoder = load_decoder(path, dtype=dtype, shardings=param_shardings(mesh, shape))
     graphdef, params = nnx.split(decoder)
     engine = Engine(
-        graphdef, shape, mesh, slots=config.slots, max_length=config.max_length,
+        graphdef, shape, mesh, slots=config.local.slots, max_length=config.local.max_length,
         dtype=fastest_dtype(dtype, shape, mesh), split_weights=True,
     )  # fmt: skip
     files = sorted(path.glob("*.safetensors"))
     marks = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]  # other weights may take their place
     with reading(path):  # its chat template
         return EngineChat(
-            engine, engine.load(params), tokenizer, model=config.model,
-            identity=" ".join([config.model, config.dtype, *marks]), stop_ids=sorted(stops),
+            engine, engine.load(params), tokenizer, model=config.local.path,
+            identity=" ".join([config.local.path, config.local.dtype, *marks]), stop_ids=sorted(stops),
             max_tokens=config.max_tokens,
         )  # fmt: skip
 
 
 def local_path(config: JudgeConfig) -> Path:
-    """The directory of `judge.model`."""
-    path = model_path(config.model)
+    """The directory of `judge.local.path`."""
+    path = model_path(config.local.path)
     if not (path / "config.json").is_file():
-        raise UserError(f"judge.model must be a Hugging Face directory with config.json; got {path}")
+        raise UserError(f"judge.local.path must be a Hugging Face directory with config.json; got {path}")
     return path
 
 
@@ -95,12 +96,11 @@ def judge_memory(config: JudgeConfig, mesh: Mesh) -> dict[str, int]:
     """What a local judge keeps on each device, bytes; nothing for one on a server."""
     if config.kind == "server":
         return {}
-    path, dtype = local_path(config), jnp.dtype(config.dtype)
+    path, dtype = local_path(config), jnp.dtype(config.local.dtype)
     with reading(path):
         shape = load_config(path)
     places = param_shardings(mesh, shape)
     shares = [places[name].shard_shape(one) for name, one in param_shapes(shape).items()]
-    cache = plan(
-        mesh, {}, shape, slots=config.slots, max_length=config.max_length, dtype=fastest_dtype(dtype, shape, mesh)
-    ).cache
+    local, dtype_of_cache = config.local, fastest_dtype(dtype, shape, mesh)
+    cache = plan(mesh, {}, shape, slots=local.slots, max_length=local.max_length, dtype=dtype_of_cache).cache
     return {"judge": sum(dtype.itemsize * math.prod(share) for share in shares), "judge's cache": cache}

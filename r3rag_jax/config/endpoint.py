@@ -1,0 +1,40 @@
+"""How a server is reached over HTTP: the one section for judge, teacher, inference server and remote retriever."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import field_validator
+
+from r3rag_jax.config.section import Section, key
+
+URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")  # no user, query or fragment, where a secret could stand
+
+
+class EndpointConfig(Section):
+    """An HTTP server, and how it is called."""
+
+    url: str = key("", "base URL, e.g. http://localhost:8000/v1; empty: there is no server", "url")
+    model: str = key("", "name of the model on the server; empty: the first model that the server lists")
+    key_env: str = key("", "environment variable that holds the server's API key; empty: no key is sent")
+    max_in_flight: int = key(16, "requests that wait for their reply at the same time", "requests", ge=1)
+    requests_per_minute: int = key(0, "rate limit, evenly spaced; 0: no limit", "requests/minute", ge=0)
+    retries: int = key(
+        6, "repeats of a request while the server is busy or unreachable, with exponential backoff", "requests", ge=0
+    )
+    timeout_s: float = key(120.0, "a request fails after this time without a byte from the server", "seconds", gt=0)
+
+    @field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        if url and URL.fullmatch(url) is None:
+            shown = url.rpartition("@")[2]  # a user's password is not repeated
+            raise ValueError(
+                f"must be an http(s) URL without user, query or fragment, e.g. http://localhost:8000/v1; got {shown!r}"
+            )
+        return url
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a server to call."""
+        return self.url != ""

@@ -1,0 +1,85 @@
+"""Sections `retrieval`, `retrieval.encoder`, `retrieval.endpoint`: the retriever."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import model_validator
+
+from r3rag_jax.config.endpoint import EndpointConfig
+from r3rag_jax.config.section import Section, key, require, section
+
+
+class EncoderConfig(Section):
+    """The text encoder that turns queries and passages into vectors."""
+
+    dotted: ClassVar[str] = "retrieval.encoder"
+
+    kind: Literal["hash", "bert"] = key(
+        "hash", "`hash`: TF-IDF of hashed words and letter n-grams, without weights; `bert`: MiniLM, E5, BGE"
+    )
+    path: str = key("", "with kind bert: its Hugging Face directory, or `package:NAME`", "path")
+    dtype: Literal["float32", "bfloat16"] = key("float32", "with kind bert: compute dtype")
+    max_length: int = key(
+        0, "with kind bert: longer texts are truncated to this length; 0: the model's limit", "tokens", ge=0
+    )
+    batch_tokens: int = key(
+        16_384, "with kind bert: size of a batch, padding included; bounds the memory", "tokens", ge=1
+    )
+    pooling: Literal["auto", "mean", "cls"] = key(
+        "auto",
+        "with kind bert: how token states become one vector; `auto`: as sentence-transformers' modules.json says",
+    )
+    query_prefix: str = key(
+        "auto", "with kind bert: text before every query, e.g. E5's `query: `; `auto`: sentence-transformers' prompt"
+    )
+    passage_prefix: str = key(
+        "auto",
+        "with kind bert: text before every passage, e.g. E5's `passage: `; `auto`: sentence-transformers' prompt",
+    )
+    dim: int = key(1024, "with kind hash: size of a vector", "floats", ge=1)
+
+    @model_validator(mode="after")
+    def _check_path(self) -> Self:
+        require(
+            self.kind != "bert" or self.path != "",
+            "retrieval.encoder.path must be given when retrieval.encoder.kind is bert; got none",
+            "retrieval.encoder.path",
+            "retrieval.encoder.kind",
+        )
+        return self
+
+
+class RetrievalConfig(Section):
+    """The retriever, and how many passages a trajectory gets from it."""
+
+    dotted: ClassVar[str] = "retrieval"
+
+    kind: Literal["faiss", "bm25", "http"] = key(
+        "faiss", "`faiss`: exact inner-product search over dense vectors; `bm25`: lexical; `http`: a remote retriever"
+    )
+    index_dir: str = key("", "directory of the index; empty: `index` in the run directory", "path")
+    top_k: int = key(2, "passages per retrieval", "passages", ge=1)
+    oneshot_top_k: int = key(8, "passages of the one-shot RAG baseline", "passages", ge=1)
+    passage_tokens: int = key(64, "longer passages are truncated to this length", "tokens", ge=1)
+    max_passages: int = key(10, "budget of passages of a trajectory", "passages", ge=1)
+    encoder: EncoderConfig = section(EncoderConfig())
+    endpoint: EndpointConfig = section(
+        EndpointConfig(timeout_s=60.0), "The remote retriever of `retrieval.kind: http`."
+    )
+
+    @model_validator(mode="after")
+    def _check_relations(self) -> Self:
+        require(
+            self.max_passages >= self.top_k,
+            f"retrieval.max_passages must be at least retrieval.top_k={self.top_k}; got {self.max_passages}",
+            "retrieval.max_passages",
+            "retrieval.top_k",
+        )
+        require(
+            self.kind != "http" or self.endpoint.is_given,
+            "retrieval.endpoint.url must be given when retrieval.kind is http; got none",
+            "retrieval.endpoint.url",
+            "retrieval.kind",
+        )
+        return self
