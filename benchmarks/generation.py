@@ -38,7 +38,7 @@ from r3rag_jax.models.hf.decoder_files import load_config, load_decoder
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.run.caches import use_compile_cache
-from r3rag_jax.sampler.cache import fastest_dtype
+from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.types import Context
 
@@ -47,7 +47,7 @@ Generate = Callable[[np.ndarray, int], None]  # (prompts [B, L], new tokens)
 
 def ours(path: Path, mesh: Mesh, dtype: str, batch: int, length: int) -> Generate:
     decoder = load_decoder(path, dtype=dtype)
-    (graphdef, params), kv_dtype = nnx.split(decoder), fastest_dtype(dtype, decoder.config, mesh)
+    (graphdef, params), kv_dtype = nnx.split(decoder), default_kv_dtype(dtype, decoder.config, mesh)
     engine = Engine(graphdef, decoder.config, mesh, slots=batch, max_length=length, dtype=kv_dtype)
     policy = engine.load(params)
 

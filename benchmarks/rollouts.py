@@ -46,7 +46,7 @@ from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.retrieval.base import Hit, Retriever
 from r3rag_jax.rollout.rollout import Job, Roller, Rules
 from r3rag_jax.run.caches import use_compile_cache
-from r3rag_jax.sampler.cache import fastest_dtype
+from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import Truncation
 from r3rag_jax.sampler.engine import Engine
@@ -65,7 +65,7 @@ class Steps:
         decoder = load_decoder(path, dtype=dtype)
         self.graphdef, self.params = nnx.split(decoder)
         self.config, self.batch, self.mesh = decoder.config, batch, make_mesh(MeshConfig())
-        self.dtype = fastest_dtype(dtype, self.config, self.mesh)
+        self.dtype = default_kv_dtype(dtype, self.config, self.mesh)
         rng = np.random.default_rng(0)
         self.prompts = rng.integers(0, self.config.vocab_size, (batch, prompt)).tolist()
         self.given = rng.integers(0, self.config.vocab_size, (batch, STEPS, GIVEN)).tolist()
@@ -226,7 +226,7 @@ def run(console: Console, args: argparse.Namespace) -> None:
         rules = functools.partial(Replay, played={(each.question.id, each.sample_index): each for each in played})
         decoder = load_decoder(model_path(args.model), dtype=args.dtype)
         (graphdef, params), decoder_config = nnx.split(decoder), decoder.config
-        dtype = fastest_dtype(args.dtype, decoder_config, session.mesh)
+        dtype = default_kv_dtype(args.dtype, decoder_config, session.mesh)
     ours, single = engine(Engine), engine(Engine, 1)
     policy = ours.load(params)
 

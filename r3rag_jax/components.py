@@ -29,7 +29,7 @@ from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rollout.rollout import Player, Roller, Rules, ServedRoller
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import Bar
-from r3rag_jax.sampler.cache import fastest_dtype
+from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import Truncation
 from r3rag_jax.sampler.engine import Engine
@@ -166,7 +166,7 @@ class Components:
         kv_dtype = self.config.rollout.kv_dtype
         if kv_dtype != "auto":
             return jnp.dtype(kv_dtype)
-        return fastest_dtype(self.config.model.dtype, self.policy.decoder_config, self.sampler_mesh)
+        return default_kv_dtype(self.config.model.dtype, self.policy.decoder_config, self.sampler_mesh)
 
     def roller(self, top_k: int | None = None) -> Player:
         """The engine, or the user's server, set up for trajectories of the configured protocol."""

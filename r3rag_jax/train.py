@@ -17,12 +17,12 @@ from r3rag_jax.components import Components, open_run
 from r3rag_jax.config import Config, parse_args
 from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.phase import eval_phase, load_evals
-from r3rag_jax.parallel.mesh import traced_on
 from r3rag_jax.parallel.processes import start_distributed
+from r3rag_jax.parallel.target import Target
 from r3rag_jax.reporting.rendering import groups_table, results_table
 from r3rag_jax.reporting.report_page import write_report
 from r3rag_jax.run.caches import use_compile_cache
-from r3rag_jax.sampler.kernels.cpu import operations as cpu_kernels
+from r3rag_jax.sampler.kernels.cpu import kernels as cpu_kernels
 from r3rag_jax.training.memory_plan import is_ahead, plan_memory, undivided
 from r3rag_jax.training.rl import rl_phase
 from r3rag_jax.training.sft import sft_phase
@@ -55,7 +55,7 @@ def run(config: Config, console: Console | None = None) -> Components:
         planned.check()  # before there is a directory, so that the same name can be had with other settings
     open_run(config)
     did_work = False
-    if plans and traced_on(components.sampler_mesh, cpu_kernels.are_missing)():
+    if plans and cpu_kernels.are_missing(Target.of(components.sampler_mesh)):
         say("[yellow]no C++ compiler that works (c++, g++, clang++ or $CXX): sampling takes some twice as long[/]")
     for name in config.phases:
         started = time.monotonic()

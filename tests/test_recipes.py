@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 from r3rag_jax.config import Config, MeshConfig, load_config
@@ -26,7 +25,7 @@ from r3rag_jax.models.decoder import Decoder, param_shapes, rope_frequencies
 from r3rag_jax.models.hf.decoder_files import hf_tensors
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
 from r3rag_jax.sampler import engine
-from r3rag_jax.sampler.cache import KVCache
+from r3rag_jax.sampler.cache.kv_cache import KVCache
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import WHOLE
 from r3rag_jax.sampler.state import Rows
@@ -225,17 +224,16 @@ def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
     policy = jax.eval_shape(lambda: CachedDecoder.of(new_decoder(config, decoder)))
     slots, length = config.rollout.slots, config.rollout.max_length
     cache = jax.eval_shape(functools.partial(KVCache.init, decoder, slots, length, jnp.bfloat16))
-    with tiny.xla_alone():  # as an accelerator reads a cache
-        for ways in (1, 4):
-            chunk = np.zeros((ways, slots // ways, engine.ACCELERATOR_SHAPES.lengths[-1]), np.int32)
-            prefilled = jax.eval_shape(engine.prefill, policy, cache, chunk[..., 0], chunk, chunk[..., 0])
-            assert shapes(prefilled) == shapes(cache)
-        stops, one = np.zeros(engine.MAX_STOPS, np.int32), MeshConfig(sampler_devices=1)
-        for window in engine.windows(cache, make_sampler_mesh(one, make_mesh(one)), length):
-            decode = functools.partial(engine.decode, truncation=WHOLE, positions=window.positions)
-            places, rows = np.arange(window.rows), Rows.empty(window.rows, length)
-            decoded = jax.eval_shape(decode, policy, cache, places, rows, 64, 4, stops, stops)
-            assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (window.rows, length)
+    for ways in (1, 4):
+        chunk = np.zeros((ways, slots // ways, engine.ACCELERATOR_SHAPES.lengths[-1]), np.int32)
+        prefilled = jax.eval_shape(engine.prefill, policy, cache, chunk[..., 0], chunk, chunk[..., 0])
+        assert shapes(prefilled) == shapes(cache)
+    stops, one = np.zeros(engine.MAX_STOPS, np.int32), MeshConfig(sampler_devices=1)
+    for window in engine.windows(cache, make_sampler_mesh(one, make_mesh(one)), length):
+        decode = functools.partial(engine.decode, truncation=WHOLE, positions=window.positions)
+        places, rows = np.arange(window.rows), Rows.empty(window.rows, length)
+        decoded = jax.eval_shape(decode, policy, cache, places, rows, 64, 4, stops, stops)
+        assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (window.rows, length)
 
 
 @pytest.mark.parametrize("overrides", [[], ["budget=cpu"]])

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
-import pytest
 from flax import nnx
 
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.retrieval.base import Hit, RetrievalError
-from r3rag_jax.sampler.kernels.cpu import operations as cpu_kernels
 from r3rag_jax.text.protocols import TAGS
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Passage
@@ -64,16 +60,6 @@ def tokenizer(path: Path, specials: Sequence[str] = SPECIALS) -> Tokenizer:
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": template}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return Tokenizer(path)
-
-
-@contextlib.contextmanager
-def xla_alone() -> Iterator[None]:
-    """As where no compiler is: without `cpu_kernels`. Whether there are any is no key of jit's caches."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_kernels, "_build", lambda: None)
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
 
 
 def decoder(vocab_size: int = 267, seed: int = 0, scale: float = 0.7) -> Decoder:

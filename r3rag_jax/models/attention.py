@@ -14,9 +14,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from r3rag_jax.errors import UserError
-from r3rag_jax.models.matmul import turned
-from r3rag_jax.parallel.mesh import platform
+from r3rag_jax.models.matmul import transpose_copy
 from r3rag_jax.parallel.shardings import partition_spec
+from r3rag_jax.parallel.target import ONE_CPU, Target
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 PLATFORMS = {"cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # xla: any
@@ -33,6 +33,7 @@ def attention(
     branch_ids_BL: jax.Array | None = None,
     *,
     implementation: str = "xla",
+    target: Target = ONE_CPU,
 ) -> jax.Array:
     """Attend causally, inside segments of equal id when they are given; returns [B, L, N, H].
 
@@ -40,8 +41,8 @@ def attention(
 
     The implementations give the same numbers within stated bounds: the Euclidean norm of the difference to "xla",
     relative to its norm, is at most 1e-2 in bfloat16 and 2e-6 in float32 (with matmuls in full precision), of the
-    output and of the gradients of q, k and v each. "xla" and "cudnn" run on a mesh as they are; "splash" needs it in
-    force (`sharding.traced_on`, `jax.set_mesh`), with the axes of `sharding.py`.
+    output and of the gradients of q, k and v each. The partitioner splits "xla" and "cudnn" over a mesh; "splash" is
+    mapped over the target's mesh by hand.
 
     Args:
         q_BLNH: queries. k_BLKH, v_BLKH: keys and values; query head n reads kv head n // G.
@@ -51,6 +52,7 @@ def attention(
         implementation: "xla" (any device), "cudnn" (NVIDIA; bfloat16 or float16; H a multiple of 8, at most 128, or
             256 from Hopper on; an even L where there are segment ids) or "splash" (TPU; on CPU the kernel is
             interpreted, slowly).
+        target: the devices that this is compiled for.
 
     Raises:
         ValueError: the implementation is unknown.
@@ -58,19 +60,18 @@ def attention(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}")
-    devices = platform()
-    if devices not in PLATFORMS.get(implementation, (devices,)):
+    if target.platform not in PLATFORMS.get(implementation, (target.platform,)):
         known = " or ".join(PLATFORMS[implementation])
-        raise UserError(f"attention {implementation!r} must run on {known}; got {devices}")
+        raise UserError(f"attention {implementation!r} must run on {known}; got {target.platform}")
     if implementation == "splash" and branch_ids_BL is not None:
         raise UserError("attention 'splash' must have no branch_ids: its kernel knows equal segments alone")
     if implementation == "splash":
-        return _splash(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, interpret=devices == "cpu")
+        return _splash(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, target)
     if implementation == "cudnn":
         visible = _visible(segment_ids_BL, branch_ids_BL, 0, q_BLNH.shape[1])
         mask = None if visible is None else visible[:, None]
         return jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, mask=mask, is_causal=True, implementation="cudnn")
-    return _chunked(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL)
+    return _chunked(target, q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL)
 
 
 def _visible(
@@ -88,18 +89,18 @@ def _visible(
 
 
 def _splash(
-    q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, segment_ids_BL: jax.Array | None, *, interpret: bool
+    q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, segment_ids_BL: jax.Array | None, target: Target
 ) -> jax.Array:
-    """The kernel on each device's rows and heads. The compiler splits no kernel; the mesh in force says how to.
+    """Run the kernel on each device's rows and heads: the partitioner splits no kernel, so `shard_map` does.
 
     Where the tensor axis does not divide K, each of its devices computes all heads.
     """
-    kernel = functools.partial(_splash_kernel, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
+    kernel = functools.partial(_splash_kernel, interpret=target.is_cpu)
+    mesh = target.mesh
+    if mesh is not None and mesh.size > 1:
         spec = partition_spec(mesh, ("batch", None, "kv_heads", None), k_BLKH.shape)
         in_specs = (spec, spec, spec, P(spec[0]))
-        kernel = jax.shard_map(kernel, in_specs=in_specs, out_specs=spec, check_vma=False)
+        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
     return kernel(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL)
 
 
@@ -144,8 +145,9 @@ def _splash_kernel(
     return jnp.swapaxes(out_BNLH, 1, 2)[:, :L]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
+    target: Target,
     q_BLNH: jax.Array,
     k_BLKH: jax.Array,
     v_BLKH: jax.Array,
@@ -154,13 +156,14 @@ def _chunked(
 ) -> jax.Array:
     """Exact attention, QUERY_CHUNK queries at a time against the keys up to theirs.
 
-    Skips the masked half above the diagonal. Of the weights only the log of their sum is kept, and the backward
-    pass forms them anew from it (arXiv 2205.14135).
+    The masked half above the diagonal is skipped. Only the log of the weights' sum is kept; the backward pass
+    recomputes the weights from it (arXiv 2205.14135).
     """
-    return _chunked_forward(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL)[0]
+    return _chunked_forward(target, q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL)[0]
 
 
 def _chunked_forward(
+    target: Target,
     q_BLNH: jax.Array,
     k_BLKH: jax.Array,
     v_BLKH: jax.Array,
@@ -170,7 +173,7 @@ def _chunked_forward(
     q, k, v = _by_head(q_BLNH, k_BLKH.shape[2]), _by_head(k_BLKH), _by_head(v_BLKH)
     outs, lses = [], []
     for start, end in _query_chunks(q_BLNH):
-        scores = _scores(q[..., start:end, :], k[:, :, :end], segment_ids_BL, branch_ids_BL, start)
+        scores = _scores(q[..., start:end, :], k[:, :, :end], segment_ids_BL, branch_ids_BL, start, target)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -181,7 +184,9 @@ def _chunked_forward(
     return _by_token(out), (q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL, out, lse)
 
 
-def _chunked_backward(saved: Any, grad_BLNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
+def _chunked_backward(
+    target: Target, saved: Any, grad_BLNH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None, None]:
     q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL, out, lse = saved
     K = k_BLKH.shape[2]
     q, k, v, grad = _by_head(q_BLNH, K), _by_head(k_BLKH), _by_head(v_BLKH), _by_head(grad_BLNH, K)
@@ -190,11 +195,12 @@ def _chunked_backward(saved: Any, grad_BLNH: jax.Array) -> tuple[jax.Array, jax.
     grad_qs, grad_k, grad_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, end in _query_chunks(q_BLNH):
         here = (..., slice(start, end), slice(None))
-        weights = jnp.exp(_scores(q[here], k[:, :, :end], segment_ids_BL, branch_ids_BL, start) - lse[here])
-        grad_weights = _products(grad[here], v[:, :, :end])
+        scores = _scores(q[here], k[:, :, :end], segment_ids_BL, branch_ids_BL, start, target)
+        weights = jnp.exp(scores - lse[here])
+        grad_weights = _products(grad[here], v[:, :, :end], target)
         grad_scores = (weights * (grad_weights - inner[here]) * q.shape[-1] ** -0.5).astype(q.dtype)
-        grad_v = grad_v.at[:, :, :end].add(_summed(weights.astype(v.dtype), grad[here]))
-        grad_k = grad_k.at[:, :, :end].add(_summed(grad_scores, q[here]))
+        grad_v = grad_v.at[:, :, :end].add(_sum_over_queries(weights.astype(v.dtype), grad[here], target))
+        grad_k = grad_k.at[:, :, :end].add(_sum_over_queries(grad_scores, q[here], target))
         grad_qs.append(_weighted(grad_scores, k[:, :, :end]))
     grad_q = _by_token(jnp.concatenate(grad_qs, axis=3)).astype(q_BLNH.dtype)
     grad_k, grad_v = (jnp.swapaxes(g, 1, 2).astype(k.dtype) for g in (grad_k, grad_v))
@@ -223,22 +229,27 @@ def _by_token(x_BKGLH: jax.Array) -> jax.Array:
 
 
 def _scores(
-    q: jax.Array, k: jax.Array, segment_ids_BL: jax.Array | None, branch_ids_BL: jax.Array | None, start: int
+    q: jax.Array,
+    k: jax.Array,
+    segment_ids_BL: jax.Array | None,
+    branch_ids_BL: jax.Array | None,
+    start: int,
+    target: Target,
 ) -> jax.Array:
     """float32 [B, K, G, queries, keys], -inf where a query does not see a key."""
     end = k.shape[2]
     mask = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
     visible = _visible(segment_ids_BL, branch_ids_BL, start, end)
     mask = mask if visible is None else mask & visible
-    return jnp.where(mask[:, None, None], _products(q, k) * q.shape[-1] ** -0.5, -jnp.inf)
+    return jnp.where(mask[:, None, None], _products(q, k, target) * q.shape[-1] ** -0.5, -jnp.inf)
 
 
 # The heads that read one kv head are rows of one matmul: XLA's CPU einsum over five axes is several times slower.
 
 
-def _products(x: jax.Array, y: jax.Array) -> jax.Array:
+def _products(x: jax.Array, y: jax.Array, target: Target) -> jax.Array:
     """[B, K, G, q, H] with [B, K, m, H] -> [B, K, G, q, m]."""
-    return _weighted(x, turned(y))
+    return _weighted(x, transpose_copy(y, target))
 
 
 def _weighted(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -250,11 +261,11 @@ def _weighted(x: jax.Array, y: jax.Array) -> jax.Array:
     return flat.reshape(B, K, G, rows, y.shape[3])
 
 
-def _summed(weights: jax.Array, x: jax.Array) -> jax.Array:
+def _sum_over_queries(weights: jax.Array, x: jax.Array, target: Target) -> jax.Array:
     """[B, K, G, q, m] with [B, K, G, q, H] -> [B, K, m, H], over queries and the heads of a kv head."""
     B, K, G, rows, keys = weights.shape
     flat = jnp.matmul(
-        turned(weights.reshape(B * K, G * rows, keys)),
+        transpose_copy(weights.reshape(B * K, G * rows, keys), target),
         x.reshape(B * K, G * rows, x.shape[-1]),
         preferred_element_type=jnp.float32,
     )

@@ -20,10 +20,10 @@ from jax.sharding import Mesh, NamedSharding
 from r3rag_jax.models.attention import IMPLEMENTATIONS, SAVED, attention
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.matmul import adapted_matmul, matmul
-from r3rag_jax.parallel.mesh import on_several_devices
 from r3rag_jax.parallel.shardings import partition_spec
+from r3rag_jax.parallel.target import ONE_CPU, Target
 
-# Logical axes of every parameter by name; sharding.py maps logical axes to mesh axes.
+# Logical axes of every parameter by name; parallel/shardings.py maps logical axes to mesh axes.
 PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "embed": ("vocab", "embed"),
     "input_norm": ("layers", None),
@@ -140,8 +140,8 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.attention_implementation = attention_implementation
-        self.adapter_scale = 0.0  # what lora.py multiplies adapters with, where there are any
-        self.adapter_tokens: tuple[int, ...] = ()  # whose rows have an adapter
+        self.adapter_scale = 0.0  # factor of the adapters of lora.py, where there are any
+        self.adapter_tokens: tuple[int, ...] = ()  # tokens whose embeddings have an adapter
 
         def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
             if name.endswith("_norm"):
@@ -169,6 +169,7 @@ class Decoder(nnx.Module):
         branch_ids_BL: jax.Array | None = None,
         *,
         remat: str = "none",
+        target: Target = ONE_CPU,
     ) -> jax.Array:
         """Return the hidden states after the final norm, [B, L, D] of the compute dtype.
 
@@ -180,6 +181,7 @@ class Decoder(nnx.Module):
             branch_ids_BL: int32; of these, only tokens of branch 0 and of their own. None: no branches.
             remat: "none", "full" (recompute everything but layer inputs) or "dots" (keep matmul
                 outputs, those of attention as a whole).
+            target: the devices that this is compiled for.
 
         Raises:
             ValueError: `remat` is unknown.
@@ -189,15 +191,17 @@ class Decoder(nnx.Module):
         cos, sin = rope_tables(self.config, positions_BL)
 
         def body(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-            w = self._prepared(w)  # here, not in front of the loop: that would be a copy of them all
-            q, k, v = qkv(self.config, w, x, cos, sin)
-            out = attention(q, k, v, segment_ids_BL, branch_ids_BL, implementation=self.attention_implementation)
-            return finish_layer(self.config, w, x, out), None
+            w = self._prepared(w)  # inside the loop: before it, all layers' parameters would be copied
+            q, k, v = qkv(self.config, w, x, cos, sin, target)
+            out = attention(
+                q, k, v, segment_ids_BL, branch_ids_BL, implementation=self.attention_implementation, target=target
+            )
+            return finish_layer(self.config, w, x, out, target), None
 
         if remat != "none":
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
         x, _ = jax.lax.scan(body, self.table()[tokens_BL].astype(self.dtype), self._stacked())
-        return rms_norm(x, self.param("final_norm")[...], self.config.norm_eps)
+        return rms_norm(x, self.param("final_norm")[...], self.config.norm_eps, target)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Project hidden states [..., D] to float32 logits [..., V]."""
@@ -245,59 +249,67 @@ class Decoder(nnx.Module):
 
 
 def qkv(
-    config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array
+    config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array, target: Target
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return queries [B, L, N, H], keys and values [B, L, K, H] of a layer's parameters `w`, RoPE applied."""
-    h = rms_norm(x, w["input_norm"], config.norm_eps)
+    h = rms_norm(x, w["input_norm"], config.norm_eps, target)
 
     def heads(name: str, num: int) -> jax.Array:
-        y = _project(w, f"{name}_proj", h)
+        y = _project(w, f"{name}_proj", h, target)
         if config.attention_bias:
             y = y + w[f"{name}_bias"]
         return y.reshape(*y.shape[:-1], num, config.head_dim)
 
     q, k, v = heads("q", config.num_heads), heads("k", config.num_kv_heads), heads("v", config.num_kv_heads)
-    return *placed(config, w, q, k, cos, sin), v
+    return *norm_and_rope(config, w, q, k, cos, sin, target), v
 
 
-def placed(
-    config: DecoderConfig, w: dict[str, jax.Array], q: jax.Array, k: jax.Array, cos: jax.Array, sin: jax.Array
+def norm_and_rope(
+    config: DecoderConfig,
+    w: dict[str, jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    target: Target,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return queries and keys as they are compared: normed where the model does so, RoPE applied."""
+    """Normalise queries and keys where the model does so (Qwen3), then apply RoPE."""
     if config.qk_norm:
-        q = rms_norm(q, w["q_norm"], config.norm_eps)
-        k = rms_norm(k, w["k_norm"], config.norm_eps)
+        q = rms_norm(q, w["q_norm"], config.norm_eps, target)
+        k = rms_norm(k, w["k_norm"], config.norm_eps, target)
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
-def finish_layer(config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array, out: jax.Array) -> jax.Array:
+def finish_layer(
+    config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array, out: jax.Array, target: Target
+) -> jax.Array:
     """Add attention output [B, L, N, H] and feed-forward to the residual stream [B, L, D]."""
-    x = x + _project(w, "o_proj", out.reshape(*out.shape[:-2], -1))
-    h = rms_norm(x, w["post_norm"], config.norm_eps)
-    gated = jax.nn.silu(_project(w, "gate_proj", h)) * _project(w, "up_proj", h)
-    return x + _project(w, "down_proj", gated)
+    x = x + _project(w, "o_proj", out.reshape(*out.shape[:-2], -1), target)
+    h = rms_norm(x, w["post_norm"], config.norm_eps, target)
+    gated = jax.nn.silu(_project(w, "gate_proj", h, target)) * _project(w, "up_proj", h, target)
+    return x + _project(w, "down_proj", gated, target)
 
 
-def _project(w: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+def _project(w: dict[str, jax.Array], name: str, x: jax.Array, target: Target) -> jax.Array:
     """Multiply by a projection of the layer and, where it has one, add its adapter's share."""
     if f"{name}_a" not in w:
-        return matmul(x, w[name])
-    return adapted_matmul(x, w[name], w[f"{name}_a"], w[f"{name}_b"])
+        return matmul(x, w[name], target)
+    return adapted_matmul(x, w[name], w[f"{name}_a"], w[f"{name}_b"], target)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, target: Target) -> jax.Array:
     """Return x / sqrt(mean(x^2) + eps) * scale in float32, last axis (arXiv:1910.07467).
 
-    On a mesh of several devices the backward pass is autodiff's, as in `matmul`.
+    On several devices the backward pass is autodiff's, as in `matmul`.
     """
-    return _normalized(x, scale, eps) if on_several_devices() else _rms_norm(x, scale, eps)
+    return _rms_norm(x, scale, eps) if target.is_one_device else _normalized(x, scale, eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """The sums of the backward pass, over tokens and over the width, are products with vectors.
+    """RMSNorm whose backward sums, over tokens and over the width, are products with vectors.
 
-    As autodiff writes them they take XLA's CPU backend some fifteen times as long, a tenth of a training step.
+    XLA's CPU backend takes some fifteen times as long for the sums that autodiff writes, a tenth of a training step.
     """
     return _normalized(x, scale, eps)
 

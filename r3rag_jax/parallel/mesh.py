@@ -1,10 +1,8 @@
-"""The device mesh (data, fsdp, tensor), and what traced code asks of it."""
+"""The device mesh (data, fsdp, tensor)."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -12,7 +10,6 @@ from jax.sharding import AxisType, Mesh
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.errors import UserError
 
-T = TypeVar("T")
 AXES = ("data", "fsdp", "tensor")
 
 
@@ -46,35 +43,3 @@ def make_sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
 
 def _mesh(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> Mesh:
     return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
-
-
-def traced_on(mesh: Mesh, function: Callable[..., T]) -> Callable[..., T]:
-    """The function, for `jax.jit`, with the mesh in force: what the compiler cannot split by itself asks for it."""
-
-    @functools.wraps(function)
-    def on_mesh(*args: Any, **options: Any) -> T:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args, **options)
-
-    return on_mesh
-
-
-def platform() -> str:
-    """Of the devices to run on. A mesh in force knows best: it may be a TPU pod's, compiled for on a CPU."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def on_several_devices() -> bool:
-    """Whether the mesh in force has more than one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1
-
-
-def collectives_race() -> bool:
-    """Whether a collective within a loop or a branch may run before or after one outside of it, as chance will have it.
-
-    So it is over several CPU devices: their runtime orders collectives by their launch, and a loop counts as launched
-    with its first iteration. Devices that disagree wait for each other for ever.
-    """
-    return jax.default_backend() == "cpu" and jax.device_count() > 1

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.models.decoder import Decoder, placed, rms_norm, rope_tables
-from r3rag_jax.parallel.mesh import platform
+from r3rag_jax.models.decoder import Decoder, norm_and_rope, rms_norm, rope_tables
 from r3rag_jax.parallel.shardings import tree_shardings
-from r3rag_jax.sampler.cache import Extent, KVCache, LayerCache
-from r3rag_jax.sampler.matmul import by_rows
+from r3rag_jax.sampler.cache.base import Extent, LayerCache
+from r3rag_jax.sampler.cache.kv_cache import KVCache
+from r3rag_jax.sampler.ops import XLA_ON_ONE_CPU, SamplerOps
 
 # Logical axes of every parameter by name; those that are not named are whole on each device.
 SPLIT_AXES: dict[str, tuple[str | None, ...]] = {
@@ -55,10 +55,11 @@ class CachedDecoder:
     final_norm: jax.Array
     lm_head: jax.Array | None  # [V, D]; None: the embeddings
     config: DecoderConfig = dataclasses.field(metadata={"static": True})
+    ops: SamplerOps = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, decoder: Decoder) -> CachedDecoder:
-        """The same numbers."""
+    def of(cls, decoder: Decoder, ops: SamplerOps = XLA_ON_ONE_CPU) -> CachedDecoder:
+        """The parameters of a decoder, as these operations read them."""
         config, stacked = decoder.config, decoder.layer_params()
         return cls(
             embed=decoder.table().astype(decoder.dtype),
@@ -66,6 +67,7 @@ class CachedDecoder:
             final_norm=decoder.param("final_norm")[...],
             lm_head=None if config.tie_embeddings else decoder.output_weight().T,
             config=config,
+            ops=ops,
         )
 
     def shardings(self, mesh: Mesh, split: bool) -> CachedDecoder:
@@ -85,32 +87,21 @@ class CachedDecoder:
         Row b's tokens take positions starts_B[b] .. starts_B[b] + C - 1. Their keys and values are
         written there; positions >= S are dropped. Each query sees the cache at positions <= its
         own, so whatever lies beyond (an abandoned continuation, a padded tail) is never read
-        before it is overwritten. Rows that there are not are written nowhere, and what is read of them means nothing.
+        before it is overwritten. Out-of-range rows are not written;
+        their outputs are undefined.
         `extent` is that of `LayerCache.attend`.
         """
         positions_BC = starts_B[:, None] + jnp.arange(tokens_BC.shape[1])
         cos, sin = rope_tables(self.config, positions_BC)
-        x, layers = _rows(self.embed, tokens_BC), []
+        x, layers = self.ops.embed(self.embed, tokens_BC), []
         for w, layer in zip(self.layers, cache.layers, strict=True):
-            layer, x = _extend_layer(self.config, w, layer, x, cos, sin, positions_BC, rows_B, extent)
+            layer, x = _extend_layer(self.config, self.ops, w, layer, x, cos, sin, positions_BC, rows_B, extent)
             layers.append(layer)
-        return KVCache(tuple(layers)), rms_norm(x, self.final_norm, self.config.norm_eps)
+        return KVCache(tuple(layers)), rms_norm(x, self.final_norm, self.config.norm_eps, self.ops.target)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Project hidden states [..., D] to float32 logits [..., V]."""
-        return by_rows(hidden, self.embed if self.lm_head is None else self.lm_head)
-
-
-def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """table[ids].
-
-    Bits are copied, for XLA's CPU backend would widen all of a bfloat16 table for it in every call; without the barrier
-    it would copy all the bits in front of a decode loop.
-    """
-    if table.dtype != jnp.bfloat16 or platform() != "cpu":
-        return table[ids]
-    table, ids = jax.lax.optimization_barrier((table, ids))
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table, jnp.uint16)[ids], table.dtype)
+        return self.ops.multiply(hidden, self.embed if self.lm_head is None else self.lm_head)
 
 
 def _layer(config: DecoderConfig, w: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -132,9 +123,10 @@ def _layer(config: DecoderConfig, w: dict[str, jax.Array]) -> dict[str, jax.Arra
     }
 
 
-@functools.partial(jax.jit, static_argnums=0)  # traced once, not for each layer: XLA puts it in place
+@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, not for each layer; XLA inlines it
 def _extend_layer(
     config: DecoderConfig,
+    ops: SamplerOps,
     w: dict[str, jax.Array],
     cache: LayerCache,
     x: jax.Array,
@@ -145,16 +137,19 @@ def _extend_layer(
     extent: Extent | None,
 ) -> tuple[LayerCache, jax.Array]:
     def product(x: jax.Array, name: str) -> jax.Array:
-        return by_rows(x, w[name]).astype(x.dtype)
+        return ops.multiply(x, w[name]).astype(x.dtype)
+
+    def norm(name: str) -> jax.Array:
+        return rms_norm(x, w[name], config.norm_eps, ops.target)
 
     B, C, _ = x.shape
-    heads = product(rms_norm(x, w["input_norm"], config.norm_eps), "qkv")
+    heads = product(norm("input_norm"), "qkv")
     if config.attention_bias:
         heads = heads + w["qkv_bias"]
     heads = heads.reshape(B, C, config.num_kv_heads, -1, config.head_dim)
     q, k, v = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
-    q, k = placed(config, w, q.reshape(B, C, config.num_heads, config.head_dim), k, cos, sin)
+    q, k = norm_and_rope(config, w, q.reshape(B, C, config.num_heads, config.head_dim), k, cos, sin, ops.target)
     cache = cache.write(k, v, positions_BC, rows_B)
     x = x + product(cache.attend(q, positions_BC, rows_B, extent).reshape(B, C, -1), "o")
-    pairs = product(rms_norm(x, w["post_norm"], config.norm_eps), "gate_up").reshape(B, C, config.ffn_size, 2)
+    pairs = product(norm("post_norm"), "gate_up").reshape(B, C, config.ffn_size, 2)
     return cache, x + product(jax.nn.silu(pairs[..., 0]) * pairs[..., 1], "down")

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from r3rag_jax.config import RolloutConfig
-from r3rag_jax.parallel.mesh import collectives_race
 
 CANDIDATES = 128  # most likely tokens among which a nucleus is looked for before all of the vocabulary is
 
@@ -35,7 +34,14 @@ class Truncation:
 WHOLE = Truncation()
 
 
-def truncate(logits: jax.Array, temperature: jax.Array, how: Truncation, target: jax.Array | None = None) -> jax.Array:
+def truncate(
+    logits: jax.Array,
+    temperature: jax.Array,
+    how: Truncation,
+    target: jax.Array | None = None,
+    *,
+    can_branch: bool = True,
+) -> jax.Array:
     """Logits [..., V] over the temperature, with those of tokens that `how` leaves out at -inf.
 
     The share of `top_p` is of what `top_k` keeps, as in transformers and vLLM. Every rule keeps the logits above some
@@ -48,6 +54,7 @@ def truncate(logits: jax.Array, temperature: jax.Array, how: Truncation, target:
     Args:
         temperature: float [...], > 0.
         target: int [...], kept in any case: a token sampled before an update may have fallen below since.
+        can_branch: whether the devices may branch, see `Target.can_branch`; if not, top-p sorts the vocabulary.
     """
     temperature = temperature[..., None]
     top_k = how.top_k if how.top_k < logits.shape[-1] else 0
@@ -59,20 +66,22 @@ def truncate(logits: jax.Array, temperature: jax.Array, how: Truncation, target:
     if how.min_p:
         keep = raw >= largest + scale * math.log(how.min_p)
     if top_k or how.top_p < 1:
-        keep &= raw >= _cut(raw, largest, scale, top_k, how.top_p)
+        keep &= raw >= _cut(raw, largest, scale, top_k, how.top_p, can_branch)
     if target is not None:
         keep |= jnp.arange(logits.shape[-1]) == target[..., None]
     return jnp.where(keep, logits / temperature, -jnp.inf)
 
 
-def _cut(logits: jax.Array, largest: jax.Array, temperature: jax.Array, top_k: int, top_p: float) -> jax.Array:
+def _cut(
+    logits: jax.Array, largest: jax.Array, temperature: jax.Array, top_k: int, top_p: float, can_branch: bool
+) -> jax.Array:
     """The smallest logit that top-k and top-p keep, [..., 1], as `largest` and `temperature` are."""
 
     def weights_of(some: jax.Array) -> jax.Array:
         return jnp.where(some >= cut, jnp.exp((some - largest) / temperature), 0.0)
 
     V = logits.shape[-1]
-    num_candidates = V if collectives_race() else min(V, max(CANDIDATES, top_k))
+    num_candidates = min(V, max(CANDIDATES, top_k)) if can_branch else V
     candidates = lax.top_k(logits, num_candidates)[0]
     cut = jnp.full_like(largest, -jnp.inf)
     if top_k:  # a minimum, not a slice: XLA joins slices, and does not see a top-k any more but a sort (30 x the time)

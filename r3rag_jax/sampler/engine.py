@@ -24,11 +24,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.parallel.mesh import traced_on
 from r3rag_jax.parallel.shardings import batch_shardings, batch_ways, device_put_batch, device_put_global, replicated
-from r3rag_jax.sampler.cache import Extent, KVCache, padded
+from r3rag_jax.sampler.cache.base import Extent, padded
+from r3rag_jax.sampler.cache.kv_cache import KVCache
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import WHOLE, Truncation, truncate
+from r3rag_jax.sampler.ops import SamplerOps
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.types import Context
 
@@ -66,6 +67,7 @@ class Engine:
         truncation: Truncation = WHOLE,
         dtype: Any = jnp.float32,
         split_weights: bool = False,
+        ops: SamplerOps | None = None,
     ):
         """A sampler of `slots` rows of `max_length` tokens.
 
@@ -73,34 +75,36 @@ class Engine:
             pause_ids: they end a step with NEEDS_RETRIEVAL. stop_ids: with DONE.
             dtype: of keys and values.
             split_weights: see `CachedDecoder.shardings`.
+            ops: None: the fastest on the mesh's devices.
         """
         self.mesh, self.slots, self.max_length = mesh, slots, max_length
         self.rows = Rows.empty(slots, max_length)
         self._starts = np.zeros(slots, np.int32)  # length of each row's context
-        cache_of = traced_on(mesh, functools.partial(KVCache.init, config, slots, padded(max_length), dtype))
+        ops = SamplerOps.of(mesh) if ops is None else ops
+        cache_of = functools.partial(KVCache.init, config, slots, padded(max_length), dtype, ops)
         cache = jax.eval_shape(cache_of)
         self._shardings = DecodeState(cache=cache.shardings(mesh), rows=batch_shardings(mesh, self.rows))
         self._cache = jax.jit(cache_of, out_shardings=self._shardings.cache)()
         self.stop_at(pause_ids, stop_ids)
 
         def load(params: Any) -> CachedDecoder:
-            decoder = jax.tree.map(jnp.copy, CachedDecoder.of(nnx.merge(graphdef, params)))
+            decoder = jax.tree.map(jnp.copy, CachedDecoder.of(nnx.merge(graphdef, params), ops))
             return jax.lax.with_sharding_constraint(decoder, decoder.shardings(mesh, split_weights))
 
         self._load = jax.jit(load)
         whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
         self._ways = batch_ways(mesh, slots)
-        self._prefill_shapes = CPU_SHAPES if jax.default_backend() == "cpu" else ACCELERATOR_SHAPES
+        self._prefill_shapes = CPU_SHAPES if ops.target.is_cpu else ACCELERATOR_SHAPES
         self._windows = windows(cache, mesh, max_length)
         self._decode = jax.jit(
-            traced_on(mesh, functools.partial(decode, truncation=truncation)),
+            functools.partial(decode, truncation=truncation),
             static_argnames="positions",
             donate_argnums=1,  # the cache; rows come back whole, in another layout
             out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
         )
-        self._prefill = jax.jit(traced_on(mesh, prefill), donate_argnums=1, out_shardings=self._shardings.cache)
+        self._prefill = jax.jit(prefill, donate_argnums=1, out_shardings=self._shardings.cache)
         self._copy = jax.jit(copy, donate_argnums=0, out_shardings=self._shardings.cache)
-        self._is_warm = False
+        self._needs_warm_up = not ops.target.is_cpu
         self.num_prefilled = 0  # tokens, padding not counted
         self.num_sampled = 0
 
@@ -125,7 +129,7 @@ class Engine:
         On an accelerator, where each program takes seconds to compile, the first call compiles all of them.
         """
         decoder = self._load(params)
-        if not self._is_warm and jax.default_backend() != "cpu":
+        if self._needs_warm_up:
             self.warm_up(decoder)
         return decoder
 
@@ -141,7 +145,7 @@ class Engine:
             calls.append(functools.partial(self._decode.lower, decoder, self._cache, *args, positions=window.positions))
         with ThreadPoolExecutor(len(calls)) as pool:
             list(pool.map(lambda lower: lower().compile(), calls))  # jit finds them there
-        self._is_warm = True
+        self._needs_warm_up = False
 
     def reset(self) -> None:
         """Forget all rows; needed when the parameters change, for the cache is then stale."""
@@ -275,11 +279,6 @@ class Engine:
         return sorted({min(per_device, total // width) for total in self._prefill_shapes.totals})
 
 
-def is_read_in_place(cache: KVCache, mesh: Mesh) -> bool:
-    """See `LayerCache.is_read_in_place`; of a cache on such devices."""
-    return traced_on(mesh, lambda: cache.is_read_in_place)()
-
-
 class Window(NamedTuple):
     """The part of the cache that a decode call works on."""
 
@@ -294,7 +293,7 @@ def windows(cache: KVCache, mesh: Mesh, max_length: int) -> list[Window]:
     cache that is read in place all positions, and three quarters of the rows, too: what write while others search.
     Where rows are split over devices, all rows: fewer would have to move.
     """
-    slots, is_in_place = cache.num_rows, is_read_in_place(cache, mesh)
+    slots, is_in_place = cache.num_rows, cache.is_read_in_place
     shares = (1,) if is_in_place else SPAN_SHARES
     parts = {padded(-(-max_length // share)) for share in shares}
     spans = sorted(part for part in parts if part >= min(MIN_SPAN, padded(max_length)))
@@ -389,7 +388,9 @@ def decode(
         last = jnp.take_along_axis(rows.tokens, rows.lengths[:, None] - 1, axis=1)
         read = jnp.where(rows.status == RowStatus.ACTIVE, places, state.cache.num_rows) if is_in_place else None
         cache, hidden = decoder.extend(state.cache, last, rows.lengths - 1, read)
-        token, logprob, logprob_t1 = sample(decoder.logits(hidden[:, 0]), rows, truncation)
+        token, logprob, logprob_t1 = sample(
+            decoder.logits(hidden[:, 0]), rows, truncation, decoder.ops.target.can_branch
+        )
         return number + 1, DecodeState(cache, append(rows, token, logprob, logprob_t1, stops, pauses))
 
     part = cache if is_in_place else cache.take(some, positions)
@@ -397,13 +398,15 @@ def decode(
     return state if is_in_place else DecodeState(cache.put(some, state.cache), state.rows)
 
 
-def sample(logits_BV: jax.Array, rows: Rows, truncation: Truncation) -> tuple[jax.Array, jax.Array, jax.Array]:
+def sample(
+    logits_BV: jax.Array, rows: Rows, truncation: Truncation, can_branch: bool = True
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draw a token per row; returns (token, log-probability as sampled, untruncated at temperature 1), [B].
 
     A greedy row (temperature 0) is scored at temperature 1, at which it is trained.
     """
     temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
-    sampled_BV = truncate(logits_BV, temperature, truncation)
+    sampled_BV = truncate(logits_BV, temperature, truncation, can_branch=can_branch)
     largest_B = jnp.max(sampled_BV, axis=1)
     weights_BV = jax.lax.optimization_barrier(jnp.exp(sampled_BV - largest_B[:, None]))  # once for all who read them
 

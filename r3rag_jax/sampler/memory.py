@@ -18,10 +18,11 @@ from jax.sharding import Mesh
 
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.parallel.mesh import traced_on
 from r3rag_jax.parallel.shardings import batch_ways
-from r3rag_jax.sampler.cache import KVCache, padded
-from r3rag_jax.sampler.engine import is_read_in_place, windows
+from r3rag_jax.sampler.cache.base import padded
+from r3rag_jax.sampler.cache.kv_cache import KVCache
+from r3rag_jax.sampler.engine import windows
+from r3rag_jax.sampler.ops import SamplerOps
 
 GIB = 2**30
 
@@ -76,9 +77,9 @@ def plan(
     """The plan of a phase: `parts` as `bytes_per_device` counts them, and the cache of such an `Engine`."""
     slot, ways = 0, batch_ways(mesh, slots)
     if decoder is not None:
-        cache_of = functools.partial(traced_on(mesh, KVCache.init), decoder, dtype=dtype)
+        cache_of = functools.partial(KVCache.init, decoder, dtype=dtype, ops=SamplerOps.of(mesh))
         whole = jax.eval_shape(functools.partial(cache_of, slots, padded(max_length)))
-        taken = [] if is_read_in_place(whole, mesh) else windows(whole, mesh, max_length)[:-1]
+        taken = [] if whole.is_read_in_place else windows(whole, mesh, max_length)[:-1]
         copied = max((window.rows * window.positions for window in taken), default=0)
         positions = padded(max_length) + -(-copied // slots)
         one = jax.eval_shape(functools.partial(cache_of, 1, positions))

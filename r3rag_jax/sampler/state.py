@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from r3rag_jax.sampler.cache import KVCache
+from r3rag_jax.sampler.cache.kv_cache import KVCache
 
 
 class RowStatus(enum.IntEnum):

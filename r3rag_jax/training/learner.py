@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding
 from r3rag_jax.config import ModelConfig, RLConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
 from r3rag_jax.models.lora import join
-from r3rag_jax.parallel.mesh import collectives_race, platform, traced_on
 from r3rag_jax.parallel.shardings import (
     batch_ways,
     device_put_batch,
@@ -29,17 +28,10 @@ from r3rag_jax.parallel.shardings import (
     replicated,
     tree_shardings,
 )
+from r3rag_jax.parallel.target import ONE_CPU, Target
 from r3rag_jax.rl.advantages import estimate, whiten_rewards
-from r3rag_jax.rl.losses import (
-    chunked_logprobs,
-    cross_entropy,
-    kl_penalty,
-    loss_mean,
-    masked_mean,
-    ppo_policy_loss,
-    truncated_weights,
-    value_loss,
-)
+from r3rag_jax.rl.losses import kl_penalty, loss_mean, masked_mean, ppo_policy_loss, truncated_weights, value_loss
+from r3rag_jax.rl.token_losses import chunked_logprobs, cross_entropy
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
 from r3rag_jax.types import SFTBatch, TrainBatch, TrajectoryTable
 
@@ -101,10 +93,10 @@ class Critic(nnx.Module):
         self.decoder = decoder
         self.head = nnx.Param(jnp.zeros((hidden_size,), jnp.float32))
 
-    def __call__(self, batch: TrainBatch, policy_hidden: jax.Array, remat: str) -> jax.Array:
+    def __call__(self, batch: TrainBatch, policy_hidden: jax.Array, remat: str, target: Target) -> jax.Array:
         hidden = policy_hidden
         if self.decoder is not None:
-            hidden = _hidden(self.decoder, batch, remat)
+            hidden = _hidden(self.decoder, batch, remat, target)
         return hidden.astype(jnp.float32) @ self.head[...]
 
 
@@ -124,21 +116,28 @@ def init_state(mesh: Mesh, params: Any, tx: optax.GradientTransformationExtraArg
 
 
 def sft_loss(
-    graphdef: Any, params: Any, batch: SFTBatch, remat: str, frozen: Any = None, part: Part = WHOLE_BATCH
+    graphdef: Any,
+    params: Any,
+    batch: SFTBatch,
+    remat: str,
+    frozen: Any = None,
+    part: Part = WHOLE_BATCH,
+    target: Target = ONE_CPU,
 ) -> tuple[jax.Array, Metrics]:
     """Token-mean cross-entropy of the tokens in loss_mask. `frozen`: see `lora.Parts`.
 
     Of a part of a batch, what it adds to the loss and to the metrics of the whole.
     """
     policy = join(graphdef, params, frozen)
-    hidden = _previous(policy(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids, remat=remat))
+    hidden = _hidden(policy, batch, remat, target)
     loss, accuracy = cross_entropy(
         hidden,
         policy.output_weight(),
         batch.tokens,
         batch.loss_mask,
-        chunk=_loss_chunk(),
+        chunk=_loss_chunk(target),
         tied=policy.config.tie_embeddings,
+        target=target,
     )
     loss, accuracy = loss * part.tokens, accuracy * part.tokens
     return loss, {"loss": loss, "accuracy": accuracy}
@@ -155,6 +154,7 @@ def rl_loss(
     frozen: dict[str, Any] | None = None,
     kl: jax.Array | float | None = None,
     part: Part = WHOLE_BATCH,
+    target: Target = ONE_CPU,
 ) -> tuple[jax.Array, Metrics]:
     """Clipped surrogate + KL - entropy bonus, each by `loss_mean`, + value loss (arXiv 1707.06347, eq. 9).
 
@@ -164,7 +164,7 @@ def rl_loss(
     the metrics of the whole, but for `sampler_gap`.
     """
     modules, mask = _modules(graphdefs, params, frozen), batch.loss_mask
-    logprobs, entropy, hidden = _logprobs(modules["policy"], batch, remat, truncation)
+    logprobs, entropy, hidden = _logprobs(modules["policy"], batch, remat, truncation, target)
     shares = jnp.zeros_like(logprobs) if targets.shares is None else targets.shares
     share = part.tokens if config.loss_aggregation == "token" else part.sequences
 
@@ -190,7 +190,7 @@ def rl_loss(
         loss = loss + (config.kl.coef if kl is None else kl) * metrics["kl_loss"]
     if "critic" in modules:
         assert targets.old_values is not None and targets.returns is not None
-        values = modules["critic"](batch, hidden, remat)
+        values = modules["critic"](batch, hidden, remat, target)
         error = value_loss(values, targets.old_values, targets.returns, mask, clip=config.critic.value_clip)
         metrics["value_loss"] = part.tokens * error
         loss = loss + config.critic.value_coef * metrics["value_loss"]
@@ -203,12 +203,13 @@ def make_sft_step(
     mesh: Mesh, graphdef: Any, tx: optax.GradientTransformationExtraArgs, model: ModelConfig, state: TrainState
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted SFT update, (state, batch, frozen) -> (state, metrics); the state is donated."""
+    target = Target.of(mesh)
 
     def step(state: TrainState, batch: SFTBatch, frozen: Any = None) -> tuple[TrainState, Metrics]:
         def loss(params: Any, batch: SFTBatch, part: Part) -> tuple[jax.Array, Metrics]:
-            return sft_loss(graphdef, params, batch, model.remat, frozen, part)
+            return sft_loss(graphdef, params, batch, model.remat, frozen, part, target)
 
-        return _update(loss, tx, state, 1.0, _parts(mesh, (batch,), model.micro_tokens))
+        return _update(loss, tx, state, 1.0, _parts(mesh, (batch,), model.micro_tokens), target)
 
     return _jit_step(mesh, step, state)
 
@@ -223,14 +224,15 @@ def make_rl_step(
     truncation: Truncation = WHOLE,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted RL update, (state, batch, targets, lr_scale, frozen, kl) -> (state, metrics); the state is donated."""
+    target = Target.of(mesh)
 
     def step(
         state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array, frozen: Any = None, kl: Any = None
     ) -> tuple[TrainState, Metrics]:
         def loss(params: Any, batch: TrainBatch, targets: Targets, part: Part) -> tuple[jax.Array, Metrics]:
-            return rl_loss(graphdefs, params, batch, targets, config, model.remat, truncation, frozen, kl, part)
+            return rl_loss(graphdefs, params, batch, targets, config, model.remat, truncation, frozen, kl, part, target)
 
-        return _update(loss, tx, state, lr_scale, _parts(mesh, (batch, targets), model.micro_tokens))
+        return _update(loss, tx, state, lr_scale, _parts(mesh, (batch, targets), model.micro_tokens), target)
 
     return _jit_step(mesh, step, state)
 
@@ -250,20 +252,22 @@ def make_scorer(
     that of the sampled tokens under whoever sampled them.
     """
 
+    target = Target.of(mesh)
+
     def score(params: Any, ref_params: Any, batch: TrainBatch, frozen: Any = None) -> tuple[Scored, Metrics]:
         modules, mask = _modules(graphdefs, params, frozen), batch.loss_mask
         values = penalties = ref_logprobs = old_logprobs = weights = hidden = None
         metrics: Metrics = {}
         if config.max_importance_weight > 0:
-            old_logprobs, _, hidden = _logprobs(modules["policy"], batch, "none", truncation)
+            old_logprobs, _, hidden = _logprobs(modules["policy"], batch, "none", truncation, target)
             most = config.max_importance_weight
             weights, stats = truncated_weights(old_logprobs, batch.behaviour_logprobs, mask, most)
             metrics |= stats
         if "critic" in modules:
-            hidden = _hidden(modules["policy"], batch, "none") if hidden is None else hidden
-            values = modules["critic"](batch, hidden, "none")
+            hidden = _hidden(modules["policy"], batch, "none", target) if hidden is None else hidden
+            values = modules["critic"](batch, hidden, "none", target)
         if config.kl.coef > 0:
-            ref_logprobs, _, _ = _logprobs(nnx.merge(reference, ref_params), batch, "none", truncation)
+            ref_logprobs, _, _ = _logprobs(nnx.merge(reference, ref_params), batch, "none", truncation, target)
             metrics["kl"] = masked_mean(kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1"), mask)
             if config.kl.placement == "reward":
                 penalties = kl_penalty(batch.behaviour_logprobs, ref_logprobs, config.kl.estimator)
@@ -271,7 +275,7 @@ def make_scorer(
         return Scored(values, penalties, ref_logprobs, old_logprobs, weights), metrics
 
     # Whole on every device: credit flows between rows.
-    return jax.jit(traced_on(mesh, score), out_shardings=replicated(mesh))
+    return jax.jit(score, out_shardings=replicated(mesh))
 
 
 def make_estimator(
@@ -314,7 +318,7 @@ def make_estimator(
             targets = [dataclasses.replace(t, shares=s) for t, s in zip(targets, scatter(shares), strict=True)]
         return targets, metrics
 
-    jitted = jax.jit(traced_on(mesh, on_table), static_argnums=3)
+    jitted = jax.jit(on_table, static_argnums=3)
 
     def estimator(
         scored: list[Scored], table: TrajectoryTable, kl: float, shape: tuple[int, int]
@@ -335,31 +339,33 @@ def _modules(graphdefs: dict[str, Any], params: Any, frozen: dict[str, Any] | No
     return {name: join(graphdef, params[name], (frozen or {}).get(name)) for name, graphdef in graphdefs.items()}
 
 
-def _hidden(policy: Decoder, batch: TrainBatch, remat: str) -> jax.Array:
+def _hidden(policy: Decoder, batch: SFTBatch, remat: str, target: Target) -> jax.Array:
     """[B, L, D]: at index t what predicts token t."""
-    return _previous(policy(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids, remat=remat))
+    hidden = policy(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids, remat=remat, target=target)
+    return _previous(hidden)
 
 
 def _logprobs(
-    policy: Decoder, batch: TrainBatch, remat: str, truncation: Truncation
+    policy: Decoder, batch: TrainBatch, remat: str, truncation: Truncation, target: Target
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities and entropies at the sampling temperature, [B, L], and the hidden states they are made of."""
-    hidden = _hidden(policy, batch, remat)
+    hidden = _hidden(policy, batch, remat, target)
     logprobs, entropy = chunked_logprobs(
         hidden,
         policy.output_weight(),
         batch.tokens,
         batch.temperature,
         batch.loss_mask,
-        chunk=_loss_chunk(),
+        chunk=_loss_chunk(target),
         tied=policy.config.tie_embeddings,
+        target=target,
         truncation=truncation,
     )
     return logprobs, entropy, hidden
 
 
-def _loss_chunk() -> int:
-    return LOSS_CHUNK if platform() == "cpu" else ACCELERATOR_LOSS_CHUNK
+def _loss_chunk(target: Target) -> int:
+    return LOSS_CHUNK if target.is_cpu else ACCELERATOR_LOSS_CHUNK
 
 
 def _parts(mesh: Mesh, batch: Any, micro_tokens: int) -> tuple[int, Any]:
@@ -392,7 +398,9 @@ def _sums(batch: SFTBatch | TrainBatch, targets: Targets | None = None) -> Part:
     return Part(jnp.sum(mask, dtype=jnp.float32), shares, gains)
 
 
-def _value_and_grad(loss: Callable[..., Any], params: Any, num_parts: int, batch: Any) -> tuple[Any, Any]:
+def _value_and_grad(
+    loss: Callable[..., Any], params: Any, num_parts: int, batch: Any, target: Target
+) -> tuple[Any, Any]:
     """((loss, metrics), gradients) of a batch, summed over its parts one after the other."""
     of_part = jax.value_and_grad(loss, has_aux=True)
     if num_parts == 1:
@@ -409,7 +417,7 @@ def _value_and_grad(loss: Callable[..., Any], params: Any, num_parts: int, batch
 
     first = jax.tree.map(lambda x: x[0], batch)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_part, params, *first, whole))
-    return jax.lax.scan(add, zeros, batch, unroll=num_parts if collectives_race() else 1)[0]
+    return jax.lax.scan(add, zeros, batch, unroll=1 if target.can_branch else num_parts)[0]
 
 
 def _update(
@@ -418,9 +426,10 @@ def _update(
     state: TrainState,
     lr_scale: Any,
     parts: tuple[int, Any],
+    target: Target,
 ) -> tuple[TrainState, Metrics]:
     """A step; one whose loss or gradient is NaN or infinite changes nothing but the count of steps."""
-    (value, metrics), grads = _value_and_grad(loss, state.params, *parts)
+    (value, metrics), grads = _value_and_grad(loss, state.params, *parts, target)
     metrics["grad_norm"] = optax.tree.norm(grads)
     is_finite = jnp.isfinite(value) & jnp.isfinite(metrics["grad_norm"])
     updates, opt_state = tx.update(grads, state.opt_state, state.params, is_finite=is_finite)
@@ -433,7 +442,7 @@ def _update(
 
 def _jit_step(mesh: Mesh, step: Callable[..., Any], state: TrainState) -> Callable[..., Any]:
     shardings = tree_shardings(mesh, state, PARAM_AXES)
-    return jax.jit(traced_on(mesh, step), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
 def _previous(hidden_BLD: jax.Array) -> jax.Array:

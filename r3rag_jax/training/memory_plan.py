@@ -16,6 +16,7 @@ from r3rag_jax.parallel.shardings import batch_ways, tree_shardings
 from r3rag_jax.rewards.judge.factory import judge_memory
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.memory import MemoryPlan, bytes_per_device, plan
+from r3rag_jax.sampler.ops import SamplerOps
 from r3rag_jax.training import learner, optimizer
 
 
@@ -59,7 +60,7 @@ def plan_memory(components: Components, phase: str) -> list[MemoryPlan]:
     if phase == "sft":
         return [plan(mesh, parts)]
     rollout, sampler_mesh = config.rollout, components.sampler_mesh
-    policy = jax.eval_shape(lambda: CachedDecoder.of(components.policy.new_decoder()))
+    policy = jax.eval_shape(lambda: CachedDecoder.of(components.policy.new_decoder(), SamplerOps.of(sampler_mesh)))
     own = {"policy of rollouts": bytes_per_device(policy, policy.shardings(sampler_mesh, rollout.shard_weights))}
     if sampler_mesh is mesh:
         own = parts | own

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 
 from r3rag_jax.config import KLConfig, MeshConfig, ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.attention import attention
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
-from r3rag_jax.parallel.mesh import AXES, make_mesh, traced_on
+from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.parallel.shardings import batch_shardings, device_put_batch, device_put_global, tree_shardings
+from r3rag_jax.parallel.target import Target
 from r3rag_jax.training import learner, optimizer
 from r3rag_jax.types import SFTBatch, TrainBatch
 
@@ -90,11 +91,9 @@ def test_on_its_hardware_in_bfloat16(implementation: str, backend: str) -> None:
     ],
 )
 def test_the_wrong_hardware_is_refused(implementation: str, platform: str, message: str) -> None:
-    device = AbstractDevice(device_kind="any", num_cores=None, platform=platform)
-    mesh = AbstractMesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, abstract_device=device)
     q = jnp.zeros((1, 2, 2, 8))
-    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(UserError, match=message):
-        attention(q, q, q, implementation=implementation)
+    with pytest.raises(UserError, match=message):
+        attention(q, q, q, implementation=implementation, target=Target(platform))
 
 
 # ----------------------------------------------------------------------------- the training steps, on a mesh
@@ -118,9 +117,10 @@ def policy(implementation: str) -> tuple[Any, Any]:
 def test_one_answer_on_a_mesh_under_scan_and_remat() -> None:
     def loss_and_gradients(mesh: Mesh, implementation: str) -> Any:
         graphdef, params = policy(implementation)
-        loss = jax.value_and_grad(lambda params, batch: learner.sft_loss(graphdef, params, batch, "full")[0])
+        target = Target.of(mesh)
+        loss = jax.value_and_grad(lambda p, batch: learner.sft_loss(graphdef, p, batch, "full", target=target)[0])
         params = device_put_global(params, tree_shardings(mesh, params, PARAM_AXES))
-        return jax.device_get(jax.jit(traced_on(mesh, loss))(params, device_put_batch(mesh, batch())))
+        return jax.device_get(jax.jit(loss)(params, device_put_batch(mesh, batch())))
 
     one = jax.make_mesh((1, 1, 1), AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
     many = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))

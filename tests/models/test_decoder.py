@@ -15,7 +15,7 @@ from r3rag_jax.models.attention import attention
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shapes, rope_frequencies
 from r3rag_jax.parallel.mesh import make_mesh
-from r3rag_jax.sampler.cache import KVCache
+from r3rag_jax.sampler.cache.kv_cache import KVCache
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 
 TINY = DecoderConfig(

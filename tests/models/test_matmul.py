@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r3rag_jax.models import matmul as module
 from r3rag_jax.models.decoder import rms_norm
-from r3rag_jax.models.matmul import adapted_matmul, matmul, turned
-from r3rag_jax.sampler.matmul import by_rows
+from r3rag_jax.models.matmul import adapted_matmul, matmul, transpose_copy
+from r3rag_jax.parallel.target import ONE_CPU, Target
+from r3rag_jax.sampler.ops import SamplerOps
 
 BOUNDS = {"float32": 2e-6, "bfloat16": 1e-2}
 
@@ -40,11 +41,11 @@ def values_and_gradients(function: Any, *args: jax.Array) -> tuple[jax.Array, ..
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("widths", [(16, 24), (24, 16)])
-def test_matmul(widths: tuple[int, int], dtype: str, platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "platform", lambda: platform)
+def test_matmul(widths: tuple[int, int], dtype: str, platform: str) -> None:
+    ours = functools.partial(matmul, target=Target(platform))
     x, w = draw(2, 5, widths[0], dtype=dtype), draw(*widths, dtype=dtype, seed=1)
     plain = lambda x, w: jnp.matmul(x.astype("float32"), w.astype("float32")).astype(dtype)  # noqa: E731
-    for found, expected in zip(values_and_gradients(matmul, x, w), values_and_gradients(plain, x, w), strict=True):
+    for found, expected in zip(values_and_gradients(ours, x, w), values_and_gradients(plain, x, w), strict=True):
         assert_close(found, expected, BOUNDS[dtype])
 
 
@@ -56,7 +57,10 @@ def test_adapted_matmul(dtype: str) -> None:
         x, w, a, b = (y.astype("float32") for y in (x, w, a, b))
         return (x @ (w + a @ b)).astype(dtype)
 
-    both = values_and_gradients(adapted_matmul, *args), values_and_gradients(plain, *args)
+    both = (
+        values_and_gradients(functools.partial(adapted_matmul, target=ONE_CPU), *args),
+        values_and_gradients(plain, *args),
+    )
     for found, expected in zip(*both, strict=True):
         assert_close(found, expected, BOUNDS[dtype])
 
@@ -64,25 +68,22 @@ def test_adapted_matmul(dtype: str) -> None:
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("shape", [(1, 1), (4, 1), (3, 5), (2, 20)])
-def test_by_rows_whichever_factor_comes_first(
-    shape: tuple[int, ...], dtype: str, platform: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "platform", lambda: platform)
+def test_products_of_few_rows_whichever_factor_comes_first(shape: tuple[int, ...], dtype: str, platform: str) -> None:
     x, w = draw(*shape, 16, dtype=dtype), draw(24, 16, dtype=dtype, seed=1)
     expected = x.astype("float32") @ w.astype("float32").T
-    assert_close(jax.jit(by_rows)(x, w), expected, 2e-6)
+    assert_close(jax.jit(SamplerOps(Target(platform)).multiply)(x, w), expected, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_turned_is_transposed_and_differentiable(dtype: str) -> None:
+def test_a_transposed_copy_is_differentiable(dtype: str) -> None:
     x = draw(3, 4, 5, dtype=dtype)
-    np.testing.assert_array_equal(turned(x).astype("float32"), jnp.swapaxes(x, 1, 2).astype("float32"))
+    np.testing.assert_array_equal(transpose_copy(x, ONE_CPU).astype("float32"), jnp.swapaxes(x, 1, 2).astype("float32"))
     weights = draw(3, 5, 4, dtype=dtype, seed=1)
-    found = jax.jit(jax.grad(lambda x: jnp.sum((turned(x) * weights).astype("float32"))))(x)
+    found = jax.jit(jax.grad(lambda x: jnp.sum((transpose_copy(x, ONE_CPU) * weights).astype("float32"))))(x)
     np.testing.assert_array_equal(found.astype("float32"), jnp.swapaxes(weights, 1, 2).astype("float32"))
 
 
-def test_what_is_turned_in_bfloat16_is_written_anew_on_a_cpu() -> None:
+def test_a_transposed_bfloat16_factor_is_copied_on_a_cpu() -> None:
     """If XLA read the old layout, it would widen both factors; such a product has a float32 copy of each."""
     x, w = draw(256, 512, dtype="bfloat16"), draw(256, 512, dtype="bfloat16")
 
@@ -90,7 +91,7 @@ def test_what_is_turned_in_bfloat16_is_written_anew_on_a_cpu() -> None:
         product = jax.jit(lambda x, w: jnp.matmul(x, turn(w), preferred_element_type=jnp.float32))
         return int(product.lower(x, w).compile().memory_analysis().temp_size_in_bytes)
 
-    assert temporaries(turned) < temporaries(lambda w: w.T)
+    assert temporaries(functools.partial(transpose_copy, target=ONE_CPU)) < temporaries(lambda w: w.T)
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
@@ -102,6 +103,6 @@ def test_rms_norm(shape: tuple[int, ...], dtype: str) -> None:
         y = x.astype(jnp.float32)
         return (y / jnp.sqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-5) * scale).astype(dtype)
 
-    ours = values_and_gradients(lambda x, scale: rms_norm(x, scale, 1e-5), x, scale)
+    ours = values_and_gradients(lambda x, scale: rms_norm(x, scale, 1e-5, ONE_CPU), x, scale)
     for found, expected in zip(ours, values_and_gradients(plain, x, scale), strict=True):
         assert_close(found, expected, BOUNDS[dtype])

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from r3rag_jax.rl.losses import (
     adapted_kl,
-    chunked_logprobs,
-    cross_entropy,
     kl_penalty,
     loss_mean,
     masked_mean,
@@ -20,6 +18,7 @@ from r3rag_jax.rl.losses import (
     truncated_weights,
     value_loss,
 )
+from r3rag_jax.rl.token_losses import chunked_logprobs, cross_entropy
 from r3rag_jax.sampler.distribution import Truncation
 
 NUM_ROWS, NUM_TOKENS, WIDTH, VOCAB = 2, 13, 8, 31

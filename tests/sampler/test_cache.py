@@ -14,9 +14,11 @@ from hypothesis import given
 
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.parallel.mesh import make_mesh
-from r3rag_jax.sampler import cache as cache_module
-from r3rag_jax.sampler.cache import KEY_BLOCK, KVCache, LayerCache, quantize
+from r3rag_jax.sampler.cache.base import KEY_BLOCK
+from r3rag_jax.sampler.cache.kv_cache import KVCache, make_layer_cache
+from r3rag_jax.sampler.cache.xla import AttendBlocks, quantize
 from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.sampler.ops import XLA_ON_ONE_CPU
 from r3rag_jax.types import Context
 
 CONFIG = tiny.decoder().config
@@ -48,7 +50,7 @@ def test_attention_in_eight_bits():
     positions = jnp.array([[0, 1, 2], [3, 4, 5]])
     outs = []
     for dtype in (jnp.float32, jnp.int8):
-        cache = LayerCache.init(CONFIG, B, S, dtype).write(k, v, positions)
+        cache = make_layer_cache(CONFIG, B, S, dtype, XLA_ON_ONE_CPU).write(k, v, positions)
         outs.append(cache.attend(q, positions))
     assert outs[1].dtype == jnp.float32
     difference = jnp.linalg.norm(outs[0] - outs[1]) / jnp.linalg.norm(outs[0])
@@ -61,19 +63,19 @@ def test_attention_in_eight_bits():
     ("C", "S", "sizes"),
     [(4, 300, ((64, 64), (60, 150), (150, 128))), (4, 320, ((64, 32), (32, 160), (256, 128))), (1, 320, ())],
 )
-def test_block_by_block_equals_at_once(monkeypatch, dtype, last, C, S, sizes):
+def test_block_by_block_equals_at_once(dtype, last, C, S, sizes):
     """Whatever the blocks, and where the last one is not whole; of some rows as of all. Against keys that lie whole."""
     B, K, H = 4, CONFIG.num_kv_heads, CONFIG.head_dim
     keys = jax.random.split(jax.random.key(1), 3)
     k, v = (3 * jax.random.normal(key, (B, S, K, H)) for key in keys[:2])
-    cache = LayerCache.init(CONFIG, B, S, dtype).write(k, v, jnp.tile(jnp.arange(S), (B, 1)))
+    cache = make_layer_cache(CONFIG, B, S, dtype, XLA_ON_ONE_CPU).write(k, v, jnp.tile(jnp.arange(S), (B, 1)))
     assert cache.k.shape == ((B, K, S // KEY_BLOCK, H, KEY_BLOCK) if S % KEY_BLOCK == 0 else (B, K, 1, H, S))
     whole = dataclasses.replace(cache, k=jnp.moveaxis(cache.k, 2, 3).reshape(B, K, 1, H, S))
     q = jax.random.normal(keys[2], (2, C, CONFIG.num_heads, H))
     rows, positions = jnp.array([3, 1]), jnp.maximum(jnp.array(last)[:, None] - jnp.arange(C), 0)
     outs = [whole.attend(q, positions, rows)]
     for common, others in ((S, S), *sizes):
-        monkeypatch.setattr(cache_module, "CPU_BLOCKS", cache_module.AttendBlocks(common, others))
+        cache = dataclasses.replace(cache, blocks=AttendBlocks(common, others))
         outs.append(cache.attend(q, positions, rows))
         of_all = cache.attend(q[jnp.array([1, 1, 0, 0])], positions[jnp.array([1, 1, 0, 0])])
         np.testing.assert_allclose(of_all[jnp.array([3, 1])], outs[-1], rtol=1e-6, atol=1e-6)
@@ -81,9 +83,9 @@ def test_block_by_block_equals_at_once(monkeypatch, dtype, last, C, S, sizes):
         np.testing.assert_allclose(out, outs[0], rtol=1e-5, atol=1e-2 if dtype == jnp.bfloat16 else 1e-5)
 
 
-def test_rows_that_there_are_not_are_written_nowhere():
+def test_out_of_range_rows_are_not_written():
     B, K, H = 2, CONFIG.num_kv_heads, CONFIG.head_dim
-    cache = LayerCache.init(CONFIG, B, 8, jnp.float32)
+    cache = make_layer_cache(CONFIG, B, 8, jnp.float32, XLA_ON_ONE_CPU)
     new = jnp.ones((3, 2, K, H))
     after = cache.write(new, new, jnp.tile(jnp.array([4, 5]), (3, 1)), jnp.array([1, 2, 3]))
     assert not after.v[0].any() and (after.v[1, :, 4:6] == 1).all() and after.v.sum() == 2 * K * H

@@ -18,26 +18,34 @@ from flax import nnx
 
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.models.decoder import Decoder
-from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh, traced_on
-from r3rag_jax.sampler.cache import LayerCache
+from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
+from r3rag_jax.parallel.target import ONE_CPU, Target
+from r3rag_jax.sampler.cache.cpu_kernels import KernelLayerCache
+from r3rag_jax.sampler.cache.kv_cache import make_layer_cache
 from r3rag_jax.sampler.engine import Engine
-from r3rag_jax.sampler.kernels.cpu import operations as cpu_kernels
-from r3rag_jax.sampler.matmul import by_rows
+from r3rag_jax.sampler.kernels.cpu import build
+from r3rag_jax.sampler.kernels.cpu.kernels import CPUKernels, are_missing, load_kernels
+from r3rag_jax.sampler.ops import SamplerOps
 from r3rag_jax.types import Context
 
 CONFIG = dataclasses.replace(tiny.decoder().config, head_dim=16, num_heads=6, num_kv_heads=2, hidden_size=64)
 needs_compiler = pytest.mark.skipif(
-    cpu_kernels._compiler() is None, reason=f"needs a C++ compiler: {', '.join(cpu_kernels.COMPILERS)} or $CXX"
+    build.find_compiler() is None, reason=f"needs a C++ compiler: {', '.join(build.COMPILERS)} or $CXX"
 )
 PRECISION = {jnp.float32: 2e-5, jnp.bfloat16: 2.0**-8}  # of a result, relative: its rounding or that of sums
+
+
+def ops() -> SamplerOps:
+    """With the kernels of the compiler that $CXX names at this moment."""
+    return SamplerOps(ONE_CPU, load_kernels(ONE_CPU))
 
 
 @pytest.fixture
 def unknown() -> Iterator[None]:
     """Whether there are kernels is not known, before and after."""
-    cpu_kernels._build.cache_clear()
+    build.build_name.cache_clear()
     yield
-    cpu_kernels._build.cache_clear()
+    build.build_name.cache_clear()
     jax.clear_caches()
 
 
@@ -67,11 +75,11 @@ def test_attention(dtype: Any, held: Any, H: int, N: int, K: int, C: int, last: 
     S, config = 320, dataclasses.replace(CONFIG, head_dim=H, num_heads=N, num_kv_heads=K)
     keys = jax.random.split(jax.random.key(C + H), 3)
     k, v = (3 * jax.random.normal(key, (4, S, K, H), held) for key in keys[:2])
-    cache = LayerCache.init(config, 4, S, held).write(k, v, jnp.tile(jnp.arange(S), (4, 1)))
+    cache = make_layer_cache(config, 4, S, held, ops()).write(k, v, jnp.tile(jnp.arange(S), (4, 1)))
     q = jax.random.normal(keys[2], (3, C, N, H), dtype)
     positions, rows = np.maximum(np.array(last)[:, None] - np.arange(C)[::-1], 0), np.array([3, 0, 1])
-    assert cache.is_read_in_place
-    found = jax.jit(LayerCache.attend)(cache, q, positions, rows)
+    assert isinstance(cache, KernelLayerCache)
+    found = jax.jit(lambda cache, *args: cache.attend(*args))(cache, q, positions, rows)
     assert found.dtype == dtype
     expected = exact_attention(k, v, q, positions, rows)
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=PRECISION[dtype], atol=2e-5)
@@ -83,7 +91,7 @@ def test_attention_of_large_scores_and_of_rows_that_there_are_not() -> None:
     config = dataclasses.replace(CONFIG, num_heads=2, num_kv_heads=2)
     k = jnp.zeros((2, 64, 2, 16)).at[:, 40].set(100.0)
     v = jnp.broadcast_to(jnp.arange(64.0)[:, None, None], (2, 64, 2, 16))
-    cache = LayerCache.init(config, 2, 64, jnp.float32).write(k, v, jnp.tile(jnp.arange(64), (2, 1)))
+    cache = make_layer_cache(config, 2, 64, jnp.float32, ops()).write(k, v, jnp.tile(jnp.arange(64), (2, 1)))
     q = jnp.stack([jnp.full((2, 16), 50.0), jnp.full((2, 16), -50.0), jnp.zeros((2, 16))])[None]
     found = cache.attend(jnp.tile(q, (2, 1, 1, 1)), jnp.full((2, 3), 63), jnp.array([1, 7]))
     others = (63 * 64 / 2 - 40) / 63
@@ -96,7 +104,7 @@ def test_attention_of_large_scores_and_of_rows_that_there_are_not() -> None:
 def test_writing_drops_what_has_no_place_and_needs_no_copy(dtype: Any) -> None:
     """Positions and rows that there are not; the cache's memory is the same before and after, if it is donated."""
     S, K, H = 64, CONFIG.num_kv_heads, CONFIG.head_dim
-    cache = LayerCache.init(CONFIG, 3, S, dtype)
+    cache = make_layer_cache(CONFIG, 3, S, dtype, ops())
     cache = dataclasses.replace(cache, k=cache.k + 7, v=cache.v + 7)
     new = jnp.arange(1.0, 3 * 2 * K * H + 1).reshape(3, 2, K, H).astype(dtype)
     positions, rows = jnp.array([[31, 32], [63, 64], [5, 6]]), jnp.array([2, 0, 3])
@@ -119,8 +127,8 @@ def test_products(dtype: Any, num_rows: int, width: int, outs: int) -> None:
     """Whole tiles and rests of them; a bfloat16 product is exact, its sum is float32."""
     x = jax.random.normal(jax.random.key(0), (num_rows, width), dtype)
     w = jax.random.normal(jax.random.key(1), (outs, width), dtype)
-    assert cpu_kernels.can_multiply(x, w)
-    found, exact = jax.jit(by_rows)(x, w), np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    assert ops().kernels.can_multiply(x, w)
+    found, exact = jax.jit(ops().multiply)(x, w), np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5 * width**0.5)
 
@@ -136,20 +144,19 @@ def test_products(dtype: Any, num_rows: int, width: int, outs: int) -> None:
 )
 def test_what_they_do_not_take(x: tuple[Any, ...], w: tuple[Any, ...]) -> None:
     x, w = (jnp.ones(shape[:2], shape[2]) for shape in (x, w))
-    assert not cpu_kernels.can_multiply(x, w)
-    np.testing.assert_array_equal(by_rows(x, w), x.shape[1])
+    kernels = CPUKernels("any")
+    assert not kernels.can_multiply(x, w)
+    np.testing.assert_array_equal(SamplerOps(ONE_CPU, kernels).multiply(x, w), x.shape[1])
     for head_dim, dtype in ((12, jnp.float32), (16, jnp.int8)):
-        assert not cpu_kernels.can_attend(head_dim, dtype)
+        assert not kernels.can_attend(head_dim, dtype)
 
 
 @needs_compiler
 def test_they_are_for_one_device() -> None:
     mesh = make_mesh(MeshConfig())
     one = make_sampler_mesh(MeshConfig(sampler_devices=1), mesh)
-    asked: list[bool] = []
-    for devices in (mesh, one):
-        jax.eval_shape(traced_on(devices, lambda: asked.append(cpu_kernels.can_attend(16, jnp.float32))))
-    assert asked == [False, True]
+    assert [load_kernels(Target.of(devices)) is not None for devices in (mesh, one)] == [False, True]
+    assert load_kernels(Target("gpu")) is None
 
 
 @needs_compiler
@@ -160,9 +167,9 @@ def test_the_engine_writes_the_same_with_and_without(dtype: Any) -> None:
     mesh = make_sampler_mesh(MeshConfig(sampler_devices=1), make_mesh(MeshConfig()))
     ids = np.random.default_rng(0).integers(20, 260, (8, 400)).tolist()
 
-    def play() -> np.ndarray:
+    def sampled(ops: SamplerOps) -> np.ndarray:
         """[contexts, 2, 20]."""
-        engine = Engine(graphdef, CONFIG, mesh, slots=8, max_length=500, dtype=dtype)
+        engine = Engine(graphdef, CONFIG, mesh, slots=8, max_length=500, dtype=dtype, ops=ops)
         policy, found = engine.load(params), []
         for length, num in ((100, 4), (330, 8), (200, 1)):
             contexts = {
@@ -176,9 +183,8 @@ def test_the_engine_writes_the_same_with_and_without(dtype: Any) -> None:
                 found.append([x[row, end : end + 20].copy() for x in (engine.rows.tokens, engine.rows.logprobs)])
         return np.array(found)
 
-    tokens, logprobs = np.moveaxis(play(), 1, 0)
-    with tiny.xla_alone():
-        their_tokens, their_logprobs = np.moveaxis(play(), 1, 0)
+    tokens, logprobs = np.moveaxis(sampled(SamplerOps.of(mesh)), 1, 0)
+    their_tokens, their_logprobs = np.moveaxis(sampled(SamplerOps(Target.of(mesh))), 1, 0)
     num = 20 if dtype == jnp.float32 else 1  # in bfloat16 a token may differ, and with it all that follow
     is_same = (tokens == their_tokens)[:, :num]
     assert is_same.all() if dtype == jnp.float32 else is_same.mean() > 0.9
@@ -207,11 +213,11 @@ def test_calls_on_three_quarters_of_the_rows_write_what_calls_on_all_do() -> Non
 @needs_compiler
 def test_they_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unknown: None) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    name = cpu_kernels._build()
+    name = build.build_name()
     [made] = (tmp_path / "r3rag_jax" / "kernels").iterdir()
     before = made.stat()
-    cpu_kernels._build.cache_clear()
-    assert cpu_kernels._build() == name == made.stem
+    build.build_name.cache_clear()
+    assert build.build_name() == name == made.stem
     assert made.stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -220,12 +226,12 @@ def test_they_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 @pytest.mark.skipif(host.machine() not in ("x86_64", "AMD64"), reason="options of x86")
 def test_on_a_lesser_machine(monkeypatch: pytest.MonkeyPatch, unknown: None, option: str) -> None:
     """Without bfloat16 instructions, with vectors of eight and of four numbers."""
-    compiler = shlex.join(cpu_kernels._compiler() or [])
-    before = cpu_kernels._build()
+    compiler = shlex.join(build.find_compiler() or [])
+    before = build.build_name()
     monkeypatch.setenv("CXX", f"{compiler} {option}")
-    cpu_kernels._build.cache_clear()
+    build.build_name.cache_clear()
     jax.clear_caches()
-    assert cpu_kernels._build() not in (None, before)
+    assert build.build_name() not in (None, before)
     for dtype in PRECISION:
         for held in PRECISION:
             test_attention(dtype, held, 48, 6, 2, 5, (4, 130, 319))
@@ -235,9 +241,9 @@ def test_on_a_lesser_machine(monkeypatch: pytest.MonkeyPatch, unknown: None, opt
 
 def test_an_empty_name_is_no_compiler(monkeypatch: pytest.MonkeyPatch, unknown: None) -> None:
     monkeypatch.setenv("CXX", "")
-    assert cpu_kernels._build() is None and not cpu_kernels.can_attend(16, jnp.float32)
-    assert cpu_kernels.are_missing()
-    assert not traced_on(make_mesh(MeshConfig()), cpu_kernels.are_missing)()  # several devices have none anyway
+    assert build.build_name() is None and load_kernels(ONE_CPU) is None
+    assert are_missing(ONE_CPU)
+    assert not are_missing(Target.of(make_mesh(MeshConfig())))  # kernels are for one device
 
 
 @pytest.mark.parametrize("is_there", [True, False])
@@ -251,6 +257,6 @@ def test_a_compiler_that_fails_is_named_with_what_it_says(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", f"'{compiler}'")
     told = "out of order" if is_there else ".*No such file"
-    with pytest.warns(RuntimeWarning, match=rf"broken c\+\+' must compile cpu_kernels.cc .*; got {told}"):
-        assert cpu_kernels._build() is None
+    with pytest.warns(RuntimeWarning, match=rf"broken c\+\+' must compile kernels.cc .*; got {told}"):
+        assert build.build_name() is None
     assert not list((tmp_path / "r3rag_jax").rglob("*.so"))

@@ -12,10 +12,12 @@ from r3rag_jax.sampler import distribution
 from r3rag_jax.sampler.distribution import WHOLE, Truncation, truncate
 
 
-def kept(logits, how, target=None, temperature=1.0):
+def kept(logits, how, target=None, temperature=1.0, can_branch=True):
     logits = jnp.asarray(logits, jnp.float32)
     temperature = jnp.full(logits.shape[:-1], temperature)
-    return np.isfinite(jax.jit(functools.partial(truncate, how=how))(logits, temperature, target=target))
+    return np.isfinite(
+        jax.jit(functools.partial(truncate, how=how, can_branch=can_branch))(logits, temperature, target=target)
+    )
 
 
 def by_sorting(logits_V, how, temperature=1.0):
@@ -53,21 +55,20 @@ def test_typed_out(how, expected):
     assert kept(logits[order], how).astype(int).tolist() == np.asarray(expected)[order].tolist()
 
 
-@pytest.mark.parametrize("races", [False, True])
+@pytest.mark.parametrize("can_branch", [True, False])
 @pytest.mark.parametrize("top_p", [1.0, 0.3, 0.95])
 @pytest.mark.parametrize("top_k", [0, 1, 7, 400])
 @pytest.mark.parametrize("min_p", [0.0, 0.05])
-def test_equals_sorting(monkeypatch, min_p, top_k, top_p, races):
+def test_equals_sorting(monkeypatch, min_p, top_k, top_p, can_branch):
     """Rows peaked and flat: a nucleus is found among the candidates, or behind them; every fifth token has a twin."""
     monkeypatch.setattr(distribution, "CANDIDATES", 16)
-    monkeypatch.setattr(distribution, "collectives_race", lambda: races)
     logits = np.random.default_rng(0).normal(size=(6, 500)).astype(np.float32) * np.logspace(-1, 1, 6)[:, None]
     logits[:, ::5] = logits[:, 1::5]
     logits = logits.astype(np.float32)
     how = Truncation(min_p, top_k, top_p)
     for temperature in (1.0, 1.4):
         expected = [by_sorting(row, how, temperature) for row in logits]
-        np.testing.assert_array_equal(kept(logits, how, temperature=temperature), expected)
+        np.testing.assert_array_equal(kept(logits, how, temperature=temperature, can_branch=can_branch), expected)
 
 
 def test_the_target_is_kept_and_gradients_flow_through_what_is():

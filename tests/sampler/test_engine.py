@@ -16,13 +16,15 @@ from r3rag_jax.config import MeshConfig
 from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.parallel.mesh import AXES, make_mesh, make_sampler_mesh
 from r3rag_jax.parallel.shardings import batch_shardings, batch_ways, device_put_batch, replicated
-from r3rag_jax.rl.losses import chunked_logprobs
+from r3rag_jax.rl.token_losses import chunked_logprobs
 from r3rag_jax.sampler import engine as engine_module
-from r3rag_jax.sampler.cache import KEY_BLOCK, KVCache, padded
+from r3rag_jax.sampler.cache.base import KEY_BLOCK, padded
+from r3rag_jax.sampler.cache.kv_cache import KVCache
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
 from r3rag_jax.sampler.engine import Engine, first_largest, invert
 from r3rag_jax.sampler.memory import bytes_per_device
+from r3rag_jax.sampler.ops import SamplerOps
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.types import Context
 
@@ -373,9 +375,10 @@ def test_the_sampler_compiles_for_a_pod(pod, sizes, is_split):
     def place(tree, shardings):
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
-    policy = jax.eval_shape(lambda: CachedDecoder.of(Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))
+    ops = SamplerOps.of(mesh)
+    policy = jax.eval_shape(lambda: CachedDecoder.of(Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16), ops))
     policy = place(policy, policy.shardings(mesh, is_split))
-    cache = jax.eval_shape(lambda: KVCache.init(config, slots, length, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: KVCache.init(config, slots, length, jnp.bfloat16, ops))
     cache = place(cache, cache.shardings(mesh))
     ways = batch_ways(mesh, slots)
     chunk = tuple(jax.ShapeDtypeStruct((ways, 4, *rest), jnp.int32) for rest in ((), (512,), ()))

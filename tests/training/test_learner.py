@@ -17,8 +17,9 @@ from jax.sharding import AxisType, Mesh
 
 from r3rag_jax.config import CriticConfig, KLConfig, MeshConfig, ModelConfig, RLConfig, RolloutConfig, SFTConfig
 from r3rag_jax.models.decoder import PARAM_AXES
-from r3rag_jax.parallel.mesh import AXES, make_mesh, traced_on
+from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, tree_shardings
+from r3rag_jax.parallel.target import Target
 from r3rag_jax.rollout.rollout import Job, Roller, Rules
 from r3rag_jax.sampler import engine as engine_module
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
@@ -168,10 +169,13 @@ def test_rl_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
 def test_parts_add_up_to_the_batch(kind: str, sizes: tuple[int, int, int]) -> None:
     """Loss, metrics and gradients of micro-batches that hold unequal numbers of tokens, trajectories and gains."""
     mesh = one_device() if sizes == (1, 1, 1) else make_mesh(tiny.mesh_config(*sizes))
-    graphdefs, params = parts()
+    target, (graphdefs, params) = Target.of(mesh), parts()
     params = device_put_global(params, tree_shardings(mesh, params, PARAM_AXES))
     if kind == "sft":
-        loss = lambda params, batch, part: learner.sft_loss(graphdefs["policy"], params, batch, "none", part=part)  # noqa: E731
+
+        def loss(params: Any, batch: SFTBatch, part: learner.Part) -> Any:
+            return learner.sft_loss(graphdefs["policy"], params, batch, "none", part=part, target=target)
+
         params, batch = params["policy"], (sft_batch(),)
     else:
         rng, config = (
@@ -187,7 +191,7 @@ def test_parts_add_up_to_the_batch(kind: str, sizes: tuple[int, int, int]) -> No
         )
 
         def loss(params: Any, batch: TrainBatch, targets: learner.Targets, part: learner.Part) -> Any:
-            return learner.rl_loss(graphdefs, params, batch, targets, config, "none", part=part)
+            return learner.rl_loss(graphdefs, params, batch, targets, config, "none", part=part, target=target)
 
         batch = (rl_batch(), targets)
 
@@ -197,9 +201,9 @@ def test_parts_add_up_to_the_batch(kind: str, sizes: tuple[int, int, int]) -> No
         def compute(params: Any, batch: Any) -> Any:
             cut = learner._parts(mesh, batch, micro_tokens)
             num_parts.append(cut[0])
-            return learner._value_and_grad(loss, params, *cut)
+            return learner._value_and_grad(loss, params, *cut, target)
 
-        found = jax.device_get(jax.jit(traced_on(mesh, compute))(params, device_put_batch(mesh, batch)))
+        found = jax.device_get(jax.jit(compute)(params, device_put_batch(mesh, batch)))
         return num_parts[0], found
 
     one, whole = gradients(0)

@@ -17,7 +17,7 @@ from r3rag_jax.models.decoder import param_shapes, param_shardings
 from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, load_generation
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.rewards.judge.judge import CORRECTNESS_PROMPT, RELEVANCE_PROMPT, Judge, Kind, check_template
-from r3rag_jax.sampler.cache import fastest_dtype
+from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
 from r3rag_jax.sampler.chat import EngineChat
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.memory import plan
@@ -72,7 +72,7 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> EngineChat:
     graphdef, params = nnx.split(decoder)
     engine = Engine(
         graphdef, shape, mesh, slots=config.local.slots, max_length=config.local.max_length,
-        dtype=fastest_dtype(dtype, shape, mesh), split_weights=True,
+        dtype=default_kv_dtype(dtype, shape, mesh), split_weights=True,
     )  # fmt: skip
     files = sorted(path.glob("*.safetensors"))
     marks = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]  # other weights may take their place
@@ -101,6 +101,6 @@ def judge_memory(config: JudgeConfig, mesh: Mesh) -> dict[str, int]:
         shape = load_config(path)
     places = param_shardings(mesh, shape)
     shares = [places[name].shard_shape(one) for name, one in param_shapes(shape).items()]
-    local, dtype_of_cache = config.local, fastest_dtype(dtype, shape, mesh)
+    local, dtype_of_cache = config.local, default_kv_dtype(dtype, shape, mesh)
     cache = plan(mesh, {}, shape, slots=local.slots, max_length=local.max_length, dtype=dtype_of_cache).cache
     return {"judge": sum(dtype.itemsize * math.prod(share) for share in shares), "judge's cache": cache}

@@ -1,6 +1,6 @@
 // What XLA's CPU backend does slowly and a sampler does most: attention to a cache, writing into it, products with weights.
 //
-// Compiled for the machine it runs on by cpu_kernels.py, which says what goes in and comes out.
+// Compiled for the machine it runs on by build.py; kernels.py documents what goes in and comes out.
 
 #include <algorithm>
 #include <atomic>
@@ -178,7 +178,7 @@ inline void make_pairs(const uint16_t* firsts, const uint16_t* seconds, int64_t 
 
 // ---- Attention ------------------------------------------------------------------------------------------------------
 
-constexpr int kKeyBlock = 32;  // KEY_BLOCK of cache.py
+constexpr int kKeyBlock = KEY_BLOCK;  // build.py defines it
 constexpr int kSpan = 128;     // positions that are scored before their values are summed up
 constexpr int kTile = 6;       // queries that read keys together
 constexpr int kTask = 48;      // queries of a task; whole tiles
@@ -377,7 +377,7 @@ ffi::Error run_attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, 
                       ffi::Buffer<ffi::S32> positions, ffi::Buffer<ffi::S32> rows, ffi::Result<ffi::AnyBuffer> out) {
   const auto of_q = q.dimensions(), of_v = v.dimensions();
   const Sizes z{of_q[0], of_q[1], of_q[2], of_v[1], of_q[3], of_v[2], of_v[0]};
-  if (k.dimensions()[4] != kKeyBlock || z.H % 16 || k.element_type() != v.element_type() ||
+  if (k.dimensions()[4] != kKeyBlock || z.H % HEAD_MULTIPLE || k.element_type() != v.element_type() ||
       q.element_type() != out->element_type())
     return ffi::Error::InvalidArgument("attend: keys must lie in blocks of 32, heads be a multiple of 16 wide");
   const int64_t tasks = (z.C * z.N / z.K + kTask - 1) / kTask;
@@ -614,7 +614,7 @@ void multiply_all(ffi::ThreadPool& pool, const Product<T>& of) {
 
 ffi::Error run_multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> to) {
   const int64_t num_x = x.dimensions()[0], in = x.dimensions()[1], out = w.dimensions()[0];
-  if (x.element_type() != w.element_type() || in % 32) return ffi::Error::InvalidArgument("multiply: unsupported");
+  if (x.element_type() != w.element_type() || in % PRODUCT_MULTIPLE) return ffi::Error::InvalidArgument("multiply: unsupported");
   return of_type(x.element_type(), [&](auto type) {
     using T = std::conditional_t<std::is_same_v<decltype(type), uint16_t>, Pair, float>;
     const int64_t num_factors = in * sizeof(type) / sizeof(T);

@@ -1,0 +1,254 @@
+"""Losses over the vocabulary, a chunk of tokens at a time: [B, L, V] never exists.
+
+Shape suffixes: B rows, L tokens, D width, V vocabulary, C tokens of a chunk, K chunks.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from r3rag_jax.models.matmul import transpose_copy
+from r3rag_jax.parallel.target import ONE_CPU, Target
+from r3rag_jax.sampler.distribution import WHOLE, Truncation, truncate
+
+
+def chunked_logprobs(
+    hidden_BLD: jax.Array,
+    weight: jax.Array,
+    targets_BL: jax.Array,
+    temperature_BL: jax.Array,
+    mask_BL: jax.Array,
+    *,
+    chunk: int,
+    tied: bool = False,
+    truncation: Truncation = WHOLE,
+    target: Target = ONE_CPU,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of each kept target and entropy of its distribution, at the given temperatures.
+
+    p_t = softmax(truncate(hidden_t weight, temperature_t, truncation)). The logits exist for at most `chunk` tokens
+    at a time, in float32, and are recomputed in the backward pass; tokens that are not kept cost nothing
+    but the fill of a row's last chunk.
+
+    Args:
+        hidden_BLD: float [B, L, D], final hidden states.
+        weight: float [D, V], output projection; [V, D] where `tied`, embeddings as they lie. (What a loop closes over
+            is stored whole: transposed before it, they would be copied.)
+        targets_BL: int [B, L], ids in [0, V); anything where not kept.
+        temperature_BL: float [B, L], > 0.
+        mask_BL: bool [B, L], True = keep.
+        chunk: most tokens whose logits exist at once (at least one of each row does).
+        tied: whether `weight` is a table of embeddings.
+        truncation: what the tokens were sampled with.
+        target: the devices that this is compiled for.
+
+    Returns:
+        logprobs_BL and entropy_BL in nats, float32 [B, L], 0 where not kept, differentiable in
+        hidden, weight and temperature.
+
+    Raises:
+        ValueError: chunk is not positive.
+    """
+    chunks = _Chunks(mask_BL.astype(bool), chunk, target)
+    # Round trip through float32: XLA removes it, but the gradient of the weight, which the loop
+    # accumulates in the dtype of what it closes over, is then summed in float32. In bfloat16 a sum
+    # stalls after 256 chunks.
+    wide = weight.astype(jnp.float32)
+
+    def one_chunk(hidden_CD, targets_C, temperature_C, mask_C):
+        temperature_C = jnp.where(mask_C, temperature_C.astype(jnp.float32), 1.0)
+        logits_CV = _dot(hidden_CD, _projection(wide.astype(weight.dtype), tied, target))
+        logits_CV = truncate(logits_CV, temperature_C, truncation, targets_C, can_branch=target.can_branch)
+        lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+        all_CV = jnp.where(jnp.isfinite(logits_CV), logits_CV - lse_C[:, None], 0.0)
+        entropy_C = -jnp.sum(jnp.exp(logits_CV - lse_C[:, None]) * all_CV, axis=-1)
+        return jnp.where(mask_C, jnp.stack([_target_logits(logits_CV, targets_C) - lse_C, entropy_C]), 0.0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # around the choice: inside, each chunk would keep the weight
+    def if_kept(inputs):
+        *chunk, any_kept = inputs
+        skip = jnp.zeros((2, chunk[0].shape[0]), jnp.float32)
+        return _if_kept(target, any_kept, lambda: one_chunk(*chunk), lambda: skip)
+
+    inputs = (*map(chunks.split, (hidden_BLD, targets_BL, temperature_BL)), chunks.mask_KC, chunks.any_K)
+    found_K2C = lax.map(if_kept, inputs)
+    return chunks.join(found_K2C[:, 0]), chunks.join(found_K2C[:, 1])
+
+
+def cross_entropy(
+    hidden_BLD: jax.Array,
+    weight: jax.Array,
+    targets_BL: jax.Array,
+    mask_BL: jax.Array,
+    *,
+    chunk: int,
+    tied: bool = False,
+    target: Target = ONE_CPU,
+) -> tuple[jax.Array, jax.Array]:
+    """Token-mean cross-entropy whose gradient is formed chunk by chunk in the forward pass.
+
+    While a chunk's logits are at hand, so is d loss / d logits = (softmax - onehot) / count: the
+    pullback to hidden and weight is taken there, and the logits are neither kept nor recomputed.
+    Without differentiation only the forward part runs. Gradients of the weight are summed in
+    float32. Tokens that are not kept cost nothing but the fill of a row's last chunk.
+
+    Args:
+        hidden_BLD: float [B, L, D], final hidden states.
+        weight: float [D, V], output projection; [V, D] where `tied`, embeddings as they lie. (What a loop closes over
+            is stored whole: transposed before it, they would be copied.)
+        targets_BL: int [B, L], ids in [0, V); anything where not kept.
+        mask_BL: bool [B, L], True = keep.
+        chunk: most tokens whose logits exist at once (at least one of each row does).
+        tied: whether `weight` is a table of embeddings.
+        target: the devices that this is compiled for.
+
+    Returns:
+        (loss, accuracy), float32 scalars: mean nats per kept token, and the share of kept tokens
+        whose target is the argmax (no gradient). Both are 0 when nothing is kept.
+
+    Raises:
+        ValueError: chunk is not positive.
+    """
+    chunks = _Chunks(mask_BL.astype(bool), chunk, target)
+    inputs = chunks.split(hidden_BLD), weight, chunks.split(targets_BL), chunks.mask_KC, chunks.any_K
+    return _cross_entropy(tied, target, *inputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(tied, target, hidden_KCD, weight, targets_KC, mask_KC, any_K):
+    def one_chunk(hidden_CD, targets_C, mask_C):
+        return _chunk_sums(_dot(hidden_CD, _projection(weight, tied, target)), targets_C, mask_C)[0]
+
+    def if_kept(sums, inputs):
+        *chunk, any_kept = inputs
+        return _if_kept(target, any_kept, lambda: sums + one_chunk(*chunk), lambda: sums), None
+
+    sums, _ = lax.scan(if_kept, jnp.zeros(2, jnp.float32), (hidden_KCD, targets_KC, mask_KC, any_K))
+    loss, accuracy = sums / _count(mask_KC)
+    return loss, accuracy
+
+
+def _cross_entropy_forward(tied, target, hidden_KCD, weight, targets_KC, mask_KC, any_K):
+    scale = 1.0 / _count(mask_KC)
+
+    def one_chunk(carry, hidden_CD, targets_C, mask_C):
+        sums, grad_weight = carry
+        logits_CV = _dot(hidden_CD, _projection(weight, tied, target))
+        chunk_sums, exps_CV, total_C = _chunk_sums(logits_CV, targets_C, mask_C)
+        grad_CV = exps_CV.at[jnp.arange(len(targets_C)), targets_C].add(-total_C, mode="drop")
+        grad_CV = (grad_CV * jnp.where(mask_C, scale / total_C, 0.0)[:, None]).astype(weight.dtype)
+        left, right = (grad_CV, hidden_CD) if tied else (hidden_CD, grad_CV)
+        grad_weight += _dot(transpose_copy(left, target), right)
+        grad_hidden_CD = _dot(grad_CV, weight if tied else transpose_copy(weight, target))
+        return (sums + chunk_sums, grad_weight), grad_hidden_CD.astype(hidden_CD.dtype)
+
+    def if_kept(carry, inputs):
+        *chunk, any_kept = inputs
+        skip = jnp.zeros_like(chunk[0])
+        return _if_kept(target, any_kept, lambda: one_chunk(carry, *chunk), lambda: (carry, skip))
+
+    start = jnp.zeros(2, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    (sums, grad_weight), grad_hidden_KCD = lax.scan(if_kept, start, (hidden_KCD, targets_KC, mask_KC, any_K))
+    loss, accuracy = sums * scale
+    return (loss, accuracy), (grad_hidden_KCD, grad_weight.astype(weight.dtype))
+
+
+def _cross_entropy_backward(tied, target, grads, cotangents):
+    cotangent, _ = cotangents  # the accuracy is piecewise constant
+    grad_hidden_KCD, grad_weight = ((cotangent * g).astype(g.dtype) for g in grads)
+    return grad_hidden_KCD, grad_weight, None, None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _chunk_sums(logits_CV, targets_C, mask_C):
+    """Return ([sum of nats, number right] over the kept tokens, exp(logits - the largest of a token), their sums)."""
+    largest_C = jnp.max(logits_CV, axis=-1)
+    exps_CV = lax.optimization_barrier(jnp.exp(logits_CV - largest_C[:, None]))  # once for all who read them
+    total_C = jnp.sum(exps_CV, axis=-1)
+    target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1, mode="clip")[:, 0]
+    nats_C = largest_C + jnp.log(total_C) - target_C
+    # Right is the first of the largest: their argmax, for which XLA's CPU backend takes ten times as long.
+    is_before_CV = lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1) < targets_C[:, None]
+    right_C = (target_C == largest_C) & ~jnp.any((logits_CV == largest_C[:, None]) & is_before_CV, axis=-1)
+    sums_2C = jnp.where(mask_C, jnp.stack([nats_C, right_C.astype(jnp.float32)]), 0.0)
+    return jnp.sum(sums_2C, axis=1), exps_CV, total_C
+
+
+def _projection(weight, tied, target):
+    """The output projection [D, V], of a table [V, D] where it is tied."""
+    return transpose_copy(weight, target) if tied else weight
+
+
+def _dot(x, y):
+    return jnp.dot(x, y, preferred_element_type=jnp.float32)
+
+
+def _target_logits(logits_CV, targets_C):
+    # A compare-and-sum, not a gather: its gradient is then a select, not a scatter.
+    is_target_CV = lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1) == targets_C[:, None]
+    return jnp.sum(jnp.where(is_target_CV, logits_CV, 0.0), axis=-1)
+
+
+def _count(mask_KC):
+    return jnp.maximum(jnp.sum(mask_KC, dtype=jnp.float32), 1.0)
+
+
+def _if_kept(target, any_kept, compute, skip):
+    """compute(), or skip() where no token of the chunk is kept and the target may branch."""
+    return lax.cond(any_kept, compute, skip) if target.can_branch else compute()
+
+
+class _Chunks:
+    """Rows of tokens, the kept ones first, cut into K chunks of C tokens: so many columns of every row.
+
+    Rows stay whole and in order, so an axis of rows that is sharded over devices stays where it is and every
+    device works on every chunk; the last chunks hold no kept token. Where the target cannot branch there is one chunk.
+    """
+
+    def __init__(self, mask_BL: jax.Array, chunk: int, target: Target):
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1 token; got {chunk}")
+        self._shape = B, L = mask_BL.shape
+        self._columns = min(L, max(1, chunk // B)) if target.can_branch else L
+        self._num_chunks = -(-L // self._columns)
+        self._order_BL = jnp.argsort(~mask_BL, axis=1, stable=True)
+        self._inverse_BL = jnp.argsort(self._order_BL, axis=1)
+        self.mask_KC = self.split(mask_BL)
+        self.any_K = jnp.any(self.mask_KC, axis=1)
+
+    def split(self, x_BL: jax.Array) -> jax.Array:
+        """[B, L, ...] -> [K, C, ...], padded with zeros."""
+        x_BL = _permute(x_BL, self._order_BL, self._inverse_BL)
+        (B, L), K, columns = self._shape, self._num_chunks, self._columns
+        x_BL = jnp.pad(x_BL, [(0, 0), (0, K * columns - L)] + [(0, 0)] * (x_BL.ndim - 2))
+        return jnp.moveaxis(x_BL.reshape(B, K, columns, *x_BL.shape[2:]), 1, 0).reshape(K, B * columns, *x_BL.shape[2:])
+
+    def join(self, x_KC: jax.Array) -> jax.Array:
+        """Undo `split`."""
+        (B, L), K, columns = self._shape, self._num_chunks, self._columns
+        x_BL = jnp.moveaxis(x_KC.reshape(K, B, columns), 0, 1).reshape(B, K * columns)[:, :L]
+        return _permute(x_BL, self._inverse_BL, self._order_BL)
+
+
+@jax.custom_vjp
+def _permute(x_BL, order_BL, inverse_BL):
+    """Each row in the given order. The gradient is a gather with the inverse, where XLA would scatter."""
+    return _permute_forward(x_BL, order_BL, inverse_BL)[0]
+
+
+def _permute_forward(x_BL, order_BL, inverse_BL):
+    index = order_BL.reshape(order_BL.shape + (1,) * (x_BL.ndim - 2))
+    return jnp.take_along_axis(x_BL, index, axis=1), (order_BL, inverse_BL)
+
+
+def _permute_backward(orders, grad_BL):
+    return _permute_forward(grad_BL, *orders[::-1])[0], None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)

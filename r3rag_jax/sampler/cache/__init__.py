@@ -1,0 +1,1 @@
+"""The KV cache: one class per layout, behind one factory."""
