@@ -383,12 +383,12 @@ def force(monkeypatch: pytest.MonkeyPatch, codec: Codec, jobs: list[Job]) -> Non
     keys_K2, table_KS = np.asarray(keys), np.asarray(table)
     original = engine_module.sample
 
-    def scripted(logits_BV: jax.Array, rows: Any, truncation: Truncation) -> Any:
+    def scripted(logits_BV: jax.Array, rows: Any, truncation: Truncation, can_branch: bool) -> Any:
         script_B = jnp.argmax((rows.keys[:, None] == keys_K2).all(axis=-1), axis=1)
         token = jnp.asarray(table_KS)[script_B, rows.lengths]
         certain_BV = jnp.where(jnp.arange(VOCAB) == token[:, None], 1e9, -1e9)
         temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-        assert original(certain_BV, rows, truncation)[0].shape == token.shape
+        assert original(certain_BV, rows, truncation, can_branch)[0].shape == token.shape
         score = lambda x: jnp.take_along_axis(jax.nn.log_softmax(x), token[:, None], axis=1)[:, 0]  # noqa: E731
         return token, score(logits_BV / temperature), score(logits_BV)
 
