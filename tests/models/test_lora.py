@@ -19,6 +19,7 @@ from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, tree_shardings
+from r3rag_jax.parallel.target import Target
 from r3rag_jax.training import learner, optimizer
 from r3rag_jax.training.batch import tabulate
 
@@ -130,7 +131,7 @@ def test_on_a_mesh_targets_and_gradients_are_those_of_one_device() -> None:
         [targets], _ = estimate([found], table, RL.kl, batch.tokens.shape)
 
         def loss(params: Any) -> Any:
-            return learner.rl_loss(graphdefs, params, batch, targets, RL, "none", frozen=frozen)
+            return learner.rl_loss(graphdefs, params, batch, targets, RL, "none", frozen=frozen, target=Target.of(mesh))
 
         return jax.device_get((targets, scored, jax.jit(jax.value_and_grad(loss, has_aux=True))(params)))
 
