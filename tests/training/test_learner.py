@@ -101,27 +101,27 @@ def parts(critic: str = "head") -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @functools.cache  # of every jitted function there is one, which is traced once for a shape and a mesh
-def sft_gradients(remat: str) -> Gradients:
-    loss = functools.partial(learner.sft_loss, parts()[0]["policy"], remat=remat)
+def sft_gradients(remat: str, target: Target) -> Gradients:
+    loss = functools.partial(learner.sft_loss, parts()[0]["policy"], remat=remat, target=target)
     return jax.jit(jax.value_and_grad(lambda p, b: loss(p, batch=b), has_aux=True))
 
 
 @functools.cache
-def rl_gradients(critic: str, config: RLConfig) -> Gradients:
-    loss = functools.partial(learner.rl_loss, parts(critic)[0], config=config, remat="none")
+def rl_gradients(critic: str, config: RLConfig, target: Target) -> Gradients:
+    loss = functools.partial(learner.rl_loss, parts(critic)[0], config=config, remat="none", target=target)
     return jax.jit(jax.value_and_grad(lambda p, bt: loss(p, batch=bt[0], targets=bt[1]), has_aux=True))
 
 
 def sft_grads(mesh: Mesh, batch: SFTBatch, remat: str = "none") -> tuple[dict[str, Any], Any]:
     """(metrics, gradients) of the SFT loss, on the host."""
-    return grads_on(mesh, sft_gradients(remat), parts()[1]["policy"], batch)
+    return grads_on(mesh, sft_gradients(remat, Target.of(mesh)), parts()[1]["policy"], batch)
 
 
 def rl_grads(mesh: Mesh, batch: TrainBatch, targets: learner.Targets | None = None, critic: str = "head",
              config: RLConfig = RL) -> tuple[dict[str, Any], Any]:  # fmt: skip
     """(metrics, gradients) of the RL loss, on the host."""
     targets = targets_like(batch) if targets is None else targets
-    return grads_on(mesh, rl_gradients(critic, config), parts(critic)[1], (batch, targets))
+    return grads_on(mesh, rl_gradients(critic, config, Target.of(mesh)), parts(critic)[1], (batch, targets))
 
 
 def grads_on(mesh: Mesh, gradients: Gradients, params: Any, batch: Any) -> tuple[dict[str, Any], Any]:
