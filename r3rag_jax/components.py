@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,23 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from r3rag_jax.clients.completions import Server
-from r3rag_jax.config import Config, ConfigError, load_config, to_yaml
-from r3rag_jax.config.resume import changed_keys
+from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.evaluator import reading_stops
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
-from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.retrieval.encoders.bert import BertEncoder
 from r3rag_jax.retrieval.faiss import FaissIndex
 from r3rag_jax.rewards.judge.factory import open_judge
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rollout.rollout import Player, Roller, Rules, ServedRoller
+from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
-from r3rag_jax.run.progress import Bar
+from r3rag_jax.run.progress import ProgressBar
+from r3rag_jax.run.trackers.base import Tracker
+from r3rag_jax.run.trackers.factory import make_trackers
 from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import Truncation
@@ -38,47 +40,29 @@ from r3rag_jax.text.transcript import Codec
 from r3rag_jax.types import Passage
 
 
-def open_run(config: Config) -> Path:
-    """Create the run directory, or check that it was made by this very configuration.
-
-    Raises:
-        UserError: the directory holds a run with other settings; nothing is overwritten.
-    """
-    run_dir = config.run_directory
-    path = run_dir / "config.yaml"
-    if path.exists():
-        try:
-            changed = changed_keys(load_config(path), config)
-        except ConfigError as error:
-            raise UserError(
-                f"{run_dir} holds a run with a configuration that cannot be read: {error}; "
-                "choose another name=… or remove the directory"
-            ) from None
-        if changed:
-            name, (was, now) = next(iter(changed.items()))
-            raise UserError(
-                f"{run_dir} holds a run with other settings ({name} was {was!r}, now {now!r}): "
-                "choose another name=… or remove the directory"
-            )
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(f"{run_dir} is not empty and holds no run: choose another name=… or run_dir=…")
-    barrier("run directory checked")  # before process 0 changes what the others look at
-    if jax.process_index() == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(to_yaml(config))
-    barrier("run directory")
-    return run_dir
-
-
 class Components:
     """The parts of one run, each built once, when it is first asked for. Only entry points hold one."""
 
-    def __init__(self, config: Config, run_dir: Path, console: Console | None = None):
-        self.config, self.run_dir = config, Path(run_dir)
+    def __init__(self, config: Config, run_dir: str | os.PathLike[str], console: Console | None = None):
+        self.config, self.run = config, RunDirectory(Path(run_dir))
+        self.run_dir = self.run.path
         self.mesh: Mesh = make_mesh(config.mesh)
         self.sampler_mesh: Mesh = make_sampler_mesh(config.mesh, self.mesh)
         self.console = console or Console(quiet=jax.process_index() != 0)
-        self.log = MetricsLog(self.run_dir)
+
+    @functools.cached_property
+    def trackers(self) -> tuple[Tracker, ...]:
+        """The trackers of `log.trackers`.
+
+        Raises:
+            UserError: one is unknown or not installed.
+        """
+        return make_trackers(self.config.log.trackers, self.run_dir, self.config.model_dump(mode="json"))
+
+    @functools.cached_property
+    def log(self) -> MetricsLog:
+        """The run's metrics; leaving it as a context manager also finishes the trackers."""
+        return MetricsLog(self.run.metrics_file, self.trackers)
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -110,17 +94,17 @@ class Components:
 
     def policy_dir(self, phase: str) -> Path:
         """Where a finished phase leaves the policy, as a Hugging Face directory."""
-        return self.run_dir / "policy" / phase
+        return self.run.policy(phase)
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        return Dataset(self.config, self.run_dir, lambda: {passage.id: passage for passage in self.retriever.passages})
+        return Dataset(self.config, self.run, lambda: {passage.id: passage for passage in self.retriever.passages})
 
     # ---- retriever
 
     @property
     def index_dir(self) -> Path:
-        return self.run_dir / "index"
+        return self.run.index
 
     @functools.cached_property
     def encoder(self) -> BertEncoder | None:
@@ -146,7 +130,7 @@ class Components:
         """Index passages with the encoder of the configuration."""
         if self.encoder is None:
             return FaissIndex.build(passages, dim=self.config.retrieval.encoder.dim)
-        with Bar("encode", len(passages), console=self.console, live=self.config.log.progress) as bar:
+        with ProgressBar("encode", len(passages), console=self.console, live=self.config.log.progress) as bar:
             return FaissIndex(self.encoder, passages, progress=bar.advance)
 
     # ---- rollouts
@@ -199,7 +183,7 @@ class Components:
         Raises:
             UserError: its model, key, prompts or file of judgements cannot be read.
         """
-        return open_judge(self.config.judge, self.mesh, self.run_dir / "judgements.jsonl")
+        return open_judge(self.config.judge, self.mesh, self.run.judgements)
 
     def judge_mark(self) -> dict[str, Any]:
         """What a fingerprint says of the evaluation's judge."""

@@ -8,7 +8,6 @@ Writes `<run>/eval/<name>.json` and `<run>/trajectories/<name>.jsonl`, and print
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,8 @@ from r3rag_jax.evaluation.evaluator import fingerprint, play_greedy, summarise
 from r3rag_jax.models.hf.conversion import POLICY_PHASES
 from r3rag_jax.reporting.rendering import results_table
 from r3rag_jax.run.caches import use_compile_cache
-from r3rag_jax.run.progress import Bar
+from r3rag_jax.run.files import write_json
+from r3rag_jax.run.progress import ProgressBar
 
 
 @main_guard
@@ -42,17 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     questions = read_questions(path)
     policy = components.sampling_policy(lambda: components.policy.load(components.policy_dir(phase)))
     live = components.config.log.progress
-    with Bar(f"eval {path.name}", len(questions), console=components.console, live=live) as bar:
+    with ProgressBar(f"eval {path.name}", len(questions), console=components.console, live=live) as bar:
         trajectories = play_greedy(components.roller(), policy, questions, lambda t: bar.advance(steps=len(t.steps)))
     name = args.name or path.stem
     mark = fingerprint(
         questions, index=components.retriever.fingerprint, top_k=components.config.retrieval.top_k, phase=phase,
         **components.sampling_mark(), **components.judge_mark(),
     )  # fmt: skip
-    write_jsonl(components.run_dir / "trajectories" / f"{name}.jsonl", map(trajectory_to_dict, trajectories))
+    write_jsonl(components.run.trajectories(name), map(trajectory_to_dict, trajectories))
     summary = summarise(name, trajectories, mark, components.judge if components.config.eval.judge else None)
-    (components.run_dir / "eval").mkdir(exist_ok=True)
-    (components.run_dir / "eval" / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(components.run.evaluation(name), summary)
     components.console.print(results_table([summary]))
     return 0
 

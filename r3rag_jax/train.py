@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 from rich.console import Console
 
-from r3rag_jax.components import Components, open_run
+from r3rag_jax.components import Components
 from r3rag_jax.config import Config, parse_args
 from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.phase import eval_phase, load_evals
@@ -22,6 +22,7 @@ from r3rag_jax.parallel.target import Target
 from r3rag_jax.reporting.rendering import groups_table, results_table
 from r3rag_jax.reporting.report_page import write_report
 from r3rag_jax.run.caches import use_compile_cache
+from r3rag_jax.run.directory import open_run
 from r3rag_jax.sampler.kernels.cpu import kernels as cpu_kernels
 from r3rag_jax.training.memory_plan import is_ahead, plan_memory, undivided
 from r3rag_jax.training.rl import rl_phase
@@ -53,21 +54,23 @@ def run(config: Config, console: Console | None = None) -> Components:
     plans = {name: plan_memory(components, name) for name in config.phases if is_ahead(components, name)}
     for planned in itertools.chain(*plans.values()):
         planned.check()  # before there is a directory, so that the same name can be had with other settings
+    log = components.log  # a tracker whose package is missing is refused before there is a directory, too
     open_run(config)
     did_work = False
     if plans and cpu_kernels.are_missing(Target.of(components.sampler_mesh)):
         say("[yellow]no C++ compiler that works (c++, g++, clang++ or $CXX): sampling takes some twice as long[/]")
-    for name in config.phases:
-        started = time.monotonic()
-        for planned in plans.get(name, ()):
-            say(f"[dim]memory of {name}: {planned}[/]", highlight=False)
-        for key in undivided(config, components.mesh, components.sampler_mesh, name) if name in plans else ():
-            say(f"[yellow]{key} does not divide by the devices of data and fsdp: each computes all rows[/]")
-        if PHASES[name](components):
-            say(f"[green]✓[/] {name}  {time.monotonic() - started:.0f} s", highlight=False)
-            did_work = True
-        else:
-            say(f"[dim]✓ {name}  done before[/]", highlight=False)
+    with log:
+        for name in config.phases:
+            started = time.monotonic()
+            for planned in plans.get(name, ()):
+                say(f"[dim]memory of {name}: {planned}[/]", highlight=False)
+            for key in undivided(config, components.mesh, components.sampler_mesh, name) if name in plans else ():
+                say(f"[yellow]{key} does not divide by the devices of data and fsdp: each computes all rows[/]")
+            if PHASES[name](components):
+                say(f"[green]✓[/] {name}  {time.monotonic() - started:.0f} s", highlight=False)
+                did_work = True
+            else:
+                say(f"[dim]✓ {name}  done before[/]", highlight=False)
     if jax.process_index() == 0:
         if evals := load_evals(components):
             say(results_table(evals))

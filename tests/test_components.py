@@ -14,21 +14,11 @@ import tiny
 import tiny_run
 from flax import nnx
 
-from r3rag_jax.components import Components, open_run
+from r3rag_jax.components import Components
 from r3rag_jax.config import (
     Config,
     ConfigError,
-    CriticConfig,
     DataConfig,
-    EvalConfig,
-    GuardsConfig,
-    KLConfig,
-    LogConfig,
-    MeshConfig,
-    RLConfig,
-    RolloutConfig,
-    ServerConfig,
-    load_config,
 )
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.questions import read_passages, read_questions
@@ -36,6 +26,7 @@ from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.run.caches import use_compile_cache
+from r3rag_jax.run.directory import open_run
 from r3rag_jax.types import Status
 from r3rag_jax.world.dataset import index_phase
 
@@ -44,74 +35,6 @@ pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight for
 
 def flat(params: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(params))]
-
-
-# ---------------------------------------------------------------------------------- run directory
-
-
-def test_a_new_directory_records_its_configuration(tmp_path: Path) -> None:
-    config = Config(run_dir=str(tmp_path / "deep" / "run"), rl=RLConfig(lr=3e-6))
-    assert open_run(config) == tmp_path / "deep" / "run"
-    assert load_config(tmp_path / "deep" / "run" / "config.yaml") == config
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"phases": ("eval",)},
-        {"eval": EvalConfig(max_questions=3)},
-        {"mesh": MeshConfig(fsdp=2)},
-        {"log": LogConfig(progress=False)},
-        {"guards": GuardsConfig(kl=1.0, action="stop")},
-        {"phases": ("index",), "rollout": RolloutConfig(server=ServerConfig(url="http://host/v1", model="policy"))},
-    ],
-    ids=str,
-)
-def test_what_computes_the_same_may_change(change: dict[str, Any], tmp_path: Path) -> None:
-    config = Config(run_dir=str(tmp_path / "run"))
-    open_run(config)
-    (tmp_path / "run" / "metrics.jsonl").write_text("kept")
-    open_run(config.replace(**change))
-    assert load_config(tmp_path / "run" / "config.yaml") == config.replace(**change)
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "kept"
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"seed": 1}, "seed was 0, now 1"),
-        ({"rl": RLConfig(kl=KLConfig(coef=0.5))}, "rl.kl.coef was 0.01, now 0.5"),
-        ({"rl": RLConfig(critic=CriticConfig(kind="head"))}, "rl.critic.kind was 'separate', now 'head'"),
-        ({"rollout": RolloutConfig(slots=3)}, "rollout.slots was 64, now 3"),
-        ({"name": "other"}, "name was 'run', now 'other'"),
-    ],
-)
-def test_other_settings_are_refused_and_nothing_is_touched(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    config = Config(run_dir=str(tmp_path / "run"))
-    open_run(config)
-    before = tiny_run.files(tmp_path)
-    with pytest.raises(UserError) as caught:
-        open_run(config.replace(**change))
-    assert words in str(caught.value) and str(tmp_path / "run") in str(caught.value)
-    assert tiny_run.files(tmp_path) == before
-
-
-def test_a_run_with_keys_that_were_renamed_is_refused_with_the_first_of_them(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("name: run\nworld:\n  waste: 0.25\nrl:\n  kl: 0.0\n")
-    before = tiny_run.files(tmp_path)
-    with pytest.raises(UserError) as caught:
-        open_run(Config(run_dir=str(tmp_path)))
-    assert "holds a run with a configuration that cannot be read: unknown key 'world.waste'" in str(caught.value)
-    assert "config.yaml:3); its new name is world.needless_retrievals; choose another name=" in str(caught.value)
-    assert tiny_run.files(tmp_path) == before
-
-
-def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no run"):
-        open_run(Config(run_dir=str(tmp_path)))
-    assert tiny_run.files(tmp_path) == {"thesis.tex": b"mine"}
 
 
 def test_the_compile_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -164,7 +87,7 @@ def test_random_parameters_depend_on_the_seed_and_not_on_the_mesh(config: Config
 
 
 def test_a_phases_policy_is_exported_whole_and_read_back_on_another_mesh(config: Config) -> None:
-    run_dir = open_run(config)
+    run_dir = open_run(config).path
     writer = components(config, 1, 4, 2)
     params = jax.tree.map(lambda x: x + 0.123456789, writer.policy.base_params())
     writer.policy.save(writer.policy_dir("sft"), params)

@@ -521,7 +521,7 @@ def test_a_step_of_nan_is_named_kept_and_replayed(base: Path, tmp_path: Path, mo
     sound = RLTrainer(components)  # the fault is repaired
     replayed = sound.replay(path)
     assert math.isfinite(replayed["loss"]) and replayed["grad_norm"] > 0
-    state, _ = Checkpoints(components.run_dir, path.stem).restore(trainer.state)
+    state, _ = Checkpoints(path.with_suffix("")).restore(trainer.state)
     np.testing.assert_equal(on_host(state.params), before)
 
 

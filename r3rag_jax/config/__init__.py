@@ -8,7 +8,7 @@ from r3rag_jax.config.experiment import PHASES, Config
 from r3rag_jax.config.guards import GuardsConfig
 from r3rag_jax.config.judge import JudgeConfig, LocalJudgeConfig
 from r3rag_jax.config.loader import load_config, to_yaml
-from r3rag_jax.config.log import TRACKERS, LogConfig
+from r3rag_jax.config.log import LogConfig
 from r3rag_jax.config.mesh import MeshConfig
 from r3rag_jax.config.model import PROJECTIONS, LoraConfig, ModelConfig
 from r3rag_jax.config.retrieval import EncoderConfig, RetrievalConfig
@@ -24,7 +24,6 @@ __all__ = [
     "PHASES",
     "PROJECTIONS",
     "SYSTEMS",
-    "TRACKERS",
     "Config",
     "ConfigError",
     "CriticConfig",

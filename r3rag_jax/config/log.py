@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import field_validator
-
-from r3rag_jax.config.section import Section, check_names, key
-
-TRACKERS = ("tensorboard", "trackio")
+from r3rag_jax.config.section import Section, key
 
 
 class LogConfig(Section):
@@ -18,9 +14,5 @@ class LogConfig(Section):
 
     progress: bool = key(True, "show live progress bars in a terminal")
     trajectories: int = key(8, "trajectories recorded per RL iteration", "trajectories", ge=0)
-    trackers: tuple[str, ...] = key((), f"experiment trackers that also get the metrics, among {', '.join(TRACKERS)}")
-
-    @field_validator("trackers")
-    @classmethod
-    def _check_trackers(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
-        return check_names(trackers, TRACKERS, may_be_empty=True)
+    # The names are those of the table in run/trackers/factory.py, which checks them: a new tracker is a line there.
+    trackers: tuple[str, ...] = key((), "experiment trackers that also get the metrics, e.g. tensorboard,trackio")

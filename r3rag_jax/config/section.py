@@ -74,10 +74,10 @@ def require(ok: bool, message: str, *keys: str) -> None:
         raise ConfigError(message, keys)
 
 
-def check_names(values: tuple[str, ...], allowed: tuple[str, ...], *, may_be_empty: bool = False) -> tuple[str, ...]:
+def check_names(values: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[str, ...]:
     """Returns a list of names, of which each must be among `allowed` and none may come twice; for field validators."""
     listed = ", ".join(allowed)
-    if not values and not may_be_empty:
+    if not values:
         raise ValueError(f"must name at least one of {listed}; got none")
     for value in values:
         if value not in allowed:

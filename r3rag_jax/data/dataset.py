@@ -11,21 +11,22 @@ from r3rag_jax.config import Config
 from r3rag_jax.data.questions import read_questions
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
+from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.types import Passage, Question, Trajectory
 
 
 class Dataset:
     """Reads the splits of a run; its files exist once the index phase is done."""
 
-    def __init__(self, config: Config, run_dir: Path, corpus: Callable[[], Mapping[str, Passage]]):
+    def __init__(self, config: Config, run: RunDirectory, corpus: Callable[[], Mapping[str, Passage]]):
         """`corpus`: passages by id, asked for only when trajectories are read."""
-        self._config, self._run_dir, self._corpus = config, run_dir, corpus
+        self._config, self._run, self._corpus = config, run, corpus
 
     def path_of(self, what: str) -> Path:
         """The file of `corpus` or of a split (`sft`, `rl`, `dev`, `test`)."""
         data = self._config.data
         if data.source == "world" or (what == "sft" and data.refresh_retrieved):
-            return self._run_dir / "data" / f"{what}.jsonl"
+            return self._run.data(what)
         return data.path(what)
 
     def trajectories(self) -> list[Trajectory]:

@@ -7,12 +7,12 @@ A row is parsed by a function that takes the JSON object and raises `FieldError`
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.run.files import open_atomic
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
@@ -151,15 +151,6 @@ def show(value: Any) -> str:
 
 def write_jsonl(path: str | Path, rows: Iterable[Row]) -> None:
     """Write one JSON object per line. The file appears whole; when `rows` raises, it stays as it was."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open_atomic(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

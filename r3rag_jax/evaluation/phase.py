@@ -9,11 +9,13 @@ from typing import Any
 import jax
 
 from r3rag_jax.components import Components
+from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.evaluator import fingerprint, play_greedy, read_answers, summarise
 from r3rag_jax.parallel.processes import barrier
-from r3rag_jax.run.progress import Bar
+from r3rag_jax.run.files import write_json
+from r3rag_jax.run.progress import ProgressBar
 from r3rag_jax.types import Question, Trajectory
 
 
@@ -24,11 +26,13 @@ def eval_phase(components: Components) -> bool:
                        **components.sampling_mark(), **components.judge_mark())  # fmt: skip
     did_work = False
     for system in components.config.eval.systems:
-        path = components.run_dir / "eval" / f"{system}.json"
+        path = components.run.evaluation(system)
         if path.exists() and json.loads(path.read_text())["fingerprint"] == mark:
             continue
         did_work = True
-        bar = Bar(f"eval {system}", len(questions), console=components.console, live=components.config.log.progress)
+        bar = ProgressBar(
+            f"eval {system}", len(questions), console=components.console, live=components.config.log.progress
+        )
         with bar:
             trajectories = evaluate_system(components, system, questions, bar)
         write_eval(components, system, trajectories, mark)
@@ -36,7 +40,9 @@ def eval_phase(components: Components) -> bool:
     return did_work
 
 
-def evaluate_system(components: Components, system: str, questions: Sequence[Question], bar: Bar) -> list[Trajectory]:
+def evaluate_system(
+    components: Components, system: str, questions: Sequence[Question], bar: ProgressBar
+) -> list[Trajectory]:
     """Trajectories of one system of `eval.systems` on the questions."""
 
     def on_done(trajectory: Trajectory) -> None:
@@ -59,16 +65,13 @@ def write_eval(components: Components, system: str, trajectories: Sequence[Traje
     """Trajectories first: a judge may fail. Process 0 alone writes."""
     is_writer = jax.process_index() == 0
     if is_writer:
-        for name in ("eval", "trajectories"):
-            (components.run_dir / name).mkdir(exist_ok=True)
-        lines = (json.dumps(trajectory_to_dict(t), ensure_ascii=False) for t in trajectories)
-        (components.run_dir / "trajectories" / f"{system}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        write_jsonl(components.run.trajectories(system), map(trajectory_to_dict, trajectories))
     summary = summarise(system, trajectories, mark, components.judge if components.config.eval.judge else None)
     if is_writer:
-        (components.run_dir / "eval" / f"{system}.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(components.run.evaluation(system), summary)
 
 
 def load_evals(components: Components) -> list[dict[str, Any]]:
     """The finished evaluations, in the configured order."""
-    paths = [components.run_dir / "eval" / f"{system}.json" for system in components.config.eval.systems]
+    paths = [components.run.evaluation(system) for system in components.config.eval.systems]
     return [json.loads(path.read_text()) for path in paths if path.exists()]

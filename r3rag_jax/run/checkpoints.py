@@ -1,4 +1,4 @@
-"""Checkpoints of a phase: the state on its shardings and a JSON note with everything else that resuming needs."""
+"""Checkpoints of a phase: the training state with its shardings, and a JSON note with all else that resuming needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from r3rag_jax.errors import UserError
 
 
 def save_arrays(path: Path, tree: Any) -> None:
-    """One `.npz` of a pytree's arrays by their path in it; process 0 alone writes."""
+    """Write the arrays of a pytree to one `.npz` file, named by their paths in the tree. Only process 0 writes.
+
+    Every array must be fully addressable by process 0, e.g. replicated.
+    """
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -22,7 +25,11 @@ def save_arrays(path: Path, tree: Any) -> None:
 
 
 def load_arrays(path: Path, like: Any) -> Any:
-    """What `save_arrays` wrote, as numpy arrays in the structure of `like`, whose leaves are not looked at."""
+    """Read a file of `save_arrays` as a pytree of numpy arrays.
+
+    Args:
+        like: a pytree with the structure of the one that was saved; its leaves are ignored.
+    """
     with np.load(path) as file:
         return jax.tree_util.tree_map_with_path(
             lambda key, _: file[jax.tree_util.keystr(key, simple=True, separator=".")], like
@@ -30,26 +37,45 @@ def load_arrays(path: Path, like: Any) -> Any:
 
 
 class Checkpoints:
-    """`<run>/checkpoints/<phase>/<step>/`. A save replaces the one before it only when it is complete."""
+    """The checkpoints in a directory, one subdirectory `<step>/` each.
 
-    def __init__(self, run_dir: Path, phase: str, *, keep: int = 1):
-        self.directory = Path(run_dir).absolute() / "checkpoints" / phase
+    A checkpoint appears when it is complete; only then are older ones deleted.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 1):
+        """Args: `directory`, e.g. `<run>/checkpoints/rl`, which is created; `keep`, how many checkpoints to keep."""
+        self.directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     @property
     def latest(self) -> int | None:
-        """The newest complete step, None when there is none."""
+        """The step of the newest complete checkpoint, or None where there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, note: dict[str, Any]) -> None:
-        """Write the state (a pytree of arrays) and the note (JSON)."""
+        """Write a checkpoint and wait until it is complete. All processes must call.
+
+        Args:
+            step: number of updates or iterations done; must be larger than `latest`.
+            state: a pytree of arrays.
+            note: a JSON object.
+        """
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(note))
         self._manager.save(step, args=items, force=True)
         self._manager.wait_until_finished()
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """(state, note) of a step, the newest by default, laid out as `like` (arrays, or shapes with shardings)."""
+        """Read the state and the note of a checkpoint. All processes must call.
+
+        Args:
+            like: a pytree of arrays, or of `jax.ShapeDtypeStruct` with shardings, that gives structure, shapes, dtypes
+                and shardings of the result. The shardings, and the mesh, may differ from those that were saved.
+            step: which checkpoint; the newest by default.
+
+        Raises:
+            UserError: there is no checkpoint, or its state has another structure or other shapes than `like`.
+        """
         step = self.latest if step is None else step
         if step is None:
             raise UserError(f"no checkpoint in {self.directory}")
@@ -64,10 +90,11 @@ class Checkpoints:
         return restored["state"], restored["note"]
 
     def note(self) -> dict[str, Any] | None:
-        """The newest note alone; None when there is no checkpoint."""
+        """The note of the newest checkpoint, read without its state; None where there is no checkpoint."""
         if self.latest is None:
             return None
         return self._manager.restore(self.latest, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
 
     def close(self) -> None:
+        """Release the resources of the checkpoint manager; the checkpoints stay."""
         self._manager.close()

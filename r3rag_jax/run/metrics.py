@@ -1,39 +1,67 @@
-"""What a run tells while it works: `metrics.jsonl` always, a live progress line in a terminal."""
+"""The metrics of a run: `metrics.jsonl`, which everything else reads, and the trackers that receive a copy."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.monitoring
+
+from r3rag_jax.run.files import write_text
+from r3rag_jax.run.trackers.base import Tracker
 
 
 class MetricsLog:
-    """Appends one JSON object a step; process 0 alone writes.
+    """Appends one JSON object per step to `metrics.jsonl` and forwards it to trackers. Only process 0 writes.
 
-    A resumed phase first drops the lines behind the checkpoint it resumes from, so that every step stands once.
+    As a context manager it finishes the trackers, also after an exception.
     """
 
-    def __init__(self, run_dir: Path):
-        self.path = Path(run_dir) / "metrics.jsonl"
+    def __init__(self, path: Path, trackers: Sequence[Tracker] = ()):
+        """Args: `path` of `metrics.jsonl`, whose directory exists at the first write; `trackers` that get a copy."""
+        self.path = path
+        self._trackers = tuple(trackers)
         self._started = time.monotonic()
 
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.finish()
+
     def write(self, phase: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record the metrics of a step.
+
+        Args:
+            phase: `sft` or `rl`; trackers see it as the prefix of every name, e.g. `rl/reward`.
+            step: number of the update (sft) or of the iteration (rl), from 0.
+            metrics: numbers, or arrays of one number.
+        """
         if jax.process_index() != 0:
             return
         time_s = round(time.monotonic() - self._started, 3)
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {"time_s": time_s} | {name: float(value) for name, value in metrics.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps({"phase": phase, "step": step, "time_s": time_s, **values}) + "\n")
+            file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
+        for tracker in self._trackers:
+            tracker.log(step, {f"{phase}/{name}": value for name, value in values.items()})
 
     def rewind(self, phase: str, step: int) -> None:
-        """Forget what was written of a phase at or after `step`."""
+        """Drop the lines of a phase at or after `step`, which a resumed phase is about to repeat.
+
+        A half-written line is dropped, too. Trackers keep what they received.
+        """
         if jax.process_index() != 0 or not self.path.exists():
             return
         lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
         keep = [line for line in lines if (r := json.loads(line))["phase"] != phase or r["step"] < step]
-        self.path.write_text("".join(f"{line}\n" for line in keep))
+        write_text(self.path, "".join(f"{line}\n" for line in keep))
+
+    def finish(self) -> None:
+        """Close the trackers; nothing may be written afterwards."""
+        if jax.process_index() == 0:
+            for tracker in self._trackers:
+                tracker.finish()

@@ -9,24 +9,29 @@ import jax.monitoring
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # JAX reports it after every compilation
 
-class Bar:
-    """A progress bar with live numbers; plain lines every tenth of the way where there is no terminal."""
+
+class ProgressBar:
+    """A progress bar with live numbers; without a terminal, a line of text after every tenth of the work.
+
+    Processes other than 0 show nothing.
+    """
 
     def __init__(self, title: str, total: int, *, console: Console, live: bool, done: int = 0):
+        """Args: `total` units of work, of which `done` are already done; `live=False` for lines in a terminal too."""
         self._console, self._title, self._total, self._done = console, title, total, done
-        self._shown = -1
-        is_silent = jax.process_index() != 0
+        self._last_tenth = -1
+        self._is_silent = jax.process_index() != 0
         self._progress = None
-        if live and console.is_terminal and not is_silent:
+        if live and console.is_terminal and not self._is_silent:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
                 TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
             )  # fmt: skip
             self._task = self._progress.add_task(title, total=total, completed=done, note="")
-        self._is_silent = is_silent
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         if self._progress is not None:
             self._progress.start()
         return self
@@ -36,31 +41,29 @@ class Bar:
             self._progress.stop()
 
     def advance(self, count: int = 1, /, **numbers: float) -> None:
-        """Move on by `count` and show the numbers, e.g. reward=1.2, em=61.0, tokens_per_s=5400."""
+        """Add `count` units of work and show the numbers, e.g. reward=1.2, em=61.0, tokens_per_s=5400."""
         self._done += count
         note = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done, note=note or None)
-        elif not self._is_silent and (tenth := 10 * self._done // max(1, self._total)) > self._shown:
-            self._shown = tenth
+        elif not self._is_silent and (tenth := 10 * self._done // max(1, self._total)) > self._last_tenth:
+            self._last_tenth = tenth
             self._console.print(f"{self._title} {self._done}/{self._total}  {note}", highlight=False)
 
 
 def num_compiled() -> int:
-    """Programs that were compiled, or read from the compile cache, in this process since the first call of this."""
-    return len(_compiled())
+    """How many programs this process has compiled, or read from the compile cache, since the first call."""
+    return len(_compile_events())
 
 
 @functools.cache
-def _compiled() -> list[str]:
+def _compile_events() -> list[str]:
+    """The compile events so far: the first call registers a listener that appends to this list."""
     events: list[str] = []
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == COMPILED:
+        if event == COMPILE_EVENT:
             events.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return events
-
-
-COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX tells its listeners at every compilation

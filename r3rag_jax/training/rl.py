@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import jax
 import numpy as np
 
 from r3rag_jax.components import Components
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.evaluator import play_greedy, summarise
-from r3rag_jax.rewards.scorer import Scores, learnable, score
-from r3rag_jax.run.progress import Bar, num_compiled
+from r3rag_jax.rewards.scorer import learnable, score
+from r3rag_jax.run.progress import ProgressBar, num_compiled
+from r3rag_jax.run.trajectories import TrajectoryLog
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.training.requests import iteration_jobs, more_jobs
 from r3rag_jax.training.rollout_metrics import rollout_metrics
@@ -30,11 +28,12 @@ def rl_phase(components: Components) -> bool:
     if components.policy_dir("rl").exists():
         return False
     trainer = RLTrainer(components)
-    rewind_trajectories(components, trainer.iteration)
+    kept = TrajectoryLog(components.run.trajectories("rl"), components.config.log.trajectories, components.trackers)
+    kept.rewind(trainer.iteration)
     rollouts, dev = Rollouts(components), components.dataset.questions("dev")
     judge = components.judge if components.config.rewards.needs_judge else None
-    bar = Bar("RL", config.iterations, console=components.console, live=components.config.log.progress,
-              done=trainer.iteration)  # fmt: skip
+    bar = ProgressBar("RL", config.iterations, console=components.console, live=components.config.log.progress,
+                      done=trainer.iteration)  # fmt: skip
 
     def is_at(number: int, every: int) -> bool:
         return number % every == 0
@@ -64,7 +63,8 @@ def rl_phase(components: Components) -> bool:
             trainer.guard(metrics)
             if trainer.guards.rollbacks > num_rollbacks:
                 rollouts.forget()
-            keep_trajectories(components, trajectories, scores, number)
+            kept.write(number, [trajectory_to_dict(trajectories[i]) | {"reward": float(scores.rewards[i].sum())}
+                                for i in kept.choose(len(trajectories))])  # fmt: skip
             bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
             if is_at(trainer.iteration, config.checkpoint_every) and trainer.iteration < config.iterations:
                 trainer.save()
@@ -134,27 +134,3 @@ class Rollouts:
                 break
             trajectories = trajectories + self._roller.play(policy, jobs)
         return trajectories
-
-
-def keep_trajectories(
-    components: Components, trajectories: Sequence[Trajectory], scores: Scores, iteration: int
-) -> None:
-    """Append a few trajectories of the iteration to `trajectories/rl.jsonl`."""
-    count = components.config.log.trajectories
-    if jax.process_index() != 0 or count == 0:
-        return
-    path = components.run_dir / "trajectories" / "rl.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
-        for i in range(0, len(trajectories), max(1, len(trajectories) // count)):
-            row = trajectory_to_dict(trajectories[i])
-            row |= {"reward": float(scores.rewards[i].sum()), "iteration": iteration}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def rewind_trajectories(components: Components, iteration: int) -> None:
-    """Forget the kept trajectories of iterations that a resumed phase plays again, and a half-written line."""
-    path = components.run_dir / "trajectories" / "rl.jsonl"
-    if jax.process_index() == 0 and path.exists():
-        lines = path.read_text().split("\n")[:-1]
-        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["iteration"] < iteration))

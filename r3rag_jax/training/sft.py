@@ -15,7 +15,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models import lora
 from r3rag_jax.parallel.shardings import device_put_batch
 from r3rag_jax.run.checkpoints import Checkpoints, save_arrays
-from r3rag_jax.run.progress import Bar
+from r3rag_jax.run.progress import ProgressBar
 from r3rag_jax.text.transcript import teacher_samples
 from r3rag_jax.training import learner, optimizer
 from r3rag_jax.training.guards import is_finite
@@ -37,14 +37,14 @@ def sft_phase(components: Components) -> bool:
     tx = optimizer.sft_optimizer(config, batches.num_steps, components.config.model.moment_dtype)
     policy = components.policy.trainable(components.policy.base_params())
     state = learner.init_state(components.mesh, policy.params, tx)
-    checkpoints = Checkpoints(components.run_dir, "sft")
+    checkpoints = Checkpoints(components.run.checkpoints("sft"))
     if checkpoints.latest is not None:
         state, note = checkpoints.restore(state)
         batches.set_state(note["batches"])
     components.log.rewind("sft", batches.step)
     step = learner.make_sft_step(components.mesh, policy.graphdef, tx, components.config.model, state)
-    bar = Bar("cold start", batches.num_steps, console=components.console, live=components.config.log.progress,
-              done=batches.step)  # fmt: skip
+    bar = ProgressBar("cold start", batches.num_steps, console=components.console,
+                      live=components.config.log.progress, done=batches.step)  # fmt: skip
     with bar:
         while batches.step < batches.num_steps:
             started, number = time.monotonic(), batches.step
@@ -66,7 +66,7 @@ def sft_phase(components: Components) -> bool:
 
 def report_bad_step(components: Components, number: int, batch: SFTBatch, numbers: dict[str, float]) -> None:
     """Keep the batch of an update that was none, and end the cold start or (`guards.nonfinite`) go on without it."""
-    path = components.run_dir / "checkpoints" / f"bad_step_sft_{number}.npz"
+    path = components.run.bad_step(f"sft_{number}")
     save_arrays(path, batch)
     told = (
         f"cold start, step {number}: loss and gradient norm must be finite; got {numbers['loss']} and "

@@ -54,7 +54,7 @@ class RLTrainer:
         self.iteration, self.kl = 0, self._config.kl.coef
         self.guards = Guards(components.config.guards, self._config)
         self._kept_bad_step = False
-        self.checkpoints = Checkpoints(components.run_dir, "rl")
+        self.checkpoints = Checkpoints(components.run.checkpoints("rl"))
         if self.checkpoints.latest is not None:
             self.state, note = self.checkpoints.restore(self.state)
             self.iteration, self.kl = note["iteration"], note["kl"]
@@ -133,12 +133,12 @@ class RLTrainer:
             f"{metrics['loss']} and {metrics['grad_norm']}"
         )
         if not self._kept_bad_step:
-            self._kept_bad_step, name = True, f"bad_step_{self.iteration}_{step}"
-            path = self._components.run_dir / "checkpoints" / f"{name}.npz"
+            self._kept_bad_step = True
+            path = self._components.run.bad_step(f"{self.iteration}_{step}")
             whole = jax.jit(lambda tree: tree, out_shardings=replicated(self._components.mesh))
             save_arrays(path, whole(inputs))
             if guards.save_state:
-                kept = Checkpoints(self._components.run_dir, name)
+                kept = Checkpoints(path.with_suffix(""))
                 if kept.latest is None:
                     kept.save(self.iteration, self.state, {"iteration": self.iteration})
                 kept.close()
@@ -156,7 +156,7 @@ class RLTrainer:
         The trainer's own state is used up: make another one to train on.
         """
         if path.with_suffix("").is_dir():
-            kept = Checkpoints(path.parent.parent, path.stem)
+            kept = Checkpoints(path.with_suffix(""))
             self.state, _ = kept.restore(shapes_of(self.state))
             kept.close()
         with np.load(path) as file:

@@ -107,7 +107,6 @@ ErrorOf = Callable[..., str]  # the fixture: message of the error that loading r
          " got none"),
         (["rollout.top_p=0"], "rollout.top_p must be in (0, 1]; got 0.0"),
         (["guards.length_drift=0.5"], "guards.length_drift must be a factor above 1, or 0 for none; got 0.5"),
-        (["log.trackers=wandb"], "log.trackers must be among tensorboard, trackio; got 'wandb'"),
         (["judge.max_failure_share=1.5"], "judge.max_failure_share must be in [0, 1]; got 1.5"),
         (["judge.endpoint.max_in_flight=0"], "judge.endpoint.max_in_flight must be at least 1; got 0"),
         (["rewards.process_weight=-1"], "rewards.process_weight must be at least 0; got -1.0"),

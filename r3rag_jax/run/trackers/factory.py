@@ -26,9 +26,11 @@ def make_trackers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any]
         config: the resolved configuration as nested dicts.
 
     Raises:
-        UserError: a name is unknown, or the package of a tracker is not installed.
+        UserError: a name is unknown or comes twice, or the package of a tracker is not installed.
     """
     for name in names:
         if name not in TRACKERS:
-            raise UserError(f"log.trackers must be of {', '.join(TRACKERS)}; got {name}")
+            raise UserError(f"log.trackers must be among {', '.join(TRACKERS)}; got {name!r}")
+    if len(set(names)) != len(names):
+        raise UserError(f"log.trackers must name nothing twice; got {', '.join(names)}")
     return tuple(TRACKERS[name](run_dir, config) for name in names)

@@ -37,8 +37,13 @@ def test_names_choose_and_keep_their_order(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"log\.trackers must be of tensorboard, trackio; got tensorbored"):
-        make_trackers(["tensorbored"], tmp_path, {})
+    with pytest.raises(UserError, match=r"log\.trackers must be among tensorboard, trackio; got 'wandb'"):
+        make_trackers(["tensorboard", "wandb"], tmp_path, {})
+
+
+def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"log\.trackers must name nothing twice; got trackio, trackio"):
+        make_trackers(["trackio", "trackio"], tmp_path, {})
 
 
 @pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("trackio", "trackio")])

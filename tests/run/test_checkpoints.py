@@ -34,13 +34,13 @@ def assert_equal_but_for_layout(one: object, other: object) -> None:
 
 def test_another_mesh_restores_the_same_numbers(tmp_path: Path) -> None:
     saved = state_on((8, 1, 1))
-    checkpoints = Checkpoints(tmp_path, "sft")
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / "sft")
     assert checkpoints.latest is None and checkpoints.note() is None
     checkpoints.save(3, saved, NOTE)
     checkpoints.close()
     for sizes in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
         like = state_on(sizes, scale=0.0)
-        reader = Checkpoints(tmp_path, "sft")
+        reader = Checkpoints(tmp_path / "checkpoints" / "sft")
         assert reader.latest == 3
         restored, note = reader.restore(like)
         assert note == reader.note() == NOTE
@@ -51,7 +51,7 @@ def test_another_mesh_restores_the_same_numbers(tmp_path: Path) -> None:
 
 def test_the_newest_is_kept_and_phases_are_apart(tmp_path: Path) -> None:
     state = {"x": jnp.arange(4.0)}
-    sft, rl = Checkpoints(tmp_path, "sft"), Checkpoints(tmp_path, "rl")
+    sft, rl = Checkpoints(tmp_path / "checkpoints" / "sft"), Checkpoints(tmp_path / "checkpoints" / "rl")
     sft.save(2, state, {"at": 2})
     sft.save(4, {"x": jnp.arange(4.0) + 1}, {"at": 4})
     rl.save(1, state, {"at": 1})
@@ -65,19 +65,19 @@ def test_the_newest_is_kept_and_phases_are_apart(tmp_path: Path) -> None:
 
 def test_a_half_written_step_does_not_count(tmp_path: Path) -> None:
     state = {"x": jnp.arange(4.0)}
-    checkpoints = Checkpoints(tmp_path, "rl")
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / "rl")
     checkpoints.save(2, state, {"at": 2})
     checkpoints.close()
     partial = tmp_path / "checkpoints" / "rl" / "3.orbax-checkpoint-tmp-0"  # what a killed save leaves behind
     (partial / "state").mkdir(parents=True)
-    reader = Checkpoints(tmp_path, "rl")
+    reader = Checkpoints(tmp_path / "checkpoints" / "rl")
     assert reader.latest == 2
     assert reader.restore(state)[1] == {"at": 2}
     reader.close()
 
 
 def test_another_shape_is_refused_by_name(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, "sft")
+    checkpoints = Checkpoints(tmp_path / "checkpoints" / "sft")
     with pytest.raises(UserError, match="no checkpoint in"):
         checkpoints.restore({"x": jnp.zeros(4)})
     checkpoints.save(1, {"x": jnp.zeros(4)}, {})

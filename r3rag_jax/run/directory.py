@@ -1,0 +1,106 @@
+"""The run directory: the paths of everything that a run leaves, and the check that a directory fits a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from r3rag_jax.config import Config, ConfigError, load_config, to_yaml
+from r3rag_jax.config.resume import changed_keys
+from r3rag_jax.errors import UserError
+from r3rag_jax.parallel.processes import barrier
+from r3rag_jax.run.files import is_partial, write_text
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Names every path of a run; creates and reads none of them. `Path(run)` is the directory itself."""
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration (YAML)."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object per step; see `MetricsLog`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report page (HTML)."""
+        return self.path / "report.html"
+
+    @property
+    def judgements(self) -> Path:
+        """The judge's verdicts (JSONL), read again instead of asking twice."""
+        return self.path / "judgements.jsonl"
+
+    @property
+    def index(self) -> Path:
+        """Directory of the retrieval index, where the configuration names no other."""
+        return self.path / "index"
+
+    def data(self, split: str) -> Path:
+        """The passages (`corpus`), the questions of a split, or the cold-start trajectories (`sft`), as JSONL."""
+        return self.path / "data" / f"{split}.jsonl"
+
+    def checkpoints(self, phase: str) -> Path:
+        """Directory of a phase's checkpoints; see `Checkpoints`."""
+        return self.path / "checkpoints" / phase
+
+    def bad_step(self, name: str) -> Path:
+        """The arrays (`.npz`) of an update whose loss or gradient was not finite."""
+        return self.path / "checkpoints" / f"bad_step_{name}.npz"
+
+    def policy(self, phase: str) -> Path:
+        """The policy after a finished phase, a Hugging Face directory; it exists exactly when the phase is finished."""
+        return self.path / "policy" / phase
+
+    def evaluation(self, name: str) -> Path:
+        """Metrics and fingerprint (JSON) of an evaluated system or question file."""
+        return self.path / "eval" / f"{name}.json"
+
+    def trajectories(self, name: str) -> Path:
+        """Trajectories (JSONL) of an evaluation, or those that RL keeps (`rl`)."""
+        return self.path / "trajectories" / f"{name}.jsonl"
+
+
+def open_run(config: Config) -> RunDirectory:
+    """Create the run directory, or check that the run in it was made with this configuration. All processes must call.
+
+    Settings that do not change what a run computes may differ; the configuration file then takes the new ones.
+
+    Raises:
+        UserError: the directory holds a run with other settings or with a configuration that cannot be read, or
+            something else than a run. Nothing is written.
+    """
+    run = RunDirectory(config.run_directory)
+    if run.config_file.exists():
+        try:
+            changed = changed_keys(load_config(run.config_file), config)
+        except ConfigError as error:
+            raise UserError(
+                f"{run.path} holds a run with a configuration that cannot be read: {error}; "
+                "choose another name=… or remove the directory"
+            ) from None
+        if changed:
+            name, (old, new) = next(iter(changed.items()))
+            raise UserError(
+                f"{run.path} holds a run with other settings ({name} was {old!r}, now {new!r}): "
+                "choose another name=… or remove the directory"
+            )
+    elif run.path.exists() and not all(map(is_partial, run.path.iterdir())):
+        raise UserError(f"{run.path} is not empty and holds no run: choose another name=… or run_dir=…")
+    barrier("run directory checked")  # process 0 must not write what the other processes are still checking
+    if jax.process_index() == 0:
+        write_text(run.config_file, to_yaml(config))
+    barrier("run directory")
+    return run

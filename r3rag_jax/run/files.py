@@ -1,0 +1,48 @@
+"""Files that appear whole or not at all: after a crash the old content is there or the new, never a part of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+SUFFIX = ".partial"
+
+
+@contextlib.contextmanager
+def open_atomic(path: str | Path) -> Iterator[TextIO]:
+    """Open a UTF-8 text file that replaces `path` when the block ends, and is deleted when the block raises.
+
+    The text goes to a hidden file beside `path`, is flushed to disk, and the file is renamed. Missing parent
+    directories are created.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file is what a process that was killed inside `open_atomic` left behind."""
+    return path.name.startswith(".") and path.suffix == SUFFIX
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file by `open_atomic`."""
+    with open_atomic(path) as file:
+        file.write(text)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write an indented JSON file by `open_atomic`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
