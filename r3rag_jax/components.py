@@ -23,8 +23,11 @@ from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
 from r3rag_jax.retrieval.encoders.bert import BertEncoder
 from r3rag_jax.retrieval.faiss import FaissIndex
+from r3rag_jax.rewards.base import Resources
 from r3rag_jax.rewards.judge.factory import open_judge
 from r3rag_jax.rewards.judge.judge import Judge
+from r3rag_jax.rewards.scorer import Scorer
+from r3rag_jax.rewards.terms import needed_resources
 from r3rag_jax.rollout.rollout import Player, Roller, Rules, ServedRoller
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
@@ -174,7 +177,19 @@ class Components:
         """The user's inference server, with what ends a completion."""
         return Server(self.config.rollout, self.policy.tokenizer, eos_id=eos_id, stop_ids=stop_ids)
 
-    # ---- judge
+    # ---- rewards
+
+    @functools.cached_property
+    def scorer(self) -> Scorer:
+        """The rewards of the configuration.
+
+        Raises:
+            UserError: as `judge`.
+        """
+        needed = needed_resources(self.config.rewards)
+        encoder = self.retriever.encoder if "encoder" in needed else None
+        judge = self.judge if "judge" in needed else None
+        return Scorer(self.config.rewards, Resources(self.config.rollout.max_steps, encoder, judge))
 
     @functools.cached_property
     def judge(self) -> Judge:

@@ -10,8 +10,9 @@ import numpy as np
 
 from r3rag_jax.clients.completions import Server
 from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.rewards.answer import answer_metrics
 from r3rag_jax.rewards.judge.judge import Judge
-from r3rag_jax.rewards.scorer import accuracy, answers_of
+from r3rag_jax.rewards.scorer import accuracy
 from r3rag_jax.rollout.rollout import Job, OnDone, Player
 from r3rag_jax.sampler.engine import Engine, complete_all
 from r3rag_jax.text.prompts import example_turns, instruction_prompt, reading_prompt
@@ -108,9 +109,9 @@ def _read_trajectory(
 def measure(trajectories: Sequence[Trajectory], acc: np.ndarray | None = None) -> dict[str, Any]:
     """One row of a table; percentages are 0..100.
 
-    `acc`: `score.accuracy` of the trajectories, where a judge was asked; those it failed on are counted apart.
+    `acc`: `rewards.scorer.accuracy` of the trajectories, where a judge was asked; those it failed on are counted apart.
     """
-    scores = {name: float(100 * values.mean()) for name, values in answers_of(trajectories).items()}
+    scores = {name: float(100 * values.mean()) for name, values in answer_metrics(trajectories).items()}
     correct = round(scores["em"] / 100 * len(trajectories))
     found = [
         len(set(t.question.supporting_ids) & set(t.retrieved_ids)) / len(set(t.question.supporting_ids))

@@ -1,1 +1,1 @@
-"""Rewards as jitted batch functions of fixed-shape arrays: answers, format, relevance, shaping."""
+"""Rewards of trajectories: terms (`base.py`), one file each, and the shaping that combines them (`shaping.py`)."""

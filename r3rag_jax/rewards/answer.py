@@ -1,6 +1,7 @@
-"""Exact match, F1 and cover exact match after SQuAD normalisation, best over the gold answers.
+"""Outcome rewards `em`, `f1`, `cover_em`: exact match, F1 and cover exact match after SQuAD normalisation.
 
-Text becomes padded word ids once, on the host; the metrics are one jitted function of the ids.
+The best gold answer (alias) of a question counts. The host turns text into padded word ids; one jitted function of the
+ids computes all three.
 Shape suffixes: B questions, G gold answers, W words of a prediction, X words of a gold answer.
 """
 
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from r3rag_jax.rewards.base import Resources, next_power_of_two
+from r3rag_jax.types import Trajectory
+
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PREDICTION_PAD, _GOLD_PAD = -1, -2  # unequal, so that padding never matches padding
@@ -23,12 +27,40 @@ _NO_ANSWER = -1  # length of a missing prediction or gold answer; 0 is a text wi
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AnswerBatch:
-    """Predictions and gold answers as ids of normalised words, which hold in one batch only."""
+    """Predictions and gold answers as ids of normalised words; the ids have a meaning within this batch only."""
 
     prediction_BW: jax.Array | np.ndarray  # int32 [B, W], right-padded with -1
     prediction_length_B: jax.Array | np.ndarray  # int32 [B], words; -1 = no prediction
     gold_BGX: jax.Array | np.ndarray  # int32 [B, G, X], right-padded with -2
     gold_length_BG: jax.Array | np.ndarray  # int32 [B, G], words; -1 = no such gold answer
+
+
+def em_rewards(trajectories: Sequence[Trajectory], resources: Resources) -> np.ndarray:
+    """Exact match of the final answers, float32 [B]."""
+    return answer_metrics(trajectories)["em"]
+
+
+def f1_rewards(trajectories: Sequence[Trajectory], resources: Resources) -> np.ndarray:
+    """F1 of the final answers' words, float32 [B]."""
+    return answer_metrics(trajectories)["f1"]
+
+
+def cover_em_rewards(trajectories: Sequence[Trajectory], resources: Resources) -> np.ndarray:
+    """Cover exact match of the final answers, float32 [B]."""
+    return answer_metrics(trajectories)["cover_em"]
+
+
+def answer_metrics(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
+    """`answer_scores` (em, f1, cover_em) of the final answers over all gold answers, float32 [B]; 0 without an answer.
+
+    B is padded to a power of two for the jitted part.
+    """
+    num = len(trajectories)
+    padding = next_power_of_two(num) - num
+    predictions = [trajectory.answer for trajectory in trajectories] + [None] * padding
+    golds: list[Sequence[str]] = [trajectory.question.golden_answers for trajectory in trajectories]
+    scores = answer_scores(encode_answers(predictions, golds + [("",)] * padding))
+    return {name: np.array(values)[:num] for name, values in scores.items()}
 
 
 def normalize_answer(text: str) -> str:
@@ -100,7 +132,7 @@ def encode_answers(
 
 def _padded_size(what: str, needed: int, fixed: int | None) -> int:
     if fixed is None:
-        return 1 << max(needed - 1, 0).bit_length()
+        return next_power_of_two(needed)
     if needed > fixed:
         raise ValueError(f"at most {fixed} {what} fit, and nothing is cut; got {needed}")
     return fixed

@@ -1,4 +1,4 @@
-"""Trajectories to step rewards: the host turns them into padded arrays, jitted functions do the rest."""
+"""From trajectories to step rewards: the terms of the configuration, one round of a judge, and the shaping."""
 
 from __future__ import annotations
 
@@ -9,103 +9,117 @@ import numpy as np
 
 from r3rag_jax.config import RewardConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.retrieval.base import Encoder
-from r3rag_jax.rewards.answer import answer_scores, encode_answers
+from r3rag_jax.rewards.answer import answer_metrics
+from r3rag_jax.rewards.base import Resources, next_power_of_two, required
+from r3rag_jax.rewards.judge import correctness
 from r3rag_jax.rewards.judge.judge import Judge, Verdicts
-from r3rag_jax.rewards.relevance import embedding_similarity, gold_recall
-from r3rag_jax.rewards.shaping import shape_rewards
+from r3rag_jax.rewards.shaping import ShapedRewards, shape_rewards
+from r3rag_jax.rewards.terms import used_terms
 from r3rag_jax.types import Status, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What a batch of trajectories earned; all host arrays. NaN: it depends on a judgement that failed."""
+    """The rewards of B trajectories and what they are made of, host arrays. NaN: a judgement that counts has failed."""
 
-    rewards: list[np.ndarray]  # float32 [T] per trajectory
-    process: np.ndarray  # float32 [B, T]
-    answers: dict[str, np.ndarray]  # em, f1, cover_em; acc where a judge has a say: float32 [B]
-    parts: dict[str, np.ndarray]  # outcome, process, format, no_answer: float32 [B], which add up to the reward
-    verdicts: Verdicts | None = None  # what a judge was asked
+    rewards: list[np.ndarray]  # float32 [number of steps] per trajectory
+    process: np.ndarray  # float32 [B, K], the process term before shaping
+    answers: dict[str, np.ndarray]  # em, f1, cover_em, and acc where a judge decides the outcome: float32 [B]
+    parts: dict[
+        str, np.ndarray
+    ]  # outcome, process, format, no_answer: float32 [B]; a trajectory's add up to its reward
+    verdicts: Verdicts | None = None  # of the judge's round, where there was one
 
     @property
     def is_valid(self) -> np.ndarray:
         """bool [B]: every reward of the trajectory is known."""
-        return np.asarray([np.isfinite(rewards_T).all() for rewards_T in self.rewards], bool)
+        return np.asarray([np.isfinite(rewards_K).all() for rewards_K in self.rewards], bool)
 
 
-def score(
-    trajectories: Sequence[Trajectory],
-    config: RewardConfig,
-    encoder: Encoder,
-    *,
-    max_steps: int,
-    judge: Judge | None = None,
-) -> Scores:
-    """R3 rewards of every step (arXiv 2505.23794, section 3.3). `judge`: where the configuration asks for one.
+class Scorer:
+    """Scores trajectories as a configuration says."""
+
+    def __init__(self, config: RewardConfig, resources: Resources):
+        """`resources`: those of `needed_resources(config)`."""
+        self._config, self._resources = config, resources
+        self._process, self._outcome = used_terms(config)
+
+    def score(self, trajectories: Sequence[Trajectory]) -> Scores:
+        """Rewards of every step (arXiv 2505.23794, section 3.3).
+
+        Raises:
+            ValueError: a trajectory has more steps than `resources.max_steps`, or a resource is missing.
+            UserError: the judge fails too often.
+        """
+        process_resources, outcome_resources, verdicts = self._ask(trajectories)
+        process_BK = self._process.rewards(trajectories, process_resources)
+        correct_B = self._outcome.rewards(trajectories, outcome_resources)
+        answers = answer_metrics(trajectories)
+        if self._outcome.inquiries is not None:
+            answers["acc"] = correct_B
+        shaped = self._shape(trajectories, process_BK, correct_B)
+        rewards_BK = np.asarray(shaped.rewards_BK)
+        rewards = [rewards_BK[row, : len(trajectory.steps)] for row, trajectory in enumerate(trajectories)]
+        parts = {name: np.asarray(x_BK).sum(axis=1)[: len(rewards)] for name, x_BK in shaped.parts_BK.items()}
+        return Scores(rewards, process_BK, answers, parts, verdicts)
+
+    def _ask(self, trajectories: Sequence[Trajectory]) -> tuple[Resources, Resources, Verdicts | None]:
+        """One round of the judge for both terms: the resources of each, with its verdicts, and all verdicts."""
+        terms = self._process, self._outcome
+        if all(term.inquiries is None for term in terms):
+            return self._resources, self._resources, None
+        judge = required(self._resources.judge, "a judge")
+        inquiries = [[] if term.inquiries is None else term.inquiries(trajectories, judge) for term in terms]
+        verdicts = judge.ask([*inquiries[0], *inquiries[1]])
+        process, outcome = (
+            dataclasses.replace(self._resources, verdicts_N=values)
+            for values in np.split(verdicts.values, [len(inquiries[0])])
+        )
+        return process, outcome, verdicts
+
+    def _shape(
+        self, trajectories: Sequence[Trajectory], process_BK: np.ndarray, correct_B: np.ndarray
+    ) -> ShapedRewards:
+        """`shape_rewards` by the configuration; B is padded to a power of two with trajectories without steps."""
+        config, padding = self._config, next_power_of_two(len(trajectories)) - len(trajectories)
+        status_B, step_mask_BK, malformed_BK = _outlines(trajectories, self._resources.max_steps)
+        return shape_rewards(
+            np.pad(process_BK, ((0, padding), (0, 0))), np.pad(correct_B, (0, padding)),
+            np.pad(status_B, (0, padding)), np.pad(step_mask_BK, ((0, padding), (0, 0))),
+            np.pad(malformed_BK, ((0, padding), (0, 0))),
+            outcome_weight=config.outcome_weight, process_weight=config.process_weight, use_process=config.use_process,
+            use_outcome=config.use_outcome, compat=config.compat, factor_correct=config.factor_correct,
+            factor_wrong=config.factor_wrong, factor_no_answer=config.factor_no_answer,
+            malformed_reward=config.malformed, no_answer_penalty=config.no_answer, clip=config.clip,
+        )  # fmt: skip
+
+
+def _outlines(trajectories: Sequence[Trajectory], max_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """status int32 [B], step_mask bool [B, K] and malformed bool [B, K] of the trajectories.
+
+    A last step that the budget of a trajectory's tokens cut off broke no rule: it is not malformed.
 
     Raises:
         ValueError: a trajectory has more than `max_steps` steps.
-        UserError: the judge fails too often.
     """
-    num = len(trajectories)
-    step_mask = np.zeros((_bucket(num), max_steps), bool)
-    malformed = np.zeros_like(step_mask)
-    status = np.zeros(_bucket(num), np.int32)
+    step_mask_BK = np.zeros((len(trajectories), max_steps), bool)
+    malformed_BK = np.zeros_like(step_mask_BK)
     for row, trajectory in enumerate(trajectories):
-        if len(trajectory.steps) > max_steps:
-            raise ValueError(f"a trajectory may have {max_steps} steps; got {len(trajectory.steps)}")
-        step_mask[row, : len(trajectory.steps)] = True
-        malformed[row, : len(trajectory.steps)] = [not step.is_well_formed for step in trajectory.steps]
-        if trajectory.status == Status.NO_ANSWER and trajectory.steps:
-            malformed[row, len(trajectory.steps) - 1] = False  # cut off by the budget of all steps: it broke no rule
-        status[row] = trajectory.status
-    answers = answers_of(trajectories)
-    process = _process(trajectories, config, encoder, step_mask)
-    verdicts = None
-    if config.needs_judge:
-        if judge is None:
-            raise ValueError("rewards of a judge need a judge; got none")
-        process, acc, verdicts = _judged(trajectories, config, judge, process, answers["em"])
-        answers |= {} if acc is None else {"acc": acc}
-    outcome = "acc" if config.outcome == "judge" and config.use_outcome else config.outcome
-    correct = np.pad(answers.get(outcome, answers["em"]), (0, _bucket(num) - num))
-    rewards = shape_rewards(
-        process, correct, status, step_mask, malformed,
-        outcome_weight=config.outcome_weight, process_weight=config.process_weight, use_process=config.use_process,
-        use_outcome=config.use_outcome, compat=config.compat, factor_correct=config.factor_correct,
-        factor_wrong=config.factor_wrong, factor_no_answer=config.factor_no_answer, malformed_reward=config.malformed,
-        no_answer_penalty=config.no_answer, clip=config.clip,
-    )  # fmt: skip
-    table = np.asarray(rewards)
-    per_trajectory = [table[row, : len(t.steps)] for row, t in enumerate(trajectories)]
-    is_step = _parts(status, step_mask, malformed, config)
-    parts = {name: np.where(is_one, table, 0).sum(axis=1)[:num] for name, is_one in is_step.items()}
-    return Scores(per_trajectory, np.asarray(process)[:num], answers, parts, verdicts)
-
-
-def _parts(
-    status: np.ndarray, step_mask: np.ndarray, malformed: np.ndarray, config: RewardConfig
-) -> dict[str, np.ndarray]:
-    """Part of the shaping -> bool [B, T], the steps that earn it; see the table of `shape_rewards`."""
-    is_formed = step_mask & ~malformed
-    is_last = is_formed & (np.cumsum(step_mask[:, ::-1], axis=1)[:, ::-1] == 1)
-    is_outcome = is_last & (status == Status.ANSWERED)[:, None]
-    has_penalty = config.use_outcome and config.compat == "r3"
-    is_no_answer = is_last & (status == Status.NO_ANSWER)[:, None] & has_penalty
-    is_process = is_formed & ~is_outcome & ~is_no_answer
-    return {
-        "outcome": is_outcome,
-        "process": is_process,
-        "format": step_mask & malformed,
-        "no_answer": is_no_answer,
-    }
+        num_steps = len(trajectory.steps)
+        if num_steps > max_steps:
+            raise ValueError(f"a trajectory may have {max_steps} steps; got {num_steps}")
+        step_mask_BK[row, :num_steps] = True
+        malformed_BK[row, :num_steps] = [not step.is_well_formed for step in trajectory.steps]
+        if trajectory.status == Status.NO_ANSWER and num_steps:
+            malformed_BK[row, num_steps - 1] = False
+    return np.asarray([trajectory.status for trajectory in trajectories], np.int32), step_mask_BK, malformed_BK
 
 
 def learnable(trajectories: Sequence[Trajectory], scores: Scores) -> tuple[list[Trajectory], Scores]:
     """The trajectories all of whose rewards are known, and their scores.
 
-    One with a failed judgement is left out whole, before any baseline is formed: its return is unknown from its first
-    step on, and so is what it would have told about the others of its question.
+    A trajectory with a failed judgement is left out as a whole and before any baseline is formed: its return is unknown
+    from its first step on, and would be unknown in the baseline of the other samples of its question too.
 
     Raises:
         UserError: none is left.
@@ -122,83 +136,12 @@ def learnable(trajectories: Sequence[Trajectory], scores: Scores) -> tuple[list[
 
 
 def accuracy(trajectories: Sequence[Trajectory], judge: Judge) -> tuple[np.ndarray, Verdicts]:
-    """The paper's Acc: 1 for an exact match, else what the judge says of an answer; 0 without one, NaN = failed."""
-    em = answers_of(trajectories)["em"]
-    asked = _unmatched(trajectories, em)
-    verdicts = judge.ask([judge.correctness(trajectories[i].question, trajectories[i].answer or "") for i in asked])
-    em[asked] = verdicts.values
-    return em, verdicts
+    """The paper's Acc, as `correctness_rewards`: float32 [B], NaN where the judgement failed; and the verdicts.
 
-
-def _unmatched(trajectories: Sequence[Trajectory], em: np.ndarray) -> list[int]:
-    """Those with an answer of which exact match does not already say that it is right."""
-    return [i for i, t in enumerate(trajectories) if t.answer is not None and em[i] < 1]
-
-
-def _judged(
-    trajectories: Sequence[Trajectory], config: RewardConfig, judge: Judge, process: np.ndarray, em: np.ndarray
-) -> tuple[np.ndarray, np.ndarray | None, Verdicts]:
-    """One round for both kinds of judgement: process [B, T], accuracy [B] (None where not asked), the verdicts."""
-    steps, answers = [], []
-    if config.use_process and config.process == "judge":
-        steps = [(i, k) for i, t in enumerate(trajectories) for k, step in enumerate(t.steps) if step.passages]
-    if config.use_outcome and config.outcome == "judge":
-        answers = _unmatched(trajectories, em)
-    inquiries = [judge.relevance(trajectories[i].question, trajectories[i].steps[k]) for i, k in steps]
-    inquiries += [judge.correctness(trajectories[i].question, trajectories[i].answer or "") for i in answers]
-    verdicts = judge.ask(inquiries)
-    process, acc = process.copy(), em.copy()
-    for (i, k), value in zip(steps, verdicts.values, strict=False):
-        process[i, k] = value
-    acc[answers] = verdicts.values[len(steps) :]
-    return process, acc if config.use_outcome and config.outcome == "judge" else None, verdicts
-
-
-def answers_of(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
-    """em, f1, cover_em of the final answers over all gold answers, float32 [B]; 0 without an answer."""
-    num = len(trajectories)
-    padding = _bucket(num) - num
-    predictions = [t.answer for t in trajectories] + [None] * padding
-    golds: list[Sequence[str]] = [t.question.golden_answers for t in trajectories]
-    scores = answer_scores(encode_answers(predictions, golds + [("",)] * padding))
-    return {name: np.array(values)[:num] for name, values in scores.items()}
-
-
-def _process(
-    trajectories: Sequence[Trajectory], config: RewardConfig, encoder: Encoder, step_mask: np.ndarray
-) -> np.ndarray:
-    """float32 [B, T], the relevance of what each step retrieved, as far as no judge is needed."""
-    steps = [(row, k, step) for row, t in enumerate(trajectories) for k, step in enumerate(t.steps)]
-    width = max([len(step.passages) for _, _, step in steps], default=1) or 1
-    if config.process == "gold":
-        golds = [t.question.supporting_ids for t in trajectories]
-        numbers: dict[str, int] = {}
-        retrieved = np.full((*step_mask.shape, _bucket(width)), -1, np.int32)
-        gold = np.full((len(step_mask), _bucket(max(map(len, golds), default=1) or 1)), -1, np.int32)
-        for row, k, step in steps:
-            for i, passage in enumerate(step.passages):
-                retrieved[row, k, i] = numbers.setdefault(passage.id, len(numbers))
-        for row, ids in enumerate(golds):
-            gold[row, : len(ids)] = [numbers.setdefault(i, len(numbers)) for i in ids]
-        return np.asarray(gold_recall(retrieved, gold, step_mask))
-    if config.process == "judge":
-        return np.zeros(step_mask.shape, np.float32)  # a step that brought nothing is not shown to the judge
-    queries = np.zeros((*step_mask.shape, encoder.dim), np.float32)
-    passages = np.zeros((*step_mask.shape, _bucket(width), encoder.dim), np.float32)
-    has_passage = np.zeros((*step_mask.shape, _bucket(width)), bool)
-    asked = [(row, k, step.query, step.passages) for row, k, step in steps if step.query is not None and step.passages]
-    # Two calls of the encoder in all: a batch on a device costs little more than a text.
-    query_rows = {text: i for i, text in enumerate(dict.fromkeys(query for _, _, query, _ in asked))}
-    passage_rows = {text: i for i, text in enumerate(dict.fromkeys(p.contents for *_, found in asked for p in found))}
-    query_vectors = encoder.encode(list(query_rows))
-    passage_vectors = encoder.encode(list(passage_rows), kind=encoder.cosine_kind)
-    for row, k, query, found in asked:
-        queries[row, k] = query_vectors[query_rows[query]]
-        passages[row, k, : len(found)] = passage_vectors[[passage_rows[p.contents] for p in found]]
-        has_passage[row, k, : len(found)] = True
-    return np.asarray(embedding_similarity(queries, passages, has_passage))
-
-
-def _bucket(size: int) -> int:
-    """The next power of two, so that few shapes are compiled."""
-    return 1 << max(0, size - 1).bit_length()
+    Raises:
+        UserError: the judge fails too often.
+    """
+    verdicts = judge.ask(correctness.inquiries(trajectories, judge))
+    max_steps = max((len(trajectory.steps) for trajectory in trajectories), default=0)
+    resources = Resources(max_steps, judge=judge, verdicts_N=verdicts.values)
+    return correctness.correctness_rewards(trajectories, resources), verdicts

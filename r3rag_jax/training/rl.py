@@ -12,7 +12,7 @@ from r3rag_jax.components import Components
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.evaluator import play_greedy, summarise
-from r3rag_jax.rewards.scorer import learnable, score
+from r3rag_jax.rewards.scorer import learnable
 from r3rag_jax.run.progress import ProgressBar, num_compiled
 from r3rag_jax.run.trajectories import TrajectoryLog
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
@@ -31,7 +31,6 @@ def rl_phase(components: Components) -> bool:
     kept = TrajectoryLog(components.run.trajectories("rl"), components.config.log.trajectories, components.trackers)
     kept.rewind(trainer.iteration)
     rollouts, dev = Rollouts(components), components.dataset.questions("dev")
-    judge = components.judge if components.config.rewards.needs_judge else None
     bar = ProgressBar("RL", config.iterations, console=components.console, live=components.config.log.progress,
                       done=trainer.iteration)  # fmt: skip
 
@@ -48,8 +47,7 @@ def rl_phase(components: Components) -> bool:
             is_free = not (is_at(following, config.checkpoint_every) or (dev and is_at(following, config.eval_every)))
             if config.async_rollouts and is_free and following < config.iterations:
                 rollouts.start(following, trainer.policy_params)
-            scores = score(trajectories, components.config.rewards, components.retriever.encoder,
-                           max_steps=components.config.rollout.max_steps, judge=judge)  # fmt: skip
+            scores = components.scorer.score(trajectories)
             metrics = rollout_metrics(trajectories, scores) | {"rollout_s": time.monotonic() - started}
             trajectories, scores = learnable(trajectories, scores)
             metrics |= trainer.update(trajectories, scores)
@@ -119,12 +117,9 @@ class Rollouts:
     def _play(self, iteration: int, policy: CachedDecoder) -> list[Trajectory]:
         """With `rl.max_resamples`, also those of questions drawn in the place of those that teach nothing."""
         config, components = self._components.config, self._components
-        judge = components.judge if config.rewards.needs_judge else None
         trajectories = self._roller.play(policy, iteration_jobs(config, self._questions, iteration))
         for draw in range(1, 1 + config.rl.max_resamples):
-            scores = score(trajectories, config.rewards, components.retriever.encoder,
-                           max_steps=config.rollout.max_steps, judge=judge)  # fmt: skip
-            known, scores = learnable(trajectories, scores)
+            known, scores = learnable(trajectories, components.scorer.score(trajectories))
             groups = number_groups(known)
             is_equal = equal_groups(scores.rewards, groups, totals=config.rl.returns == "total")
             num_missing = config.rl.questions - len(np.unique(groups[~is_equal]))

@@ -29,9 +29,10 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import save_decoder
 from r3rag_jax.parallel import processes
 from r3rag_jax.parallel.mesh import make_mesh
+from r3rag_jax.rewards.base import Resources
 from r3rag_jax.rewards.judge.factory import judge_memory, local_chat, open_judge
 from r3rag_jax.rewards.judge.judge import FIELDS, Judge, Judgements, read_verdict
-from r3rag_jax.rewards.scorer import accuracy, learnable, score
+from r3rag_jax.rewards.scorer import Scorer, accuracy, learnable
 from r3rag_jax.rewards.shaping import shape_rewards
 from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
 
@@ -484,7 +485,7 @@ def graded(*nonsense_on: str) -> Speak:
 def rewarded(tmp_path: Path, reply: Speak, config: RewardConfig = BY_JUDGE) -> tuple[Any, RunningServer]:
     with serve(reply) as endpoint:
         judge = open_at(endpoint.url, tmp_path / "j")
-        return score(ATTEMPTS, config, None, max_steps=4, judge=judge), endpoint
+        return Scorer(config, Resources(4, judge=judge)).score(ATTEMPTS), endpoint
 
 
 def test_rewards_of_a_judge_typed_out(tmp_path: Path) -> None:
@@ -516,8 +517,8 @@ def test_weights_and_parts_without_the_judge(tmp_path: Path) -> None:
     process_only = RewardConfig(process="judge", outcome="judge", use_outcome=False)
     scores, endpoint = rewarded(tmp_path / "process", graded(), process_only)
     assert len(endpoint.bodies) == 5 and "acc" not in scores.answers
-    with pytest.raises(ValueError, match="need a judge; got none"):
-        score(ATTEMPTS, BY_JUDGE, None, max_steps=4)
+    with pytest.raises(ValueError, match="needs a judge; got none"):
+        Scorer(BY_JUDGE, Resources(4)).score(ATTEMPTS)
 
 
 def test_a_failed_judgement_leaves_out_what_depends_on_it_and_nothing_else(tmp_path: Path) -> None:
@@ -538,7 +539,7 @@ def test_a_failed_judgement_leaves_out_what_depends_on_it_and_nothing_else(tmp_p
 def test_nothing_left_to_learn_from(tmp_path: Path) -> None:
     with serve(graded("author")) as endpoint:
         judge = open_at(endpoint.url, tmp_path / "j", max_failure_share=1.0)
-        scores = score(ATTEMPTS[:3], BY_JUDGE, None, max_steps=4, judge=judge)
+        scores = Scorer(BY_JUDGE, Resources(4, judge=judge)).score(ATTEMPTS[:3])
     assert not scores.is_valid.any()
     with pytest.raises(UserError, match="failed in each of the 3 trajectories: there is nothing to learn from"):
         learnable(ATTEMPTS[:3], scores)
@@ -561,10 +562,11 @@ def test_unknown_is_unknown_wherever_it_counts(compat: Any, use_process: bool) -
     is_failed, is_failed_answer = rng.random((num, num_steps)) < 0.3, rng.random(num) < 0.3
 
     def rewards(value: float) -> np.ndarray:
-        return np.asarray(
-            shape_rewards(np.where(is_failed, value, process), np.where(is_failed_answer, value, correct), status,
-                          step_mask, malformed, compat=compat, use_process=use_process)
+        shaped = shape_rewards(
+            np.where(is_failed, value, process), np.where(is_failed_answer, value, correct), status, step_mask,
+            malformed, compat=compat, use_process=use_process,
         )  # fmt: skip
+        return np.asarray(shaped.rewards_BK)
 
     unknown, low, high = rewards(np.nan), rewards(0.0), rewards(1.0)
     assert 0.02 < np.isnan(unknown).mean() < 0.95

@@ -1,0 +1,61 @@
+"""The contract of a reward term, and the resources that terms may need.
+
+Shape suffixes: B trajectories, K steps of a trajectory, N inquiries to a judge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from r3rag_jax.retrieval.base import Encoder
+from r3rag_jax.rewards.judge.judge import Inquiry, Judge
+from r3rag_jax.types import Trajectory
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a term may need besides the trajectories; every resource but `max_steps` is optional."""
+
+    max_steps: int  # K, the most steps of a trajectory (rollout.max_steps); the width of process rewards
+    encoder: Encoder | None = None
+    judge: Judge | None = None
+    verdicts_N: np.ndarray | None = None  # float32, in the order of the term's own `inquiries`; NaN = failed
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTerm:
+    """A row of PROCESS_REWARDS or OUTCOME_REWARDS (`terms.py`).
+
+    Attributes:
+        rewards: (trajectories, resources) -> float32 [B, K] of a process reward, 0 where a trajectory has no such
+            step; float32 [B] of an outcome reward, 0 without an answer. NaN = unknown, for a judgement has failed.
+        needs: names of the optional resources that it reads.
+        inquiries: (trajectories, judge) -> what the judge must be asked before `rewards` is called, which then finds
+            the verdicts in `resources.verdicts_N`. The scorer asks the inquiries of all terms in one round.
+    """
+
+    rewards: Callable[[Sequence[Trajectory], Resources], np.ndarray]
+    needs: tuple[str, ...] = ()
+    inquiries: Callable[[Sequence[Trajectory], Judge], list[Inquiry]] | None = None
+
+
+def required(resource: T | None, name: str) -> T:
+    """The resource.
+
+    Raises:
+        ValueError: it is None.
+    """
+    if resource is None:
+        raise ValueError(f"this reward term needs {name}; got none")
+    return resource
+
+
+def next_power_of_two(size: int) -> int:
+    """The smallest power of two that is at least `size` and at least 1: padding to it keeps compiled shapes few."""
+    return 1 << max(0, size - 1).bit_length()
