@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import httpx
@@ -207,25 +208,24 @@ class Endpoint:
     ) -> Iterator[tuple[int, U | UserError]]:
         """Apply a function that calls this endpoint to all inputs, in the threads of one session.
 
-        Yields the index of an input and its result, or the UserError that it raised, as they come. After `give_up` it
-        yields what is in flight and ends. `max_in_flight` inputs are taken at once, by default the configured number.
+        Yields the index of an input and its result, or the UserError that it raised, as they come. `max_in_flight`
+        inputs are taken at once, by default the configured number, and each further one only when a result has been
+        consumed: after `give_up` no more than those in flight are taken, which still yield theirs.
         """
-        with ThreadPoolExecutor(max_in_flight or self._config.max_in_flight) as pool, self.session():
-            futures = {pool.submit(function, one): index for index, one in enumerate(inputs)}
-            try:
-                for future in as_completed(futures):
-                    if not future.cancelled():
-                        error = future.exception()
-                        yield futures[future], error if isinstance(error, UserError) else future.result()
-                    if self._has_given_up.is_set():
-                        _cancel(futures)
-            finally:
-                _cancel(futures)  # the caller may have left
-
-
-def _cancel(futures: Mapping[Future[Any], int]) -> None:
-    for future in futures:
-        future.cancel()
+        num_threads = max_in_flight or self._config.max_in_flight
+        waiting = iter(enumerate(inputs))
+        futures: dict[Future[U], int] = {}
+        with ThreadPoolExecutor(num_threads) as pool, self.session():  # a caller that leaves ends the session
+            while True:
+                if not self._has_given_up.is_set():
+                    for index, one in itertools.islice(waiting, num_threads - len(futures)):
+                        futures[pool.submit(function, one)] = index
+                if not futures:
+                    return
+                wait(futures, return_when=FIRST_COMPLETED)
+                future = next(future for future in futures if future.done())
+                error = future.exception()
+                yield futures.pop(future), error if isinstance(error, UserError) else future.result()
 
 
 def _read_key(key_env: str, name: str) -> str:

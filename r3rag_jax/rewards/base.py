@@ -12,7 +12,8 @@ from typing import TypeVar
 import numpy as np
 
 from r3rag_jax.retrieval.base import Encoder
-from r3rag_jax.rewards.judge.judge import Inquiry, Judge
+from r3rag_jax.rewards.judge.judge import Judge
+from r3rag_jax.rewards.judge.prompts import Inquiry
 from r3rag_jax.types import Trajectory
 
 T = TypeVar("T")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +37,36 @@ class Scores:
         return np.asarray([np.isfinite(rewards_K).all() for rewards_K in self.rewards], bool)
 
 
+class _Outlines(NamedTuple):
+    """How trajectories ended, and which of their steps there are."""
+
+    status_B: np.ndarray  # int32, of `Status`
+    step_mask_BK: np.ndarray  # bool, True = the step was taken
+    malformed_BK: np.ndarray  # bool, True = the step broke the protocol
+
+
+def _outlines(trajectories: Sequence[Trajectory], max_steps: int) -> _Outlines:
+    """The outlines of trajectories.
+
+    A last step that the budget of a trajectory's tokens cut off broke no rule: it is not malformed.
+
+    Raises:
+        ValueError: a trajectory has more than `max_steps` steps.
+    """
+    step_mask_BK = np.zeros((len(trajectories), max_steps), bool)
+    malformed_BK = np.zeros_like(step_mask_BK)
+    for row, trajectory in enumerate(trajectories):
+        num_steps = len(trajectory.steps)
+        if num_steps > max_steps:
+            raise ValueError(f"a trajectory may have {max_steps} steps; got {num_steps}")
+        step_mask_BK[row, :num_steps] = True
+        malformed_BK[row, :num_steps] = [not step.is_well_formed for step in trajectory.steps]
+        if trajectory.status == Status.NO_ANSWER and num_steps:
+            malformed_BK[row, num_steps - 1] = False
+    status_B = np.asarray([trajectory.status for trajectory in trajectories], np.int32)
+    return _Outlines(status_B, step_mask_BK, malformed_BK)
+
+
 class Scorer:
     """Scores trajectories as a configuration says."""
 
@@ -51,13 +82,14 @@ class Scorer:
             ValueError: a trajectory has more steps than `resources.max_steps`, or a resource is missing.
             UserError: the judge fails too often.
         """
+        outlines = _outlines(trajectories, self._resources.max_steps)
         process_resources, outcome_resources, verdicts = self._ask(trajectories)
         process_BK = self._process.rewards(trajectories, process_resources)
         correct_B = self._outcome.rewards(trajectories, outcome_resources)
         answers = answer_metrics(trajectories)
         if self._outcome.inquiries is not None:
             answers["acc"] = correct_B
-        shaped = self._shape(trajectories, process_BK, correct_B)
+        shaped = self._shape(outlines, process_BK, correct_B)
         rewards_BK = np.asarray(shaped.rewards_BK)
         rewards = [rewards_BK[row, : len(trajectory.steps)] for row, trajectory in enumerate(trajectories)]
         parts = {name: np.asarray(x_BK).sum(axis=1)[: len(rewards)] for name, x_BK in shaped.parts_BK.items()}
@@ -77,42 +109,17 @@ class Scorer:
         )
         return process, outcome, verdicts
 
-    def _shape(
-        self, trajectories: Sequence[Trajectory], process_BK: np.ndarray, correct_B: np.ndarray
-    ) -> ShapedRewards:
+    def _shape(self, outlines: _Outlines, process_BK: np.ndarray, correct_B: np.ndarray) -> ShapedRewards:
         """`shape_rewards` by the configuration; B is padded to a power of two with trajectories without steps."""
-        config, padding = self._config, next_power_of_two(len(trajectories)) - len(trajectories)
-        status_B, step_mask_BK, malformed_BK = _outlines(trajectories, self._resources.max_steps)
+        config, padding = self._config, next_power_of_two(len(process_BK)) - len(process_BK)
+        arrays = process_BK, correct_B, outlines.status_B, outlines.step_mask_BK, outlines.malformed_BK
         return shape_rewards(
-            np.pad(process_BK, ((0, padding), (0, 0))), np.pad(correct_B, (0, padding)),
-            np.pad(status_B, (0, padding)), np.pad(step_mask_BK, ((0, padding), (0, 0))),
-            np.pad(malformed_BK, ((0, padding), (0, 0))),
+            *(np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in arrays),
             outcome_weight=config.outcome_weight, process_weight=config.process_weight, use_process=config.use_process,
             use_outcome=config.use_outcome, compat=config.compat, factor_correct=config.factor_correct,
             factor_wrong=config.factor_wrong, factor_no_answer=config.factor_no_answer,
             malformed_reward=config.malformed, no_answer_penalty=config.no_answer, clip=config.clip,
         )  # fmt: skip
-
-
-def _outlines(trajectories: Sequence[Trajectory], max_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """status int32 [B], step_mask bool [B, K] and malformed bool [B, K] of the trajectories.
-
-    A last step that the budget of a trajectory's tokens cut off broke no rule: it is not malformed.
-
-    Raises:
-        ValueError: a trajectory has more than `max_steps` steps.
-    """
-    step_mask_BK = np.zeros((len(trajectories), max_steps), bool)
-    malformed_BK = np.zeros_like(step_mask_BK)
-    for row, trajectory in enumerate(trajectories):
-        num_steps = len(trajectory.steps)
-        if num_steps > max_steps:
-            raise ValueError(f"a trajectory may have {max_steps} steps; got {num_steps}")
-        step_mask_BK[row, :num_steps] = True
-        malformed_BK[row, :num_steps] = [not step.is_well_formed for step in trajectory.steps]
-        if trajectory.status == Status.NO_ANSWER and num_steps:
-            malformed_BK[row, num_steps - 1] = False
-    return np.asarray([trajectory.status for trajectory in trajectories], np.int32), step_mask_BK, malformed_BK
 
 
 def learnable(trajectories: Sequence[Trajectory], scores: Scores) -> tuple[list[Trajectory], Scores]:

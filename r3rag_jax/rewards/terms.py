@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from r3rag_jax.config.schema import RewardConfig
+from r3rag_jax.config import RewardConfig
 from r3rag_jax.rewards import answer, embedding, gold
 from r3rag_jax.rewards.base import Resources, RewardTerm
 from r3rag_jax.rewards.judge import correctness, relevance

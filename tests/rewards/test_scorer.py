@@ -5,7 +5,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from r3rag_jax.config.schema import RewardConfig
+from r3rag_jax.config import RewardConfig
 from r3rag_jax.rewards.base import Resources, RewardTerm
 from r3rag_jax.rewards.scorer import Scorer
 from r3rag_jax.rewards.terms import OUTCOME_REWARDS, PROCESS_REWARDS, needed_resources

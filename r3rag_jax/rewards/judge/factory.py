@@ -1,4 +1,4 @@
-"""The judge of a configuration: a server's chat, or a Hugging Face model on the run's own devices."""
+"""Builds the judge of a configuration: a chat model on a server, or a Hugging Face model on the run's own devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models.decoder import param_shapes, param_shardings
 from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, load_generation
 from r3rag_jax.models.paths import model_path, reading
-from r3rag_jax.rewards.judge.judge import CORRECTNESS_PROMPT, RELEVANCE_PROMPT, Judge, Kind, check_template
+from r3rag_jax.rewards.judge.judge import Judge
+from r3rag_jax.rewards.judge.prompts import Prompts, check_template
+from r3rag_jax.rewards.judge.verdicts import Kind
 from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
 from r3rag_jax.sampler.chat import EngineChat
 from r3rag_jax.sampler.engine import Engine
@@ -25,7 +27,13 @@ from r3rag_jax.text.tokenizer import Tokenizer
 
 
 def open_judge(config: JudgeConfig, mesh: Mesh, default_cache: Path, *, first_wait_s: float = FIRST_WAIT_S) -> Judge:
-    """The judge, ready to be asked; a server is not asked anything yet.
+    """The judge of a configuration, ready to be asked; nothing is sent to a server yet.
+
+    Args:
+        config: the section `judge`.
+        mesh: devices of a local judge.
+        default_cache: the file of judgements where the configuration names none.
+        first_wait_s: seconds before the first retry of a request.
 
     Raises:
         UserError: its model, key, prompts or file of judgements cannot be read.
@@ -34,20 +42,22 @@ def open_judge(config: JudgeConfig, mesh: Mesh, default_cache: Path, *, first_wa
     return Judge(
         chat,
         Path(config.cache) if config.cache else default_cache,
-        relevance_prompt=read_prompt(config.relevance_prompt, "relevance"),
-        correctness_prompt=read_prompt(config.correctness_prompt, "correctness"),
+        prompts=Prompts(
+            relevance=_read_prompt(config.relevance_prompt, "relevance"),
+            correctness=_read_prompt(config.correctness_prompt, "correctness"),
+        ),
         max_failure_share=config.max_failure_share,
     )
 
 
-def read_prompt(path: str, kind: Kind) -> str:
-    """The text of a template file; empty: ours.
+def _read_prompt(path: str, kind: Kind) -> str:
+    """The template in a file; the built-in one where `path` is empty.
 
     Raises:
         UserError: the file cannot be read, or does not show what is to be judged.
     """
     if not path:
-        return RELEVANCE_PROMPT if kind == "relevance" else CORRECTNESS_PROMPT
+        return getattr(Prompts(), kind)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -56,51 +66,65 @@ def read_prompt(path: str, kind: Kind) -> str:
 
 
 def served_chat(config: JudgeConfig, first_wait_s: float = FIRST_WAIT_S) -> ChatClient:
-    """The chat model of a server."""
+    """The chat model of a server.
+
+    Raises:
+        UserError: the URL is invalid, or the environment variable of the key is not set.
+    """
     endpoint = Endpoint(config.endpoint, name="judge.endpoint", first_wait_s=first_wait_s)
     return ChatClient(endpoint, max_tokens=config.max_tokens)
 
 
 def local_chat(config: JudgeConfig, mesh: Mesh) -> EngineChat:
-    """The chat of the model at `judge.local.path`, sharded over the mesh like a policy."""
-    path, dtype = local_path(config), jnp.dtype(config.local.dtype)
+    """The model at `judge.local.path`, sharded over the mesh like a policy.
+
+    Raises:
+        UserError: the model cannot be read.
+    """
+    path, dtype = _local_path(config), jnp.dtype(config.local.dtype)
     with reading(path):
-        shape, tokenizer = load_config(path), Tokenizer(path)
-        stops = load_generation(path).get("eos_token_id", [])
-        stops = {tokenizer.eos_id, *(stops if isinstance(stops, list) else [stops])}
-        decoder = load_decoder(path, dtype=dtype, shardings=param_shardings(mesh, shape))
+        model_config, tokenizer = load_config(path), Tokenizer(path)
+        stop_ids = load_generation(path).get("eos_token_id", [])
+        decoder = load_decoder(path, dtype=dtype, shardings=param_shardings(mesh, model_config))
     graphdef, params = nnx.split(decoder)
     engine = Engine(
-        graphdef, shape, mesh, slots=config.local.slots, max_length=config.local.max_length,
-        dtype=default_kv_dtype(dtype, shape, mesh), split_weights=True,
+        graphdef, model_config, mesh, slots=config.local.slots, max_length=config.local.max_length,
+        dtype=default_kv_dtype(dtype, model_config, mesh), split_weights=True,
     )  # fmt: skip
-    files = sorted(path.glob("*.safetensors"))
-    marks = [f"{file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]  # other weights may take their place
+    # Size and time of the files tell other weights at the same path apart.
+    versions = [f"{f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(path.glob("*.safetensors"))]
     with reading(path):  # its chat template
         return EngineChat(
             engine, engine.load(params), tokenizer, model=config.local.path,
-            identity=" ".join([config.local.path, config.local.dtype, *marks]), stop_ids=sorted(stops),
+            identity=" ".join([config.local.path, config.local.dtype, *versions]),
+            stop_ids=sorted({tokenizer.eos_id, *(stop_ids if isinstance(stop_ids, list) else [stop_ids])}),
             max_tokens=config.max_tokens,
         )  # fmt: skip
 
 
-def local_path(config: JudgeConfig) -> Path:
+def judge_memory(config: JudgeConfig, mesh: Mesh) -> dict[str, int]:
+    """Bytes that the judge keeps on each device, by what they are; nothing for one on a server.
+
+    Raises:
+        UserError: the model's configuration cannot be read.
+    """
+    if config.kind == "server":
+        return {}
+    path, dtype = _local_path(config), jnp.dtype(config.local.dtype)
+    with reading(path):
+        model_config = load_config(path)
+    shardings = param_shardings(mesh, model_config)
+    shapes = [shardings[name].shard_shape(shape) for name, shape in param_shapes(model_config).items()]
+    cache = plan(
+        mesh, {}, model_config, slots=config.local.slots, max_length=config.local.max_length,
+        dtype=default_kv_dtype(dtype, model_config, mesh),
+    ).cache  # fmt: skip
+    return {"judge": sum(dtype.itemsize * math.prod(shape) for shape in shapes), "judge's cache": cache}
+
+
+def _local_path(config: JudgeConfig) -> Path:
     """The directory of `judge.local.path`."""
     path = model_path(config.local.path)
     if not (path / "config.json").is_file():
         raise UserError(f"judge.local.path must be a Hugging Face directory with config.json; got {path}")
     return path
-
-
-def judge_memory(config: JudgeConfig, mesh: Mesh) -> dict[str, int]:
-    """What a local judge keeps on each device, bytes; nothing for one on a server."""
-    if config.kind == "server":
-        return {}
-    path, dtype = local_path(config), jnp.dtype(config.local.dtype)
-    with reading(path):
-        shape = load_config(path)
-    places = param_shardings(mesh, shape)
-    shares = [places[name].shard_shape(one) for name, one in param_shapes(shape).items()]
-    local, dtype_of_cache = config.local, default_kv_dtype(dtype, shape, mesh)
-    cache = plan(mesh, {}, shape, slots=local.slots, max_length=local.max_length, dtype=dtype_of_cache).cache
-    return {"judge": sum(dtype.itemsize * math.prod(share) for share in shares), "judge's cache": cache}

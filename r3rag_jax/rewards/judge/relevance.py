@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from r3rag_jax.rewards.base import Resources, required
-from r3rag_jax.rewards.judge.judge import Inquiry, Judge
+from r3rag_jax.rewards.judge.judge import Judge
+from r3rag_jax.rewards.judge.prompts import Inquiry
 from r3rag_jax.types import Trajectory
 
 

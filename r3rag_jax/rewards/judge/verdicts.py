@@ -1,0 +1,51 @@
+"""What counts as a verdict in a judge's reply. Whatever is not spelled out as asked has failed: nothing is guessed."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Kind = Literal["relevance", "correctness"]
+
+LABELS: dict[Kind, str] = {"relevance": "relevance", "correctness": "correct"}
+EXAMPLES: dict[Kind, str] = {"relevance": "Relevance: 0.7", "correctness": "Correct: yes"}  # a line of a reply
+WORDS = {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}
+_LINES: dict[Kind, re.Pattern[str]] = {
+    kind: re.compile(rf"[\s>#*_`\"'{{-]*{label}(?:[ _]score)?[\s*_`\"']*[:=](?P<value>.*)", re.IGNORECASE)
+    for kind, label in LABELS.items()
+}
+_VALUES: dict[Kind, re.Pattern[str]] = {
+    "relevance": re.compile(r"[\s*_`\"']*(?P<value>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:\s*/\s*1(?:\.0+)?)?[\s*_`\"'}.,]*"),
+    "correctness": re.compile(r"[\s*_`\"']*(?P<value>yes|no|true|false)[\s*_`\"'}.,]*", re.IGNORECASE),
+}
+
+
+def read_verdict(reply: str, kind: Kind) -> float | None:
+    """The verdict in [0, 1] at the end of a judge's reply, or None: the reply has failed.
+
+    A reply must contain one line `Relevance: 0.7` (a number from 0 to 1), or `Correct: yes` (yes and true are 1, no and
+    false are 0), with nothing else on the line. These variants are accepted:
+
+        **Relevance:** 0.85     _Relevance_: **0.85**     - Relevance score: 0.8.     ## relevance = .8
+        > Relevance: 1 / 1      "relevance": 0.8,         {"relevance": 0.8}          `Correct`: **Yes**
+
+    that is: any case, Markdown and quotes around label and value, `score` after the label, `=` for the colon, `/ 1`
+    after the number, a full stop. Other lines may hold anything; text before `</think>` is not part of the answer.
+
+    A reply fails if it has no such line, if a line with the label holds something else ("Relevance: 8/10", "-0.5",
+    "1.2", "high", "0.8 or so", "80%", "0,8"), or if two such lines disagree.
+    """
+    answer = reply.rpartition("</think>")[2]
+    if "<think>" in answer:  # the reply ends before the thinking does
+        return None
+    lines = [match for line in answer.splitlines() if (match := _LINES[kind].fullmatch(line))]
+    values = {_read_value(match["value"], kind) for match in lines}
+    return values.pop() if len(values) == 1 else None
+
+
+def _read_value(text: str, kind: Kind) -> float | None:
+    match = _VALUES[kind].fullmatch(text)
+    if match is None:
+        return None
+    value = WORDS[match["value"].lower()] if kind == "correctness" else float(match["value"])
+    return value if 0 <= value <= 1 else None
