@@ -1,7 +1,6 @@
-"""Masked token losses, and log-probabilities that never hold [T, V] at once.
+"""Losses of policy and value model, and the KL penalty, as functions of the tokens' log-probabilities.
 
-Shape suffixes: B rows, L tokens of a row, T tokens, D width, V vocabulary, C tokens of one chunk, K chunks.
-Token losses take arrays of any one shape; masks are bool, True = keep; sums run in float32.
+All arrays of a call have one shape, whatever it is; masks are bool, True = keep; sums are computed in float32.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# exp(20) is 5e8: far outside any clip range, yet finite: one stray token cannot blow a loss up.
+# exp(20) is 5e8, far outside any clip range but finite: one outlier does not make a loss infinite.
 _MAX_LOG_RATIO = 20.0
 
 
@@ -29,19 +28,21 @@ def loss_mean(
     kind: Literal["token", "sequence", "constant"],
     length: float,
 ) -> jax.Array:
-    """One number from a batch's tokens; a sequence is a trajectory, n_i its kept tokens, N their number in the batch.
+    """Aggregates the tokens of a batch; n_i is the number of kept tokens of trajectory i, N the number of trajectories.
 
-        token     sum_t x_t / sum_i n_i            every token counts alike (DAPO, arXiv 2503.14476, eq. 12)
-        sequence  1/N sum_i 1/n_i sum_t x_t        every trajectory counts alike (GRPO, arXiv 2402.03300, eq. 3)
-        constant  1/N sum_i 1/length sum_t x_t     no bias towards short right or long wrong ones
+        token     sum_t x_t / sum_i n_i            tokens have equal weights (DAPO, arXiv 2503.14476, eq. 12)
+        sequence  1/N sum_i 1/n_i sum_t x_t        trajectories have equal weights (GRPO, arXiv 2402.03300, eq. 3)
+        constant  1/N sum_i 1/length sum_t x_t     no bias towards short correct or long wrong trajectories
                                                    (Dr. GRPO, arXiv 2503.20783)
 
-    A trajectory whose tokens lie in several batches counts in each for the share of its tokens there.
+    A trajectory whose tokens are spread over several batches counts in each for the share of its tokens there.
 
     Args:
-        x: float [...], per token. mask: bool, same shape, True = keep; the rest may hold anything.
+        x: float [...], a value per token; may hold anything where not kept.
+        mask: bool, same shape, True = keep.
         shares: float, same shape, 1 / n_i, the token's share of its whole trajectory.
-        length: of constant: tokens that a trajectory's sum is divided by.
+        kind: which of the three.
+        length: for `constant`, the number of tokens that a trajectory's sum is divided by.
 
     Returns:
         float32 scalar; 0 when nothing is kept.
@@ -74,24 +75,25 @@ def ppo_policy_loss(
     """Clipped surrogate loss, - mean_t w_t min(rho_t A_t, clip(rho_t, 1 - clip, 1 + clip_high) A_t).
 
     rho_t = exp(logprobs_t - old_logprobs_t) (arXiv 1707.06347, eq. 7; two bounds: arXiv 2503.14476, eq. 10); the
-    log-ratio is held within +-20, which no clip range reaches.
+    log-ratio is clipped to +-20, far outside any clip range.
 
     Args:
         logprobs: float [...], of the sampled tokens under the policy being trained.
-        old_logprobs: same shape, under the policy that the clip keeps it close to, at the same temperature: recorded
-            while sampling, or recomputed before the first update, and then with the weights of `truncated_weights`.
-        advantages: same shape, taken as constants.
-        mask: bool, same shape, True = keep; the rest may hold anything.
-        clip: how far below 1 the ratio is trusted.
-        clip_high: how far above; None: as far as below.
-        weights: float, same shape, taken as constants; None: 1.
-        mean: of the tokens' terms and the mask, e.g. `loss_mean`.
+        old_logprobs: same shape, under the policy that clipping keeps the trained one close to, at the same
+            temperature: recorded while sampling, or recomputed before the first update and then used with the weights
+            of `truncated_weights`.
+        advantages: same shape; no gradient flows through them.
+        mask: bool, same shape, True = keep; the other arrays may hold anything where not kept.
+        clip: the ratio is clipped at 1 - clip.
+        clip_high: the ratio is clipped at 1 + clip_high; None: at 1 + clip.
+        weights: float, same shape, without gradient; None: 1.
+        mean: (values of tokens, mask) -> scalar, e.g. `loss_mean`.
 
     Returns:
-        The scalar loss, and stats: `clip_fraction`, the share of kept tokens with a ratio out of its range,
-        `approx_kl`, the mean of rho - 1 - log rho, an estimate of KL(old, policy) in nats per token, and
-        `displacement`, the mean log-ratio of what did better than expected: a policy that makes *that* less likely
-        is on its way to a collapse (likelihood displacement, arXiv 2410.08847).
+        The scalar loss, and stats: `clip_fraction`, the share of kept tokens with a ratio outside of the clip range;
+        `approx_kl`, the mean of rho - 1 - log rho, an estimate of KL(old, policy) in nats per token; and
+        `displacement`, the mean log-ratio of tokens with a positive advantage: a policy that makes these less likely
+        is about to collapse (likelihood displacement, arXiv 2410.08847).
     """
     log_ratio = jnp.where(mask, (logprobs - old_logprobs).astype(jnp.float32), 0.0)
     log_ratio = jnp.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
@@ -112,19 +114,20 @@ def ppo_policy_loss(
 def truncated_weights(
     old_logprobs: jax.Array, behaviour_logprobs: jax.Array, mask: jax.Array, limit: float
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Importance weights of tokens that another policy sampled, or this one in other numerics: min(pi_old / mu, limit).
+    """Truncated importance weights min(pi_old / mu, limit) of tokens that were sampled from mu.
 
-    Truncated as in V-trace (arXiv 1802.01561, eq. 1); with a ratio against pi_old in the surrogate it is the decoupled
-    objective of arXiv 2110.00641. Where mu is pi_old all weights are 1.
+    mu is an older policy, or the same policy with the sampler's rounding. Truncation as in V-trace (arXiv 1802.01561,
+    eq. 1); with ratios against pi_old in the surrogate loss this is the decoupled objective of arXiv 2110.00641.
 
     Args:
         old_logprobs: float [...], log pi_old of the sampled tokens, before the first update.
         behaviour_logprobs: same shape, log mu, recorded while sampling; both at the sampling temperature.
-        mask: bool, same shape, True = keep; the rest may hold anything.
+        mask: bool, same shape, True = keep; the other arrays may hold anything where not kept.
+        limit: the largest weight.
 
     Returns:
         weights, float32 of the same shape, 0 where not kept, and stats: `weight`, their mean, and
-        `truncated_fraction`, the share at the limit.
+        `truncated_fraction`, the share of kept tokens whose weight was limited.
     """
     log_ratio = jnp.where(mask, (old_logprobs - behaviour_logprobs).astype(jnp.float32), 0.0)
     ratio = jnp.exp(jnp.minimum(log_ratio, _MAX_LOG_RATIO))
@@ -135,16 +138,16 @@ def truncated_weights(
 def value_loss(
     values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, clip: float
 ) -> jax.Array:
-    """Half the squared error of the values, pessimistic about moves of more than `clip`.
+    """Half the mean squared error of the values, or of the clipped values where their error is larger.
 
         1/2 mean_t max((V_t - R_t)^2, (V_old_t + clip(V_t - V_old_t, -clip, clip) - R_t)^2)
 
     Args:
         values: float [...], of the value model being trained.
-        old_values: same shape, of the value model that gave the advantages.
+        old_values: same shape, of the value model that the advantages were computed with.
         returns: same shape, regression targets.
-        mask: bool, same shape, True = keep; the rest may hold anything.
-        clip: largest useful move, in units of the reward; `inf` turns the clipping off.
+        mask: bool, same shape, True = keep; the other arrays may hold anything where not kept.
+        clip: a value that moves further from its old one gains nothing, in units of the reward; `inf`: no clipping.
 
     Returns:
         The scalar loss.
@@ -161,9 +164,9 @@ def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, kind: Literal["k1",
 
     With d = logprobs - ref_logprobs: k1 = d (unbiased, noisy; the penalty of PPO), k2 = d^2 / 2
     (low variance, biased), k3 = exp(-d) - 1 + d (unbiased, never negative; the KL loss of GRPO).
-    As a loss, differentiated through `logprobs`: the gradient of k1 is 0 on average, so it teaches nothing; that of k2
-    is the gradient of KL(policy, reference), that of k3 of KL(reference, policy) (both on average, for tokens that
-    today's policy sampled).
+    As a loss, differentiated through `logprobs`: the gradient of k1 is 0 on average, so it has no effect; that of k2 is
+    on average the gradient of KL(policy, reference), that of k3 the one of KL(reference, policy) (both for tokens
+    sampled from the current policy).
     Source: J. Schulman, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
 
     Args:
@@ -189,11 +192,14 @@ def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, kind: Literal["k1",
 
 
 def adapted_kl(coefficient: float, kl: float, target: float, rate: float) -> float:
-    """The next coefficient of a KL penalty: beta (1 + rate clip((kl - target) / target, -0.2, 0.2)).
+    """The next coefficient of a KL penalty: coefficient * (1 + rate * clip((kl - target) / target, -0.2, 0.2)).
 
     The proportional controller of arXiv 1909.08593, section 2.2, where the rate is 0.1.
 
     Args:
-        kl: measured, of any estimate and unit; `target` in the same.
+        coefficient: the current one.
+        kl: measured, by any estimator and in any unit.
+        target: in the same unit.
+        rate: gain of the controller.
     """
     return coefficient * (1.0 + rate * min(max((kl - target) / target, -0.2), 0.2))

@@ -31,17 +31,17 @@ def chunked_logprobs(
     """Log-probability of each kept target and entropy of its distribution, at the given temperatures.
 
     p_t = softmax(truncate(hidden_t weight, temperature_t, truncation)). The logits exist for at most `chunk` tokens
-    at a time, in float32, and are recomputed in the backward pass; tokens that are not kept cost nothing
-    but the fill of a row's last chunk.
+    at a time, in float32, and are recomputed in the backward pass. Tokens that are not kept cost nothing, except those
+    that fill up the last chunk with kept ones.
 
     Args:
         hidden_BLD: float [B, L, D], final hidden states.
-        weight: float [D, V], output projection; [V, D] where `tied`, embeddings as they lie. (What a loop closes over
-            is stored whole: transposed before it, they would be copied.)
+        weight: float [D, V], output projection; with `tied`, the table of embeddings [V, D]. (A loop stores what it
+            closes over: a table that is transposed before the loop would be copied.)
         targets_BL: int [B, L], ids in [0, V); anything where not kept.
         temperature_BL: float [B, L], > 0.
         mask_BL: bool [B, L], True = keep.
-        chunk: most tokens whose logits exist at once (at least one of each row does).
+        chunk: the most tokens whose logits exist at once; at least one token of each row is in a chunk.
         tied: whether `weight` is a table of embeddings.
         truncation: what the tokens were sampled with.
         target: the devices that this is compiled for.
@@ -54,9 +54,8 @@ def chunked_logprobs(
         ValueError: chunk is not positive.
     """
     chunks = _Chunks(mask_BL.astype(bool), chunk, target)
-    # Round trip through float32: XLA removes it, but the gradient of the weight, which the loop
-    # accumulates in the dtype of what it closes over, is then summed in float32. In bfloat16 a sum
-    # stalls after 256 chunks.
+    # XLA removes the round trip through float32, but not in the gradient of the weight, which the loop accumulates in
+    # the dtype of what it closes over: in bfloat16 the sum would stall after 256 chunks.
     wide = weight.astype(jnp.float32)
 
     def one_chunk(hidden_CD, targets_C, temperature_C, mask_C):
@@ -68,7 +67,7 @@ def chunked_logprobs(
         entropy_C = -jnp.sum(jnp.exp(logits_CV - lse_C[:, None]) * all_CV, axis=-1)
         return jnp.where(mask_C, jnp.stack([_target_logits(logits_CV, targets_C) - lse_C, entropy_C]), 0.0)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # around the choice: inside, each chunk would keep the weight
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # around the branch: else each chunk stores the weight
     def if_kept(inputs):
         *chunk, any_kept = inputs
         skip = jnp.zeros((2, chunk[0].shape[0]), jnp.float32)
@@ -91,18 +90,18 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Token-mean cross-entropy whose gradient is formed chunk by chunk in the forward pass.
 
-    While a chunk's logits are at hand, so is d loss / d logits = (softmax - onehot) / count: the
-    pullback to hidden and weight is taken there, and the logits are neither kept nor recomputed.
-    Without differentiation only the forward part runs. Gradients of the weight are summed in
-    float32. Tokens that are not kept cost nothing but the fill of a row's last chunk.
+    While the logits of a chunk exist, so does d loss / d logits = (softmax - onehot) / count: the gradients of hidden
+    and weight are computed from it at once, and the logits are neither stored nor recomputed.
+    Without differentiation only the loss is computed. Gradients of the weight are summed in
+    float32. Tokens that are not kept cost nothing, except those that fill up the last chunk with kept ones.
 
     Args:
         hidden_BLD: float [B, L, D], final hidden states.
-        weight: float [D, V], output projection; [V, D] where `tied`, embeddings as they lie. (What a loop closes over
-            is stored whole: transposed before it, they would be copied.)
+        weight: float [D, V], output projection; with `tied`, the table of embeddings [V, D]. (A loop stores what it
+            closes over: a table that is transposed before the loop would be copied.)
         targets_BL: int [B, L], ids in [0, V); anything where not kept.
         mask_BL: bool [B, L], True = keep.
-        chunk: most tokens whose logits exist at once (at least one of each row does).
+        chunk: the most tokens whose logits exist at once; at least one token of each row is in a chunk.
         tied: whether `weight` is a table of embeddings.
         target: the devices that this is compiled for.
 
@@ -169,11 +168,11 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def _chunk_sums(logits_CV, targets_C, mask_C):
     """Return ([sum of nats, number right] over the kept tokens, exp(logits - the largest of a token), their sums)."""
     largest_C = jnp.max(logits_CV, axis=-1)
-    exps_CV = lax.optimization_barrier(jnp.exp(logits_CV - largest_C[:, None]))  # once for all who read them
+    exps_CV = lax.optimization_barrier(jnp.exp(logits_CV - largest_C[:, None]))  # computed once for all uses
     total_C = jnp.sum(exps_CV, axis=-1)
     target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1, mode="clip")[:, 0]
     nats_C = largest_C + jnp.log(total_C) - target_C
-    # Right is the first of the largest: their argmax, for which XLA's CPU backend takes ten times as long.
+    # Right is the first of the largest, as argmax has it, for which XLA's CPU backend takes ten times as long.
     is_before_CV = lax.broadcasted_iota(targets_C.dtype, logits_CV.shape, 1) < targets_C[:, None]
     right_C = (target_C == largest_C) & ~jnp.any((logits_CV == largest_C[:, None]) & is_before_CV, axis=-1)
     sums_2C = jnp.where(mask_C, jnp.stack([nats_C, right_C.astype(jnp.float32)]), 0.0)
@@ -205,10 +204,10 @@ def _if_kept(target, any_kept, compute, skip):
 
 
 class _Chunks:
-    """Rows of tokens, the kept ones first, cut into K chunks of C tokens: so many columns of every row.
+    """Rows of tokens, sorted by whether they are kept, cut into K chunks of C tokens: some columns of all rows each.
 
-    Rows stay whole and in order, so an axis of rows that is sharded over devices stays where it is and every
-    device works on every chunk; the last chunks hold no kept token. Where the target cannot branch there is one chunk.
+    Rows are neither cut nor reordered, so an axis of rows that is sharded over devices is not moved, and every device
+    works on every chunk; the last chunks have no kept token. If the target cannot branch there is only one chunk.
     """
 
     def __init__(self, mask_BL: jax.Array, chunk: int, target: Target):
@@ -238,7 +237,7 @@ class _Chunks:
 
 @jax.custom_vjp
 def _permute(x_BL, order_BL, inverse_BL):
-    """Each row in the given order. The gradient is a gather with the inverse, where XLA would scatter."""
+    """The tokens of each row in a given order. Its gradient is a gather by the inverse, where XLA would scatter."""
     return _permute_forward(x_BL, order_BL, inverse_BL)[0]
 
 

@@ -29,7 +29,8 @@ from r3rag_jax.parallel.shardings import (
     tree_shardings,
 )
 from r3rag_jax.parallel.target import ONE_CPU, Target
-from r3rag_jax.rl.advantages import estimate, whiten_rewards
+from r3rag_jax.rl.advantages import whiten_rewards
+from r3rag_jax.rl.estimator import estimate
 from r3rag_jax.rl.losses import kl_penalty, loss_mean, masked_mean, ppo_policy_loss, truncated_weights, value_loss
 from r3rag_jax.rl.token_losses import chunked_logprobs, cross_entropy
 from r3rag_jax.sampler.distribution import WHOLE, Truncation

@@ -15,13 +15,13 @@ from r3rag_jax.rl.advantages import (
     at_step_starts,
     discounts,
     ends,
-    estimate,
     gae,
     group_mean_std,
     leave_one_out,
     whiten,
     whiten_rewards,
 )
+from r3rag_jax.rl.estimator import estimate
 from r3rag_jax.training import learner
 from r3rag_jax.training.batch import minibatches, pack_trajectories, tabulate
 from r3rag_jax.training.trainer import equal_groups
