@@ -24,17 +24,6 @@ TRAJECTORY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """trackio's own storage, in a directory of the tests: trackio reads TRACKIO_DIR once, when it is imported."""
-    directory = tmp_path_factory.mktemp("trackio")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRACKIO_DIR", str(directory))
-        trackio = pytest.importorskip("trackio", reason="needs the extra trackio")
-    assert trackio.utils.TRACKIO_DIR == directory, "another test imported trackio first"
-    return trackio.SQLiteStorage
-
-
 @pytest.fixture(autouse=True)
 def refused(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The connections that were tried, none of which is made; the environment is one that would cause some."""
