@@ -27,7 +27,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,18 @@ from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.retrieval.base import Hit, Retriever
-from r3rag_jax.rollout.rollout import Job, Roller, Rules
+from r3rag_jax.rollout.backends import EngineBackend
+from r3rag_jax.rollout.env import Done, EnvFactory, Search, StopRule
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.rollout.scheduler import rollout
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import Truncation
 from r3rag_jax.sampler.engine import Engine
-from r3rag_jax.types import Context, Trajectory
+from r3rag_jax.sampler.stops import NO_STOPS, StopTokens
+from r3rag_jax.text.transcript import Codec, Transcript
+from r3rag_jax.types import Completion, Context, Step, Trajectory
 
 WRITTEN, GIVEN, STEPS, ANSWER = 80, 300, 5, 20  # tokens, tokens, how often, and tokens in the end
 
@@ -142,8 +147,8 @@ def steps(
 class LeftOut(Engine):
     """In lockstep, decoding until the last row of the batch waits; calls leave out rows that wait from their start."""
 
-    def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int) -> None:
-        super().decode(decoder, self.max_length, self.slots)
+    def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int, stops: StopTokens = NO_STOPS) -> None:
+        super().decode(decoder, self.max_length, self.slots, stops)
 
 
 class Lockstep(LeftOut):
@@ -169,61 +174,72 @@ class Slow:
         return self.inner.search(queries, k)
 
 
-@dataclasses.dataclass(frozen=True)
-class Replay(Rules):
-    """Each step is as long as in a trajectory that was played, asks the same and is given the same."""
+class ReplayEnv:
+    """Each step is as long as in a trajectory that was rolled out, asks the same and is given the same."""
 
-    played: Mapping[tuple[str, int], Trajectory] = dataclasses.field(default_factory=dict)  # by question and sample
+    def __init__(self, request: RolloutRequest, codec: Codec, trajectory: Trajectory):
+        self._request, self._trajectory = request, trajectory
+        self._transcript = Transcript(codec, request.question.question)
 
-    def context(self, row: Any) -> Context:
-        step = row.transcript.num_steps
-        num = sum(int((sample.step_ids == step).sum()) for sample in self._played(row).samples)
-        return Context(row.transcript.context, num, row.job.temperature, row.job.key(step))
+    def start(self) -> Context:
+        return self._context()
 
-    def read(self, row: Any, ids: Sequence[int], logprobs: np.ndarray) -> None:
-        row.transcript.write(ids, logprobs)
-        row.steps.append(self._played(row).steps[len(row.steps)])
+    def step(self, completion: Completion) -> Search | Done:
+        self._transcript.write(completion.ids, completion.behaviour_logprobs)
+        if self._transcript.num_steps == len(self._trajectory.steps):
+            return Done(self._trajectory)
+        return Search(self._last_step.query or "", 1)
 
-    def end(self, row: Any) -> Trajectory | None:
-        played = self._played(row)
-        return row.finish(played.status) if len(row.steps) == len(played.steps) else None
+    def observe(self, hits: Sequence[Hit]) -> Context:
+        self._transcript.add_passages(self._last_step.passages)
+        return self._context()
 
-    def tell(self, row: Any, hits: Sequence[Hit]) -> None:
-        row.transcript.splice(row.steps[-1].passages)
+    def _context(self) -> Context:
+        step = self._transcript.num_steps
+        num = sum(int((sample.step_ids == step).sum()) for sample in self._trajectory.samples)
+        return Context(self._transcript.context, num, self._request.temperature, self._request.key(step))
 
-    def _played(self, row: Any) -> Trajectory:
-        return self.played[row.job.question.id, row.job.sample_index]
+    @property
+    def _last_step(self) -> Step:
+        return self._trajectory.steps[self._transcript.num_steps - 1]
 
 
 def run(console: Console, args: argparse.Namespace) -> None:
     path, slots = args.run, args.slots
     config = load_config(path / "config.yaml", ["phases=index"])
     session = Components(config, path, console=console)
-    params = session.phase_params("rl" if session.policy_dir("rl").exists() else "sft")
-    codec, retrieval = session.codec, config.retrieval
+    params = session.policy.load(session.policy_dir("rl" if session.policy_dir("rl").exists() else "sft"))
     questions = session.dataset.questions("test")[: args.questions]
-    jobs = [Job(question, i, temperature=1.0) for i in range(args.samples) for question in questions]
-    graphdef, decoder_config = session.policy.graphdef, session.policy.decoder_config
-    dtype, rules = session.cache_dtype, Rules
-
-    def roller(engine: Engine, latency_ms: float = 0.0, search_turns: int = 0) -> Roller:
-        rollout = config.rollout.replace(slots=engine.slots, search_overlap=search_turns)
-        retriever = Slow(session.retriever, latency_ms / 1e3) if latency_ms else session.retriever
-        return Roller(engine, rules(codec, retriever, rollout, retrieval.top_k, retrieval.max_passages))
+    requests = [RolloutRequest(question, i, temperature=1.0) for i in range(args.samples) for question in questions]
+    graphdef, decoder_config, dtype = session.policy.graphdef, session.policy.decoder_config, session.cache_dtype
+    env_factory = session.search_env
 
     def engine(kind: type[Engine], slots: int = slots) -> Engine:
-        made = kind(
+        return kind(
             graphdef, decoder_config, session.mesh, slots=slots, max_length=config.rollout.max_length,
             truncation=Truncation.of(config.rollout), dtype=dtype,
         )  # fmt: skip
-        if rules is Rules:
-            made.stop_at(*codec.ends)
-        return made
+
+    def roll_out(
+        engine: Engine,
+        policy: CachedDecoder,
+        requests: Sequence[RolloutRequest],
+        latency_ms: float = 0.0,
+        overlap: int = 0,
+    ) -> list[Trajectory]:
+        backend = EngineBackend(engine, policy, session.policy.tokenizer, decode_chunk=config.rollout.decode_chunk)
+        retriever = Slow(session.retriever, latency_ms / 1e3) if latency_ms else session.retriever
+        return rollout(backend, env_factory, retriever, requests, search_overlap=overlap)
 
     if args.model:
         own = engine(Engine)
-        played = roller(own).play(own.load(params), jobs)
-        rules = functools.partial(Replay, played={(each.question.id, each.sample_index): each for each in played})
+        trajectories = roll_out(own, own.load(params), requests)
+        by_request = {(each.question.id, each.sample_index): each for each in trajectories}
+
+        def replay(request: RolloutRequest) -> ReplayEnv:
+            return ReplayEnv(request, session.codec, by_request[request.question.id, request.sample_index])
+
+        env_factory = EnvFactory(replay, StopRule())
         decoder = load_decoder(model_path(args.model), dtype=args.dtype)
         (graphdef, params), decoder_config = nnx.split(decoder), decoder.config
         dtype = default_kv_dtype(args.dtype, decoder_config, session.mesh)
@@ -231,35 +247,31 @@ def run(console: Console, args: argparse.Namespace) -> None:
     policy = ours.load(params)
 
     def in_lockstep(engine: Engine) -> None:
-        waiting = roller(engine)
-        for start in range(0, len(jobs), slots):
-            waiting.play(policy, jobs[start : start + slots])
+        for start in range(0, len(requests), slots):
+            roll_out(engine, policy, requests[start : start + slots])
 
-    singles = jobs[: args.singles]
+    singles = requests[: args.singles]
     one_at_a_time = f"one at a time ({len(singles)} of them)"
-
-    def playing(player: Roller, jobs: Sequence[Job] = jobs) -> Callable[[], Any]:
-        return lambda: player.play(policy, jobs)
-
     ways: dict[str, Callable[[], Any]] = {
-        "slots refilled at once": playing(roller(ours)),
+        "slots refilled at once": functools.partial(roll_out, ours, policy, requests),
         "lockstep": functools.partial(in_lockstep, engine(Lockstep)),
         "lockstep, rows that wait left out": functools.partial(in_lockstep, engine(LeftOut)),
-        one_at_a_time: playing(roller(single), singles),
+        one_at_a_time: functools.partial(roll_out, single, policy, singles),
     }
     for latency in args.latencies:
-        for wait in args.turns:
-            ways[f"{latency:g} ms, search_overlap={wait}"] = playing(roller(ours, latency, wait))
-        ways[f"{latency:g} ms, {one_at_a_time}"] = playing(roller(single, latency), singles)
+        for overlap in args.turns:
+            name = f"{latency:g} ms, search_overlap={overlap}"
+            ways[name] = functools.partial(roll_out, ours, policy, requests, latency, overlap)
+        ways[f"{latency:g} ms, {one_at_a_time}"] = functools.partial(roll_out, single, policy, singles, latency)
     seconds = medians(ways, args.rounds)
     for name in ways:
         if name.endswith(one_at_a_time):
-            seconds[name] *= len(jobs) / len(singles)
+            seconds[name] *= len(requests) / len(singles)
     ours_s = seconds["slots refilled at once"]
-    title = f"{len(jobs)} trajectories of {path}" + (f", {args.model} in {args.dtype}" if args.model else "")
+    title = f"{len(requests)} trajectories of {path}" + (f", {args.model} in {args.dtype}" if args.model else "")
     table = Table("way", "s", "trajectories/s", "speed, of slots refilled at once", title=f"{title}, {slots} slots")
     for name, taken in seconds.items():
-        table.add_row(name, f"{taken:.2f}", f"{len(jobs) / taken:.1f}", f"{ours_s / taken:.2f}")
+        table.add_row(name, f"{taken:.2f}", f"{len(requests) / taken:.1f}", f"{ours_s / taken:.2f}")
     console.print(table)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from r3rag_jax.config import FlagParser
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluate import add_checkpoint_flags, open_components
-from r3rag_jax.evaluation.evaluator import play_greedy
+from r3rag_jax.evaluation.evaluator import greedy_rollouts
 from r3rag_jax.reporting.rendering import print_trajectory
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.types import Question
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_compile_cache()
     components, phase = open_components(args)
     question = Question("asked", args.question.strip(), ())
-    policy = components.sampling_policy(lambda: components.policy.load(components.policy_dir(phase)))
-    [trajectory] = play_greedy(components.roller(), policy, [question])
+    backend = components.rollout_backend(lambda: components.policy.load(components.policy_dir(phase)))
+    [trajectory] = greedy_rollouts(backend, components.search_env, components.retriever, [question])
     print_trajectory(trajectory, components.console)
     return 0
 

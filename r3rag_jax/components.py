@@ -13,11 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from r3rag_jax.clients.completions import Server
 from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.evaluator import reading_stops
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
@@ -28,7 +26,9 @@ from r3rag_jax.rewards.judge.factory import open_judge
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.scorer import Scorer
 from r3rag_jax.rewards.terms import needed_resources
-from r3rag_jax.rollout.rollout import Player, Roller, Rules, ServedRoller
+from r3rag_jax.rollout.backends import EngineBackend, RolloutBackend, ServerBackend
+from r3rag_jax.rollout.env import EnvFactory
+from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import ProgressBar
@@ -155,27 +155,24 @@ class Components:
             return jnp.dtype(kv_dtype)
         return default_kv_dtype(self.config.model.dtype, self.policy.decoder_config, self.sampler_mesh)
 
-    def roller(self, top_k: int | None = None) -> Player:
-        """The engine, or the user's server, set up for trajectories of the configured protocol."""
-        codec, retrieval = self.codec, self.config.retrieval
-        rules = Rules(codec, self.retriever, self.config.rollout, top_k or retrieval.top_k, retrieval.max_passages)
-        if self.config.rollout.server.is_given:
-            return ServedRoller(self.server(codec.eos_id, codec.stop_ids), rules)
-        end_of = rules.end_of if self.config.rollout.stop_strings else None
-        self.engine.stop_at(*codec.ends, end_of)
-        return Roller(self.engine, rules)
+    @functools.cached_property
+    def search_env(self) -> EnvFactory:
+        """R3-RAG's protocol as configured."""
+        retrieval = self.config.retrieval
+        return search_env_factory(
+            self.codec, self.config.rollout, top_k=retrieval.top_k, max_passages=retrieval.max_passages
+        )
 
-    def reading_engine(self) -> Engine | Server:
-        """The engine, or the user's server, set up for the baselines' one line of answer."""
-        stops = reading_stops(self.policy.tokenizer)
+    def rollout_backend(self, load: Callable[[], Any]) -> RolloutBackend:
+        """Who samples: the user's server, or else the engine with the policy of the parameters that `load` returns."""
         if self.config.rollout.server.is_given:
-            return self.server(self.policy.tokenizer.eos_id, [i for i in stops if i != self.policy.tokenizer.eos_id])
-        self.engine.stop_at((), stops, functools.partial(self.policy.tokenizer.end_of, ("\n",)))
-        return self.engine
+            return ServerBackend(self.config.rollout, self.policy.tokenizer)
+        return self.engine_backend(self.to_sampler(load()))
 
-    def server(self, eos_id: int, stop_ids: Sequence[int] = ()) -> Server:
-        """The user's inference server, with what ends a completion."""
-        return Server(self.config.rollout, self.policy.tokenizer, eos_id=eos_id, stop_ids=stop_ids)
+    def engine_backend(self, policy: CachedDecoder) -> EngineBackend:
+        """The engine with a policy that `to_sampler` returned."""
+        chunk = self.config.rollout.decode_chunk
+        return EngineBackend(self.engine, policy, self.policy.tokenizer, decode_chunk=chunk)
 
     # ---- rewards
 
@@ -207,10 +204,6 @@ class Components:
         return {"judge": name} if self.config.eval.judge else {}
 
     # ---- a user's inference server
-
-    def sampling_policy(self, load: Callable[[], Any]) -> Any:
-        """What rollouts take: that of the parameters that `load` gives, or None where a server has its own."""
-        return None if self.config.rollout.server.is_given else self.to_sampler(load())
 
     def to_sampler(self, params: Any) -> CachedDecoder:
         """A copy of the policy's parameters where rollouts run; `params` may be donated afterwards."""

@@ -18,7 +18,7 @@ from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.questions import read_passages, read_questions
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError, main_guard
-from r3rag_jax.evaluation.evaluator import fingerprint, play_greedy, summarise
+from r3rag_jax.evaluation.evaluator import fingerprint, greedy_rollouts, summarise
 from r3rag_jax.models.hf.conversion import POLICY_PHASES
 from r3rag_jax.reporting.rendering import results_table
 from r3rag_jax.run.caches import use_compile_cache
@@ -40,10 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     components, phase = open_components(args)
     path = args.questions or components.dataset.path_of("test")
     questions = read_questions(path)
-    policy = components.sampling_policy(lambda: components.policy.load(components.policy_dir(phase)))
+    backend = components.rollout_backend(lambda: components.policy.load(components.policy_dir(phase)))
     live = components.config.log.progress
     with ProgressBar(f"eval {path.name}", len(questions), console=components.console, live=live) as bar:
-        trajectories = play_greedy(components.roller(), policy, questions, lambda t: bar.advance(steps=len(t.steps)))
+        trajectories = greedy_rollouts(
+            backend, components.search_env, components.retriever, questions,
+            search_overlap=components.config.rollout.search_overlap, on_done=lambda t: bar.advance(steps=len(t.steps)),
+        )  # fmt: skip
     name = args.name or path.stem
     mark = fingerprint(
         questions, index=components.retriever.fingerprint, top_k=components.config.retrieval.top_k, phase=phase,

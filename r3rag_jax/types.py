@@ -84,6 +84,19 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was sampled behind a context."""
+
+    ids: list[int]  # at least one; with the token that ended it, unless the budget did
+    logprobs: np.ndarray | None  # float32 [len(ids)], of the distribution sampled from; None = unknown
+
+    @property
+    def behaviour_logprobs(self) -> np.ndarray:
+        """float32 [len(ids)]; NaN where `logprobs` is unknown: such a token cannot be trained on."""
+        return np.full(len(self.ids), np.nan, np.float32) if self.logprobs is None else self.logprobs
+
+
+@dataclasses.dataclass(frozen=True)
 class Sample:
     """One training sequence. `tags`: one per trajectory; `steps`: one per step, or a tree of them (`prefix_tree.py`).
 

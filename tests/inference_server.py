@@ -10,6 +10,7 @@ from openai_server import MODEL, Reply, completion
 
 from r3rag_jax.components import Components
 from r3rag_jax.sampler.state import RowStatus
+from r3rag_jax.sampler.stops import StopTokens
 from r3rag_jax.types import Context
 
 Asked = tuple[tuple[int, ...], int, tuple[int, ...]]  # ids, budget, ids that end it
@@ -49,10 +50,9 @@ class EngineReply:
         engine = self.session.engine
         batch = [asked for asked in list(self._waiting) if asked[2] == stops][: engine.slots]
         engine.reset()
-        engine.stop_at((), stops)
         engine.set_context(self.policy, {row: Context(ids, budget) for row, (ids, budget, _) in enumerate(batch)})
         while len(engine.find(RowStatus.DONE)) < len(batch):
-            engine.decode(self.policy, 512, len(batch))
+            engine.decode(self.policy, 512, len(batch), StopTokens(stop_ids=stops))
         for row, asked in enumerate(batch):
             written = slice(len(asked[0]), int(engine.rows.lengths[row]))
             rows = engine.rows

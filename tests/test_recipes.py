@@ -29,6 +29,7 @@ from r3rag_jax.sampler.cache.kv_cache import KVCache
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import WHOLE
 from r3rag_jax.sampler.state import Rows
+from r3rag_jax.sampler.stops import MAX_STOPS
 from r3rag_jax.training import learner, optimizer
 from r3rag_jax.training.batch import pack
 from r3rag_jax.types import SFTBatch
@@ -228,7 +229,7 @@ def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
         chunk = np.zeros((ways, slots // ways, engine.ACCELERATOR_SHAPES.lengths[-1]), np.int32)
         prefilled = jax.eval_shape(engine.prefill, policy, cache, chunk[..., 0], chunk, chunk[..., 0])
         assert shapes(prefilled) == shapes(cache)
-    stops, one = np.zeros(engine.MAX_STOPS, np.int32), MeshConfig(sampler_devices=1)
+    stops, one = np.zeros(MAX_STOPS, np.int32), MeshConfig(sampler_devices=1)
     for window in engine.windows(cache, make_sampler_mesh(one, make_mesh(one)), length):
         decode = functools.partial(engine.decode, truncation=WHOLE, positions=window.positions)
         places, rows = np.arange(window.rows), Rows.empty(window.rows, length)

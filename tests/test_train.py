@@ -32,7 +32,7 @@ from r3rag_jax.data.trajectories import trajectory_from_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.rewards.scorer import Scores
-from r3rag_jax.rollout.rollout import Job
+from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.sampler import memory
 from r3rag_jax.training import learner, rl
@@ -300,14 +300,14 @@ def test_every_question_comes_once_before_any_comes_again() -> None:
         Config(seed=1, rl=config.rl, rollout=config.rollout), questions, 0)})  # fmt: skip
 
 
-def test_questions_that_teach_nothing_make_room_for_others() -> None:
+def test_questions_that_teach_nothing_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake policy answers questions of an even number right or wrong in turn, and all others wrong."""
     questions = [Question(str(i), f"q{i}", ("x",)) for i in range(12)]
     rl_config = RLConfig(algorithm="grpo", questions=4, max_resamples=2)
     config = Config(rl=rl_config, rollout=RolloutConfig(samples=2, temperatures=(1.0,)))
     played: list[list[int]] = []
 
-    def play(params: Any, jobs: list[Job]) -> list[Trajectory]:
+    def play(backend: Any, env_factory: Any, retriever: Any, jobs: list[RolloutRequest], **_: Any) -> list[Trajectory]:
         played.append([int(job.question.id) for job in jobs[::2]])
         is_right = [int(job.question.id) % 2 == 0 and job.sample_index == 0 for job in jobs]
         steps = [(Step("a", answer="x" if right else "y"),) for right in is_right]
@@ -316,8 +316,9 @@ def test_questions_that_teach_nothing_make_room_for_others() -> None:
     components = SimpleNamespace(
         config=config, mesh=None, sampler_mesh=None, dataset=SimpleNamespace(questions=lambda _: questions),
         to_sampler=lambda params: params,
-        roller=lambda: SimpleNamespace(play=play), retriever=SimpleNamespace(encoder=None),
+        engine_backend=lambda policy: None, search_env=None, retriever=SimpleNamespace(encoder=None),
     )  # fmt: skip
+    monkeypatch.setattr(rl, "rollout", play)
     for iteration in range(3):
         played.clear()
         trajectories = rl.Rollouts(components).of(iteration, None)

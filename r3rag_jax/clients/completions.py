@@ -15,11 +15,9 @@ a closing tag without its opening one as an end of turn (that step is malformed 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,20 +27,7 @@ from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
 from r3rag_jax.config import RolloutConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.text.tokenizer import Tokenizer
-from r3rag_jax.types import Context
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What the server sampled behind a context."""
-
-    ids: list[int]  # at least one; with the token that ended it, unless the budget did
-    logprobs: np.ndarray | None  # float32 [len(ids)], of the distribution sampled from; None: the server tells none
-
-    @property
-    def behaviour_logprobs(self) -> np.ndarray:
-        """NaN where there are none, which no training takes."""
-        return np.full(len(self.ids), np.nan, np.float32) if self.logprobs is None else self.logprobs
+from r3rag_jax.types import Completion, Context
 
 
 class Server:
@@ -118,25 +103,6 @@ class Server:
         # Servers report them at temperature 1 or at the sampling temperature, and before a truncation or behind it.
         is_as_sampled = context.temperature in (0.0, 1.0) and not self._config.truncates
         return Completion(ids, logprobs if is_as_sampled else None)
-
-    def complete_all(self, contexts: Sequence[Context]) -> Iterator[tuple[int, Completion]]:
-        """Place and completion of each context, as they come; what has come is told before an error is raised."""
-        failure: UserError | None = None
-        with ThreadPoolExecutor(self.max_in_flight) as pool, self.session():
-            futures = {pool.submit(self.complete, context): place for place, context in enumerate(contexts)}
-            for future in as_completed(futures):
-                if future.cancelled():
-                    continue
-                error = future.exception()
-                if isinstance(error, UserError):
-                    failure = failure or error
-                    self.give_up()
-                    for waiting in futures:
-                        waiting.cancel()
-                else:
-                    yield futures[future], future.result()
-        if failure is not None:
-            raise failure
 
     # ---- the reply
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from r3rag_jax.clients.completions import Server
 from r3rag_jax.retrieval.base import Retriever
 from r3rag_jax.rewards.answer import answer_metrics
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.scorer import accuracy
-from r3rag_jax.rollout.rollout import Job, OnDone, Player
-from r3rag_jax.sampler.engine import Engine, complete_all
-from r3rag_jax.text.prompts import example_turns, instruction_prompt, reading_prompt
-from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
-from r3rag_jax.types import Context, Passage, Question, Status, Step, Trajectory
+from r3rag_jax.rollout.backends import RolloutBackend
+from r3rag_jax.rollout.env import EnvFactory
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.rollout.scheduler import OnDone, rollout
+from r3rag_jax.types import Question, Status, Trajectory
 
 TITLES = {
     "closed_book": "Closed book",
@@ -25,85 +24,20 @@ TITLES = {
     "cold_start": "Cold start",
     "r3rag": "R3-RAG",
 }
-MAX_ANSWER_TOKENS = 24
 
 
-def play_greedy(
-    roller: Player, policy: Any, questions: Sequence[Question], on_done: OnDone | None = None
-) -> list[Trajectory]:
-    """The policy's own trajectories, one per question, greedy."""
-    return roller.play(policy, [Job(question) for question in questions], on_done)
-
-
-def read_answers(
-    engine: Engine | Server,
-    tokenizer: Tokenizer,
-    policy: Any,
+def greedy_rollouts(
+    backend: RolloutBackend,
+    env_factory: EnvFactory,
+    retriever: Retriever,
     questions: Sequence[Question],
-    retriever: Retriever | None,
-    top_k: int,
-    on_done: OnDone | None = None,
     *,
-    chat: bool = False,
+    search_overlap: int = 0,
+    on_done: OnDone | None = None,
 ) -> list[Trajectory]:
-    """The baselines: one line of answer, with one retrieval or with none.
-
-    The prompt is plain reading ("Question: …\\nAnswer:") or, with `chat`, an instruction in the model's chat template,
-    after three examples of short answers. One that outgrows the context loses its last passages.
-    """
-    frame = chat_frame(tokenizer, example_turns(retriever is not None)) if chat else None
-    found: Sequence[tuple[Passage, ...]] = [()] * len(questions)
-    if retriever is not None:
-        hits = retriever.search([question.question for question in questions], top_k)
-        found = [tuple(hit.passage for hit in row) for row in hits]
-    contexts = [
-        Context(_reading_ids(tokenizer, question, passages, engine.max_length, frame), MAX_ANSWER_TOKENS)
-        for question, passages in zip(questions, found, strict=True)
-    ]
-    if isinstance(engine, Server):
-        lines: Iterator[tuple[int, list[int]]] = ((place, line.ids) for place, line in engine.complete_all(contexts))
-    else:
-        lines = complete_all(engine, policy, contexts, chunk=MAX_ANSWER_TOKENS, leave_at=engine.slots)
-    done: dict[int, Trajectory] = {}
-    for place, ids in lines:
-        done[place] = _read_trajectory(tokenizer, questions[place], found[place], ids)
-        if on_done is not None:
-            on_done(done[place])
-    return [done[place] for place in range(len(questions))]
-
-
-def reading_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that end a line of answer."""
-    newlines = [i for text in ("\n", "\n\n") if len(ids := tokenizer.encode(text)) == 1 for i in ids]
-    return tuple({*newlines, tokenizer.eos_id, tokenizer.pad_id})
-
-
-def _reading_ids(
-    tokenizer: Tokenizer,
-    question: Question,
-    passages: tuple[Passage, ...],
-    max_length: int,
-    frame: tuple[list[int], list[int]] | None,
-) -> list[int]:
-    prefix, suffix = frame or ([], [])
-    prompt_of = instruction_prompt if frame else reading_prompt
-    room = max_length - MAX_ANSWER_TOKENS - len(prefix) - len(suffix)
-    for count in range(len(passages), -1, -1):
-        ids = tokenizer.encode(prompt_of(question.question, passages[:count]), allow_special=False)
-        if len(ids) <= room:
-            break
-    return [*prefix, *ids[-room:], *suffix]
-
-
-def _read_trajectory(
-    tokenizer: Tokenizer, question: Question, passages: tuple[Passage, ...], ids: list[int]
-) -> Trajectory:
-    text = tokenizer.decode(ids, skip_special=True).partition("\n")[0].strip()  # a token may hold more than the newline
-    steps = [Step("", query=question.question, passages=passages)] if passages else []
-    if not text:
-        return Trajectory(question, tuple(steps), Status.NO_ANSWER)
-    steps.append(Step("", answer=text))
-    return Trajectory(question, tuple(steps), Status.ANSWERED, num_tokens=len(ids))
+    """Return one greedy trajectory per question; see `rollout`."""
+    requests = [RolloutRequest(question) for question in questions]
+    return rollout(backend, env_factory, retriever, requests, search_overlap=search_overlap, on_done=on_done)
 
 
 def measure(trajectories: Sequence[Trajectory], acc: np.ndarray | None = None) -> dict[str, Any]:

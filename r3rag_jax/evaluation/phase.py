@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 
+from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.components import Components
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.evaluator import fingerprint, play_greedy, read_answers, summarise
+from r3rag_jax.evaluation.evaluator import fingerprint, greedy_rollouts, summarise
 from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.run.files import write_json
 from r3rag_jax.run.progress import ProgressBar
@@ -48,17 +49,17 @@ def evaluate_system(
     def on_done(trajectory: Trajectory) -> None:
         bar.advance(retrievals=trajectory.num_retrievals)
 
-    if system in ("closed_book", "oneshot_rag"):
-        retriever = components.retriever if system == "oneshot_rag" else None
-        policy = components.sampling_policy(components.policy.base_params)
-        return read_answers(components.reading_engine(), components.policy.tokenizer, policy, questions, retriever,
-                            components.config.retrieval.oneshot_top_k, on_done,
-                            chat=components.config.eval.prompt == "chat")  # fmt: skip
-    phase = {"cold_start": "sft", "r3rag": "rl"}[system]
-    if not components.policy_dir(phase).exists() and not components.config.rollout.server.is_given:
-        raise UserError(f"eval.systems names {system}, but phase {phase} of {components.run_dir} has not finished")
-    policy = components.sampling_policy(lambda: components.policy.load(components.policy_dir(phase)))
-    return play_greedy(components.roller(), policy, questions, on_done)
+    if system in BASELINES:
+        backend = components.rollout_backend(components.policy.base_params)
+        env_factory = BASELINES[system](components.config, components.policy.tokenizer)
+    else:
+        phase = {"cold_start": "sft", "r3rag": "rl"}[system]
+        if not components.policy_dir(phase).exists() and not components.config.rollout.server.is_given:
+            raise UserError(f"eval.systems names {system}, but phase {phase} of {components.run_dir} has not finished")
+        backend = components.rollout_backend(lambda: components.policy.load(components.policy_dir(phase)))
+        env_factory = components.search_env
+    return greedy_rollouts(backend, env_factory, components.retriever, questions,
+                           search_overlap=components.config.rollout.search_overlap, on_done=on_done)  # fmt: skip
 
 
 def write_eval(components: Components, system: str, trajectories: Sequence[Trajectory], mark: dict[str, Any]) -> None:

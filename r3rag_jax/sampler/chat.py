@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from r3rag_jax.errors import UserError
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.engine import Engine, complete_all
+from r3rag_jax.sampler.stops import StopTokens
 from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
 from r3rag_jax.types import Context
 
@@ -34,7 +35,7 @@ class EngineChat:
         self.model, self.identity = model, identity
         self._frame, self._max_tokens = chat_frame(tokenizer), max_tokens
         self._stop_ids = frozenset(stop_ids)
-        engine.stop_at((), tuple(self._stop_ids))
+        self._stops = StopTokens(stop_ids=tuple(self._stop_ids))
         self._has_given_up = False
 
     @property
@@ -58,7 +59,9 @@ class EngineChat:
             indices.append(index)
             contexts.append(Context(ids, self._max_tokens))
         leave_at = max(1, self._engine.slots // 4)
-        for row, ids in complete_all(self._engine, self._decoder, contexts, chunk=CHUNK, leave_at=leave_at):
+        for row, ids in complete_all(
+            self._engine, self._decoder, contexts, self._stops, chunk=CHUNK, leave_at=leave_at
+        ):
             if ids[-1] in self._stop_ids:
                 yield indices[row], self._tokenizer.decode(ids[:-1], skip_special=True)
             else:

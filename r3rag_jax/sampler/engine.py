@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -31,12 +31,11 @@ from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import WHOLE, Truncation, truncate
 from r3rag_jax.sampler.ops import SamplerOps
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
+from r3rag_jax.sampler.stops import NO_STOPS, EndOf, StopTokens
 from r3rag_jax.types import Context
 
-EndOf = Callable[[Sequence[int]], int]
 # Of a decode call: shares of the cache's positions and rows (one over this) that it may read, and the fewest positions.
 SPAN_SHARES, ROW_SHARES, MIN_SPAN = (8, 4, 2, 1), (4, 2), 64
-MAX_STOPS = 16
 VOCAB_BLOCK = 64  # tokens of the vocabulary that `first_largest` and `invert` take together
 
 
@@ -62,8 +61,6 @@ class Engine:
         *,
         slots: int,
         max_length: int,
-        pause_ids: Sequence[int] = (),
-        stop_ids: Sequence[int] = (),
         truncation: Truncation = WHOLE,
         dtype: Any = jnp.float32,
         split_weights: bool = False,
@@ -72,7 +69,6 @@ class Engine:
         """A sampler of `slots` rows of `max_length` tokens.
 
         Args:
-            pause_ids: they end a step with NEEDS_RETRIEVAL. stop_ids: with DONE.
             dtype: of keys and values.
             split_weights: see `CachedDecoder.shardings`.
             ops: None: the fastest on the mesh's devices.
@@ -85,7 +81,6 @@ class Engine:
         cache = jax.eval_shape(cache_of)
         self._shardings = DecodeState(cache=cache.shardings(mesh), rows=batch_shardings(mesh, self.rows))
         self._cache = jax.jit(cache_of, out_shardings=self._shardings.cache)()
-        self.stop_at(pause_ids, stop_ids)
 
         def load(params: Any) -> CachedDecoder:
             decoder = jax.tree.map(jnp.copy, CachedDecoder.of(nnx.merge(graphdef, params), ops))
@@ -108,21 +103,6 @@ class Engine:
         self.num_prefilled = 0  # tokens, padding not counted
         self.num_sampled = 0
 
-    def stop_at(self, pause_ids: Sequence[int], stop_ids: Sequence[int] = (), end_of: EndOf | None = None) -> None:
-        """Change what ends a step, without a new compilation.
-
-        Args:
-            pause_ids, stop_ids: tokens, at most MAX_STOPS in all.
-            end_of: of the ids that a row has sampled, how many there are up to and with a stop string, or 0. It is
-                asked between calls on the device; a row gives back what it has sampled behind, and is DONE.
-        """
-        self._end_of = end_of
-        if len(pause_ids) + len(stop_ids) > MAX_STOPS:
-            raise ValueError(f"at most {MAX_STOPS} stop tokens; got {len(pause_ids) + len(stop_ids)}")
-        self._stops, self._pauses = np.full((2, MAX_STOPS), -1, np.int32)
-        self._stops[: len(pause_ids) + len(stop_ids)] = [*pause_ids, *stop_ids]
-        self._pauses[: len(pause_ids)] = pause_ids
-
     def load(self, params: Any) -> CachedDecoder:
         """A copy of the parameters as the engine reads them; `params` may be donated afterwards.
 
@@ -141,7 +121,7 @@ class Engine:
             chunk = device_put_batch(self.mesh, self._chunk(size, width))
             calls.append(functools.partial(self._prefill.lower, decoder, self._cache, *chunk))
         for window in self._windows:
-            args = self._decode_args(np.arange(window.rows, dtype=np.int32), 0, 1)
+            args = self._decode_args(np.arange(window.rows, dtype=np.int32), 0, 1, NO_STOPS)
             calls.append(functools.partial(self._decode.lower, decoder, self._cache, *args, positions=window.positions))
         with ThreadPoolExecutor(len(calls)) as pool:
             list(pool.map(lambda lower: lower().compile(), calls))  # jit finds them there
@@ -185,7 +165,7 @@ class Engine:
             sources[: len(copies)], targets[: len(copies)] = np.transpose(copies)  # the rest is dropped
             self._cache = self._copy(self._cache, sources, targets)
 
-    def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int) -> None:
+    def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int, stops: StopTokens = NO_STOPS) -> None:
         """Sample up to `max_tokens` per active row; leaves as soon as `leave_at` rows have paused or ended.
 
         A step takes time by the rows and positions that it can see: the call works on those of the cache that it needs.
@@ -197,9 +177,9 @@ class Engine:
         reach = int(np.max(self.rows.lengths[active] + np.minimum(max_tokens, self.rows.budgets[active])))
         window = next(w for w in self._windows if w.rows >= len(active) and w.positions >= reach)
         others = np.setdiff1d(np.arange(self.slots), active)[: window.rows - len(active)]
-        self._decode_once(decoder, max_tokens, leave_at, np.union1d(active, others), window.positions)
-        if self._end_of is not None:
-            self._stop_at_strings(active, self._end_of)
+        self._decode_once(decoder, max_tokens, leave_at, stops, np.union1d(active, others), window.positions)
+        if stops.end_of is not None:
+            self._stop_at_strings(active, stops.end_of)
         self.num_sampled += int((self.rows.lengths - before).sum())
 
     def _stop_at_strings(self, rows: Sequence[int], end_of: EndOf) -> None:
@@ -211,28 +191,30 @@ class Engine:
                 self.rows.lengths[row] = start + num_kept
 
     def _decode_once(
-        self, decoder: CachedDecoder, max_tokens: int, leave_at: int, places: np.ndarray, positions: int
+        self,
+        decoder: CachedDecoder,
+        max_tokens: int,
+        leave_at: int,
+        stops: StopTokens,
+        places: np.ndarray,
+        positions: int,
     ) -> None:
         """One call on the rows at `places`, ascending; see `decode` of this module."""
         places = places.astype(np.int32)
-        args = self._decode_args(places, max_tokens, leave_at)
+        args = self._decode_args(places, max_tokens, leave_at, stops)
         state = self._decode(decoder, self._cache, *args, positions=positions)
         self._cache = state.cache
         for mine, new in zip(jax.tree.leaves(self.rows), jax.tree.leaves(state.rows), strict=True):
             mine[places] = new
 
-    def _decode_args(self, places: np.ndarray, max_tokens: int, leave_at: int) -> tuple[Any, ...]:
+    def _decode_args(self, places: np.ndarray, max_tokens: int, leave_at: int, stops: StopTokens) -> tuple[Any, ...]:
         """What `decode` of this module takes behind the cache, but for the positions."""
         rows = device_put_global(jax.tree.map(lambda x: x[places], self.rows), self._shardings.rows)
-        return places, rows, np.int32(max_tokens), np.int32(leave_at), self._stops, self._pauses
+        return places, rows, np.int32(max_tokens), np.int32(leave_at), stops.all_ids, stops.padded_pause_ids
 
     def release(self, row: int) -> None:
         """Free a slot; its cache stays for a context with a common prefix."""
         self.rows.status[row] = RowStatus.EMPTY
-
-    def hold(self, row: int) -> None:
-        """Keep a slot that has paused for a context to come."""
-        self.rows.status[row] = RowStatus.HELD
 
     def find(self, *status: RowStatus) -> list[int]:
         return np.flatnonzero(np.isin(self.rows.status, status)).tolist()
@@ -304,7 +286,13 @@ def windows(cache: KVCache, mesh: Mesh, max_length: int) -> list[Window]:
 
 
 def complete_all(
-    engine: Engine, decoder: CachedDecoder, contexts: Sequence[Context], *, chunk: int, leave_at: int
+    engine: Engine,
+    decoder: CachedDecoder,
+    contexts: Sequence[Context],
+    stops: StopTokens,
+    *,
+    chunk: int,
+    leave_at: int,
 ) -> Iterator[tuple[int, list[int]]]:
     """Place and sampled ids of each context, as they come; a slot is refilled as soon as its row has ended.
 
@@ -318,7 +306,7 @@ def complete_all(
             busy[slot] = waiting.pop()
             new[slot] = contexts[busy[slot]]
         engine.set_context(decoder, new)
-        engine.decode(decoder, chunk, leave_at)
+        engine.decode(decoder, chunk, leave_at, stops)
         for slot in engine.find(RowStatus.NEEDS_RETRIEVAL, RowStatus.DONE):
             place = busy.pop(slot)
             ids = engine.rows.tokens[slot, len(contexts[place].ids) : engine.rows.lengths[slot]].tolist()

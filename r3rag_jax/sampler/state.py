@@ -15,11 +15,10 @@ from r3rag_jax.sampler.cache.kv_cache import KVCache
 class RowStatus(enum.IntEnum):
     """What a slot is doing."""
 
-    EMPTY = 0  # free
+    EMPTY = 0  # the host has read what it wrote; it may be given a context
     ACTIVE = 1  # being decoded
     NEEDS_RETRIEVAL = 2  # paused behind a token after which the host has the word
     DONE = 3  # wrote a stop token, or ran out of budget
-    HELD = 4  # the host has read it, and what it is to continue with is on its way
 
 
 @jax.tree_util.register_dataclass

@@ -1,4 +1,4 @@
-"""Prompts of the baselines: plain reading for base models, an instruction with examples for chat models."""
+"""Prompts of the baselines: plain text to continue for base models, an instruction with examples for chat models."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from r3rag_jax.types import Passage
 
+Turns = list[dict[str, str]]
+
 INSTRUCTION = "Answer the question with a name, a number or a few words only."
-
-
 EXAMPLES = (
     (
         '"Eiffel Tower"\nTower in Paris, France, built from 1887 to 1889.',
@@ -31,13 +31,69 @@ def instruction_prompt(question: str, passages: Sequence[Passage | str]) -> str:
     return f"{given}{INSTRUCTION}\nQuestion: {question}"
 
 
-def example_turns(with_documents: bool) -> list[dict[str, str]]:
+def example_turns(with_documents: bool) -> Turns:
     """The chat turns before it: a small chat model needs to see how short an answer is, with documents or without."""
-    turns = []
+    turns: Turns = []
     for document, question, answer in EXAMPLES:
         prompt = instruction_prompt(question, [document] if with_documents else [])
         turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     return turns
+
+
+# ------------------------------------------------------------------------------------------- IRCoT
+
+ANSWER_MARK = "So the answer is:"
+CHAIN_INSTRUCTION = (
+    "Answer the question step by step. Write short sentences, each with one fact that the question needs. "
+    f'End with "{ANSWER_MARK}" and a name, a number or a few words only.'
+)
+CHAIN_EXAMPLES = (
+    (
+        (
+            '"Eiffel Tower"\nTower in Paris, built from 1887 to 1889 by the company of Gustave Eiffel.',
+            '"Gustave Eiffel"\nFrench engineer, born in Dijon in 1832.',
+        ),
+        "Where was the engineer born whose company built the Eiffel Tower?",
+        ("The Eiffel Tower was built by the company of Gustave Eiffel.", "Gustave Eiffel was born in Dijon."),
+        "Dijon",
+    ),
+    (
+        ('"Nile"\nRiver in Africa, some 6,650 km long.', '"Thames"\nRiver in England, 346 km long.'),
+        "Which of the two is longer: the Nile or the Thames?",
+        ("The Nile is some 6,650 km long.", "The Thames is 346 km long."),
+        "Nile",
+    ),
+)
+
+
+def chain_reading_prompt(question: str, passages: Sequence[Passage | str], sentences: Sequence[str]) -> str:
+    """IRCoT's prompt for a base model: examples, then the question's passages and its chain of thought so far."""
+    examples = "".join(
+        f"{_chain_frame(asked, documents, thoughts)} {ANSWER_MARK} {answer}\n\n"
+        for documents, asked, thoughts, answer in CHAIN_EXAMPLES
+    )
+    return examples + _chain_frame(question, passages, sentences)
+
+
+def chain_instruction_prompt(question: str, passages: Sequence[Passage | str]) -> str:
+    """IRCoT's last user message for a chat model, after `chain_example_turns`; the reply begins with the chain."""
+    return f"Documents:\n{_listed(passages)}\n{CHAIN_INSTRUCTION}\nQuestion: {question}"
+
+
+def chain_example_turns() -> Turns:
+    """IRCoT's chat turns before it: whole chains of thought."""
+    turns: Turns = []
+    for documents, question, sentences, answer in CHAIN_EXAMPLES:
+        turns += [
+            {"role": "user", "content": chain_instruction_prompt(question, documents)},
+            {"role": "assistant", "content": f"{' '.join(sentences)} {ANSWER_MARK} {answer}"},
+        ]
+    return turns
+
+
+def _chain_frame(question: str, passages: Sequence[Passage | str], sentences: Sequence[str]) -> str:
+    chain = "".join(f" {sentence}" for sentence in sentences)
+    return f"{_listed(passages)}Question: {question}\nReasoning:{chain}"
 
 
 def _listed(passages: Sequence[Passage | str]) -> str:

@@ -4,28 +4,18 @@
 each step is a chat turn of its own and the history sits in the user message. `tags` is the paper's
 figure: one growing assistant turn in which documents are spliced after `</query>`.
 
-A protocol works on *text and chat messages*; token ids are the rollout's business.
+A protocol works on text; `transcript.py` makes token ids of it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Protocol
 
 from r3rag_jax.types import Question, Step
 
-Messages = list[dict[str, str]]
 TAGS = ("<think>", "</think>", "<query>", "</query>", "<doc>", "</doc>", "<answer>", "</answer>")
-
-
-@dataclasses.dataclass(frozen=True)
-class Turn:
-    """What the model is to continue: chat messages, and text already written in the assistant's turn."""
-
-    messages: Messages
-    partial: str = ""
 
 
 class TextProtocol(Protocol):
@@ -44,10 +34,6 @@ class TextProtocol(Protocol):
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """Special tokens that end a step, beside the end of turn."""
-        ...
-
-    def turn(self, question: str, steps: Sequence[Step]) -> Turn:
-        """The context from which step len(steps) + 1 is written."""
         ...
 
     def render_step(self, step: Step, number: int) -> str:
@@ -83,14 +69,6 @@ class TagsProtocol:
         re.DOTALL,
     )
 
-    def turn(self, question: str, steps: Sequence[Step]) -> Turn:
-        written = []
-        for number, step in enumerate(steps, 1):
-            written.append(self.render_step(step, number))
-            if step.query is not None:
-                written.append(self.render_passages([p.contents for p in step.passages]))
-        return Turn([{"role": "user", "content": question_text(question)}], "".join(written))
-
     def render_step(self, step: Step, number: int) -> str:
         tail = f"<query> {step.query} </query>" if step.answer is None else f"<answer> {step.answer} </answer>"
         return f"<think> {step.analysis} </think>{tail}"
@@ -118,13 +96,6 @@ class StepsProtocol:
     _query = "The retrieval query:"
     _answer = "The final answer:"
     _analysis = "The problem analysis:"
-
-    def turn(self, question: str, steps: Sequence[Step]) -> Turn:
-        content = question_text(question)
-        for number, step in enumerate(steps, 1):
-            content += f"\n{self.render_step(step, number)}"
-            content += f"\n{self.render_passages([p.contents for p in step.passages])}"
-        return Turn([{"role": "user", "content": content}])
 
     def render_step(self, step: Step, number: int) -> str:
         head = f"Step {number}:\n{self._analysis} {step.analysis}\n"

@@ -9,6 +9,7 @@ the passages and the chat frame are ever encoded, each piece by itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from r3rag_jax.text.protocols import TextProtocol, question_text
 from r3rag_jax.text.tokenizer import CONTENT, Tokenizer, chat_frame
 from r3rag_jax.types import Passage, Sample, Step, Trajectory
+
+CACHED_PASSAGES = 1 << 14  # whose token ids are kept; some tens of megabytes
 
 
 class Codec:
@@ -27,10 +30,15 @@ class Codec:
         self.eos_id = tokenizer.eos_id
         self.stop_ids = tuple(tokenizer.token_id(text) for text in protocol.stop_strings)
         self._newline = tokenizer.encode("\n")
+        frame = protocol.render_passages([CONTENT])
+        before, _, after = frame.partition(CONTENT)
+        self._before_passages, self._after_passages = tokenizer.encode(before), tokenizer.encode(after)
+        # A passage is shown in many trajectories. Their threads share the cache.
+        self._content_ids = functools.lru_cache(CACHED_PASSAGES)(self._encode_contents)
 
     @property
     def ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokens behind which the sampler pauses for the host, and others that stop it: what `Engine.stop_at` takes."""
+        """Tokens after which a step may be followed by passages, and others that end a step."""
         pauses = self.stop_ids if self.protocol.is_one_sequence else (self.eos_id,)
         return pauses, tuple(i for i in (self.eos_id,) if i not in pauses)
 
@@ -38,14 +46,15 @@ class Codec:
         return self.tokenizer.encode(question_text(question), allow_special=False)
 
     def passage_ids(self, passages: Sequence[Passage]) -> list[int]:
-        """The passages as they are spliced in, each cut to the token budget."""
-        frame = self.protocol.render_passages([CONTENT])
-        before, _, after = frame.partition(CONTENT)
-        ids = self.tokenizer.encode(before)
+        """Return the passages as they stand in a context, each cut to the token budget."""
+        ids = [*self._before_passages]
         for number, passage in enumerate(passages):
             ids += self._newline if number else []
-            ids += self.tokenizer.encode(passage.contents, allow_special=False)[: self.passage_tokens]
-        return ids + self.tokenizer.encode(after)
+            ids += self._content_ids(passage.contents)
+        return ids + self._after_passages
+
+    def _encode_contents(self, contents: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(contents, allow_special=False)[: self.passage_tokens])
 
     def step_ids(self, step: Step, number: int) -> list[int]:
         """What a policy that writes this step samples, with the token that ends it."""
@@ -89,7 +98,7 @@ class Transcript:
         else:
             self._history = [*self._history, *self._codec.joined_step(ids)]
 
-    def splice(self, passages: Sequence[Passage]) -> None:
+    def add_passages(self, passages: Sequence[Passage]) -> None:
         """Append what the last query brought; `context` is then ready for the next step."""
         ids = self._codec.passage_ids(passages)
         if self._codec.protocol.is_one_sequence:
@@ -122,5 +131,5 @@ def teacher_samples(codec: Codec, trajectory: Trajectory) -> tuple[Sample, ...]:
     for number, step in enumerate(trajectory.steps, 1):
         transcript.write(codec.step_ids(step, number))
         if step.query is not None:
-            transcript.splice(step.passages)
+            transcript.add_passages(step.passages)
     return transcript.samples(temperature=1.0)

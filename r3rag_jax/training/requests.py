@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from r3rag_jax.config import Config
-from r3rag_jax.rollout.rollout import Job
+from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.types import Question
 
 
-def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int) -> list[Job]:
+def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int) -> list[RolloutRequest]:
     """The jobs of an iteration, a function of seed and iteration alone: resuming needs no data position.
 
     Questions come in a new random order each time through all of them.
@@ -26,13 +26,16 @@ def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int
 
 def more_jobs(
     config: Config, questions: Sequence[Question], iteration: int, draw: int, count: int, taken: set[str]
-) -> list[Job]:
+) -> list[RolloutRequest]:
     """Jobs of `count` questions more for an iteration, drawn by chance from those that are not `taken`."""
     free = [question for question in questions if question.id not in taken]
     order = np.random.default_rng((config.seed, iteration, draw)).permutation(len(free))[: max(0, count)]
     return [job for at in order for job in samples_of(config, free[at], iteration)]
 
 
-def samples_of(config: Config, question: Question, iteration: int) -> list[Job]:
+def samples_of(config: Config, question: Question, iteration: int) -> list[RolloutRequest]:
     temperatures, seed = config.rollout.temperatures, config.seed * 1_000_003 + iteration
-    return [Job(question, i, temperatures[i % len(temperatures)], seed=seed) for i in range(config.rollout.samples)]
+    return [
+        RolloutRequest(question, i, temperatures[i % len(temperatures)], seed=seed)
+        for i in range(config.rollout.samples)
+    ]

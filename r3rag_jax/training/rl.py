@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from r3rag_jax.components import Components
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.evaluator import play_greedy, summarise
+from r3rag_jax.evaluation.evaluator import greedy_rollouts, summarise
 from r3rag_jax.rewards.scorer import learnable
+from r3rag_jax.rollout.scheduler import rollout
 from r3rag_jax.run.progress import ProgressBar, num_compiled
 from r3rag_jax.run.trajectories import TrajectoryLog
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
@@ -52,8 +54,10 @@ def rl_phase(components: Components) -> bool:
             trajectories, scores = learnable(trajectories, scores)
             metrics |= trainer.update(trajectories, scores)
             if dev and is_at(trainer.iteration, config.eval_every):
-                played = play_greedy(components.roller(), components.to_sampler(trainer.policy_params), dev)
-                metrics["dev_em"] = summarise("dev", played, {})["groups"]["all"]["em"] / 100
+                backend = components.engine_backend(components.to_sampler(trainer.policy_params))
+                dev_trajectories = greedy_rollouts(backend, components.search_env, components.retriever, dev,
+                                                   search_overlap=components.config.rollout.search_overlap)  # fmt: skip
+                metrics["dev_em"] = summarise("dev", dev_trajectories, {})["groups"]["all"]["em"] / 100
             tokens = sum(len(sample) for trajectory in trajectories for sample in trajectory.samples)
             metrics["tokens_per_s"] = tokens / (time.monotonic() - started)
             metrics["num_compiled"] = num_compiled() - compiled
@@ -87,7 +91,7 @@ class Rollouts:
                 f"{components.config.mesh.sampler_devices}"
             )
         self._components, self._questions = components, components.dataset.questions("rl")
-        self._roller = components.roller()
+        self._search_env = components.search_env
         self._thread = ThreadPoolExecutor(1)
         self._ahead: tuple[int, Future[list[Trajectory]]] | None = None
 
@@ -117,7 +121,10 @@ class Rollouts:
     def _play(self, iteration: int, policy: CachedDecoder) -> list[Trajectory]:
         """With `rl.max_resamples`, also those of questions drawn in the place of those that teach nothing."""
         config, components = self._components.config, self._components
-        trajectories = self._roller.play(policy, iteration_jobs(config, self._questions, iteration))
+        backend = components.engine_backend(policy)
+        sample = functools.partial(rollout, backend, self._search_env, components.retriever,
+                                   search_overlap=config.rollout.search_overlap)  # fmt: skip
+        trajectories = sample(iteration_jobs(config, self._questions, iteration))
         for draw in range(1, 1 + config.rl.max_resamples):
             known, scores = learnable(trajectories, components.scorer.score(trajectories))
             groups = number_groups(known)
@@ -127,5 +134,5 @@ class Rollouts:
             jobs = more_jobs(config, self._questions, iteration, draw, num_missing, taken)
             if not jobs:
                 break
-            trajectories = trajectories + self._roller.play(policy, jobs)
+            trajectories = trajectories + sample(jobs)
         return trajectories

@@ -20,12 +20,16 @@ from openai_server import MODEL, Reply, RunningServer, completion, serve
 from rich.console import Console
 
 from r3rag_jax import evaluate, train
+from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.clients.completions import Server
-from r3rag_jax.config import RolloutConfig, ServerConfig, load_config
+from r3rag_jax.config import Config, RolloutConfig, ServerConfig, load_config
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.evaluator import read_answers, reading_stops
-from r3rag_jax.rollout.rollout import Job, Rules, ServedRoller
+from r3rag_jax.evaluation.evaluator import greedy_rollouts
+from r3rag_jax.rollout.backends import ServerBackend
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.rollout.scheduler import rollout
+from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.text.protocols import make_protocol
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.text.transcript import Codec
@@ -53,8 +57,11 @@ needs_devices = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight 
 def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Callable[[str], Path]) -> None:
     session = tiny_run.open_components(finished(protocol))
     policy = session.to_sampler(session.policy.load(session.policy_dir("rl")))
-    jobs = [Job(question) for question in [*session.dataset.questions("rl")[:4], *session.dataset.questions("test")]]
-    local = session.roller().play(policy, jobs)
+    jobs = [
+        RolloutRequest(question)
+        for question in [*session.dataset.questions("rl")[:4], *session.dataset.questions("test")]
+    ]
+    local = rollout(session.engine_backend(policy), session.search_env, session.retriever, jobs)
     assert sum(t.num_retrievals for t in local) > 3  # so that passages are in the contexts
     reply = EngineReply(session, policy)
     for dialect in ("vllm", "tokens", "llama", "sglang", "openai"):
@@ -65,7 +72,8 @@ def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Ca
             client = tiny_run.open_components(session.run_dir, f"rollout.server.url={endpoint.url}", *plain)
             client.retriever = session.retriever
             heard: list[Trajectory] = []
-            served = client.roller().play(None, jobs, heard.append)
+            backend = client.rollout_backend(lambda: None)
+            served = rollout(backend, client.search_env, client.retriever, jobs, on_done=heard.append)
         assert [t.status for t in served] == [t.status for t in local]
         assert sorted(t.question.id for t in heard) == sorted(job.question.id for job in jobs)
         for mine, theirs in zip(local, served, strict=True):
@@ -101,8 +109,12 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
         served = f"rollout.server.url={endpoint.url}"
         assert evaluate.main(["--checkpoint", str(run_dir), "--name", "served", served]) == 0
         client = tiny_run.open_components(run_dir, served)
-        arguments = client.policy.tokenizer, None, session.dataset.questions("test"), session.retriever, 2
-        lines = read_answers(client.reading_engine(), *arguments)
+        oneshot_rag, questions = (
+            BASELINES["oneshot_rag"](session.config, session.policy.tokenizer),
+            session.dataset.questions("test"),
+        )
+        backend = client.rollout_backend(lambda: None)
+        lines = greedy_rollouts(backend, oneshot_rag, session.retriever, questions)
         copy = shutil.copytree(run_dir, tmp_path / "copy")
         shutil.rmtree(copy / "policy")  # a server has its own
         settings = [f"run_dir={copy}", "phases=index,eval", "eval.systems=r3rag", served]
@@ -115,7 +127,7 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
     assert rows["served"] == rows["local"]
     marks = {name: json.loads((run_dir / "eval" / f"{name}.json").read_text())["fingerprint"] for name in rows}
     assert marks["served"] == marks["local"] | {"server": endpoint.url}
-    own = read_answers(session.reading_engine(), session.policy.tokenizer, policy, *arguments[2:])
+    own = greedy_rollouts(session.engine_backend(policy), oneshot_rag, session.retriever, questions)
     assert [(t.steps, t.status, t.num_policy_tokens) for t in lines] == [
         (t.steps, t.status, t.num_policy_tokens) for t in own
     ]
@@ -134,29 +146,37 @@ def codec(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Codec:
     return Codec(tokenizer, make_protocol(request.param), passage_tokens=200)
 
 
-def roller(codec: Codec, url: str, served: dict[str, Any] | None = None, **settings: Any) -> ServedRoller:
+def ask(
+    codec: Codec,
+    url: str,
+    jobs: Sequence[RolloutRequest],
+    on_done: Callable[[Trajectory], None] | None = None,
+    served: dict[str, Any] | None = None,
+    **settings: Any,
+) -> list[Trajectory]:
     """`served` holds keys of `rollout.server`, `settings` keys of `rollout`."""
-    endpoint = ServerConfig(**{"url": url, "retries": 2} | (served or {}))
-    config = RolloutConfig(**{"server": endpoint, "max_length": 2000} | settings)
-    server = Server(config, codec.tokenizer, eos_id=codec.eos_id, stop_ids=codec.stop_ids, first_wait_s=0.01)
-    return ServedRoller(server, Rules(codec, tiny.DictRetriever(PASSAGES), config, top_k=1, max_passages=10))
+    server = ServerConfig(**{"url": url, "retries": 2} | (served or {}))
+    config = RolloutConfig(**{"server": server, "max_length": 2000} | settings)
+    backend = ServerBackend(config, codec.tokenizer, first_wait_s=0.01)
+    env_factory = search_env_factory(codec, config, top_k=1, max_passages=10)
+    return rollout(backend, env_factory, tiny.DictRetriever(PASSAGES), jobs, on_done=on_done)
 
 
 def play(
     codec: Codec,
     reply: Callable[[dict[str, Any]], Reply],
-    jobs: Sequence[Job] = (),
+    jobs: Sequence[RolloutRequest] = (),
     on_done: Callable[[Trajectory], None] | None = None,
     headers: dict[str, str] | None = None,
     **settings: Any,
 ) -> tuple[list[Trajectory], RunningServer]:
     with serve(reply, headers) as endpoint:
-        played = roller(codec, endpoint.url, **settings).play(None, jobs or [job(0)], on_done)
+        played = ask(codec, endpoint.url, jobs or [job(0)], on_done, **settings)
     return played, endpoint
 
 
-def job(number: int, **fields: Any) -> Job:
-    return Job(Question(f"q{number}", f"Who wrote Origin, number {number}?", ("Charles Darwin",)), **fields)
+def job(number: int, **fields: Any) -> RolloutRequest:
+    return RolloutRequest(Question(f"q{number}", f"Who wrote Origin, number {number}?", ("Charles Darwin",)), **fields)
 
 
 def text_of(codec: Codec, step: Step, number: int) -> str:
@@ -345,7 +365,7 @@ def test_nobody_listens(codec: Codec) -> None:
     with serve(answering(codec)) as endpoint:
         pass
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:\d+/v1/models failed, attempt 3 of 3: .*refused"):
-        roller(codec, endpoint.url).play(None, [job(0)])
+        ask(codec, endpoint.url, [job(0)])
 
 
 @pytest.mark.parametrize(
@@ -401,14 +421,12 @@ def test_baselines_tell_what_has_come_before_an_error(tokenizer: Tokenizer) -> N
         time.sleep(0.2 * is_second)
         return (500, b"") if is_second else (200, completion(" Charles Darwin"))
 
-    questions = [job(0).question, job(1).question]
-    stops = [id for id in reading_stops(tokenizer) if id != tokenizer.eos_id]
     heard: list[Trajectory] = []
     with serve(reply) as endpoint:
-        config = RolloutConfig(server=ServerConfig(url=endpoint.url, retries=0))
-        server = Server(config, tokenizer, eos_id=tokenizer.eos_id, stop_ids=stops)
+        config = Config(phases=("index",), rollout=RolloutConfig(server=ServerConfig(url=endpoint.url, retries=0)))
+        closed_book, backend = BASELINES["closed_book"](config, tokenizer), ServerBackend(config.rollout, tokenizer)
         with pytest.raises(UserError, match="attempt 1 of 1: 500"):
-            read_answers(server, tokenizer, None, questions, None, 2, heard.append)
+            rollout(backend, closed_book, tiny.DictRetriever([]), [job(0), job(1)], on_done=heard.append)
     assert [t.answer for t in heard] == ["Charles Darwin"]
 
 

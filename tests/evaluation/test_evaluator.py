@@ -8,20 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.evaluator import (
-    MAX_ANSWER_TOKENS,
-    fingerprint,
-    measure,
-    read_answers,
-    reading_stops,
-    summarise,
-)
+from r3rag_jax.evaluation.evaluator import fingerprint, measure, summarise
 from r3rag_jax.rewards.judge.judge import Judge
-from r3rag_jax.sampler.state import Rows, RowStatus
-from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Passage, Question, Sample, Status, Step, Trajectory
 
 DARWIN = Passage("a", '"Origin"\nOrigin was written by Charles Darwin.')
@@ -142,127 +132,3 @@ def test_fingerprints_tell_questions_index_and_top_k_apart() -> None:
         fingerprint([asked[0], question("3", "y")], index="i", top_k=2),
     ]
     assert len({tuple(other.items()) for other in [mark, *others]}) == 7
-
-
-# ------------------------------------------------------------------------------------- baselines
-
-
-class Reader:
-    """Stands for `Engine`: answers each prompt by a function of its text; keeps the prompts."""
-
-    def __init__(self, tokenizer: Tokenizer, answer: dict[str, list[int]], slots: int = 2, max_length: int = 400):
-        self.tokenizer, self.answer, self.slots, self.max_length = tokenizer, answer, slots, max_length
-        self.prompts: list[str] = []
-        self.reset()
-
-    def reset(self) -> None:
-        self.rows = Rows.empty(self.slots, self.max_length)
-
-    def find(self, *status: RowStatus) -> list[int]:
-        return np.flatnonzero(np.isin(self.rows.status, status)).tolist()
-
-    def release(self, slot: int) -> None:
-        self.rows.status[slot] = RowStatus.EMPTY
-
-    def set_context(self, policy, contexts) -> None:
-        for slot, context in contexts.items():
-            assert (context.budget, context.temperature) == (MAX_ANSWER_TOKENS, 0.0)
-            self.prompts.append(self.tokenizer.decode(context.ids))
-            self.rows.tokens[slot, : len(context.ids)] = context.ids
-            self.rows.lengths[slot] = len(context.ids)
-            self.rows.status[slot] = RowStatus.ACTIVE
-
-    def decode(self, policy, max_tokens: int, leave_at: int) -> None:
-        for slot in self.find(RowStatus.ACTIVE):
-            start = self.rows.lengths[slot]
-            text = self.tokenizer.decode(self.rows.tokens[slot, :start])
-            ids = next((ids for part, ids in self.answer.items() if part in text), [])
-            self.rows.tokens[slot, start : start + len(ids)] = ids
-            self.rows.lengths[slot] += len(ids)
-            self.rows.status[slot] = RowStatus.DONE
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-QUESTIONS = [
-    Question("1", "Who wrote Origin then?", ("Charles Darwin",)),
-    Question("2", "Where was Charles Darwin born?", ("Shrewsbury",)),
-    Question("3", "Nothing at all?", ("x",)),
-]
-
-
-def read(
-    tokenizer: Tokenizer, retriever: object = None, *, chat: bool = False, **options: int
-) -> tuple[list[Trajectory], Reader]:
-    answers = {
-        "Question: Who wrote": [*tokenizer.encode(" Charles Darwin"), *tokenizer.encode("\n")],
-        "Question: Where was": tokenizer.encode(" Shrewsbury"),  # cut off by its budget
-        "Question: Nothing": [tokenizer.eos_id],
-    }
-    engine = Reader(tokenizer, answers, **options)
-    heard: list[Trajectory] = []
-    done = read_answers(engine, tokenizer, None, QUESTIONS, retriever, 2, heard.append, chat=chat)
-    assert sorted(t.question.id for t in heard) == ["1", "2", "3"]
-    return done, engine
-
-
-@pytest.mark.parametrize("slots", [1, 2, 5])
-def test_closed_book_reads_no_passage(tokenizer: Tokenizer, slots: int) -> None:
-    done, engine = read(tokenizer, slots=slots)
-    assert sorted(engine.prompts) == sorted(f"Question: {q.question}\nAnswer:" for q in QUESTIONS)
-    assert [t.answer for t in done] == ["Charles Darwin", "Shrewsbury", None]
-    assert [t.status for t in done] == [Status.ANSWERED, Status.ANSWERED, Status.NO_ANSWER]
-    assert [t.num_retrievals for t in done] == [0, 0, 0]
-    assert [t.num_policy_tokens for t in done[:2]] == [15 + 1, 11]  # bytes: " Charles Darwin\n", " Shrewsbury"
-
-
-def test_oneshot_rag_reads_what_one_search_brings(tokenizer: Tokenizer) -> None:
-    done, engine = read(tokenizer, tiny.DictRetriever([DARWIN, BORN]))
-    assert (
-        '"Charles Darwin"\nCharles Darwin was born in Shrewsbury.\n"Origin"\nOrigin was written by Charles Darwin.\n'
-        "Question: Where was Charles Darwin born?\nAnswer:"
-    ) in engine.prompts
-    assert done[1].retrieved_ids == ("b", "a")
-    assert [t.num_retrievals for t in done] == [1, 1, 0]  # nothing is found for the last question
-    assert done[1].steps[0].query == QUESTIONS[1].question
-
-
-def test_a_prompt_that_outgrows_the_context_loses_its_last_passages(tokenizer: Tokenizer) -> None:
-    whole = f"{BORN.contents}\nQuestion: Where was Charles Darwin born?\nAnswer:"
-    _, engine = read(tokenizer, tiny.DictRetriever([DARWIN, BORN]), max_length=len(whole) + MAX_ANSWER_TOKENS)
-    assert whole in engine.prompts
-    _, engine = read(tokenizer, tiny.DictRetriever([DARWIN, BORN]), max_length=len(whole) + MAX_ANSWER_TOKENS - 1)
-    assert "Question: Where was Charles Darwin born?\nAnswer:" in engine.prompts
-    _, engine = read(tokenizer, None, max_length=len("born?\nAnswer:") + MAX_ANSWER_TOKENS)
-    assert "born?\nAnswer:" in engine.prompts
-
-
-def test_a_chat_model_is_shown_how_short_an_answer_is(tokenizer: Tokenizer) -> None:
-    _, engine = read(tokenizer, chat=True, max_length=1500)
-    assert all("Documents:" not in prompt and prompt.count("<|im_start|>user") == 4 for prompt in engine.prompts)
-    done, engine = read(tokenizer, tiny.DictRetriever([DARWIN, BORN]), chat=True, max_length=1500)
-    instruction = "Answer the question with a name, a number or a few words only."
-    [prompt] = [prompt for prompt in engine.prompts if "Where was" in prompt]
-    assert prompt.startswith(
-        '<|im_start|>user\nDocuments:\n"Eiffel Tower"\nTower in Paris, France, built from 1887 to 1889.\n\n'
-        f"{instruction}\nQuestion: In which country is the Eiffel Tower?<|im_end|>\n"
-        "<|im_start|>assistant\nFrance<|im_end|>\n<|im_start|>user\n"
-    )
-    assert prompt.endswith(
-        f"<|im_start|>user\nDocuments:\n{BORN.contents}\n{DARWIN.contents}\n\n{instruction}\n"
-        "Question: Where was Charles Darwin born?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert done[1].answer == "Shrewsbury"
-    length = len(tokenizer.encode(prompt)) + MAX_ANSWER_TOKENS - 1
-    cut, engine = read(tokenizer, tiny.DictRetriever([DARWIN, BORN]), chat=True, max_length=length)
-    [prompt] = [prompt for prompt in engine.prompts if "Where was" in prompt]
-    assert BORN.contents in prompt and DARWIN.contents not in prompt and prompt.endswith("assistant\n")
-    assert cut[1].answer == "Shrewsbury"
-
-
-def test_a_line_of_answer_ends_at_a_newline_or_the_end_of_text(tokenizer: Tokenizer) -> None:
-    [newline] = tokenizer.encode("\n")
-    assert set(reading_stops(tokenizer)) == {newline, tokenizer.eos_id, tokenizer.pad_id}

@@ -20,7 +20,10 @@ from r3rag_jax.config import MeshConfig, RolloutConfig
 from r3rag_jax.parallel.mesh import make_sampler_mesh
 from r3rag_jax.retrieval.base import Hit, Retriever
 from r3rag_jax.retrieval.selection import select_passages
-from r3rag_jax.rollout.rollout import Job, Roller, Rules
+from r3rag_jax.rollout.backends import EngineBackend
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.rollout.scheduler import rollout
+from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.run.progress import num_compiled
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.text.transcript import Transcript
@@ -36,9 +39,9 @@ def trained(request: pytest.FixtureRequest, finished: Callable[[str], Path]) -> 
     return session, session.policy.load(session.policy_dir("rl"))
 
 
-def jobs_of(session: Components, count: int) -> list[Job]:
+def requests_of(session: Components, count: int) -> list[RolloutRequest]:
     questions = session.dataset.questions("test")[:count]
-    return [Job(question, i, t, seed=5) for i, t in enumerate(TEMPERATURES) for question in questions]
+    return [RolloutRequest(question, i, t, seed=5) for i, t in enumerate(TEMPERATURES) for question in questions]
 
 
 @dataclasses.dataclass
@@ -56,7 +59,7 @@ class Slow:
 def play(
     session: Components,
     params: Any,
-    jobs: Sequence[Job],
+    requests: Sequence[RolloutRequest],
     slots: int = 8,
     retriever: Retriever | None = None,
     is_alone: bool = False,
@@ -64,34 +67,42 @@ def play(
 ) -> list[Trajectory]:
     """Trajectories by an engine of `slots`."""
     config = session.config.rollout.replace(slots=slots, **options)
-    roller = roller_of(session, config, retriever, is_alone)
-    return roller.play(roller.engine.load(jax.device_get(params)), jobs)
+    engine = engine_of(session, config, is_alone)
+    return run(session, engine, engine.load(jax.device_get(params)), requests, config, retriever)
 
 
-def roller_of(
-    session: Components, config: RolloutConfig, retriever: Retriever | None = None, is_alone: bool = False
-) -> Roller:
+def engine_of(session: Components, config: RolloutConfig, is_alone: bool = False) -> Engine:
     """On all devices, or on one alone, which decodes fewer rows when fewer are left."""
     shape = {"slots": config.slots, "max_length": config.max_length}
     mesh = make_sampler_mesh(MeshConfig(sampler_devices=1), session.mesh) if is_alone else session.mesh
-    engine = Engine(session.policy.graphdef, session.policy.decoder_config, mesh, **shape)
-    codec = session.codec
-    engine.stop_at(*codec.ends)
-    rules = Rules(codec, retriever or session.retriever, config, session.config.retrieval.top_k, 10)
-    return Roller(engine, rules)
+    return Engine(session.policy.graphdef, session.policy.decoder_config, mesh, **shape)
 
 
-def naive(session: Components, params: Any, job: Job) -> list[tuple[list[int], list[float]]]:
+def run(
+    session: Components,
+    engine: Engine,
+    policy: Any,
+    requests: Sequence[RolloutRequest],
+    config: RolloutConfig,
+    retriever: Retriever | None = None,
+) -> list[Trajectory]:
+    backend = EngineBackend(engine, policy, session.policy.tokenizer, decode_chunk=config.decode_chunk)
+    env_factory = search_env_factory(session.codec, config, top_k=session.config.retrieval.top_k, max_passages=10)
+    overlap = config.search_overlap
+    return rollout(backend, env_factory, retriever or session.retriever, requests, search_overlap=overlap)
+
+
+def naive(session: Components, params: Any, request: RolloutRequest) -> list[tuple[list[int], list[float]]]:
     """Ids and log-probabilities of each step: a full forward per token, one search per step, no cache, no batch."""
     config, codec, model = session.config.rollout, session.codec, nnx.merge(session.policy.graphdef, params)
     forward = _forward(model, config.max_length)
-    transcript, written, seen = Transcript(codec, job.question.question), [], set[str]()
+    transcript, written, seen = Transcript(codec, request.question.question), [], set[str]()
     for number in range(config.max_steps):
         context, ids, logprobs = list(transcript.context), [], []
         while len(ids) < min(config.max_new_tokens, config.max_length - len(context)):
             logits = forward([*context, *ids])
-            token = _draw(logits, job, number, len(context) + len(ids))
-            scaled = logits / (job.temperature or 1.0)
+            token = _draw(logits, request, number, len(context) + len(ids))
+            scaled = logits / (request.temperature or 1.0)
             logprobs.append(float(scaled[token] - np.logaddexp.reduce(scaled)))
             ids.append(token)
             if token == codec.eos_id or token in codec.stop_ids:
@@ -104,7 +115,7 @@ def naive(session: Components, params: Any, job: Job) -> list[tuple[list[int], l
         [hits] = session.retriever.search([step.query or ""], session.config.retrieval.top_k + len(seen))
         passages = select_passages(hits, seen, session.config.retrieval.top_k, max_passages=10)
         seen |= {passage.id for passage in passages}
-        transcript.splice(passages)
+        transcript.add_passages(passages)
         if len(transcript.context) >= config.max_length - 1:
             break
     return written
@@ -121,21 +132,21 @@ def _forward(model: Any, length: int) -> Callable[[list[int]], np.ndarray]:
     return forward
 
 
-def _draw(logits: np.ndarray, job: Job, step: int, position: int) -> int:
-    if job.temperature == 0:
+def _draw(logits: np.ndarray, request: RolloutRequest, step: int, position: int) -> int:
+    if request.temperature == 0:
         return int(np.argmax(logits))
-    key = jax.random.fold_in(jax.random.wrap_key_data(np.asarray(job.key(step), np.uint32)), position)
-    weights = np.exp((logits - logits.max()) / job.temperature)
+    key = jax.random.fold_in(jax.random.wrap_key_data(np.asarray(request.key(step), np.uint32)), position)
+    weights = np.exp((logits - logits.max()) / request.temperature)
     return int(np.searchsorted(np.cumsum(weights) / weights.sum(), float(jax.random.uniform(key)), "right"))
 
 
 def test_a_trajectory_is_that_of_a_naive_loop(trained: tuple[Components, Any]) -> None:
     session, params = trained
-    jobs = jobs_of(session, 3)
-    played = play(session, params, jobs)
+    requests = requests_of(session, 3)
+    played = play(session, params, requests)
     assert sum(t.num_retrievals for t in played) > 3  # so that passages are in the contexts
-    for job, trajectory in zip(jobs, played, strict=True):
-        written = naive(session, params, job)
+    for request, trajectory in zip(requests, played, strict=True):
+        written = naive(session, params, request)
         assert len(written) == len(trajectory.steps)
         for number, (ids, logprobs) in enumerate(written):
             sample = trajectory.samples[0 if session.codec.protocol.is_one_sequence else number]
@@ -147,10 +158,10 @@ def test_a_trajectory_is_that_of_a_naive_loop(trained: tuple[Components, Any]) -
 @pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
 def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Components, Any]) -> None:
     session, params = trained
-    jobs = jobs_of(session, 4)
-    plain = play(session, params, jobs)
-    order = np.random.default_rng(0).permutation(len(jobs)).tolist()
-    slow, shuffled = Slow(session.retriever), [jobs[i] for i in order]
+    requests = requests_of(session, 4)
+    plain = play(session, params, requests)
+    order = np.random.default_rng(0).permutation(len(requests)).tolist()
+    slow, shuffled = Slow(session.retriever), [requests[i] for i in order]
     ways = (8, 1, slow, False), (3, 0, None, False), (3, 2, slow, False), (8, 0, None, True)
     for slots, turns, retriever, is_alone in ways:
         others = play(session, params, shuffled, slots, retriever, is_alone, search_overlap=turns, decode_chunk=7)
@@ -164,9 +175,9 @@ def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Components,
 @pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
 def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Components, Any]) -> None:
     session, params = trained
-    jobs = jobs_of(session, 4)
+    requests = requests_of(session, 4)
     fast, slow = (
-        play(session, params, jobs, 4, retriever, search_overlap=1)
+        play(session, params, requests, 4, retriever, search_overlap=1)
         for retriever in (session.retriever, Slow(session.retriever))
     )
     for one, other in zip(fast, slow, strict=True):
@@ -181,13 +192,14 @@ def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Components, Any], is
     """Two hundred trajectories of all lengths, groups and temperatures, some slots full and some not."""
     session, params = trained
     config = session.config.rollout.replace(slots=16)
-    roller = roller_of(session, config, is_alone=is_alone)
-    policy = roller.engine.load(jax.device_get(params))
-    roller.engine.warm_up(policy)
-    roller.play(policy, jobs_of(session, 1)[:1])  # what else is compiled once, outside of the engine
+    engine = engine_of(session, config, is_alone)
+    policy = engine.load(jax.device_get(params))
+    engine.warm_up(policy)
+    run(session, engine, policy, requests_of(session, 1)[:1], config)  # what else is compiled once, outside of it
     before = num_compiled()
     questions = [dataclasses.replace(q, id=f"{q.id}-{i}") for i in range(50) for q in session.dataset.questions("test")]
     assert len(questions) == 200
-    played = roller.play(policy, [Job(q, i % 4, TEMPERATURES[i % 3]) for i, q in enumerate(questions)])
+    requests = [RolloutRequest(q, i % 4, TEMPERATURES[i % 3]) for i, q in enumerate(questions)]
+    played = run(session, engine, policy, requests, config)
     assert num_compiled() == before
     assert len({len(sample) for t in played for sample in t.samples}) > 10

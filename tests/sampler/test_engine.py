@@ -26,6 +26,7 @@ from r3rag_jax.sampler.engine import Engine, first_largest, invert
 from r3rag_jax.sampler.memory import bytes_per_device
 from r3rag_jax.sampler.ops import SamplerOps
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
+from r3rag_jax.sampler.stops import MAX_STOPS, NO_STOPS, StopTokens
 from r3rag_jax.types import Context
 
 MAX_LENGTH = 96
@@ -43,7 +44,7 @@ def make_engine(model, slots=4, pauses=(), stops=(), num_devices=None, mesh=None
     if num_devices is not None:
         mesh = make_sampler_mesh(MeshConfig(sampler_devices=num_devices), mesh)
     engine = Engine(graphdef, model.config, mesh, **options)
-    engine.stop_at(pauses, stops)
+    engine.decode = functools.partial(engine.decode, stops=StopTokens(pauses, stops))
     return engine, engine.load(params)
 
 
@@ -237,7 +238,7 @@ def test_devices_exchange_neither_cache_nor_hidden_states_nor_weights(model, mes
     """But for the sums over `tensor`. What a row is to continue with, [B] or [B, length], goes back to every host."""
     engine, policy = make_engine(model, slots=16, mesh=mesh, split_weights=is_split)
     prefill = engine._prefill.lower(policy, engine._cache, *device_put_batch(engine.mesh, engine._chunk(2, 32)))
-    args = engine._decode_args(np.arange(16, dtype=np.int32), 0, 1)
+    args = engine._decode_args(np.arange(16, dtype=np.int32), 0, 1, NO_STOPS)
     decode = engine._decode.lower(policy, engine._cache, *args, positions=MAX_LENGTH)
     moved = [
         {tuple(map(int, shape.split(","))) for shape in re.findall(MOVED, lowered.compile().as_text())}
@@ -252,13 +253,13 @@ def test_devices_exchange_neither_cache_nor_hidden_states_nor_weights(model, mes
     [((), [(4, 64), (4, 160), (4, 320)]), ((4, 2), [(1, 160), (1, 320)])],
 )
 def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monkeypatch, row_shares, windows):
-    """Short rows write what they write with the whole cache; a longer one that is held meanwhile keeps what it has."""
+    """Short rows write what they write with the whole cache; a longer one that waits meanwhile keeps what it has."""
 
     def play(row_shares):
         monkeypatch.setattr(engine_module, "ROW_SHARES", row_shares)
         engine, policy = make_engine(model, max_length=300, num_devices=1)
         engine.set_context(policy, {0: Context(prompt(0, 30), 100), 3: Context(prompt(3, 200), 100)})
-        engine.hold(3)
+        engine.release(3)
         before = [np.array(layer.v[3, :, :199]) for layer in engine._cache.layers]
         engine.decode(policy, 32, leave_at=4)
         for layer, old in zip(engine._cache.layers, before, strict=True):
@@ -332,7 +333,7 @@ def test_a_stop_string_takes_back_what_was_sampled_behind_it(model, chunk):
         return next((i + 2 for i in range(len(ids)) if ids[i : i + 2] == pair), 0)
 
     engine, _ = make_engine(model)
-    engine.stop_at((), (), end_of)
+    engine.decode = functools.partial(engine.decode, stops=StopTokens(end_of=end_of))
     engine.set_context(policy, {**contexts, 2: Context([*prompt(2, 6), *pair], 30, 1.0, contexts[2].key)})
     while engine.find(RowStatus.ACTIVE):
         engine.decode(policy, chunk, leave_at=4)
@@ -391,7 +392,7 @@ def test_the_sampler_compiles_for_a_pod(pod, sizes, is_split):
         donate_argnums=1,
         out_shardings=DecodeState(cache=shardings, rows=whole),
     )
-    one, stops = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((engine_module.MAX_STOPS,), jnp.int32)
+    one, stops = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((MAX_STOPS,), jnp.int32)
     places, rows = jax.ShapeDtypeStruct((slots,), jnp.int32), place(rows, batch_shardings(mesh, rows))
     lowered = (
         prefill.lower(policy, cache, *place(chunk, batch_shardings(mesh, chunk))),

@@ -19,6 +19,7 @@ from r3rag_jax.sampler import memory
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.memory import MemoryPlan, device_memory, plan
 from r3rag_jax.sampler.state import Rows
+from r3rag_jax.sampler.stops import NO_STOPS
 from r3rag_jax.types import Context
 
 CONFIG = tiny.decoder().config
@@ -55,7 +56,11 @@ def test_decoding_peaks_within_a_tenth_of_the_plan():
     [device] = jax.devices()[:1]
     mesh = jax.make_mesh((1, 1, 1), AXES, devices=[device], axis_types=(AxisType.Auto,) * 3)
     engine, planned = Engine(graphdef, config, mesh, **shape), plan(mesh, {"weights": weights}, config, **shape)
-    limits, policy, peaks = (np.int32(8), np.int32(1), engine._stops, engine._pauses), engine.load(params), []
+    limits, policy, peaks = (
+        (np.int32(8), np.int32(1), NO_STOPS.all_ids, NO_STOPS.padded_pause_ids),
+        engine.load(params),
+        [],
+    )
     for rows, positions in engine._windows:
         arguments = policy, engine._cache, np.arange(rows, dtype=np.int32), Rows.empty(rows, 1024), *limits
         counted = engine._decode.lower(*arguments, positions=positions).compile().memory_analysis()

@@ -17,7 +17,7 @@ from r3rag_jax.config import Config, ModelConfig, RetrievalConfig, RolloutConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.text.protocols import make_protocol
 from r3rag_jax.text.tokenizer import Tokenizer, read_template
-from r3rag_jax.text.transcript import teacher_samples
+from r3rag_jax.text.transcript import Transcript, teacher_samples
 from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
 
 # What the real tokenizer_config.json hold of conversations without tools, in the real wording.
@@ -213,15 +213,16 @@ def test_the_cold_start_trains_on_the_published_text(model: str, directory: Path
 
 def test_a_rollout_reads_the_published_prompts_and_its_steps_back(model: str, directory: Path, tmp_path: Path) -> None:
     codec = session(directory, TEMPLATE[model], tmp_path).codec
-    steps = make_protocol("steps")
+    steps, transcript = make_protocol("steps"), Transcript(codec, QUESTION)
     for number, (step, text) in enumerate(zip(STEPS, PUBLISHED[model], strict=True), 1):
-        messages = steps.turn(QUESTION, STEPS[: number - 1]).messages
-        prompt = codec.tokenizer.render_chat(messages)
+        prompt = codec.tokenizer.decode(transcript.context)
         written = text.removeprefix(prompt)
         assert prompt + written == text and written.startswith(f"Step {number}:\n")
         read = codec.parse_step(codec.tokenizer.encode(written), number)
         assert (read.analysis, read.query, read.answer) == (step.analysis, step.query, step.answer)
         assert steps.render_step(read, number) == steps.render_step(step, number)
+        transcript.write(codec.tokenizer.encode(written))
+        transcript.add_passages(step.passages)
 
 
 OWN = {

@@ -20,7 +20,10 @@ from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, tree_shardings
 from r3rag_jax.parallel.target import Target
-from r3rag_jax.rollout.rollout import Job, Roller, Rules
+from r3rag_jax.rollout.backends import EngineBackend
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.rollout.scheduler import rollout
+from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.sampler import engine as engine_module
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
 from r3rag_jax.sampler.engine import Engine
@@ -346,7 +349,9 @@ STEPS = (
     Step("It is Charles Darwin.", query="Charles Darwin born"),
     Step("He is of Shrewsbury.", answer="Shrewsbury"),
 )
-JOBS = [Job(QUESTION, sample, temperature, seed=3) for sample, temperature in enumerate((0.7, 1.0, 0.0, 1.0))]
+JOBS = [
+    RolloutRequest(QUESTION, sample, temperature, seed=3) for sample, temperature in enumerate((0.7, 1.0, 0.0, 1.0))
+]
 MAX_LENGTH = 512
 
 
@@ -356,19 +361,18 @@ def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Codec(tokenizer, make_protocol(request.param), passage_tokens=60)
 
 
-def play(codec: Codec, jobs: list[Job], truncation: Truncation = WHOLE) -> list[Trajectory]:
+def play(codec: Codec, jobs: list[RolloutRequest], truncation: Truncation = WHOLE) -> list[Trajectory]:
     """Trajectories of the tiny policy, sampled by the real engine."""
     graphdefs, params = parts()
     shape = {"slots": 4, "max_length": MAX_LENGTH}
     engine = Engine(graphdefs["policy"], tiny.decoder(VOCAB).config, one_device(), truncation=truncation, **shape)
-    pauses = codec.stop_ids if codec.protocol.is_one_sequence else (codec.eos_id,)
-    engine.stop_at(pauses, {codec.eos_id} - set(pauses))
+    backend = EngineBackend(engine, engine.load(params["policy"]), codec.tokenizer, decode_chunk=32)
     config = RolloutConfig(max_length=MAX_LENGTH, max_new_tokens=110, max_steps=3)
-    roller = Roller(engine, Rules(codec, tiny.DictRetriever(PASSAGES), config, top_k=1, max_passages=4))
-    return roller.play(engine.load(params["policy"]), jobs)
+    env_factory = search_env_factory(codec, config, top_k=1, max_passages=4)
+    return rollout(backend, env_factory, tiny.DictRetriever(PASSAGES), jobs)
 
 
-def force(monkeypatch: pytest.MonkeyPatch, codec: Codec, jobs: list[Job]) -> None:
+def force(monkeypatch: pytest.MonkeyPatch, codec: Codec, jobs: list[RolloutRequest]) -> None:
     """Make the engine sample the scripted steps, found by row key and position; all else stays as it is."""
     transcript, keys, table = Transcript(codec, QUESTION.question), [], []
     for number, (step, passage) in enumerate(zip(STEPS, [*PASSAGES, None], strict=True)):
@@ -379,7 +383,7 @@ def force(monkeypatch: pytest.MonkeyPatch, codec: Codec, jobs: list[Job]) -> Non
         table += [row] * len(jobs)
         transcript.write(ids)
         if passage is not None:
-            transcript.splice([passage])
+            transcript.add_passages([passage])
     keys_K2, table_KS = np.asarray(keys), np.asarray(table)
     original = engine_module.sample
 

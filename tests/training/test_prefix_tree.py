@@ -110,7 +110,7 @@ def trajectories(tmp_path_factory: pytest.TempPathFactory) -> list[Trajectory]:
         for step in range(number + 1):
             ids = [*rng.integers(20, 260, 12).tolist(), codec.eos_id]
             transcript.write(ids, rng.uniform(-8, -4, len(ids)).astype(np.float32))
-            transcript.splice([Passage("p", "".join(map(chr, rng.integers(97, 122, 60))))])
+            transcript.add_passages([Passage("p", "".join(map(chr, rng.integers(97, 122, 60))))])
             steps.append(Step("", query=str(step)))
         samples = transcript.samples(temperature=0.7)
         made.append(Trajectory(Question(str(number), "q", ("a",)), tuple(steps), Status.NO_ANSWER, samples))

@@ -8,11 +8,13 @@ import time
 import numpy as np
 import pytest
 import tiny
+from fake_backend import FakeBackend, scripted
 
 from r3rag_jax.config import RolloutConfig
 from r3rag_jax.retrieval.base import RetrievalError
-from r3rag_jax.rollout.rollout import Job, Roller, Rules
-from r3rag_jax.sampler.state import Rows, RowStatus
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.rollout.scheduler import rollout
+from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.text.protocols import make_protocol
 from r3rag_jax.text.transcript import Codec
 from r3rag_jax.types import Passage, Question, Status, Step
@@ -28,51 +30,6 @@ SECOND = Step("It is Charles Darwin.", query="Charles Darwin born")
 LAST = Step("He was born in Shrewsbury.", answer="Shrewsbury")
 
 
-class ScriptedEngine:
-    """Stands for `Engine`: writes the next scripted ids of a row, with log-probability -0.5 each."""
-
-    def __init__(self, scripts, slots=2, max_length=2000):
-        self.slots, self.max_length, self.scripts = slots, max_length, scripts
-        self.contexts: list[list[int]] = []
-        self.budgets: list[int] = []
-        self.num_decodes = 0
-        self.reset()
-
-    def reset(self):
-        self.rows = Rows.empty(self.slots, self.max_length)
-        self._owner = {}
-
-    def find(self, *status):
-        return np.flatnonzero(np.isin(self.rows.status, status)).tolist()
-
-    def release(self, slot):
-        self.rows.status[slot] = RowStatus.EMPTY
-        del self._owner[slot]
-
-    def hold(self, slot):
-        self.rows.status[slot] = RowStatus.HELD
-
-    def set_context(self, policy, contexts):
-        for slot, context in contexts.items():
-            self.contexts.append(list(context.ids))
-            self.budgets.append(context.budget)
-            self.rows.budgets[slot] = context.budget
-            self._owner.setdefault(slot, iter(self.scripts.pop(0)) if slot not in self._owner else None)
-            self.rows.tokens[slot, : len(context.ids)] = context.ids
-            self.rows.lengths[slot] = len(context.ids)
-            self.rows.status[slot] = RowStatus.ACTIVE
-
-    def decode(self, policy, max_tokens, leave_at):
-        self.num_decodes += 1
-        for slot in self.find(RowStatus.ACTIVE):
-            ids = next(self._owner[slot])[: self.rows.budgets[slot]]
-            start = self.rows.lengths[slot]
-            self.rows.tokens[slot, start : start + len(ids)] = ids
-            self.rows.logprobs[slot, start : start + len(ids)] = -0.5
-            self.rows.lengths[slot] += len(ids)
-            self.rows.status[slot] = RowStatus.NEEDS_RETRIEVAL
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
@@ -83,13 +40,14 @@ def codec(request, tokenizer):
     return Codec(tokenizer, make_protocol(request.param), passage_tokens=200)
 
 
-def play(codec, scripts, jobs=None, retriever=None, **settings):
-    engine = ScriptedEngine(scripts)
+def play(codec, scripts, requests=None, retriever=None, search_overlap=0, **settings):
+    backend = FakeBackend(scripted(scripts))
     retriever = retriever or tiny.DictRetriever(PASSAGES)
-    retriever.engine = engine
+    retriever.backend = backend
     config = RolloutConfig(**{"max_length": 2000, "max_new_tokens": 1000, **settings})
-    roller = Roller(engine, Rules(codec, retriever, config, top_k=1, max_passages=10))
-    return roller.play(None, jobs or [Job(QUESTION)]), engine
+    env_factory = search_env_factory(codec, config, top_k=1, max_passages=10)
+    requests = requests or [RolloutRequest(QUESTION)]
+    return rollout(backend, env_factory, retriever, requests, search_overlap=search_overlap), backend
 
 
 def script(codec, *steps):
@@ -97,13 +55,13 @@ def script(codec, *steps):
 
 
 def test_a_whole_trajectory(codec):
-    [trajectory], engine = play(codec, [script(codec, FIRST, SECOND, LAST)])
+    [trajectory], backend = play(codec, [script(codec, FIRST, SECOND, LAST)])
     assert trajectory.status == Status.ANSWERED
     assert trajectory.answer == "Shrewsbury"
     assert trajectory.retrieved_ids == ("a", "b")
     assert trajectory.steps[1].query == "Charles Darwin born"
     assert len(trajectory.samples) == (1 if codec.protocol.name == "tags" else 3)
-    assert len(engine.contexts) == 3
+    assert len(backend.contexts) == 3
 
 
 def test_policy_tokens_are_the_sampled_ids_and_the_rest_is_masked(codec):
@@ -122,8 +80,8 @@ def test_policy_tokens_are_the_sampled_ids_and_the_rest_is_masked(codec):
 
 def test_steps_context_is_byte_for_byte_the_published_layout(tokenizer):
     codec = Codec(tokenizer, make_protocol("steps"), passage_tokens=200)
-    _, engine = play(codec, [script(codec, FIRST, SECOND, LAST)])
-    assert codec.tokenizer.decode(engine.contexts[1]) == (
+    _, backend = play(codec, [script(codec, FIRST, SECOND, LAST)])
+    assert codec.tokenizer.decode(backend.contexts[1].ids) == (
         "<|im_start|>user\nThe question: Where was the author of Origin born?\n"
         "Step 1:\nThe problem analysis: I need the author.\nThe retrieval query: author of Origin\n"
         'The retrieval documents: "Origin"\nOrigin was written by Charles Darwin.<|im_end|>\n<|im_start|>assistant\n'
@@ -132,13 +90,13 @@ def test_steps_context_is_byte_for_byte_the_published_layout(tokenizer):
 
 def test_tags_sequence_grows_in_place(tokenizer):
     codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
-    _, engine = play(codec, [script(codec, FIRST, SECOND, LAST)])
-    assert codec.tokenizer.decode(engine.contexts[1]) == (
+    _, backend = play(codec, [script(codec, FIRST, SECOND, LAST)])
+    assert codec.tokenizer.decode(backend.contexts[1].ids) == (
         "<|im_start|>user\nThe question: Where was the author of Origin born?<|im_end|>\n<|im_start|>assistant\n"
         "<think> I need the author. </think><query> author of Origin </query>"
         '<doc> "Origin"\nOrigin was written by Charles Darwin. </doc>'
     )
-    assert engine.contexts[2][: len(engine.contexts[1])] == engine.contexts[1]
+    assert backend.contexts[2].ids[: len(backend.contexts[1].ids)] == backend.contexts[1].ids
 
 
 def test_a_repeated_query_brings_the_next_passage(codec):
@@ -159,12 +117,12 @@ def test_out_of_tokens_is_no_answer(codec):
     """Whether the budget of all steps ends within a step or with one; a step's own budget is a matter of format."""
     first, second, last = script(codec, FIRST, SECOND, LAST)
     total = len(first) + len(second)
-    [trajectory], engine = play(codec, [[first, second, last]], max_trajectory_tokens=total + 3)
+    [trajectory], backend = play(codec, [[first, second, last]], max_trajectory_tokens=total + 3)
     assert (trajectory.status, len(trajectory.steps)) == (Status.NO_ANSWER, 3)
-    assert engine.budgets == [min(1000, total + 3), min(1000, len(second) + 3), 3]
+    assert [context.budget for context in backend.contexts] == [min(1000, total + 3), min(1000, len(second) + 3), 3]
     written = [i for sample in trajectory.samples for i in sample.ids[sample.loss_mask].tolist()]
     assert written == [*first, *second, *last[:3]]
-    [trajectory], engine = play(codec, [[first, second, last]], max_trajectory_tokens=total)
+    [trajectory], backend = play(codec, [[first, second, last]], max_trajectory_tokens=total)
     assert (trajectory.status, len(trajectory.steps)) == (Status.NO_ANSWER, 2)
     for limit in (0, total + len(last)):
         [trajectory], _ = play(codec, [[first, second, last]], max_trajectory_tokens=limit)
@@ -203,12 +161,12 @@ class Patient(tiny.DictRetriever):
 
     def __init__(self, patience):
         super().__init__(PASSAGES)
-        self.engine, self.patience = None, patience
+        self.backend, self.patience = None, patience
 
     def search(self, queries, k):
-        asked = self.engine.num_decodes
+        asked = self.backend.num_calls
         for _ in range(2000):
-            if self.engine.num_decodes >= asked + self.patience:
+            if self.backend.num_calls >= asked + self.patience:
                 return super().search(queries, k)
             time.sleep(0.005)
         raise RetrievalError("nothing was decoded meanwhile")
@@ -218,13 +176,13 @@ class Patient(tiny.DictRetriever):
 def test_a_search_runs_beside_decoding(codec, turns):
     """A row that asks at once, beside one that writes on: its search has what the other decodes to come back."""
     scripts = [script(codec, FIRST, LAST), *([script(codec, LAST)] * 4)]
-    jobs = [Job(dataclasses.replace(QUESTION, id=str(i))) for i in range(5)]
+    requests = [RolloutRequest(dataclasses.replace(QUESTION, id=str(i))) for i in range(5)]
     retriever = Patient(turns)
-    trajectories, _ = play(codec, scripts, jobs=jobs, retriever=retriever, search_overlap=turns)
+    trajectories, _ = play(codec, scripts, requests=requests, retriever=retriever, search_overlap=turns)
     assert [t.status for t in trajectories] == [Status.ANSWERED] * 5
     assert trajectories[0].retrieved_ids == ("a",)
     assert [len(t.steps) for t in trajectories] == [2, 1, 1, 1, 1]
-    plain, _ = play(codec, [script(codec, FIRST, LAST), *([script(codec, LAST)] * 4)], jobs=jobs)
+    plain, _ = play(codec, [script(codec, FIRST, LAST), *([script(codec, LAST)] * 4)], requests=requests)
     for one, other in zip(trajectories, plain, strict=True):
         assert one.steps == other.steps
 
@@ -235,15 +193,15 @@ def test_a_failed_search_in_a_thread_is_told(codec):
         play(codec, [script(codec, FIRST, LAST)], retriever=retriever, search_overlap=1)
 
 
-def test_results_come_in_the_order_of_the_jobs(codec):
+def test_results_come_in_the_order_of_the_requests(codec):
     questions = [dataclasses.replace(QUESTION, id=str(i)) for i in range(5)]
     scripts = [script(codec, *([FIRST, SECOND, LAST] if i % 2 else [LAST])) for i in range(5)]
-    trajectories, _ = play(codec, scripts, jobs=[Job(question) for question in questions])
+    trajectories, _ = play(codec, scripts, requests=[RolloutRequest(question) for question in questions])
     assert [t.question.id for t in trajectories] == ["0", "1", "2", "3", "4"]
 
 
 def test_row_keys_differ_by_question_sample_step_and_seed():
-    base = Job(QUESTION, 0, 1.0, 0)
+    base = RolloutRequest(QUESTION, 0, 1.0, 0)
     others = [
         base.key(1),
         dataclasses.replace(base, sample_index=1).key(0),

@@ -1,0 +1,131 @@
+"""IRCoT (Trivedi et al., arXiv 2212.10509): a chain of thought whose sentences are the queries.
+
+The question is searched first. Then a sentence of the chain is sampled behind all passages found so far, and searched,
+in turn, until a sentence holds "So the answer is:" or the chain has `max_sentences`; then the answer is asked for.
+As in FlashRAG, a sentence ends at the first full stop or newline, so an answer with a full stop inside is cut there.
+The prompts are our own; see `text/prompts.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from r3rag_jax.baselines.reading import MAX_ANSWER_TOKENS, first_that_fits
+from r3rag_jax.retrieval.base import Hit
+from r3rag_jax.retrieval.selection import select_passages
+from r3rag_jax.rollout.env import Done, Search
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.text.prompts import ANSWER_MARK, chain_example_turns, chain_instruction_prompt, chain_reading_prompt
+from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
+from r3rag_jax.types import Completion, Context, Passage, Status, Step, Trajectory
+
+MAX_SENTENCES = 4
+MAX_SENTENCE_TOKENS = 64
+
+
+class ChainWriter:
+    """Writes the prompt behind which a chain of thought goes on."""
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int, *, is_chat: bool):
+        """Args:
+        max_length: tokens of a prompt and what is sampled behind it, together.
+        is_chat: an instruction in the model's chat template, else plain text to continue.
+        """
+        self.tokenizer, self._max_length, self._is_chat = tokenizer, max_length, is_chat
+        self._prefix, self._suffix = chat_frame(tokenizer, chain_example_turns()) if is_chat else ([], [])
+
+    def ids(self, question: str, passages: Sequence[Passage], sentences: Sequence[str], budget: int) -> list[int]:
+        """Return a prompt that leaves room for `budget` tokens, or `[]` where there is none for the question.
+
+        A prompt that is too long loses the oldest passages first: what they say is in the chain already.
+        """
+        chain = self.tokenizer.encode(" ".join(sentences), allow_special=False) if self._is_chat else []
+        room = self._max_length - budget - len(self._prefix) - len(self._suffix) - len(chain)
+        if room < 1:
+            return []
+        shown = (passages[number:] for number in range(len(passages) + 1))
+        prompts = (
+            chain_instruction_prompt(question, some)
+            if self._is_chat
+            else chain_reading_prompt(question, some, sentences)
+            for some in shown
+        )
+        return [*self._prefix, *first_that_fits(self.tokenizer, prompts, room), *self._suffix, *chain]
+
+
+class IRCoTEnv:
+    """One question, answered at the end of a chain of thought that retrieves."""
+
+    def __init__(
+        self,
+        request: RolloutRequest,
+        *,
+        writer: ChainWriter,
+        top_k: int,
+        max_passages: int,
+        max_sentences: int = MAX_SENTENCES,
+    ):
+        """Args:
+        top_k: most new passages per retrieval.
+        max_passages: most passages in all.
+        max_sentences: most sentences of the chain, the answer not counted.
+        """
+        self._request, self._writer = request, writer
+        self._top_k, self._max_passages, self._max_sentences = top_k, max_passages, max_sentences
+        self._steps = [Step("", query=request.question.question)]
+        self._passages: dict[str, Passage] = {}  # by id, oldest first
+        self._sentences: list[str] = []
+        self._is_answering = False  # the prompt ends with ANSWER_MARK
+        self._num_sampled = 0  # tokens
+
+    def start(self) -> Search:
+        """See `Env.start`."""
+        return self._search()
+
+    def observe(self, hits: Sequence[Hit]) -> Context | Done:
+        """See `Env.observe`."""
+        found = select_passages(hits, self._passages, self._top_k, max_passages=self._max_passages)
+        self._passages |= {passage.id: passage for passage in found}
+        self._steps[-1] = dataclasses.replace(self._steps[-1], passages=found)
+        return self._ask_for_answer() if len(self._sentences) >= self._max_sentences else self._context()
+
+    def step(self, completion: Completion) -> Context | Search | Done:
+        """See `Env.step`."""
+        self._num_sampled += len(completion.ids)
+        line = self._writer.tokenizer.decode(completion.ids, skip_special=True).partition("\n")[0].strip()
+        if self._is_answering:
+            return self._done("", line)
+        thought, mark, answer = line.partition(ANSWER_MARK)
+        if mark:
+            return self._done(thought.strip(), answer)
+        if not line.strip("."):
+            return self._ask_for_answer()  # the model has ended its chain
+        sentence = line if line.endswith((".", "!", "?")) else f"{line}."
+        self._sentences.append(sentence)
+        self._steps.append(Step(sentence, query=sentence))
+        return self._search()
+
+    def _search(self) -> Search:
+        return Search(self._steps[-1].query or "", self._top_k + len(self._passages))
+
+    def _ask_for_answer(self) -> Context | Done:
+        self._is_answering = True
+        return self._context()
+
+    def _context(self) -> Context | Done:
+        budget = MAX_ANSWER_TOKENS if self._is_answering else MAX_SENTENCE_TOKENS
+        sentences = [*self._sentences, ANSWER_MARK] if self._is_answering else self._sentences
+        request = self._request
+        ids = self._writer.ids(request.question.question, [*self._passages.values()], sentences, budget)
+        if not ids:
+            return self._done("", "")
+        key = request.key(len(sentences)) if request.temperature > 0 else None
+        return Context(ids, budget, request.temperature, key)
+
+    def _done(self, thought: str, answer: str) -> Done:
+        if answer := answer.strip().rstrip(".").strip():
+            self._steps.append(Step(thought, answer=answer))
+        status = Status.ANSWERED if answer else Status.NO_ANSWER
+        request, steps = self._request, tuple(self._steps)
+        return Done(Trajectory(request.question, steps, status, (), request.sample_index, self._num_sampled))

@@ -1,0 +1,70 @@
+"""One line of answer from a prompt: what closed book and one-shot RAG share.
+
+The prompt is plain reading ("Question: …\\nAnswer:") for a base model or, with `is_chat`, an instruction in the model's
+chat template, after three examples of short answers. A prompt that exceeds the context loses its last passages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from r3rag_jax.rollout.env import Done, StopRule
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.text.prompts import example_turns, instruction_prompt, reading_prompt
+from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
+from r3rag_jax.types import Completion, Context, Passage, Status, Step, Trajectory
+
+MAX_ANSWER_TOKENS = 24
+
+
+def line_stops(tokenizer: Tokenizer, *others: str) -> StopRule:
+    """Return what ends a line of text: a newline, one of the `others`, or the end of the turn."""
+    texts = ("\n", "\n\n", *others)
+    single_tokens = {ids[0] for text in texts if len(ids := tokenizer.encode(text)) == 1}
+    return StopRule(stop_ids=(*single_tokens, tokenizer.eos_id, tokenizer.pad_id), stop_strings=("\n", *others))
+
+
+def first_that_fits(tokenizer: Tokenizer, prompts: Iterable[str], max_tokens: int) -> list[int]:
+    """Return the ids of the first prompt of at most `max_tokens` (> 0); of the last one their end, if none fits."""
+    ids: list[int] = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt, allow_special=False)
+        if len(ids) <= max_tokens:
+            break
+    return ids[-max_tokens:]
+
+
+class LineReader:
+    """Writes the prompt of a question, and reads the line that completes it."""
+
+    def __init__(self, tokenizer: Tokenizer, max_length: int, *, is_chat: bool, with_passages: bool):
+        """Args:
+        max_length: tokens of prompt and answer together.
+        with_passages: whether the examples of a chat prompt show passages.
+        """
+        self._tokenizer, self._is_chat = tokenizer, is_chat
+        self._prefix, self._suffix = chat_frame(tokenizer, example_turns(with_passages)) if is_chat else ([], [])
+        self._max_prompt = max_length - MAX_ANSWER_TOKENS - len(self._prefix) - len(self._suffix)
+
+    def context(self, request: RolloutRequest, passages: Sequence[Passage]) -> Context:
+        """Return the prompt that asks for the answer."""
+        prompt_of = instruction_prompt if self._is_chat else reading_prompt
+        question = request.question.question
+        prompts = (prompt_of(question, passages[:count]) for count in range(len(passages), -1, -1))
+        ids = [*self._prefix, *first_that_fits(self._tokenizer, prompts, self._max_prompt), *self._suffix]
+        key = request.key(0) if request.temperature > 0 else None
+        return Context(ids, MAX_ANSWER_TOKENS, request.temperature, key)
+
+    def done(self, request: RolloutRequest, passages: Sequence[Passage], completion: Completion) -> Done:
+        """Return the trajectory that the completion ends: one retrieval, where it found something, and the answer."""
+        text = self._tokenizer.decode(completion.ids, skip_special=True)
+        line = text.partition("\n")[0].strip()  # a token may hold more than the newline
+        question = request.question
+        steps = [Step("", query=question.question, passages=tuple(passages))] if passages else []
+        if line:
+            steps.append(Step("", answer=line))
+        num_tokens = len(completion.ids) if line else None
+        status = Status.ANSWERED if line else Status.NO_ANSWER
+        return Done(
+            Trajectory(question, tuple(steps), status, sample_index=request.sample_index, num_tokens=num_tokens)
+        )

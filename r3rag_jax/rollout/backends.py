@@ -1,0 +1,213 @@
+"""Who samples completions: the engine of this package, or the user's inference server, behind one interface.
+
+A backend has a fixed number of slots, in each of which one context can be completed. `generate` begins a rollout and
+returns its `Generation`, through which contexts go in and completions come out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from r3rag_jax.clients.completions import Server
+from r3rag_jax.clients.endpoint import FIRST_WAIT_S
+from r3rag_jax.config import RolloutConfig
+from r3rag_jax.errors import UserError
+from r3rag_jax.rollout.env import StopRule
+from r3rag_jax.sampler.cached_decoder import CachedDecoder
+from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.sampler.state import RowStatus
+from r3rag_jax.sampler.stops import StopTokens
+from r3rag_jax.text.tokenizer import Tokenizer
+from r3rag_jax.types import Completion, Context
+
+
+class Generation(Protocol):
+    """The completions of one rollout that are under way."""
+
+    @property
+    def num_active(self) -> int:
+        """Slots whose completion is under way."""
+        ...
+
+    @property
+    def is_open(self) -> bool:
+        """False once a completion has failed: those under way still come, further contexts are ignored."""
+        ...
+
+    def submit(self, contexts: Mapping[int, Context]) -> None:
+        """Begin the completions of contexts, slot -> context; these slots have none under way."""
+        ...
+
+    def wait(self) -> list[tuple[int, Completion]]:
+        """Work or wait for a bounded time; return finished completions with their slots, ascending.
+
+        Raises:
+            UserError: a completion failed. It is raised when nothing is under way any more.
+        """
+        ...
+
+
+class RolloutBackend(Protocol):
+    """Whoever samples completions."""
+
+    @property
+    def num_slots(self) -> int:
+        """Contexts that are completed in parallel."""
+        ...
+
+    def generate(self, stops: StopRule) -> AbstractContextManager[Generation]:
+        """Begin a rollout whose completions end by these rules. A backend carries out one rollout at a time."""
+        ...
+
+
+class EngineBackend:
+    """The engine of this package with one policy. It decodes the active rows together, a bounded call at a time."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        policy: CachedDecoder,
+        tokenizer: Tokenizer,
+        *,
+        decode_chunk: int,
+        leave_fraction: float = 0.5,
+    ):
+        """Args:
+        policy: what `engine.load` returned.
+        decode_chunk: most tokens per row in one decode call.
+        leave_fraction: a decode call returns as soon as this fraction of its active rows has ended. Less: rows wait
+            less for each other; more: fewer calls.
+        """
+        self._engine, self._policy, self._tokenizer = engine, policy, tokenizer
+        self._decode_chunk, self._leave_fraction = decode_chunk, leave_fraction
+
+    @property
+    def num_slots(self) -> int:
+        """See `RolloutBackend.num_slots`."""
+        return self._engine.slots
+
+    @contextlib.contextmanager
+    def generate(self, stops: StopRule) -> Iterator[EngineGeneration]:
+        """See `RolloutBackend.generate`."""
+        strings = stops.stop_strings
+        end_of = functools.partial(self._tokenizer.end_of, strings) if strings else None
+        self._engine.reset()
+        yield EngineGeneration(
+            self._engine,
+            self._policy,
+            StopTokens(stops.pause_ids, stops.stop_ids, end_of),
+            self._decode_chunk,
+            self._leave_fraction,
+        )
+
+
+class EngineGeneration:
+    """The completions of one rollout in the rows of an engine: a slot is a row."""
+
+    is_open = True
+
+    def __init__(
+        self, engine: Engine, policy: CachedDecoder, stops: StopTokens, decode_chunk: int, leave_fraction: float
+    ):
+        self._engine, self._policy, self._stops = engine, policy, stops
+        self._decode_chunk, self._leave_fraction = decode_chunk, leave_fraction
+        self._starts: dict[int, int] = {}  # slot -> length of its context
+
+    @property
+    def num_active(self) -> int:
+        """See `Generation.num_active`."""
+        return len(self._engine.find(RowStatus.ACTIVE))
+
+    def submit(self, contexts: Mapping[int, Context]) -> None:
+        """See `Generation.submit`: one prefill of all contexts together, each without what its row's cache holds."""
+        self._engine.set_context(self._policy, contexts)
+        self._starts |= {slot: len(context.ids) for slot, context in contexts.items()}
+
+    def wait(self) -> list[tuple[int, Completion]]:
+        """See `Generation.wait`: one decode call."""
+        engine, rows = self._engine, self._engine.rows
+        if num_active := self.num_active:
+            leave_at = max(1, int(num_active * self._leave_fraction))
+            engine.decode(self._policy, self._decode_chunk, leave_at, self._stops)
+        completions = []
+        for slot in engine.find(RowStatus.NEEDS_RETRIEVAL, RowStatus.DONE):
+            sampled = slice(self._starts[slot], int(rows.lengths[slot]))
+            completions.append(
+                (slot, Completion(rows.tokens[slot, sampled].tolist(), rows.logprobs[slot, sampled].copy()))
+            )
+            engine.release(slot)
+        return completions
+
+
+class ServerBackend:
+    """The user's inference server, with one request in flight per slot; see `clients/completions.py`."""
+
+    def __init__(self, config: RolloutConfig, tokenizer: Tokenizer, *, first_wait_s: float = FIRST_WAIT_S):
+        """`first_wait_s`: the wait before the first retry of a failed request."""
+        self._config, self._tokenizer, self._first_wait_s = config, tokenizer, first_wait_s
+
+    @property
+    def num_slots(self) -> int:
+        """See `RolloutBackend.num_slots`."""
+        return self._config.server.max_in_flight or self._config.slots
+
+    @contextlib.contextmanager
+    def generate(self, stops: StopRule) -> Iterator[ServerGeneration]:
+        """See `RolloutBackend.generate`. Only tokens end a completion: strings are not sent.
+
+        Raises:
+            UserError: the environment variable with the server's key is not set.
+        """
+        eos_id = self._tokenizer.eos_id
+        stop_ids = [i for i in (*stops.pause_ids, *stops.stop_ids) if i != eos_id]
+        server = Server(
+            self._config, self._tokenizer, eos_id=eos_id, stop_ids=stop_ids, first_wait_s=self._first_wait_s
+        )
+        with ThreadPoolExecutor(self.num_slots) as pool, server.session():
+            yield ServerGeneration(server, pool)
+
+
+class ServerGeneration:
+    """The completions of one rollout that a server is asked for."""
+
+    def __init__(self, server: Server, pool: ThreadPoolExecutor):
+        self._server, self._pool = server, pool
+        self._in_flight: dict[Future[Completion], int] = {}  # request -> slot
+        self._failure: UserError | None = None
+
+    @property
+    def num_active(self) -> int:
+        """See `Generation.num_active`."""
+        return len(self._in_flight)
+
+    @property
+    def is_open(self) -> bool:
+        """See `Generation.is_open`."""
+        return self._failure is None
+
+    def submit(self, contexts: Mapping[int, Context]) -> None:
+        """See `Generation.submit`: a request per context."""
+        if self.is_open:
+            for slot, context in contexts.items():
+                self._in_flight[self._pool.submit(self._server.complete, context)] = slot
+
+    def wait(self) -> list[tuple[int, Completion]]:
+        """See `Generation.wait`: until a completion has come, or none is to come."""
+        completions: list[tuple[int, Completion]] = []
+        while self._in_flight and not completions:
+            done = wait(self._in_flight, return_when=FIRST_COMPLETED).done
+            for future in sorted(done, key=self._in_flight.__getitem__):
+                slot = self._in_flight.pop(future)
+                try:
+                    completions.append((slot, future.result()))
+                except UserError as error:
+                    self._failure = self._failure or error
+                    self._server.give_up()  # requests in flight are not retried
+        if not completions and self._failure is not None:
+            raise self._failure
+        return completions

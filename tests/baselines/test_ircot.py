@@ -1,0 +1,182 @@
+"""IRCoT: which queries it asks, what its prompts show, and when its chain of thought ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from fake_backend import FakeBackend
+from flax import nnx
+
+from r3rag_jax.baselines.factory import BASELINES
+from r3rag_jax.baselines.ircot import MAX_SENTENCE_TOKENS, MAX_SENTENCES
+from r3rag_jax.baselines.reading import MAX_ANSWER_TOKENS
+from r3rag_jax.config import Config, EvalConfig, MeshConfig, RetrievalConfig, RolloutConfig
+from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
+from r3rag_jax.rollout.backends import EngineBackend, RolloutBackend
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.rollout.scheduler import rollout
+from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.text.tokenizer import Tokenizer
+from r3rag_jax.types import Context, Passage, Question, Status, Step, Trajectory
+
+ORIGIN = Passage("a", '"Origin"\nOrigin was written by Charles Darwin.')
+DARWIN = Passage("b", '"Charles Darwin"\nCharles Darwin was born in Shrewsbury.')
+GENESIS = Passage("c", '"Genesis"\nGenesis is a band.')
+QUESTION = Question("q", "Where was the author of Origin born?", ("Shrewsbury",))
+FIRST, SECOND = "The author of Origin is Charles Darwin.", "Charles Darwin was born in Shrewsbury."
+
+
+class Retriever(tiny.DictRetriever):
+    """Keeps the queries and depths of its searches."""
+
+    def __init__(self) -> None:
+        super().__init__([ORIGIN, DARWIN, GENESIS])
+        self.asked: list[tuple[list[str], int]] = []
+
+    def search(self, queries, k):
+        self.asked.append((list(queries), k))
+        return super().search(queries, k)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def config_of(*, chat: bool = False, max_length: int = 2000, top_k: int = 1, max_passages: int = 10) -> Config:
+    return Config(
+        phases=("index",),
+        rollout=RolloutConfig(max_length=max_length, max_new_tokens=8),
+        retrieval=RetrievalConfig(top_k=top_k, max_passages=max_passages),
+        eval=EvalConfig(prompt="chat" if chat else "reading"),
+    )
+
+
+def think(
+    tokenizer: Tokenizer, lines: Sequence[str], ends: str = "", **settings: int | bool
+) -> tuple[Trajectory, list[str], Retriever, list[Context]]:
+    """The trajectory of a model that writes these lines, its prompts, its retriever and its contexts."""
+    waiting = iter(lines)
+    backend = FakeBackend(lambda slot, context: tokenizer.encode(next(waiting) + ends) or [tokenizer.eos_id])
+    retriever = Retriever()
+    env_factory = BASELINES["ircot"](config_of(**settings), tokenizer)
+    [trajectory] = rollout(backend, env_factory, retriever, [RolloutRequest(QUESTION)])
+    assert next(waiting, None) is None
+    return trajectory, [tokenizer.decode(context.ids) for context in backend.contexts], retriever, backend.contexts
+
+
+def test_each_sentence_is_a_query_until_the_answer(tokenizer: Tokenizer) -> None:
+    lines = [f" {FIRST}", f" {SECOND}", " So the answer is: Shrewsbury."]
+    trajectory, prompts, retriever, contexts = think(tokenizer, lines)
+    assert retriever.asked == [([QUESTION.question], 1), ([FIRST], 2), ([SECOND], 3)]
+    assert trajectory.steps == (
+        Step("", query=QUESTION.question, passages=(ORIGIN,)),
+        Step(FIRST, query=FIRST, passages=(DARWIN,)),
+        Step(SECOND, query=SECOND, passages=()),
+        Step("", answer="Shrewsbury"),
+    )
+    assert (trajectory.status, trajectory.answer) == (Status.ANSWERED, "Shrewsbury")
+    assert trajectory.num_policy_tokens == sum(len(tokenizer.encode(line)) for line in lines)
+    examples, _, last = prompts[1].rpartition("\n\n")
+    assert last == f"{ORIGIN.contents}\n{DARWIN.contents}\nQuestion: {QUESTION.question}\nReasoning: {FIRST}"
+    assert examples.startswith('"Eiffel Tower"\n') and examples.count("\nReasoning: ") == 2
+    assert examples.endswith(" The Thames is 346 km long. So the answer is: Nile")
+    assert [context.budget for context in contexts] == [MAX_SENTENCE_TOKENS] * 3
+    assert [context.temperature for context in contexts] == [0.0] * 3
+
+
+def test_a_chain_without_an_answer_is_asked_for_one(tokenizer: Tokenizer) -> None:
+    """After so many sentences, and when the model ends its chain by itself."""
+    thoughts = [f" Thought {number} of Darwin." for number in range(MAX_SENTENCES)]
+    trajectory, prompts, retriever, contexts = think(tokenizer, [*thoughts, " Shrewsbury\n"])
+    assert len(retriever.asked) == 1 + MAX_SENTENCES
+    assert prompts[-1].endswith(f"Reasoning:{''.join(thoughts)} So the answer is:")
+    assert [context.budget for context in contexts[-2:]] == [MAX_SENTENCE_TOKENS, MAX_ANSWER_TOKENS]
+    assert trajectory.answer == "Shrewsbury"
+    for nothing in ("", "\n", " ."):
+        trajectory, prompts, retriever, _ = think(tokenizer, [f" {FIRST}", nothing, " Shrewsbury"])
+        assert len(retriever.asked) == 2 and prompts[-1].endswith(f"{FIRST} So the answer is:")
+        assert (trajectory.answer, len(trajectory.steps)) == ("Shrewsbury", 3)
+
+
+def test_no_answer_is_none(tokenizer: Tokenizer) -> None:
+    for lines in ([" So the answer is: ."], ["", "\n"]):
+        trajectory, *_ = think(tokenizer, lines)
+        assert (trajectory.status, trajectory.answer, len(trajectory.steps)) == (Status.NO_ANSWER, None, 1)
+
+
+def test_a_server_that_leaves_the_full_stop_out_changes_nothing(tokenizer: Tokenizer) -> None:
+    lines = [FIRST.rstrip("."), SECOND.rstrip("."), "So the answer is: Shrewsbury"]
+    trajectory, prompts, retriever, _ = think(tokenizer, lines, ends=tokenizer.decode([tokenizer.eos_id]))
+    assert [queries for queries, _ in retriever.asked] == [[QUESTION.question], [FIRST], [SECOND]]
+    assert prompts[-1].endswith(f"Reasoning: {FIRST} {SECOND}")
+    assert trajectory.answer == "Shrewsbury"
+
+
+def test_a_thought_before_the_answer_is_kept(tokenizer: Tokenizer) -> None:
+    trajectory, *_ = think(tokenizer, [" He is of Shrewsbury, so the end. So the answer is: Shrewsbury"])
+    assert trajectory.steps[-1] == Step("He is of Shrewsbury, so the end.", answer="Shrewsbury")
+
+
+def test_a_chat_model_goes_on_with_its_own_reply(tokenizer: Tokenizer) -> None:
+    _, prompts, _, _ = think(tokenizer, [FIRST, " So the answer is: Shrewsbury."], chat=True, max_length=4000)
+    assert prompts[1].count("<|im_start|>user\n") == 3
+    assert "<|im_start|>assistant\nThe Nile is some 6,650 km long. The Thames is 346 km long. So the" in prompts[1]
+    assert prompts[1].endswith(f"Question: {QUESTION.question}<|im_end|>\n<|im_start|>assistant\n{FIRST}")
+    assert prompts[0].endswith("<|im_start|>assistant\n")
+
+
+def test_a_prompt_that_is_too_long_loses_its_oldest_passages(tokenizer: Tokenizer) -> None:
+    lines = [f" {FIRST}", f" {SECOND}", " So the answer is: Shrewsbury."]
+    _, prompts, _, contexts = think(tokenizer, lines)
+    length = len(contexts[-1].ids) + MAX_SENTENCE_TOKENS
+    _, same, _, _ = think(tokenizer, lines, max_length=length)
+    assert same == prompts
+    _, shorter, _, _ = think(tokenizer, lines, max_length=length - 1)
+    assert shorter[:-1] == prompts[:-1] and shorter[-1] == prompts[-1].replace(f"{ORIGIN.contents}\n", "")
+    _, cut, _, contexts = think(tokenizer, lines, max_length=300)
+    assert len(contexts[-1].ids) == 300 - MAX_SENTENCE_TOKENS and cut[-1].endswith(f"{FIRST} {SECOND}")
+
+
+def test_a_context_without_room_for_a_sentence_ends_without_an_answer(tokenizer: Tokenizer) -> None:
+    trajectory, prompts, _, _ = think(tokenizer, [], chat=True, max_length=500)
+    assert (trajectory.status, prompts) == (Status.NO_ANSWER, [])
+
+
+def test_passages_have_a_budget(tokenizer: Tokenizer) -> None:
+    lines = [f" {FIRST}", f" {SECOND} Genesis.", " So the answer is: x."]
+    trajectory, *_ = think(tokenizer, lines, top_k=2, max_passages=2)
+    assert [len(step.passages) for step in trajectory.steps] == [2, 0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def engine_backend(tokenizer: Tokenizer) -> Callable[[int], RolloutBackend]:
+    """Number of slots -> the tiny random model on a real engine."""
+    graphdef, params = nnx.split(tiny.decoder())
+
+    def backend(slots: int) -> RolloutBackend:
+        mesh = make_sampler_mesh(MeshConfig(sampler_devices=1), make_mesh(MeshConfig()))
+        engine = Engine(graphdef, tiny.decoder().config, mesh, slots=slots, max_length=1600)
+        return EngineBackend(engine, engine.load(params), tokenizer, decode_chunk=16)
+
+    return backend
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+def test_the_engine_plays_it(tokenizer: Tokenizer, engine_backend: Callable[[int], RolloutBackend]) -> None:
+    """A random model writes bytes: its sentences are cut by their budget, or end where a stop is drawn."""
+    env_factory = BASELINES["ircot"](config_of(max_length=1600), tokenizer)
+    requests = [RolloutRequest(Question(str(i), f"Who is {i} of Origin?", ("x",)), i, 1.0, seed=2) for i in range(5)]
+    together, alone = (rollout(engine_backend(n), env_factory, Retriever(), requests) for n in (3, 1))
+    assert [t.steps for t in together] == [t.steps for t in alone]
+    assert [t.sample_index for t in together] == [0, 1, 2, 3, 4]
+    for trajectory in together:
+        queries = [step for step in trajectory.steps if step.query is not None]
+        assert 1 <= len(queries) <= 1 + MAX_SENTENCES and queries[0].query == trajectory.question.question
+        assert all("\n" not in step.analysis and "." not in step.analysis[:-1] for step in queries)
+        assert 0 < trajectory.num_policy_tokens <= MAX_SENTENCES * MAX_SENTENCE_TOKENS + MAX_ANSWER_TOKENS
+    assert len({np.sum([len(step.analysis) for step in t.steps]) for t in together}) > 1
