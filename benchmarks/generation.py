@@ -48,7 +48,7 @@ Generate = Callable[[np.ndarray, int], None]  # (prompts [B, L], new tokens)
 def ours(path: Path, mesh: Mesh, dtype: str, batch: int, length: int) -> Generate:
     decoder = load_decoder(path, dtype=dtype)
     (graphdef, params), kv_dtype = nnx.split(decoder), default_kv_dtype(dtype, decoder.config, mesh)
-    engine = Engine(graphdef, decoder.config, mesh, slots=batch, max_length=length, dtype=kv_dtype)
+    engine = Engine(graphdef, decoder.config, mesh, slots=batch, max_length=length, decode_chunk=length, dtype=kv_dtype)
     policy = engine.load(params)
 
     def generate(prompts: np.ndarray, new_tokens: int) -> None:

@@ -143,8 +143,9 @@ class Components:
         rollout = self.config.rollout
         return Engine(
             self.policy.graphdef, self.policy.decoder_config, self.sampler_mesh,
-            slots=rollout.slots, max_length=rollout.max_length, truncation=Truncation.of(rollout),
-            dtype=self.cache_dtype, split_weights=rollout.shard_weights,
+            slots=rollout.slots, max_length=rollout.max_length,
+            decode_chunk=rollout.decode_chunk, truncation=Truncation.of(rollout),
+            dtype=self.cache_dtype, shard_weights=rollout.shard_weights,
         )  # fmt: skip
 
     @property

@@ -24,12 +24,14 @@ from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import Decoder, param_shapes, rope_frequencies
 from r3rag_jax.models.hf.decoder_files import hf_tensors
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
-from r3rag_jax.sampler import engine
+from r3rag_jax.sampler import decode as programs
 from r3rag_jax.sampler.cache.kv_cache import KVCache
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import WHOLE
+from r3rag_jax.sampler.prefill_plan import ACCELERATOR_SHAPES
 from r3rag_jax.sampler.state import Rows
 from r3rag_jax.sampler.stops import MAX_STOPS
+from r3rag_jax.sampler.windows import windows
 from r3rag_jax.training import learner, optimizer
 from r3rag_jax.training.batch import pack
 from r3rag_jax.types import SFTBatch
@@ -226,15 +228,16 @@ def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
     slots, length = config.rollout.slots, config.rollout.max_length
     cache = jax.eval_shape(functools.partial(KVCache.init, decoder, slots, length, jnp.bfloat16))
     for ways in (1, 4):
-        chunk = np.zeros((ways, slots // ways, engine.ACCELERATOR_SHAPES.lengths[-1]), np.int32)
-        prefilled = jax.eval_shape(engine.prefill, policy, cache, chunk[..., 0], chunk, chunk[..., 0])
+        chunk = np.zeros((ways, slots // ways, ACCELERATOR_SHAPES.lengths[-1]), np.int32)
+        prefilled = jax.eval_shape(programs.prefill, policy, cache, chunk[..., 0], chunk, chunk[..., 0])
         assert shapes(prefilled) == shapes(cache)
     stops, one = np.zeros(MAX_STOPS, np.int32), MeshConfig(sampler_devices=1)
-    for window in engine.windows(cache, make_sampler_mesh(one, make_mesh(one)), length):
-        decode = functools.partial(engine.decode, truncation=WHOLE, positions=window.positions)
-        places, rows = np.arange(window.rows), Rows.empty(window.rows, length)
-        decoded = jax.eval_shape(decode, policy, cache, places, rows, 64, 4, stops, stops)
-        assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (window.rows, length)
+    for window in windows(cache, make_sampler_mesh(one, make_mesh(one)), length):
+        decode = functools.partial(programs.decode, truncation=WHOLE, positions=window.positions)
+        places, chunk = np.arange(window.rows), config.rollout.decode_chunk
+        rows = Rows.empty(window.rows, length).decode_rows(places, chunk)
+        decoded = jax.eval_shape(decode, policy, cache, places, rows, chunk, 4, stops, stops)
+        assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (window.rows, chunk)
 
 
 @pytest.mark.parametrize("overrides", [[], ["budget=cpu"]])

@@ -21,8 +21,8 @@ from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.parallel.shardings import batch_ways
 from r3rag_jax.sampler.cache.base import padded
 from r3rag_jax.sampler.cache.kv_cache import KVCache
-from r3rag_jax.sampler.engine import windows
 from r3rag_jax.sampler.ops import SamplerOps
+from r3rag_jax.sampler.windows import windows
 
 GIB = 2**30
 

@@ -17,14 +17,16 @@ from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.parallel.mesh import AXES, make_mesh, make_sampler_mesh
 from r3rag_jax.parallel.shardings import batch_shardings, batch_ways, device_put_batch, replicated
 from r3rag_jax.rl.token_losses import chunked_logprobs
-from r3rag_jax.sampler import engine as engine_module
+from r3rag_jax.sampler import decode as decode_module
+from r3rag_jax.sampler import prefill_plan, windows
 from r3rag_jax.sampler.cache.base import KEY_BLOCK, padded
 from r3rag_jax.sampler.cache.kv_cache import KVCache
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
-from r3rag_jax.sampler.engine import Engine, first_largest, invert
+from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.memory import bytes_per_device
 from r3rag_jax.sampler.ops import SamplerOps
+from r3rag_jax.sampler.sampling import first_largest, invert
 from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
 from r3rag_jax.sampler.stops import MAX_STOPS, NO_STOPS, StopTokens
 from r3rag_jax.types import Context
@@ -115,7 +117,9 @@ def test_recorded_logprobs_are_the_trainers_for_every_truncation(model, min_p, t
     logprobs, _ = jax.jit(score)(hidden, model.output_weight(), tokens[:, 8:], scored_at, np.ones((4, 80), bool))
     np.testing.assert_allclose(engine.rows.logprobs[:, 8:88], logprobs, rtol=0, atol=1e-4)
     if how != WHOLE:
-        untruncated = engine.rows.logprobs_t1[2, 8:88]
+        logits = hidden[2] @ model.output_weight().T
+        at_temperature_1 = jax.nn.log_softmax(logits.astype(jnp.float32))
+        untruncated = np.take_along_axis(np.asarray(at_temperature_1), tokens[2, 8:, None], axis=1)[:, 0]
         assert (logprobs[2] >= untruncated - 1e-5).all() and (logprobs[2] > untruncated + 0.1).any()
 
 
@@ -214,9 +218,10 @@ MESHES = [
 @pytest.mark.parametrize(("mesh", "is_split"), MESHES)
 def test_any_mesh_samples_what_one_device_does(model, monkeypatch, mesh, is_split):
     """Rows that lack much and little, more of one device's than a call takes, copies across devices, a second turn."""
-    monkeypatch.setattr(engine_module, "CPU_SHAPES", engine_module.PrefillShapes(lengths=(32, 64), totals=(64, 128)))
+    shapes = prefill_plan.PrefillShapes(lengths=(32, 64), totals=(64, 128))
+    monkeypatch.setattr(prefill_plan, "CPU_SHAPES", shapes)
 
-    def play(**options):
+    def sampled(**options):
         engine, policy = make_engine(model, slots=16, max_length=300, **options)
         contexts = {row: Context(prompt(row, 20 + 9 * row), 12) for row in range(16) if row not in (2, 9)}
         contexts |= {row: Context(prompt(2, 160), 12) for row in (2, 9)}
@@ -227,7 +232,7 @@ def test_any_mesh_samples_what_one_device_does(model, monkeypatch, mesh, is_spli
         engine.decode(policy, 12, leave_at=16)
         return engine
 
-    one, many = play(num_devices=1), play(mesh=mesh, split_weights=is_split)
+    one, many = sampled(num_devices=1), sampled(mesh=mesh, shard_weights=is_split)
     assert many.num_prefilled == one.num_prefilled
     np.testing.assert_array_equal(many.rows.tokens, one.rows.tokens)
     np.testing.assert_allclose(many.rows.logprobs, one.rows.logprobs, atol=1e-4)
@@ -235,9 +240,11 @@ def test_any_mesh_samples_what_one_device_does(model, monkeypatch, mesh, is_spli
 
 @pytest.mark.parametrize(("mesh", "is_split"), [param for param in MESHES if not param.values[1]])
 def test_devices_exchange_neither_cache_nor_hidden_states_nor_weights(model, mesh, is_split):
-    """But for the sums over `tensor`. What a row is to continue with, [B] or [B, length], goes back to every host."""
-    engine, policy = make_engine(model, slots=16, mesh=mesh, split_weights=is_split)
-    prefill = engine._prefill.lower(policy, engine._cache, *device_put_batch(engine.mesh, engine._chunk(2, 32)))
+    """But for the sums over `tensor`. What a row has sampled, [B] or [B, tokens], goes back to every host."""
+    engine, policy = make_engine(model, slots=16, mesh=mesh, shard_weights=is_split)
+    prefill = engine._prefill.lower(
+        policy, engine._cache, *device_put_batch(engine.mesh, tuple(engine._plan._empty(2, 32)))
+    )
     args = engine._decode_args(np.arange(16, dtype=np.int32), 0, 1, NO_STOPS)
     decode = engine._decode.lower(policy, engine._cache, *args, positions=MAX_LENGTH)
     moved = [
@@ -245,19 +252,19 @@ def test_devices_exchange_neither_cache_nor_hidden_states_nor_weights(model, mes
         for lowered in (prefill, decode)
     ]
     assert moved[0] == set()
-    assert {(16, MAX_LENGTH)} <= moved[1] <= {(16,), (16, 2), (16, MAX_LENGTH)}
+    assert {(16, 32)} <= moved[1] <= {(16,), (16, 2), (16, 32)}  # 32: the tokens of a call
 
 
 @pytest.mark.parametrize(
-    ("row_shares", "windows"),
+    ("row_shares", "expected"),
     [((), [(4, 64), (4, 160), (4, 320)]), ((4, 2), [(1, 160), (1, 320)])],
 )
-def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monkeypatch, row_shares, windows):
+def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monkeypatch, row_shares, expected):
     """Short rows write what they write with the whole cache; a longer one that waits meanwhile keeps what it has."""
 
-    def play(row_shares):
-        monkeypatch.setattr(engine_module, "ROW_SHARES", row_shares)
-        engine, policy = make_engine(model, max_length=300, num_devices=1)
+    def sampled(row_shares):
+        monkeypatch.setattr(windows, "ROW_SHARES", row_shares)
+        engine, policy = make_engine(model, max_length=300, num_devices=1, decode_chunk=100)
         engine.set_context(policy, {0: Context(prompt(0, 30), 100), 3: Context(prompt(3, 200), 100)})
         engine.release(3)
         before = [np.array(layer.v[3, :, :199]) for layer in engine._cache.layers]
@@ -269,17 +276,17 @@ def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monke
         engine.decode(policy, 100, leave_at=4)
         return engine
 
-    decode, compiled = engine_module.decode, []
+    decode, compiled = decode_module.decode, []
 
     def spied(decoder, cache, places, *args, positions, **options):
         compiled.append((len(places), positions))
         return decode(decoder, cache, places, *args, positions=positions, **options)
 
-    monkeypatch.setattr(engine_module, "decode", spied)
-    parts = play(row_shares)
-    monkeypatch.setattr(engine_module, "SPAN_SHARES", (1,))
-    whole = play(())
-    assert compiled == [*windows, (4, 320)]
+    monkeypatch.setattr(decode_module, "decode", spied)
+    parts = sampled(row_shares)
+    monkeypatch.setattr(windows, "POSITION_SHARES", (1,))
+    whole = sampled(())
+    assert compiled == [*expected, (4, 320)]
     np.testing.assert_array_equal(parts.rows.tokens, whole.rows.tokens)
     np.testing.assert_allclose(parts.rows.logprobs, whole.rows.logprobs, atol=2e-5)
     assert parts.rows.lengths.tolist() == [130, 1, 1, 300]
@@ -289,7 +296,7 @@ def test_a_decode_call_works_on_the_part_of_the_cache_that_it_needs(model, monke
 def test_windows_reach_from_the_cheapest_to_the_whole_cache(slots, max_length, ways):
     mesh = make_sampler_mesh(MeshConfig(sampler_devices=ways), make_mesh(MeshConfig()))
     cache = jax.eval_shape(lambda: KVCache.init(tiny.decoder().config, slots, padded(max_length), jnp.float32))
-    found = engine_module.windows(cache, mesh, max_length)
+    found = windows.windows(cache, mesh, max_length)
     assert found[-1] == (slots, padded(max_length)) and len(set(found)) == len(found) <= 8
     areas = [rows * positions for rows, positions in found]
     assert max(areas) == areas[-1]
@@ -383,12 +390,13 @@ def test_the_sampler_compiles_for_a_pod(pod, sizes, is_split):
     cache = place(cache, cache.shardings(mesh))
     ways = batch_ways(mesh, slots)
     chunk = tuple(jax.ShapeDtypeStruct((ways, 4, *rest), jnp.int32) for rest in ((), (512,), ()))
-    rows = jax.eval_shape(lambda: Rows.empty(slots, length))
+    rows = Rows.empty(slots, length).decode_rows(np.arange(slots), 64)
+    rows = jax.eval_shape(lambda: rows)
     shardings = jax.tree.map(lambda x: x.sharding, cache)
     whole = jax.tree.map(lambda _: replicated(mesh), rows)
-    prefill = jax.jit(engine_module.prefill, donate_argnums=1, out_shardings=shardings)
+    prefill = jax.jit(decode_module.prefill, donate_argnums=1, out_shardings=shardings)
     decode = jax.jit(
-        functools.partial(engine_module.decode, truncation=WHOLE, positions=length),
+        functools.partial(decode_module.decode, truncation=WHOLE, positions=length),
         donate_argnums=1,
         out_shardings=DecodeState(cache=shardings, rows=whole),
     )
@@ -402,7 +410,7 @@ def test_the_sampler_compiles_for_a_pod(pod, sizes, is_split):
     for program in compiled:
         shapes = [tuple(map(int, shape.split(","))) for shape in re.findall(MOVED, program.as_text())]
         large = [shape for shape in shapes if shape[-1] != length and math.prod(shape) >= config.hidden_size]
-        assert bool(large) == is_split  # weights; rows, [..., length], go back to every host
+        assert bool(large) == is_split  # weights
         assert program.memory_analysis().temp_size_in_bytes < 2**30
     held = bytes_per_device(cache, shardings) + bytes_per_device(policy, policy.shardings(mesh, is_split))
     assert compiled[1].memory_analysis().argument_size_in_bytes == pytest.approx(held, rel=0.05)

@@ -62,7 +62,8 @@ def test_decoding_peaks_within_a_tenth_of_the_plan():
         [],
     )
     for rows, positions in engine._windows:
-        arguments = policy, engine._cache, np.arange(rows, dtype=np.int32), Rows.empty(rows, 1024), *limits
+        control = Rows.empty(rows, 1024).decode_rows(np.arange(rows), 32)
+        arguments = policy, engine._cache, np.arange(rows, dtype=np.int32), control, *limits
         counted = engine._decode.lower(*arguments, positions=positions).compile().memory_analysis()
         held = counted.argument_size_in_bytes + counted.output_size_in_bytes - counted.alias_size_in_bytes
         peaks.append(held + counted.temp_size_in_bytes)

@@ -89,7 +89,7 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> EngineChat:
     graphdef, params = nnx.split(decoder)
     engine = Engine(
         graphdef, model_config, mesh, slots=config.local.slots, max_length=config.local.max_length,
-        dtype=default_kv_dtype(dtype, model_config, mesh), split_weights=True,
+        dtype=default_kv_dtype(dtype, model_config, mesh), shard_weights=True,
     )  # fmt: skip
     # Size and time of the files tell other weights at the same path apart.
     versions = [f"{f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(path.glob("*.safetensors"))]

@@ -1,0 +1,88 @@
+"""How the rows that lack keys and values are packed into prefill calls of few shapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from r3rag_jax.parallel.target import Target
+
+
+class PrefillShapes(NamedTuple):
+    """Sizes of the prefill calls that are compiled, in tokens."""
+
+    lengths: tuple[int, ...]  # of one row's chunk
+    totals: tuple[int, ...]  # of all rows on a device
+
+
+CPU_SHAPES = PrefillShapes(lengths=(32, 48, 64, 96, 128), totals=(128, 512))
+ACCELERATOR_SHAPES = PrefillShapes(lengths=(32, 128, 512), totals=(512, 4096))
+
+
+class Missing(NamedTuple):
+    """A row whose cache lacks keys and values of ids[start : len(ids) - 1]."""
+
+    row: int
+    ids: Sequence[int]
+    start: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids) - 1 - self.start
+
+
+class Chunk(NamedTuple):
+    """The arguments of a prefill call; W devices, R rows on each, C tokens of each."""
+
+    rows: np.ndarray  # int32 [W, R], counted from a device's first row; out of range: not written
+    tokens: np.ndarray  # int32 [W, R, C]
+    starts: np.ndarray  # int32 [W, R]
+
+
+class PrefillPlan:
+    """Cuts what is missing into chunks; every device prefills its own rows."""
+
+    def __init__(self, target: Target, slots: int, ways: int):
+        """`ways`: devices that the rows are split over."""
+        self._ways, self._rows_per_device = ways, slots // ways
+        self._shapes = CPU_SHAPES if target.is_cpu else ACCELERATOR_SHAPES
+
+    def empty_chunks(self) -> list[Chunk]:
+        """A chunk of each shape that calls can have, which writes nothing."""
+        return [self._empty(size, length) for length in self._shapes.lengths for size in self._num_rows(length)]
+
+    def next_chunk(self, missing: Sequence[Missing]) -> tuple[Chunk, list[Missing], int]:
+        """A chunk of the rows that lack most; returns it, what is missing after it, and its number of tokens."""
+        missing = sorted(missing, key=lambda one: -one.num_tokens)
+        longest, lengths = missing[0].num_tokens, self._shapes.lengths
+        length = next((length for length in lengths if length >= longest), lengths[-1])
+        most = max(Counter(one.row // self._rows_per_device for one in missing).values())
+        sizes = self._num_rows(length)
+        size = next((size for size in sizes if size >= most), sizes[-1])
+        chunk = self._empty(size, length)
+        used, left, num_tokens = [0] * self._ways, [], 0
+        for one in missing:
+            device, row = divmod(one.row, self._rows_per_device)
+            i, end = used[device], min(one.start + length, len(one.ids) - 1)
+            if i == size:
+                left.append(one)
+                continue
+            chunk.rows[device, i], chunk.starts[device, i] = row, one.start
+            chunk.tokens[device, i, : end - one.start] = one.ids[one.start : end]
+            used[device] += 1
+            num_tokens += end - one.start
+            if end < len(one.ids) - 1:
+                left.append(one._replace(start=end))
+        return chunk, left, num_tokens
+
+    def _empty(self, size: int, length: int) -> Chunk:
+        """A chunk of out-of-range rows."""
+        rows = np.tile(self._rows_per_device + np.arange(size, dtype=np.int32), (self._ways, 1))
+        return Chunk(rows, np.zeros((*rows.shape, length), np.int32), np.zeros(rows.shape, np.int32))
+
+    def _num_rows(self, length: int) -> list[int]:
+        """How many rows of each device a call with this length of chunk can have, ascending."""
+        return sorted({min(self._rows_per_device, total // length) for total in self._shapes.totals})
