@@ -64,9 +64,9 @@ def answer_metrics(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
 
 
 def normalize_answer(text: str) -> str:
-    """Lower-case, drop ASCII punctuation and articles, one space between words (SQuAD).
+    """The text in lower case, without ASCII punctuation and articles, with one space between words.
 
-    As the evaluation script of arXiv 1606.05250 does it: "The U.S.,\tof A" becomes "us of".
+    As in the evaluation script of SQuAD (arXiv 1606.05250): "The U.S.,\tof A" becomes "us of".
     """
     text = text.lower().translate(_DROP_PUNCTUATION)
     return " ".join(_ARTICLES.sub(" ", text).split())
@@ -79,20 +79,20 @@ def encode_answers(
     max_golds: int | None = None,
     max_words: int | None = None,
 ) -> AnswerBatch:
-    """Turn texts into word ids, G, W and X padded to powers of two so that few shapes are compiled.
+    """Texts as word ids; G, W and X are padded to powers of two, so that few shapes are compiled.
 
     Args:
-        predictions: B texts, None where a trajectory gave no answer.
-        golds: for each of them, its gold answers (aliases), at least one.
-        max_golds: fixes G instead of the power of two.
-        max_words: fixes W and X instead.
+        predictions: B texts, None where a trajectory has no answer.
+        golds: the gold answers (aliases) of each, at least one.
+        max_golds: G, instead of a power of two.
+        max_words: W and X, instead of powers of two.
 
     Returns:
         An AnswerBatch of numpy arrays; B is not padded.
 
     Raises:
-        ValueError: the lists differ in length, a question has no gold answer, or a fixed size
-            is too small: nothing is cut.
+        ValueError: the lists differ in length, a question has no gold answer, or max_golds or max_words is too small:
+            nothing is cut.
     """
     if len(predictions) != len(golds):
         raise ValueError(f"predictions and golds must have equal lengths; got {len(predictions)} and {len(golds)}")
@@ -139,7 +139,7 @@ def _padded_size(what: str, needed: int, fixed: int | None) -> int:
 
 
 def _pad(rows: Sequence[list[int] | None], width: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lay rows out as int32 [R, width] and their lengths int32 [R], -1 for None."""
+    """The rows as an array int32 [R, width], right-padded, and their lengths int32 [R], -1 for None."""
     ids_RW = np.full((len(rows), width), pad, np.int32)
     for row, ids in enumerate(rows):
         if ids:
@@ -152,10 +152,9 @@ def _pad(rows: Sequence[list[int] | None], width: int, pad: int) -> tuple[np.nda
 def answer_scores(batch: AnswerBatch) -> dict[str, jax.Array]:
     """Exact match, F1 and cover exact match of each prediction, the maximum over its gold answers.
 
-    F1 = 2 o / (n_prediction + n_gold), where o is the size of the multiset of shared words. Cover
-    exact match asks whether the words of a gold answer stand in the prediction, in order and
-    adjacent. A gold answer without words (all articles or punctuation) matches only a prediction
-    without words, as in SQuAD 2.0. A missing prediction scores 0.
+    F1 = 2 o / (n_prediction + n_gold), where o is the size of the multiset of shared words. Cover exact match is 1 if
+    the words of a gold answer occur in the prediction in order and without a gap. A gold answer without words (all
+    articles or punctuation) matches only a prediction without words, as in SQuAD 2.0. A missing prediction scores 0.
 
     Returns:
         {"em", "f1", "cover_em"}, each float32 [B] in [0, 1].
@@ -172,7 +171,7 @@ def _score_pair(prediction_W, prediction_length, gold_X, gold_length):
     width, gold_width = prediction_W.shape[0], gold_X.shape[0]
     valid = (prediction_length >= 0) & (gold_length >= 0)
 
-    # starts_W[s]: does the gold answer stand at word s? Compared with one gold word at a time.
+    # starts_W[s]: does the gold answer start at word s of the prediction? One gold word is compared at a time.
     padded = jnp.pad(prediction_W, (0, gold_width), constant_values=_PREDICTION_PAD)
 
     def match_word(x, starts_W):
@@ -184,7 +183,7 @@ def _score_pair(prediction_W, prediction_length, gold_X, gold_length):
     cover_em = jnp.where(gold_length > 0, jnp.any(starts_W), both_empty)
     em = starts_W[0] & (prediction_length == gold_length)
 
-    # The k-th "to" of the gold answer is shared if the prediction holds at least k of them.
+    # The k-th "to" of the gold answer is shared if the prediction has at least k of them.
     rank_X = jnp.sum(jnp.tril(gold_X[:, None] == gold_X[None, :]), axis=1)
     available_X = jnp.sum(gold_X[:, None] == prediction_W[None, :], axis=1)
     shared = jnp.sum(rank_X <= available_X, dtype=jnp.float32)

@@ -21,14 +21,15 @@ from r3rag_jax.types import Status, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The rewards of B trajectories and what they are made of, host arrays. NaN: a judgement that counts has failed."""
+    """The rewards of B trajectories and what they are made of, host arrays; NaN = a judgement that counts has failed.
+
+    `parts` maps outcome, process, format and no_answer to float32 [B]; those of a trajectory add up to its reward.
+    """
 
     rewards: list[np.ndarray]  # float32 [number of steps] per trajectory
     process: np.ndarray  # float32 [B, K], the process term before shaping
     answers: dict[str, np.ndarray]  # em, f1, cover_em, and acc where a judge decides the outcome: float32 [B]
-    parts: dict[
-        str, np.ndarray
-    ]  # outcome, process, format, no_answer: float32 [B]; a trajectory's add up to its reward
+    parts: dict[str, np.ndarray]
     verdicts: Verdicts | None = None  # of the judge's round, where there was one
 
     @property
@@ -38,7 +39,7 @@ class Scores:
 
 
 class _Outlines(NamedTuple):
-    """How trajectories ended, and which of their steps there are."""
+    """What the shaping needs to know of trajectories besides the terms."""
 
     status_B: np.ndarray  # int32, of `Status`
     step_mask_BK: np.ndarray  # bool, True = the step was taken
@@ -48,7 +49,7 @@ class _Outlines(NamedTuple):
 def _outlines(trajectories: Sequence[Trajectory], max_steps: int) -> _Outlines:
     """The outlines of trajectories.
 
-    A last step that the budget of a trajectory's tokens cut off broke no rule: it is not malformed.
+    A last step that was cut off by the token budget of its trajectory did not break the protocol: it is not malformed.
 
     Raises:
         ValueError: a trajectory has more than `max_steps` steps.
@@ -68,10 +69,10 @@ def _outlines(trajectories: Sequence[Trajectory], max_steps: int) -> _Outlines:
 
 
 class Scorer:
-    """Scores trajectories as a configuration says."""
+    """Computes the rewards of a configuration."""
 
     def __init__(self, config: RewardConfig, resources: Resources):
-        """`resources`: those of `needed_resources(config)`."""
+        """`resources` must have those that `needed_resources(config)` names."""
         self._config, self._resources = config, resources
         self._process, self._outcome = used_terms(config)
 
