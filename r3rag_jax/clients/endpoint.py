@@ -203,16 +203,14 @@ class Endpoint:
         """End the retries of the session's calls; `call_all` starts no further ones."""
         self._has_given_up.set()
 
-    def call_all(
-        self, function: Callable[[T], U], inputs: Sequence[T], *, max_in_flight: int | None = None
-    ) -> Iterator[tuple[int, U | UserError]]:
-        """Apply a function that calls this endpoint to all inputs, in the threads of one session.
+    def call_all(self, function: Callable[[T], U], inputs: Sequence[T]) -> Iterator[tuple[int, U | UserError]]:
+        """Apply a function that calls this endpoint to all inputs, `max_in_flight` of them at a time, in one session.
 
-        Yields the index of an input and its result, or the UserError that it raised, as they come. `max_in_flight`
-        inputs are taken at once, by default the configured number, and each further one only when a result has been
-        consumed: after `give_up` no more than those in flight are taken, which still yield theirs.
+        Yields the index of an input and its result, or the UserError that it raised, in the order of arrival. A further
+        input is taken only when a result has been consumed. After `give_up` no more are taken; those in flight still
+        yield their results.
         """
-        num_threads = max_in_flight or self._config.max_in_flight
+        num_threads = self._config.max_in_flight
         waiting = iter(enumerate(inputs))
         futures: dict[Future[U], int] = {}
         with ThreadPoolExecutor(num_threads) as pool, self.session():  # a caller that leaves ends the session

@@ -22,7 +22,7 @@ class EndpointConfig(Section):
     retries: int = key(
         6, "repeats of a request while the server is busy or unreachable, with exponential backoff", "requests", ge=0
     )
-    timeout_s: float = key(120.0, "a request fails after this time without a byte from the server", "seconds", gt=0)
+    timeout_s: float = key(120.0, "a request fails unless its whole reply has come after this time", "seconds", gt=0)
 
     @field_validator("url")
     @classmethod

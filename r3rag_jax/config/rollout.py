@@ -18,7 +18,7 @@ class ServerConfig(EndpointConfig):
     max_in_flight: int = key(
         0, "requests that wait for their reply at the same time; 0: as many as rollout.slots", "requests", ge=0
     )
-    timeout_s: float = key(600.0, "a request fails after this time without a byte from the server", "seconds", gt=0)
+    timeout_s: float = key(600.0, "a request fails unless its whole reply has come after this time", "seconds", gt=0)
     prompt_format: Literal["ids", "text"] = key(
         "ids", "prompts as token ids, or as `text` for a server that takes no ids; text may be tokenized differently"
     )

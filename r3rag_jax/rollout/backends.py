@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from r3rag_jax.clients.completions import Server
+from r3rag_jax.clients.completions import CompletionsClient
 from r3rag_jax.clients.endpoint import FIRST_WAIT_S
 from r3rag_jax.config import RolloutConfig
 from r3rag_jax.errors import UserError
@@ -165,7 +165,7 @@ class ServerBackend:
         """
         eos_id = self._tokenizer.eos_id
         stop_ids = [i for i in (*stops.pause_ids, *stops.stop_ids) if i != eos_id]
-        server = Server(
+        server = CompletionsClient(
             self._config, self._tokenizer, eos_id=eos_id, stop_ids=stop_ids, first_wait_s=self._first_wait_s
         )
         with ThreadPoolExecutor(self.num_slots) as pool, server.session():
@@ -175,7 +175,7 @@ class ServerBackend:
 class ServerGeneration:
     """The completions of one rollout that a server is asked for."""
 
-    def __init__(self, server: Server, pool: ThreadPoolExecutor):
+    def __init__(self, server: CompletionsClient, pool: ThreadPoolExecutor):
         self._server, self._pool = server, pool
         self._in_flight: dict[Future[Completion], int] = {}  # request -> slot
         self._failure: UserError | None = None

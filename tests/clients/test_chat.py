@@ -14,11 +14,6 @@ from r3rag_jax.config import EndpointConfig
 from r3rag_jax.errors import UserError
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 def open_at(url: str, **settings: Any) -> ChatClient:
     fields: dict[str, Any] = {"url": url, "model": "m", "max_in_flight": 4, "retries": 1, "timeout_s": 20.0}
     return ChatClient(

@@ -22,11 +22,6 @@ BODY = {"messages": [{"role": "user", "content": "hello"}]}
 PATH = "/chat/completions"
 
 
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
 def config(url: str, **settings: Any) -> EndpointConfig:
     fields: dict[str, Any] = {"url": url, "model": "m", "max_in_flight": 4, "retries": 2, "timeout_s": 20.0}
     return EndpointConfig(**fields | settings)
@@ -447,8 +442,8 @@ def test_many_calls_are_in_flight_together_and_errors_come_in_their_place() -> N
 
 def test_giving_up_ends_the_calls_that_wait() -> None:
     with serve(lambda _: (200, chat("yes"))) as server:
-        endpoint = open_at(server.url)
-        for index, _ in endpoint.call_all(lambda _: endpoint.call(PATH, BODY), range(50), max_in_flight=1):
+        endpoint = open_at(server.url, max_in_flight=1)
+        for index, _ in endpoint.call_all(lambda _: endpoint.call(PATH, BODY), range(50)):
             assert index == 0
             endpoint.give_up()
     assert len(server.bodies) == 1
@@ -456,8 +451,8 @@ def test_giving_up_ends_the_calls_that_wait() -> None:
 
 def test_a_caller_that_leaves_stops_the_calls() -> None:
     with serve(lambda _: (200, chat("yes"))) as server:
-        endpoint = open_at(server.url)
-        replies = endpoint.call_all(lambda _: endpoint.call(PATH, BODY), range(50), max_in_flight=1)
+        endpoint = open_at(server.url, max_in_flight=1)
+        replies = endpoint.call_all(lambda _: endpoint.call(PATH, BODY), range(50))
         next(replies)
         replies.close()
     assert len(server.bodies) == 1
@@ -466,8 +461,8 @@ def test_a_caller_that_leaves_stops_the_calls() -> None:
 def test_no_input_is_taken_before_a_result_is_consumed() -> None:
     """Threads that run ahead of a slow consumer would ask a server that is down long after it has seen enough."""
     with serve(lambda _: (200, chat("yes"))) as server:
-        endpoint = open_at(server.url)
-        replies = endpoint.call_all(lambda _: endpoint.call(PATH, BODY), range(50), max_in_flight=3)
+        endpoint = open_at(server.url, max_in_flight=3)
+        replies = endpoint.call_all(lambda _: endpoint.call(PATH, BODY), range(50))
         for num_consumed in range(4):
             next(replies)
             time.sleep(0.05)  # while the consumer works
@@ -483,7 +478,7 @@ def test_a_bug_in_a_call_is_raised_and_ends_the_others() -> None:
         return endpoint.call(PATH, BODY)
 
     with serve(lambda _: (200, chat("yes"))) as server:
-        endpoint = open_at(server.url)
+        endpoint = open_at(server.url, max_in_flight=1)
         with pytest.raises(KeyError, match="bug"):
-            list(endpoint.call_all(ask, range(50), max_in_flight=1))
+            list(endpoint.call_all(ask, range(50)))
     assert server.bodies == []

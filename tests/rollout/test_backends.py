@@ -1,4 +1,4 @@
-"""Rollouts over a real HTTP server: the same trajectories as with our engine, and what happens when it fails."""
+"""Rollouts over a real HTTP server: the same trajectories as with the engine, and what happens when it fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from rich.console import Console
 
 from r3rag_jax import evaluate, train
 from r3rag_jax.baselines.factory import BASELINES
-from r3rag_jax.clients.completions import Server
 from r3rag_jax.config import Config, RolloutConfig, ServerConfig, load_config
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.errors import UserError
@@ -34,7 +33,7 @@ from r3rag_jax.text.protocols import make_protocol
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.text.transcript import Codec
 from r3rag_jax.training.batch import pack
-from r3rag_jax.types import Context, Passage, Question, Sample, Status, Step, Trajectory
+from r3rag_jax.types import Passage, Question, Sample, Status, Step, Trajectory
 
 PASSAGES = [Passage("a", '"Origin"\nOrigin was written by Charles Darwin.')]
 FIRST = Step("I need the author.", query="author of Origin")
@@ -212,44 +211,12 @@ def test_ids_budgets_and_seeds_of_the_requests(codec: Codec) -> None:
     assert context.ids[-len(written) :].tolist() == written  # the end is restored
 
 
-def test_a_server_without_extras_hears_openai_fields_alone(codec: Codec) -> None:
-    _, endpoint = play(codec, answering(codec), served={"extra_fields": False, "model": "mine"})
-    assert {name for body in endpoint.bodies for name in body} == {
-        "model", "prompt", "max_tokens", "temperature", "top_p", "stop", "logprobs", "seed",
-    }  # fmt: skip
-    assert {body["model"] for body in endpoint.bodies} == {"mine"}
-
-
 def test_who_tells_no_logprobs_cannot_be_trained_on(codec: Codec) -> None:
     [trajectory], _ = play(codec, answering(codec))
     assert not any(sample.has_logprobs for sample in trajectory.samples)
     rewards = [np.ones(2, np.float32) for _ in trajectory.samples]
     with pytest.raises(ValueError, match="must hold the log-probabilities"):
         pack(trajectory.samples, rewards, [0] * len(rewards), row_length=2000)
-
-
-def test_logprobs_count_only_where_they_are_those_of_the_sampling(codec: Codec) -> None:
-    ids = codec.step_ids(LAST, 1)
-    told = completion(text_of(codec, LAST, 1), token_ids=ids, logprobs={"token_logprobs": [-0.5] * len(ids)})
-    for temperature, min_p, has_logprobs in ((1.0, 0.0, True), (0.0, 0.0, True), (0.7, 0.0, False), (1.0, 0.1, False)):
-        [trajectory], _ = play(codec, lambda _: (200, told), [job(0, temperature=temperature)], min_p=min_p)
-        [sample] = trajectory.samples
-        assert sample.has_logprobs == has_logprobs
-        assert not has_logprobs or np.all(sample.behaviour_logprobs[sample.loss_mask] == -0.5)
-
-
-def test_an_end_of_turn_in_a_tag_is_told_from_its_closing_where_the_server_names_it(tokenizer: Tokenizer) -> None:
-    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
-    cut = "<think> I know. </think><answer> Darwin"
-    for fields, status in (
-        ({"stop_reason": "</answer>"}, Status.ANSWERED),
-        ({"matched_stop": tokenizer.token_id("</answer>")}, Status.ANSWERED),
-        ({}, Status.ANSWERED),  # nothing said: the open tag is taken for closed
-        ({"matched_stop": tokenizer.eos_id}, Status.FORMAT_ERROR),
-        ({"token_ids": [*tokenizer.encode(cut), tokenizer.eos_id]}, Status.FORMAT_ERROR),
-    ):
-        [trajectory], _ = play(codec, lambda _, fields=fields: (200, completion(cut, **fields)))
-        assert trajectory.status == status, fields
 
 
 def test_a_tag_spelled_out_in_letters_ends_no_step(tokenizer: Tokenizer) -> None:
@@ -260,23 +227,6 @@ def test_a_tag_spelled_out_in_letters_ends_no_step(tokenizer: Tokenizer) -> None
     [trajectory], _ = play(codec, lambda _: reply)
     assert trajectory.status == Status.FORMAT_ERROR
     assert trajectory.samples[0].ids[-len(ids) :].tolist() == ids
-
-
-def test_tokens_told_as_text_are_those_sampled_unless_they_are_parts_of_characters(tokenizer: Tokenizer) -> None:
-    """A split that the tokenizer would not choose is kept: `<`, `t`, … are not the tag that they spell."""
-    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
-    ids = [*tokenizer.encode("<think> a "), *tokenizer.encode("<doc>", allow_special=False), tokenizer.eos_id]
-    tokens = [tokenizer.decode([id]) for id in ids]
-    logprobs = {"tokens": tokens, "token_logprobs": [-1.0] * len(ids)}
-    for text in (tokenizer.decode(ids), tokenizer.decode(ids[:-1])):
-        [trajectory], _ = play(codec, lambda _, text=text: (200, completion(text, logprobs=logprobs)))
-        [sample] = trajectory.samples
-        assert sample.ids[sample.loss_mask].tolist() == ids and sample.has_logprobs
-    cafe = tokenizer.encode("é")
-    logprobs = {"tokens": [tokenizer.decode([id]) for id in cafe], "token_logprobs": [-1.0] * len(cafe)}
-    [trajectory], _ = play(codec, lambda _: (200, completion("é", logprobs=logprobs)))
-    [sample] = trajectory.samples
-    assert sample.ids[sample.loss_mask].tolist() == [*cafe, tokenizer.eos_id] and not sample.has_logprobs
 
 
 def test_a_step_cut_off_by_its_budget_is_malformed(codec: Codec) -> None:
@@ -332,13 +282,6 @@ def test_a_busy_server_is_asked_again(codec: Codec, status: int) -> None:
     assert len(endpoint.bodies) == 2 + 2
 
 
-def test_the_server_may_say_how_long_to_wait(tokenizer: Tokenizer) -> None:
-    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
-    started = time.monotonic()
-    play(codec, failing(1, 429, answering(codec)), headers={"Retry-After": "1"})
-    assert time.monotonic() - started > 1
-
-
 def test_a_server_that_keeps_failing_loses_nothing_finished(codec: Codec) -> None:
     """Two questions are answered; the third's calls fail for ever, and the fourth is in flight meanwhile."""
     has_failed = threading.Event()
@@ -361,57 +304,11 @@ def test_a_server_that_keeps_failing_loses_nothing_finished(codec: Codec) -> Non
     assert sorted(t.question.id for t in heard) == ["q0", "q1", "q3"]
 
 
-def test_nobody_listens(codec: Codec) -> None:
-    with serve(answering(codec)) as endpoint:
-        pass
-    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:\d+/v1/models failed, attempt 3 of 3: .*refused"):
-        ask(codec, endpoint.url, [job(0)])
-
-
-@pytest.mark.parametrize(
-    ("value", "rule"),
-    [
-        (b"<html>", "must answer JSON; got <html>"),
-        ([], "must answer choices with text and finish_reason; got []"),
-        ({"choices": []}, "must answer choices with text and finish_reason"),
-        (completion(None), "must answer a text with finish_reason stop or length"),  # type: ignore[arg-type]
-        (completion("", "abort"), "must answer a text with finish_reason stop or length"),
-        (completion("", "length"), "must answer at least one sampled token"),
-        (completion("") | {"usage": {"completion_tokens": 0}}, "must answer at least one sampled token"),
-        (completion("x", token_ids=[5, 100_000]), "must answer ids below 267, the tokenizer's"),
-        (completion("x", token_ids=["5"]), "must answer ids below 267, the tokenizer's"),
-        (completion("x", logprobs={"tokens": ["token_id:x"]}), "must answer logprobs of OpenAI's form"),
-        (completion("x", logprobs=[1]), "must answer logprobs of OpenAI's form"),
-    ],
-    ids=range(11),
-)
-def test_a_malformed_reply_is_an_error_and_never_an_empty_step(tokenizer: Tokenizer, value: Any, rule: str) -> None:
+@pytest.mark.parametrize("value", [{"choices": []}, completion("", "length"), b"<html>"])
+def test_a_malformed_reply_is_an_error_and_never_an_empty_step(tokenizer: Tokenizer, value: Any) -> None:
     codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"/v1/completions must answer"):
         play(codec, lambda _: (200, value))
-    assert "/v1/completions" in str(caught.value) and rule in str(caught.value)
-
-
-def test_a_refusal_is_not_repeated_and_says_what_may_help(tokenizer: Tokenizer) -> None:
-    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
-    bodies = []
-    with pytest.raises(UserError, match=r'answered 400 \{"error": "unknown field"\} .*server\.extra_fields=false'):
-        play(codec, lambda body: bodies.append(body) or (400, {"error": "unknown field"}))
-    assert len(bodies) == 1
-    with pytest.raises(UserError, match="answered 307"):
-        play(codec, lambda _: (307, b""), headers={"Location": "http://127.0.0.1:1/"})
-
-
-def test_the_key_is_sent_and_never_shown(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
-    with pytest.raises(UserError, match="environment variable MY_KEY: it is not set"):
-        play(codec, answering(codec), served={"key_env": "MY_KEY"})
-    monkeypatch.setenv("MY_KEY", "secret-1")
-    _, endpoint = play(codec, answering(codec), served={"key_env": "MY_KEY"})
-    assert {headers["Authorization"] for headers in endpoint.headers} == {"Bearer secret-1"}
-    with pytest.raises(UserError) as caught:
-        play(codec, lambda _: (401, {"error": "no such key: secret-1"}), served={"key_env": "MY_KEY"})
-    assert "secret" not in str(caught.value) and "no such key: ***" in str(caught.value)
 
 
 def test_baselines_tell_what_has_come_before_an_error(tokenizer: Tokenizer) -> None:
@@ -430,10 +327,7 @@ def test_baselines_tell_what_has_come_before_an_error(tokenizer: Tokenizer) -> N
     assert [t.answer for t in heard] == ["Charles Darwin"]
 
 
-def test_a_context_without_room_is_an_error(tokenizer: Tokenizer) -> None:
-    limited = RolloutConfig(slots=5, server=ServerConfig(url="http://x", max_in_flight=2))
-    assert Server(limited, tokenizer, eos_id=tokenizer.eos_id).max_in_flight == 2
-    server = Server(RolloutConfig(server=ServerConfig(url="http://x")), tokenizer, eos_id=tokenizer.eos_id)
-    assert server.max_in_flight == RolloutConfig().slots
-    with pytest.raises(UserError, match="1 to 511 tokens; got 512"):
-        server.complete(Context([5] * 512, 8))
+def test_slots_are_the_requests_in_flight(tokenizer: Tokenizer) -> None:
+    for max_in_flight, num_slots in ((0, 5), (2, 2)):
+        config = RolloutConfig(slots=5, server=ServerConfig(url="http://x", max_in_flight=max_in_flight))
+        assert ServerBackend(config, tokenizer).num_slots == num_slots
