@@ -73,9 +73,9 @@ class EngineReply:
             spelled["tokens"] = [f"token_id:{id}" for id in ids]
             return completion(trimmed, finish, logprobs=spelled, stop_reason=name)
         if self.dialect == "llama":
-            told = len(ids) - (name is not None)
+            num_shown = len(ids) - (name is not None)
             rows = [{"id": i, "token": t, "logprob": v} for i, t, v in zip(ids, tokens, logprobs, strict=True)]
-            return completion(trimmed, finish, logprobs={"content": rows[:told]})
+            return completion(trimmed, finish, logprobs={"content": rows[:num_shown]})
         if self.dialect == "sglang":
             return completion(whole, finish, logprobs=spelled, matched_stop=name)
         return completion(trimmed, finish)

@@ -3,7 +3,7 @@
 Prompts are sent as token ids, so that the server continues exactly the context that the built-in engine would
 (`rollout.server.prompt_format=text` is for servers that take text alone). Unless `rollout.server.extra_fields` is
 false, the requests hold fields that OpenAI's API lacks: they ask for ids, keep special tokens in the text, and switch
-off sampling defaults of server or model. How a reply becomes token ids is told in `completion_reply.py`.
+off sampling defaults of server or model. Reading the replies is described in `completion_reply.py`.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def test_without_closing_tags_among_the_stops_an_open_tag_means_nothing(tokenize
     assert reader.read(completion("<answer> Darwin", stop_reason="\n")).ids[-1] == newline
 
 
-def test_an_end_of_sequence_in_a_tag_is_told_from_its_closing_where_the_server_names_it(
+def test_an_end_of_sequence_in_a_tag_differs_from_its_closing_where_the_server_names_it(
     reader: CompletionReader, tokenizer: Tokenizer
 ) -> None:
     cut = f"{THOUGHT}<answer> Darwin"

@@ -82,8 +82,8 @@ def test_a_prompt_may_be_sent_as_text(open_at: Open, tokenizer: Tokenizer) -> No
 
 
 def test_logprobs_count_only_where_they_are_those_of_the_sampling(open_at: Open) -> None:
-    told = completion("", "length", token_ids=[70, 71], logprobs={"token_logprobs": [-0.5, -0.25]})
-    with serve(lambda _: (200, told)) as server:
+    reply = completion("", "length", token_ids=[70, 71], logprobs={"token_logprobs": [-0.5, -0.25]})
+    with serve(lambda _: (200, reply)) as server:
         for temperature, settings, is_known in (
             (1.0, {}, True),
             (0.0, {}, True),
