@@ -22,6 +22,7 @@ from r3rag_jax.evaluation.evaluator import fingerprint, greedy_rollouts, summari
 from r3rag_jax.models.hf.conversion import POLICY_PHASES
 from r3rag_jax.reporting.rendering import results_table
 from r3rag_jax.run.caches import use_compile_cache
+from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.files import write_json
 from r3rag_jax.run.progress import ProgressBar
 
@@ -68,7 +69,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 def open_components(args: argparse.Namespace) -> tuple[Components, str]:
     """The components of a trained run, its retriever over `--corpus` where given, and the phase to load."""
-    path = args.checkpoint / "config.yaml"
+    path = RunDirectory(args.checkpoint).config_file
     if not path.is_file():
         raise UserError(f"--checkpoint must be a run directory with config.yaml; got {args.checkpoint}")
     # Only `index`: what its phases need of a configuration is the training's business.

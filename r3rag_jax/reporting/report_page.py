@@ -16,6 +16,8 @@ from r3rag_jax.reporting.curves import PLOTS, STEP_NAMES, draw
 from r3rag_jax.reporting.gallery import gallery, milestones
 from r3rag_jax.reporting.rendering import environment, title_of
 from r3rag_jax.reporting.run_files import SYSTEMS, load_run
+from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.files import write_text
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -42,8 +44,8 @@ def write_report(run_dir: Path | str) -> Path:
             facts_of=_phase_facts,
         )
     )
-    path = Path(run_dir) / "report.html"
-    path.write_text(html, encoding="utf-8")
+    path = RunDirectory(Path(run_dir)).report
+    write_text(path, html)
     return path
 
 

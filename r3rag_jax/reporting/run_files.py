@@ -10,6 +10,7 @@ from typing import Any
 
 from r3rag_jax.data.trajectories import trajectory_from_dict
 from r3rag_jax.errors import UserError
+from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.types import Trajectory
 
 SYSTEMS = ("closed_book", "oneshot_rag", "cold_start", "r3rag")  # order of the tables; others follow
@@ -34,28 +35,27 @@ def load_run(run_dir: Path | str) -> Run:
     Raises:
         UserError: it is no run directory.
     """
-    run_dir = Path(run_dir)
-    config, metrics_path = run_dir / "config.yaml", run_dir / "metrics.jsonl"
-    if not (config.is_file() or metrics_path.is_file()):
-        raise UserError(f"expected a run directory with config.yaml or metrics.jsonl; got {run_dir}")
+    run = RunDirectory(Path(run_dir))
+    if not (run.config_file.is_file() or run.metrics_file.is_file()):
+        raise UserError(f"expected a run directory with config.yaml or metrics.jsonl; got {run.path}")
     notices: list[str] = []
     metrics: dict[str, list[dict[str, Any]]] = {}
-    for row in _rows(metrics_path, notices):
+    for row in _rows(run.metrics_file, notices):
         metrics.setdefault(row["phase"], []).append(row)
     for rows in metrics.values():
         rows.sort(key=lambda row: row["step"])
     trajectories, rollouts = {}, []
-    for path in sorted((run_dir / "trajectories").glob("*.jsonl")):
+    for path in sorted(run.trajectory_dir.glob("*.jsonl")):
         read = list(_trajectories(path, notices))
         if path.stem == "rl":
             rollouts = [(row["iteration"], row["reward"], trajectory) for row, trajectory in read]
         else:
             trajectories[path.stem] = [trajectory for _, trajectory in read]
     return Run(
-        name=run_dir.resolve().name,
-        config=config.read_text(encoding="utf-8") if config.is_file() else "",
+        name=run.path.resolve().name,
+        config=run.config_file.read_text(encoding="utf-8") if run.config_file.is_file() else "",
         metrics=metrics,
-        evals=_evals(run_dir / "eval", notices),
+        evals=_evals(run.evaluation_dir, notices),
         trajectories=trajectories,
         rollouts=sorted(rollouts, key=lambda rollout: rollout[0]),
         notices=tuple(notices),

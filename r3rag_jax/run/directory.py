@@ -48,9 +48,24 @@ class RunDirectory:
         """Directory of the retrieval index, where the configuration names no other."""
         return self.path / "index"
 
+    @property
+    def data_dir(self) -> Path:
+        """Directory of the files that the index phase makes."""
+        return self.path / "data"
+
+    @property
+    def evaluation_dir(self) -> Path:
+        """Directory of all evaluations."""
+        return self.path / "eval"
+
+    @property
+    def trajectory_dir(self) -> Path:
+        """Directory of all trajectories."""
+        return self.path / "trajectories"
+
     def data(self, split: str) -> Path:
         """The passages (`corpus`), the questions of a split, or the cold-start trajectories (`sft`), as JSONL."""
-        return self.path / "data" / f"{split}.jsonl"
+        return self.data_dir / f"{split}.jsonl"
 
     def checkpoints(self, phase: str) -> Path:
         """Directory of a phase's checkpoints; see `Checkpoints`."""
@@ -66,11 +81,11 @@ class RunDirectory:
 
     def evaluation(self, name: str) -> Path:
         """Metrics and fingerprint (JSON) of an evaluated system or question file."""
-        return self.path / "eval" / f"{name}.json"
+        return self.evaluation_dir / f"{name}.json"
 
     def trajectories(self, name: str) -> Path:
         """Trajectories (JSONL) of an evaluation, or those that RL keeps (`rl`)."""
-        return self.path / "trajectories" / f"{name}.jsonl"
+        return self.trajectory_dir / f"{name}.jsonl"
 
 
 def open_run(config: Config) -> RunDirectory:

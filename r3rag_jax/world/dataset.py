@@ -54,11 +54,11 @@ def write_teacher(world: World, config: Config, index: FaissIndex, directory: Pa
 
 def index_phase(components: Components) -> bool:
     """Write the data that the run makes itself, and build the index; False where that was done before."""
-    config, run_dir = components.config, components.run_dir
+    config, run = components.config, components.run
     if (components.index_dir / "fingerprint.json").exists():
         return False
     corpus = components.dataset.path_of("corpus")
-    write_data(config, run_dir / "data", corpus, components.index_dir, components.build_index)
+    write_data(config, run.data_dir, corpus, components.index_dir, components.build_index)
     components.console.print(f"{len(components.retriever.passages)} passages indexed", highlight=False)
     return True
 

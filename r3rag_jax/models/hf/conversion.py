@@ -21,6 +21,7 @@ from r3rag_jax.models.hf.decoder_files import (
     write_model,
 )
 from r3rag_jax.models.hf.tensor_files import CONFIG_FILE, TensorFiles
+from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.text.protocols import TAGS
 from r3rag_jax.text.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ def find_model(source: Path) -> Path:
     Raises:
         UserError: it is neither of them, nor a run with a policy.
     """
-    candidates = [source, *(source / "policy" / phase for phase in POLICY_PHASES)]
+    candidates = [source, *(RunDirectory(source).policy(phase) for phase in POLICY_PHASES)]
     for path in candidates:
         if (path / CONFIG_FILE).is_file():
             return path
