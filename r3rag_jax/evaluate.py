@@ -14,16 +14,14 @@ from pathlib import Path
 
 from r3rag_jax.components import Components
 from r3rag_jax.config import FlagParser, load_config
-from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.questions import read_passages, read_questions
-from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError, main_guard
-from r3rag_jax.evaluation.evaluator import fingerprint, greedy_rollouts, summarise
+from r3rag_jax.evaluation.evaluator import fingerprint, greedy_rollouts
+from r3rag_jax.evaluation.phase import write_eval
 from r3rag_jax.models.hf.conversion import POLICY_PHASES
 from r3rag_jax.reporting.rendering import results_table
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import RunDirectory
-from r3rag_jax.run.files import write_json
 from r3rag_jax.run.progress import ProgressBar
 
 
@@ -31,9 +29,7 @@ from r3rag_jax.run.progress import ProgressBar
 def main(argv: Sequence[str] | None = None) -> int:
     parser = FlagParser(prog="python -m r3rag_jax.evaluate", description=(__doc__ or "").splitlines()[0])
     add_checkpoint_flags(parser)
-    parser.add_argument(
-        "--questions", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the run's test questions"
-    )
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the test questions")
     parser.add_argument("--name", default="", help="name of the result files; default: the questions' file name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
     args = parser.parse_intermixed_args(argv)
@@ -49,14 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             search_overlap=components.config.rollout.search_overlap, on_done=lambda t: bar.advance(steps=len(t.steps)),
         )  # fmt: skip
     name = args.name or path.stem
-    mark = fingerprint(
-        questions, index=components.retriever.fingerprint, top_k=components.config.retrieval.top_k, phase=phase,
-        **components.sampling_mark(), **components.judge_mark(),
-    )  # fmt: skip
-    write_jsonl(components.run.trajectories(name), map(trajectory_to_dict, trajectories))
-    summary = summarise(name, trajectories, mark, components.judge if components.config.eval.judge else None)
-    write_json(components.run.evaluation(name), summary)
-    components.console.print(results_table([summary]))
+    mark = fingerprint(questions, index=components.retriever.fingerprint, top_k=components.config.retrieval.top_k,
+                       phase=phase, **components.sampling_mark(), **components.judge_mark())  # fmt: skip
+    components.console.print(results_table([write_eval(components, name, trajectories, mark)]))
     return 0
 
 

@@ -24,7 +24,7 @@ from r3rag_jax.reporting.report_page import write_report
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import open_run
 from r3rag_jax.sampler.kernels.cpu import kernels as cpu_kernels
-from r3rag_jax.training.memory_plan import is_ahead, plan_memory, undivided
+from r3rag_jax.training.memory_plan import is_ahead, memory_notices, plan_memory
 from r3rag_jax.training.rl import rl_phase
 from r3rag_jax.training.sft import sft_phase
 from r3rag_jax.world.dataset import index_phase
@@ -62,15 +62,12 @@ def run(config: Config, console: Console | None = None) -> Components:
     with log:
         for name in config.phases:
             started = time.monotonic()
-            for planned in plans.get(name, ()):
-                say(f"[dim]memory of {name}: {planned}[/]", highlight=False)
-            for key in undivided(config, components.mesh, components.sampler_mesh, name) if name in plans else ():
-                say(f"[yellow]{key} does not divide by the devices of data and fsdp: each computes all rows[/]")
-            if PHASES[name](components):
-                say(f"[green]✓[/] {name}  {time.monotonic() - started:.0f} s", highlight=False)
-                did_work = True
-            else:
-                say(f"[dim]✓ {name}  done before[/]", highlight=False)
+            for notice in memory_notices(components, name, plans[name]) if name in plans else ():
+                say(notice, highlight=False)
+            is_new = PHASES[name](components)
+            took = f"[green]✓[/] {name}  {time.monotonic() - started:.0f} s"
+            say(took if is_new else f"[dim]✓ {name}  done before[/]", highlight=False)
+            did_work |= is_new
     if jax.process_index() == 0:
         if evals := load_evals(components):
             say(results_table(evals))

@@ -62,14 +62,20 @@ def evaluate_system(
                            search_overlap=components.config.rollout.search_overlap, on_done=on_done)  # fmt: skip
 
 
-def write_eval(components: Components, system: str, trajectories: Sequence[Trajectory], mark: dict[str, Any]) -> None:
-    """Trajectories first: a judge may fail. Process 0 alone writes."""
+def write_eval(
+    components: Components, name: str, trajectories: Sequence[Trajectory], mark: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the trajectories and the metrics of an evaluation, and return the metrics. Only process 0 writes.
+
+    The trajectories are written first, so that they are kept when the judge fails.
+    """
     is_writer = jax.process_index() == 0
     if is_writer:
-        write_jsonl(components.run.trajectories(system), map(trajectory_to_dict, trajectories))
-    summary = summarise(system, trajectories, mark, components.judge if components.config.eval.judge else None)
+        write_jsonl(components.run.trajectories(name), map(trajectory_to_dict, trajectories))
+    summary = summarise(name, trajectories, mark, components.judge if components.config.eval.judge else None)
     if is_writer:
-        write_json(components.run.evaluation(system), summary)
+        write_json(components.run.evaluation(name), summary)
+    return summary
 
 
 def load_evals(components: Components) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -80,6 +81,18 @@ def undivided(config: Config, mesh: Mesh, sampler_mesh: Mesh, phase: str) -> lis
     asked = [(mesh, *batches[phase])] if phase in batches else []
     asked += [(sampler_mesh, *slots)] if phase in ("rl", "eval") and not config.rollout.server.is_given else []
     return [f"{key}={rows}" for on, key, rows in asked if on.size > on.shape["tensor"] and batch_ways(on, rows) == 1]
+
+
+def memory_notices(components: Components, phase: str, plans: Sequence[MemoryPlan]) -> list[str]:
+    """What a user should know before a phase begins (rich markup): its memory, and rows that each device repeats."""
+    undivided_keys = undivided(components.config, components.mesh, components.sampler_mesh, phase)
+    return [
+        *(f"[dim]memory of {phase}: {planned}[/]" for planned in plans),
+        *(
+            f"[yellow]{key} does not divide by the devices of data and fsdp: each computes all rows[/]"
+            for key in undivided_keys
+        ),
+    ]
 
 
 def shapes_to_zeros(shapes: Any) -> Any:
