@@ -31,7 +31,8 @@ from r3rag_jax.data.questions import read_passages, read_questions
 from r3rag_jax.data.trajectories import trajectory_from_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.mesh import AXES, make_mesh
-from r3rag_jax.rewards.scorer import Scores
+from r3rag_jax.rewards.base import Resources
+from r3rag_jax.rewards.scorer import Scorer, Scores
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.sampler import memory
@@ -317,6 +318,7 @@ def test_questions_that_teach_nothing_make_room_for_others(monkeypatch: pytest.M
         config=config, mesh=None, sampler_mesh=None, dataset=SimpleNamespace(questions=lambda _: questions),
         to_sampler=lambda params: params,
         engine_backend=lambda policy: None, search_env=None, retriever=SimpleNamespace(encoder=None),
+        scorer=Scorer(config.rewards, Resources(config.rollout.max_steps)),
     )  # fmt: skip
     monkeypatch.setattr(rl, "rollout", play)
     for iteration in range(3):
