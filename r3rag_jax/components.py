@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,12 @@ from rich.console import Console
 
 from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
+from r3rag_jax.data.questions import iterate_passages
 from r3rag_jax.errors import UserError
-from r3rag_jax.models.paths import model_path
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
-from r3rag_jax.retrieval.encoders.bert import BertEncoder
-from r3rag_jax.retrieval.faiss import FaissIndex
+from r3rag_jax.retrieval.base import Encoder, Retriever
+from r3rag_jax.retrieval.factory import build_index, open_encoder, open_retriever, open_store
 from r3rag_jax.rewards.base import Resources
 from r3rag_jax.rewards.judge.factory import open_judge
 from r3rag_jax.rewards.judge.judge import Judge
@@ -31,7 +34,7 @@ from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
-from r3rag_jax.run.progress import ProgressBar
+from r3rag_jax.run.progress import bar_of_unknown_length
 from r3rag_jax.run.trackers.base import Tracker
 from r3rag_jax.run.trackers.factory import make_trackers
 from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
@@ -40,7 +43,6 @@ from r3rag_jax.sampler.distribution import Truncation
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.text.protocols import TAGS, make_protocol
 from r3rag_jax.text.transcript import Codec
-from r3rag_jax.types import Passage
 
 
 class Components:
@@ -101,40 +103,35 @@ class Components:
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        return Dataset(self.config, self.run, lambda: {passage.id: passage for passage in self.retriever.passages})
+        return Dataset(self.config, self.run, lambda: open_store(self.index_dir))
 
     # ---- retriever
 
-    @property
+    @functools.cached_property
     def index_dir(self) -> Path:
-        return self.run.index
+        """The index that the configuration names, or the run's own."""
+        return Path(self.config.retrieval.index_dir or self.run.index)
 
     @functools.cached_property
-    def encoder(self) -> BertEncoder | None:
-        """The text encoder of the configuration; None for `hash`, which is fitted on a corpus and kept with its index.
+    def encoder(self) -> Encoder:
+        """The text encoder of the configuration.
 
         Raises:
             UserError: the encoder's directory cannot be read.
         """
-        encoder = self.config.retrieval.encoder
-        if encoder.kind == "hash":
-            return None
-        return BertEncoder(
-            model_path(encoder.path), pooling=encoder.pooling, query_prefix=encoder.query_prefix,
-            passage_prefix=encoder.passage_prefix, max_length=encoder.max_length, batch_tokens=encoder.batch_tokens,
-            dtype=encoder.dtype,
-        )  # fmt: skip
+        return open_encoder(self.config.retrieval, self.index_dir)
 
     @functools.cached_property
-    def retriever(self) -> FaissIndex:
-        return FaissIndex.load(self.index_dir, self.encoder)
+    def retriever(self) -> Retriever:
+        return open_retriever(self.config.retrieval, self.index_dir, lambda: self.encoder)
 
-    def build_index(self, passages: Sequence[Passage]) -> FaissIndex:
-        """Index passages with the encoder of the configuration."""
-        if self.encoder is None:
-            return FaissIndex.build(passages, dim=self.config.retrieval.encoder.dim)
-        with ProgressBar("encode", len(passages), console=self.console, live=self.config.log.progress) as bar:
-            return FaissIndex(self.encoder, passages, progress=bar.advance)
+    def use_corpus(self, corpus: Path) -> None:
+        """Search another corpus: build its index in a temporary directory, which is deleted with these components."""
+        directory = tempfile.mkdtemp(prefix="r3rag-index-")
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+        self.index_dir = Path(directory) / "index"
+        with bar_of_unknown_length("index", console=self.console, live=self.config.log.progress) as on_progress:
+            build_index(self.config.retrieval, iterate_passages(corpus), self.index_dir, on_progress)
 
     # ---- rollouts
 
@@ -185,7 +182,7 @@ class Components:
             UserError: as `judge`.
         """
         needed = needed_resources(self.config.rewards)
-        encoder = self.retriever.encoder if "encoder" in needed else None
+        encoder = self.encoder if "encoder" in needed else None
         judge = self.judge if "judge" in needed else None
         return Scorer(self.config.rewards, Resources(self.config.rollout.max_steps, encoder, judge))
 

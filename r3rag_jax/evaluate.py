@@ -14,7 +14,7 @@ from pathlib import Path
 
 from r3rag_jax.components import Components
 from r3rag_jax.config import FlagParser, load_config
-from r3rag_jax.data.questions import read_passages, read_questions
+from r3rag_jax.data.questions import read_questions
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluation.evaluator import fingerprint, greedy_rollouts
 from r3rag_jax.evaluation.phase import write_eval
@@ -71,7 +71,7 @@ def open_components(args: argparse.Namespace) -> tuple[Components, str]:
     if phase not in trained and not config.rollout.server.is_given:
         raise UserError(f"{args.checkpoint} has no trained policy{f' of phase {phase}' if phase else ''}")
     if args.corpus is not None:
-        components.retriever = components.build_index(read_passages(args.corpus))
+        components.use_corpus(args.corpus)
     return components, phase
 
 

@@ -27,7 +27,14 @@ from r3rag_jax.sampler.kernels.cpu import kernels as cpu_kernels
 from r3rag_jax.training.memory_plan import is_ahead, memory_notices, plan_memory
 from r3rag_jax.training.rl import rl_phase
 from r3rag_jax.training.sft import sft_phase
-from r3rag_jax.world.dataset import index_phase
+from r3rag_jax.world.dataset import prepare_data
+
+
+def index_phase(components: Components) -> bool:
+    """Write the data that the run makes itself, and build the index; False where that was done before."""
+    corpus, index_dir = components.dataset.path_of("corpus"), components.index_dir
+    return prepare_data(components.config, components.run, corpus, index_dir, components.console)
+
 
 # Name in `phases` -> what runs it, and says whether there was anything to do.
 PHASES: dict[str, Callable[[Components], bool]] = {

@@ -27,8 +27,8 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import open_run
+from r3rag_jax.train import index_phase
 from r3rag_jax.types import Status
-from r3rag_jax.world.dataset import index_phase
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 
@@ -206,7 +206,7 @@ def test_data_that_leaves_nothing_or_holds_too_little_is_the_users_to_fix(config
         Components(many, one.run_dir).dataset.trajectories()
 
 
-def test_a_search_again_places_what_is_wrong_with_the_trajectories(config: Config, tmp_path: Path) -> None:
+def test_refreshing_places_what_is_wrong_with_the_trajectories(config: Config, tmp_path: Path) -> None:
     again = files_of_ones_own(config, tmp_path / "data", refresh_retrieved=True)
     with (tmp_path / "data" / "taught.jsonl").open("a") as file:
         file.write('{"id": "q9", "question": "Who?", "golden_answers": ["x"]}\n')
@@ -214,9 +214,7 @@ def test_a_search_again_places_what_is_wrong_with_the_trajectories(config: Confi
         index_phase(Components(again, open_run(again)))
 
 
-def test_a_search_again_brings_this_runs_documents_and_keeps_what_a_step_is_after(
-    config: Config, tmp_path: Path
-) -> None:
+def test_refreshing_brings_this_runs_passages_and_keeps_what_a_step_needs(config: Config, tmp_path: Path) -> None:
     again = files_of_ones_own(config, tmp_path / "data", refresh_retrieved=True)
     one = Components(again, open_run(again))
     index_phase(one)

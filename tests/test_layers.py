@@ -27,7 +27,7 @@ LAZY = (
 )  # fmt: skip
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_POINT_LINES = 500, 60, 80
 # Factories, which choose a part once for the devices at hand; nothing else asks what they are.
-MAY_ASK_FOR_PLATFORM = {"parallel.mesh"}
+MAY_ASK_FOR_PLATFORM = {"parallel.mesh", "retrieval.encoders.factory"}
 PLATFORM_QUERY = re.compile(r"\b(default_backend|platform|on_several_devices|collectives_race)\(\)")
 
 

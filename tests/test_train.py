@@ -317,7 +317,7 @@ def test_questions_that_teach_nothing_make_room_for_others(monkeypatch: pytest.M
     components = SimpleNamespace(
         config=config, mesh=None, sampler_mesh=None, dataset=SimpleNamespace(questions=lambda _: questions),
         to_sampler=lambda params: params,
-        engine_backend=lambda policy: None, search_env=None, retriever=SimpleNamespace(encoder=None),
+        engine_backend=lambda policy: None, search_env=None, retriever=None,
         scorer=Scorer(config.rewards, Resources(config.rollout.max_steps)),
     )  # fmt: skip
     monkeypatch.setattr(rl, "rollout", play)

@@ -31,8 +31,10 @@ class Given:
     place: str
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML recipe, then applies `key=value` overrides in order (of one key, the last wins).
+
+    Without a path the overrides change the defaults.
 
     Keys are nested or dotted. A recipe may come in sizes: under `budgets:` each has a name and the keys in which it
     differs, and `budget=NAME` takes one. (The configuration that a run keeps has the name and no `budgets`.)
@@ -41,16 +43,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file cannot be read, a key is unknown or repeated, a value has another type or is out of
             bounds, or a relation between keys is broken.
     """
-    given, budgets = _read_file(Path(path))
+    given, budgets = _read_file(Path(path)) if path is not None else ({}, {})
     changed = dict(map(_read_override, overrides))
-    given = given | _chosen_budget(given | changed, budgets, Path(path)) | changed
+    place = str(path or "the command line")
+    given = given | _chosen_budget(given | changed, budgets, place) | changed
     values = {name: convert(schema()[name], item.node, item.place) for name, item in given.items()}
     try:
         return _build(values)
     except ConfigError as error:
         places = [given[name].place for name in error.keys if name in given]
         places.sort(key=lambda place: not place.startswith("override "))
-        raise ConfigError(f"{places[0] if places else path}: {error}", error.keys) from None
+        raise ConfigError(f"{places[0] if places else place}: {error}", error.keys) from None
 
 
 def _build(values: dict[str, Any]) -> Config:
@@ -65,7 +68,7 @@ def _build(values: dict[str, Any]) -> Config:
     return Config(**tree)
 
 
-def _chosen_budget(given: dict[str, Given], budgets: dict[str, dict[str, Given]], path: Path) -> dict[str, Given]:
+def _chosen_budget(given: dict[str, Given], budgets: dict[str, dict[str, Given]], place: str) -> dict[str, Given]:
     """What the budget that `budget` names changes."""
     if BUDGET not in given:
         return {}
@@ -75,7 +78,7 @@ def _chosen_budget(given: dict[str, Given], budgets: dict[str, dict[str, Given]]
     if not name or is_record:
         return {}
     if name not in budgets:
-        known = f"one of {', '.join(budgets)}" if budgets else f"empty, for {path} has no budgets"
+        known = f"one of {', '.join(budgets)}" if budgets else f"empty, for {place} has no budgets"
         raise ConfigError(f"{item.place}: {BUDGET} must be {known}; got {clip(name)!r}", [BUDGET])
     return budgets[name]
 

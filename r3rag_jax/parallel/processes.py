@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import collections
+import json
+import math
+import threading
+import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed  # the coordination service's client has no public name
 from jax.experimental import multihost_utils
 
 from r3rag_jax.config import MeshConfig
@@ -25,26 +32,85 @@ def start_distributed(config: MeshConfig) -> None:
         jax.distributed.initialize()
 
 
-def from_process_0(compute: Callable[[], np.ndarray], length: int) -> np.ndarray:
-    """What `compute` gives in process 0, in every process: float32 [length]. All must call.
+_WAIT_S = 60.0  # of one request to the coordination service, which is repeated until the time limit
+_num_broadcasts: collections.Counter[str] = collections.Counter()  # of each name
+_lock = threading.Lock()
+
+
+def broadcast_json(value: Any, name: str, *, timeout_s: float = math.inf) -> Any:
+    """Returns the `value` of process 0 on every process; all of them must call.
+
+    The value travels through the coordination service of `jax.distributed`, not through the devices. So calls may be
+    made in a thread while another one runs device programs, which collectives must not: they would be launched in
+    another order on each process.
+
+    Args:
+        value: anything that JSON can hold, floats exactly; ignored on all processes but 0.
+        name: matches the calls of the processes: the n-th call with a name returns the value of the n-th one with this
+            name on process 0. Calls with different names may come in any order.
+        timeout_s: longest time to wait for process 0, in seconds. If process 0 dies, the coordination service ends the
+            others in any case.
 
     Raises:
-        Exception: whatever `compute` raises in process 0; the others, who would wait for ever, get a UserError.
+        TimeoutError: process 0 did not call in time.
     """
     if jax.process_count() == 1:
-        return compute()
-    told, error = np.zeros(1 + length, np.float32), None  # whether it failed, and the values
+        return value
+    with _lock:
+        key = f"r3rag_jax/broadcast/{name}/{_num_broadcasts[name]}"
+        _num_broadcasts[name] += 1
+    client: Any = distributed.global_state.client
     if jax.process_index() == 0:
+        client.key_value_set_bytes(f"{key}/value", json.dumps(value).encode())
+        return value
+    content = _wait_for(client, f"{key}/value", timeout_s)
+    if client.key_value_increment(f"{key}/readers", 1) == jax.process_count() - 1:
+        client.key_value_delete(f"{key}/")  # everybody has read it
+    return json.loads(content)
+
+
+def _wait_for(client: Any, key: str, timeout_s: float) -> bytes:
+    end = time.monotonic() + timeout_s
+    while (left_s := end - time.monotonic()) > 0:
         try:
-            told[1:] = compute()
-        except Exception as caught:
-            told[0], error = 1, caught
-    told = np.asarray(multihost_utils.broadcast_one_to_all(told))
-    if error is not None:
-        raise error
-    if told[0]:
-        raise UserError("process 0 has failed; see what it says")
-    return told[1:].copy()
+            return client.blocking_key_value_get_bytes(key, max(1, int(1000 * min(left_s, _WAIT_S))))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+    raise TimeoutError(f"process 0 must send {key} within {timeout_s:g} s; got nothing")
+
+
+def on_process_0(
+    compute: Callable[[], Any], name: str, *, error_type: type[Exception] = UserError, timeout_s: float = math.inf
+) -> Any:
+    """Runs `compute` on process 0 and returns its result, a JSON value, on every process; all of them must call.
+
+    Args:
+        compute: called on process 0 alone.
+        name, timeout_s: as for `broadcast_json`.
+        error_type: what the other processes raise when `compute` fails.
+
+    Raises:
+        Exception: on process 0 whatever `compute` raises; on the others `error_type`, with the same message.
+    """
+    if jax.process_index() != 0:
+        reply = broadcast_json(None, name, timeout_s=timeout_s)
+        if "error" in reply:
+            raise error_type(f"process 0: {reply['error']}")
+        return reply["result"]
+    try:
+        result = compute()
+    except Exception as error:
+        broadcast_json({"error": str(error) or type(error).__name__}, name)
+        raise
+    return broadcast_json({"result": result}, name)["result"]
+
+
+def from_process_0(compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """The float32 array that `compute` returns on process 0, on every process; see `on_process_0`."""
+    if jax.process_count() == 1:
+        return compute()
+    return np.asarray(on_process_0(lambda: compute().tolist(), "array"), np.float32)
 
 
 def barrier(name: str) -> None:

@@ -1,9 +1,10 @@
-"""What a retriever and a text encoder promise the rest of the package."""
+"""The contracts of retrieval: what a retriever and a text encoder promise the rest of the package."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -11,25 +12,33 @@ import numpy as np
 from r3rag_jax.types import Passage
 
 TextKind = Literal["query", "passage"]
+OnProgress = Callable[[int, int], None]  # called with the passages newly indexed, and the passages in all
 
 
 class RetrievalError(RuntimeError):
-    """A search failed: never to be read as "nothing found"."""
+    """A search failed. It never means that nothing was found: that is an empty list of hits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
-    """A passage with its score; higher is closer, comparable within one query only."""
+    """A passage with its score; higher is better, comparable within one query only."""
 
     passage: Passage
     score: float
 
 
 class Retriever(Protocol):
-    """Whatever finds passages for queries."""
+    """Finds passages for queries. Callers use nothing but these two members."""
 
-    def search(self, queries: list[str], k: int) -> list[list[Hit]]:
-        """Up to `k` hits per query, best first; `[]` where nothing matches.
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of everything that hits depend on: retrievers with equal fingerprints return equal hits."""
+        ...
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+        """At most `k` hits for each query, best first; an empty list where nothing matches.
+
+        May be called from several threads at once.
 
         Raises:
             ValueError: k is not positive.
@@ -38,28 +47,38 @@ class Retriever(Protocol):
         ...
 
 
+def failed_search(queries: Sequence[str], reason: object) -> RetrievalError:
+    """The error of a failed search, which quotes the first queries."""
+    shown = ", ".join(repr(query) for query in queries[:3])
+    more = f" and {len(queries) - 3} more" if len(queries) > 3 else ""
+    return RetrievalError(f"search failed for {shown}{more}: {reason}")
+
+
 class Encoder(Protocol):
-    """Whatever turns texts into vectors."""
+    """Turns texts into vectors."""
 
     @property
     def dim(self) -> int:
-        """Size D of the vectors, floats."""
+        """Size D of the vectors, in floats."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of all that the vectors depend on; an index is valid for one fingerprint."""
+        """Hex digest of everything that the vectors depend on; an index is valid for one encoder fingerprint."""
         ...
 
     @property
     def cosine_kind(self) -> TextKind:
-        """How to encode passages whose cosine with a query is read as such, and does not only rank them."""
+        """The `kind` to encode passages with when their cosine with a query is used as a number, not for ranking."""
         ...
 
     def encode(self, texts: Sequence[str], *, kind: TextKind = "query") -> np.ndarray:
         """float32 [len(texts), D], each row of L2 norm 1, or 0 for a text without a known feature.
 
-        `kind` is the side of the search that the texts are on; E5, for one, prefixes the two
-        differently.
+        `kind` says whether the texts are queries or passages; E5, for example, has a prefix for each.
         """
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write what an index has to remember of its encoder into the directory of the index."""
         ...

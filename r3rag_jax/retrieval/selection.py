@@ -1,9 +1,8 @@
-"""Passages: their fingerprint, and which of those found a step shows."""
+"""Which of the passages found a step shows."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from r3rag_jax.retrieval.base import Hit
 from r3rag_jax.types import Passage
@@ -18,15 +17,14 @@ def select_passages(
 ) -> tuple[Passage, ...]:
     """The best `k` passages that the trajectory has not shown yet, best first.
 
-    Passages already shown are dropped first and the places filled from deeper hits, so that a
-    repeated query brings the next passages instead of nothing. For k to be reached whenever the
-    corpus allows it, search for `k + len(seen_ids)` hits.
+    Passages already shown are skipped and deeper hits take their ranks, so that a repeated query returns the next
+    passages instead of none. For k passages to be found whenever the corpus has them, search for `k + len(seen_ids)`.
 
     Args:
         hits: of one query, best first; a passage that occurs twice counts once.
         seen_ids: ids of the passages that the trajectory has shown.
         k: passages per retrieval.
-        max_passages: budget of the trajectory, those already shown included; None = no budget.
+        max_passages: budget of the trajectory, in which the passages already shown are included; None = no budget.
     """
     if k < 0:
         raise ValueError(f"k must not be negative; got {k}")
@@ -41,18 +39,3 @@ def select_passages(
             taken.add(hit.passage.id)
             chosen.append(hit.passage)
     return tuple(chosen)
-
-
-def corpus_fingerprint(passages: Iterable[Passage]) -> str:
-    """Hex sha256 over ids and contents, in order."""
-    return digest(part for passage in passages for part in (passage.id, passage.contents))
-
-
-def digest(parts: Iterable[str]) -> str:
-    """Hex sha256 of strings, each preceded by its length: moving a boundary changes it."""
-    sha = hashlib.sha256()
-    for part in parts:
-        data = part.encode()
-        sha.update(f"{len(data)}:".encode())
-        sha.update(data)
-    return sha.hexdigest()

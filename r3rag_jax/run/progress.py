@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.monitoring
@@ -49,6 +51,20 @@ class ProgressBar:
         elif not self._is_silent and (tenth := 10 * self._done // max(1, self._total)) > self._last_tenth:
             self._last_tenth = tenth
             self._console.print(f"{self._title} {self._done}/{self._total}  {note}", highlight=False)
+
+
+@contextlib.contextmanager
+def bar_of_unknown_length(title: str, *, console: Console, live: bool) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function of (units newly done, units in all), whose first call opens a progress bar."""
+    with contextlib.ExitStack() as stack:
+        bars: list[ProgressBar] = []
+
+        def advance(count: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(ProgressBar(title, total, console=console, live=live)))
+            bars[0].advance(count)
+
+        yield advance
 
 
 def num_compiled() -> int:

@@ -1,37 +1,101 @@
-"""The embedded world as data-set files: passages, questions, the teacher's trajectories."""
+"""The index phase: the files that a run makes itself (the world's, refreshed trajectories), and the index."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
-import jax
+from rich.console import Console
 
-from r3rag_jax.components import Components
 from r3rag_jax.config import Config
-from r3rag_jax.data.jsonl import read_rows, write_jsonl
-from r3rag_jax.data.questions import question_to_dict, read_passages
-from r3rag_jax.data.trajectories import read_trajectories
-from r3rag_jax.parallel.processes import barrier
-from r3rag_jax.retrieval.faiss import FaissIndex
-from r3rag_jax.types import Passage
-from r3rag_jax.world.encyclopedia import World, teach
+from r3rag_jax.data.jsonl import write_jsonl
+from r3rag_jax.data.questions import iterate_passages, passage_to_dict, question_to_dict
+from r3rag_jax.errors import UserError
+from r3rag_jax.parallel.processes import on_process_0
+from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.retrieval.factory import build_index, open_local_retriever, open_store
+from r3rag_jax.retrieval.fingerprint import corpus_fingerprint
+from r3rag_jax.retrieval.manifest import has_index, read_manifest
+from r3rag_jax.retrieval.refresh import refresh_retrieved
+from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.progress import bar_of_unknown_length
+from r3rag_jax.world.encyclopedia import Split, World, teach
+
+QUESTION_SPLITS: tuple[Split, ...] = ("rl", "dev", "test")  # written before the index; the cold start's needs it
 
 
-def write_world(world: World, config: Config, directory: Path) -> None:
-    """Passages and the questions of every split but the cold start's, FlashRAG JSONL."""
+def prepare_data(config: Config, run: RunDirectory, corpus: Path, index_dir: Path, console: Console) -> bool:
+    """Write the files that the run makes itself, and build the index of `corpus`; False where that was done before.
+
+    Process 0 works, and all processes must call. An index that exists is not built again.
+
+    Raises:
+        UserError: the corpus or the teacher's trajectories are not well formed (names file and line), or the existing
+            index is of another corpus.
+    """
+
+    def prepare() -> int | None:
+        has_files = all(path.exists() for path in _own_files(config, run))
+        if has_index(index_dir) and has_files:
+            if config.retrieval.index_dir:
+                _check_corpus(corpus, index_dir)
+            return None
+        _prepare(config, run, corpus, index_dir, console)
+        return read_manifest(index_dir).num_passages
+
+    num_passages = on_process_0(prepare, "index phase")
+    if num_passages is not None:
+        console.print(f"{num_passages} passages indexed", highlight=False)
+    return num_passages is not None
+
+
+def _own_files(config: Config, run: RunDirectory) -> list[Path]:
+    """The data files that a run writes itself; the cold start's is written last."""
+    if config.data.source == "world":
+        return [run.data(name) for name in ("corpus", *QUESTION_SPLITS, "sft")]
+    return [run.data("sft")] if config.data.refresh_retrieved else []
+
+
+def _prepare(config: Config, run: RunDirectory, corpus: Path, index_dir: Path, console: Console) -> None:
+    if config.data.source == "world":
+        world = World.generate(config.world.seed, num_people=config.world.num_people)
+        write_world(world, config, run)
+    if has_index(index_dir):
+        _check_corpus(corpus, index_dir)
+    else:
+        with bar_of_unknown_length("index", console=console, live=config.log.progress) as on_progress:
+            build_index(config.retrieval, iterate_passages(corpus), index_dir, on_progress)
+    if config.data.source == "world":
+        write_teacher(world, config, open_local_retriever(config.retrieval, index_dir), run)
+    elif config.data.refresh_retrieved:
+        refresh_retrieved(
+            config.data.path("sft"), run.data("sft"), open_local_retriever(config.retrieval, index_dir),
+            open_store(index_dir), config.retrieval.top_k,
+        )  # fmt: skip
+
+
+def _check_corpus(corpus: Path, index_dir: Path) -> None:
+    """Raise a UserError unless an existing index is of the passages of `corpus`."""
+    expected, found = corpus_fingerprint(iterate_passages(corpus)), read_manifest(index_dir).corpus
+    if found != expected:
+        raise UserError(
+            f"the index in {index_dir} must be of the passages in {corpus} (fingerprint {expected}); got {found}: "
+            "choose another retrieval.index_dir or build the index again"
+        )
+
+
+def write_world(world: World, config: Config, run: RunDirectory) -> None:
+    """Write the passages, and the questions of every split but the cold start's."""
     counts = {"rl": config.world.num_rl, "dev": config.world.num_dev, "test": config.world.num_test}
-    write_jsonl(directory / "corpus.jsonl", [{"id": p.id, "contents": p.contents} for p in world.passages])
-    for split, count in counts.items():
-        questions = world.questions(split, count)  # type: ignore[arg-type]
-        write_jsonl(directory / f"{split}.jsonl", [question_to_dict(q) for q in questions])
+    write_jsonl(run.data("corpus"), map(passage_to_dict, world.passages))
+    for split in QUESTION_SPLITS:
+        write_jsonl(run.data(split), map(question_to_dict, world.questions(split, counts[split])))
 
 
-def write_teacher(world: World, config: Config, index: FaissIndex, directory: Path) -> None:
-    """The cold start's trajectories, with what the retriever brings for each query.
+def write_teacher(world: World, config: Config, retriever: Retriever, run: RunDirectory) -> None:
+    """Write the cold start's trajectories, with the passages that the retriever finds for each query.
 
-    Passages of test and dev entities are left out of them, so that the policy never trained on one.
+    Passages about entities of the test and dev splits are left out: the policy must not have been trained on any.
     """
     hidden = {id for id, split in world.split_of.items() if split in ("test", "dev")}
     k = config.retrieval.top_k
@@ -39,63 +103,12 @@ def write_teacher(world: World, config: Config, index: FaissIndex, directory: Pa
     rows = []
     for question in world.questions("sft", config.world.num_sft, with_trajectories=True):
         steps = teach(
-            question,
-            rng,
-            waste=config.world.needless_retrievals,
-            haste=config.world.lucky_guesses,
+            question, rng, waste=config.world.needless_retrievals, haste=config.world.lucky_guesses,
             max_steps=config.rollout.max_steps,
-        )
-        asking = [step for step in steps if "query" in step]
-        for step, hits in zip(asking, index.search([step["query"] for step in asking], 8 * k), strict=True):
+        )  # fmt: skip
+        queries = [step for step in steps if "query" in step]
+        found = retriever.search([step["query"] for step in queries], 8 * k)
+        for step, hits in zip(queries, found, strict=True):
             step["retrieved_ids"] = [hit.passage.id for hit in hits if hit.passage.id not in hidden][: 4 * k]
         rows.append({**question_to_dict(question), "steps": steps})
-    write_jsonl(directory / "sft.jsonl", rows)
-
-
-def index_phase(components: Components) -> bool:
-    """Write the data that the run makes itself, and build the index; False where that was done before."""
-    config, run = components.config, components.run
-    if (components.index_dir / "fingerprint.json").exists():
-        return False
-    corpus = components.dataset.path_of("corpus")
-    write_data(config, run.data_dir, corpus, components.index_dir, components.build_index)
-    components.console.print(f"{len(components.retriever.passages)} passages indexed", highlight=False)
-    return True
-
-
-def write_data(
-    config: Config, directory: Path, corpus: Path, index_dir: Path, build_index: Callable[[list[Passage]], FaissIndex]
-) -> None:
-    """Write the files that a run makes itself, then build the index of `corpus`; process 0 alone works.
-
-    The index is written last: where it is, everything is.
-
-    Raises:
-        UserError: the corpus or the teacher's trajectories are not well formed; with file and line.
-    """
-    if jax.process_index() == 0:
-        if config.data.source == "world":
-            world = World.generate(config.world.seed, num_people=config.world.num_people)
-            write_world(world, config, directory)
-        passages = read_passages(corpus)
-        index = build_index(passages)
-        if config.data.source == "world":
-            write_teacher(world, config, index, directory)
-        elif config.data.refresh_retrieved:
-            read_trajectories(  # says what is wrong with the file, and where
-                config.data.path("sft"), {p.id: p for p in passages}, config.retrieval.top_k
-            )
-            search_again(config, index, directory)
-        index.save(index_dir)
-    barrier("index")
-
-
-def search_again(config: Config, index: FaissIndex, directory: Path) -> None:
-    """The cold start's trajectories with what the index brings for their queries; `passage_ids` stay among it."""
-    rows = [dict(row) for _, row in read_rows(config.data.path("sft"))]
-    asking = [step for row in rows for step in row["steps"] if "query" in step]
-    depth = 4 * config.retrieval.top_k
-    for step, hits in zip(asking, index.search([step["query"] for step in asking], depth), strict=True):
-        step["retrieved_ids"] = [hit.passage.id for hit in hits]
-        step.pop("passages", None)
-    write_jsonl(directory / "sft.jsonl", rows)
+    write_jsonl(run.data("sft"), rows)

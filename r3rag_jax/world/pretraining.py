@@ -9,7 +9,9 @@ import dataclasses
 import random
 from collections.abc import Iterator
 
-from r3rag_jax.retrieval.faiss import FaissIndex
+from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.retrieval.encoders.hashed import HashEncoder
+from r3rag_jax.retrieval.faiss import FaissRetriever
 from r3rag_jax.text.prompts import reading_prompt
 from r3rag_jax.types import Passage, Question
 from r3rag_jax.world.encyclopedia import (
@@ -78,7 +80,7 @@ class _Shelf:
 
     passages: tuple[Passage, ...]  # by id
     facts: dict[str, list[Hop]]  # passage id -> every fact that it tells
-    index: FaissIndex
+    retriever: Retriever
 
     @classmethod
     def of(cls, world: World) -> _Shelf:
@@ -86,7 +88,8 @@ class _Shelf:
         for region in world.regions.values():
             for (entity, relation), passage_id in region.told_in.items():
                 facts.setdefault(passage_id, []).append(region.hop(entity, relation))
-        return cls(world.passages, facts, FaissIndex.build(world.passages))
+        encoder = HashEncoder().fit(passage.contents for passage in world.passages)
+        return cls(world.passages, facts, FaissRetriever.of(encoder, world.passages))
 
     def draw_facts(self, rng: random.Random, count: int) -> list[Hop]:
         """Facts of different passages."""
@@ -101,7 +104,7 @@ class _Shelf:
         similar name, and some drawn at random; none of them tells a fact asked for.
         """
         ids, banned = set(ids), {hop.passage_id for hop in asked} - ids
-        hits = self.index.search([_ask(rng, hop) for hop in asked], 3)
+        hits = self.retriever.search([_ask(rng, hop) for hop in asked], 3)
         brought = [hit.passage.id for near in hits for hit in near]
         rng.shuffle(brought)
         while len(ids) < count:

@@ -23,9 +23,12 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models.encoder import HF_NAMES, BertConfig, load_encoder, param_shapes, pool, unit
 from r3rag_jax.retrieval.encoders import bert as bert_encoder
 from r3rag_jax.retrieval.encoders.bert import BertEncoder
+from r3rag_jax.retrieval.encoders.factory import new_bert
 from r3rag_jax.retrieval.encoders.hashed import HashEncoder
-from r3rag_jax.retrieval.faiss import FaissIndex
-from r3rag_jax.rewards.scorer import score
+from r3rag_jax.retrieval.factory import build_index, open_retriever
+from r3rag_jax.retrieval.faiss import FaissRetriever
+from r3rag_jax.rewards.base import Resources
+from r3rag_jax.rewards.scorer import Scorer
 from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -377,10 +380,9 @@ def test_lengths_and_row_counts_by_hand() -> None:
         assert list(bert_encoder._row_counts(texts, max_rows, 64)) == rows
 
 
-def test_an_accelerators_batches_give_the_same_vectors(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_accelerators_batches_give_the_same_vectors(built: Path) -> None:
     expected = BertEncoder(built).encode(TEXTS)
-    monkeypatch.setattr(bert_encoder, "_least_rows", lambda: 64)
-    encoder = BertEncoder(built)
+    encoder = BertEncoder(built, min_rows=64)
     assert {tokens.shape[0] for _, (tokens, _) in encoder._batches([[1] * 9] * 70)} == {64}
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=2e-6)
 
@@ -388,7 +390,7 @@ def test_an_accelerators_batches_give_the_same_vectors(built: Path, monkeypatch:
 def test_rows_that_divide_are_spread_over_the_devices(built: Path) -> None:
     encoder = BertEncoder(built)
     for num_rows, num_devices in ((64, jax.local_device_count()), (4 if jax.local_device_count() == 8 else 1, 1)):
-        vectors = encoder._start(np.full((num_rows, 16), 5, np.int32), np.full(num_rows, 16, np.int32))
+        vectors = encoder._dispatch(np.full((num_rows, 16), 5, np.int32), np.full(num_rows, 16, np.int32))
         assert len(vectors.sharding.device_set) == num_devices
 
 
@@ -428,9 +430,9 @@ def test_prefixes_are_read_from_sentence_transformers_prompts(
         np.testing.assert_array_equal(found.encode(TEXTS[:1], kind=kind), expected.encode(TEXTS[:1], kind=kind))
     plain = BertEncoder(directory, query_prefix="", passage_prefix="")
     assert (plain.fingerprint == expected.fingerprint) == (query == passage == "")
-    found.save(directory / "encoder.json")
-    (directory / "config_sentence_transformers.json").unlink()  # what an index was built with stays
-    assert BertEncoder.load(directory / "encoder.json").fingerprint == expected.fingerprint
+    found.save(directory)
+    kept = json.loads((directory / "encoder.json").read_text())
+    assert (kept["query_prefix"], kept["passage_prefix"]) == (query, passage)  # an index says what was read
 
 
 def test_prompts_that_are_no_texts_are_refused(directory: Path) -> None:
@@ -504,7 +506,7 @@ def test_poolings_that_are_not_computed_are_refused_by_name(directory: Path) -> 
 
 def test_tokenizers_that_do_not_fit_are_refused(directory: Path) -> None:
     write_tokenizer(directory, special=False)
-    with pytest.raises(UserError, match=r"tokenizer\.json must set one special token before .*'' became \[\]"):
+    with pytest.raises(UserError, match=r"tokenizer\.json must put one special token before .*'' became \[\]"):
         BertEncoder(directory)
     write_tokenizer(directory, vocab=[*VOCAB, "<1>", "<2>", "<3>", "<4>"])
     with pytest.raises(UserError, match=rf"ids below the model's vocab_size {len(VOCAB) + 3}; got {len(VOCAB) + 3}"):
@@ -554,45 +556,47 @@ def test_fingerprint_follows_everything_that_vectors_depend_on(directory: Path) 
 PASSAGES = [Passage(str(i), f'"Film {i}"\nFilm {i} is by {name}.') for i, name in enumerate(("ann", "bo", "cy", "di"))]
 
 
-def test_an_index_remembers_its_encoder_and_finds_the_same(directory: Path, tmp_path: Path) -> None:
+def bert(path: Path, **settings: Any) -> RetrievalConfig:
+    return RetrievalConfig(encoder=EncoderConfig(kind="bert", path=str(path), **settings))
+
+
+def test_an_index_says_what_its_encoder_was_and_finds_the_same(directory: Path, tmp_path: Path) -> None:
+    config = bert(directory, query_prefix="q: ", max_length=30, batch_tokens=256)
+    told: list[tuple[int, int]] = []
+    build_index(config, PASSAGES, tmp_path / "index", lambda *numbers: told.append(numbers))
+    assert told == [(4, 4)]
+    opened = open_retriever(config, tmp_path / "index")
     encoder = BertEncoder(directory, query_prefix="q: ", max_length=30, batch_tokens=256)
-    encoded: list[int] = []
-    index = FaissIndex(encoder, PASSAGES, progress=encoded.append)
-    assert encoded == [4]
-    index.save(tmp_path / "index")
-    loaded = FaissIndex.load(tmp_path / "index")
-    assert loaded.fingerprint == index.fingerprint
+    index = FaissRetriever.of(encoder, PASSAGES)
+    assert opened.fingerprint == index.fingerprint
     queries = ["by cy", PASSAGES[1].contents]
-    assert loaded.search(queries, 3) == index.search(queries, 3)
+    assert opened.search(queries, 3) == index.search(queries, 3)
     kept = json.loads((tmp_path / "index" / "encoder.json").read_text())
     assert kept == {
-        "encoder": "bert", "path": str(directory), "pooling": "mean", "query_prefix": "q: ", "passage_prefix": "",
+        "kind": "bert", "path": str(directory), "pooling": "mean", "query_prefix": "q: ", "passage_prefix": "",
         "max_length": 30, "dtype": "float32", "batch_tokens": 256,
     }  # fmt: skip
 
 
-def test_an_encoder_that_moved_is_given_to_load_and_another_is_refused(directory: Path, tmp_path: Path) -> None:
-    FaissIndex(BertEncoder(directory), PASSAGES).save(tmp_path / "index")
+def test_an_encoder_may_move_and_another_is_refused(directory: Path, tmp_path: Path) -> None:
+    build_index(bert(directory), PASSAGES, tmp_path / "index")
     moved = directory.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"encoder\.json: the encoder at .*/encoder cannot be read"):
-        FaissIndex.load(tmp_path / "index")
-    FaissIndex.load(tmp_path / "index", BertEncoder(moved))
-    with pytest.raises(UserError, match=r"encoder\.json must be the encoder that the index was saved with"):
-        FaissIndex.load(tmp_path / "index", BertEncoder(moved, pooling="cls"))
-    (tmp_path / "index" / "encoder.json").write_text("{}")
-    with pytest.raises(UserError, match=r"JSON object written by BertEncoder\.save; .*encoder\.json"):
-        FaissIndex.load(tmp_path / "index")
+    with pytest.raises(UserError, match=r"the encoder at .*/encoder cannot be read"):
+        open_retriever(bert(directory), tmp_path / "index")
+    open_retriever(bert(moved), tmp_path / "index")
+    with pytest.raises(UserError, match=r"the encoder must be the one that the index in .*index was built with"):
+        open_retriever(bert(moved, pooling="cls"), tmp_path / "index")
+    with pytest.raises(UserError, match=r"the encoder must be the one that the index in .*index was built with"):
+        open_retriever(RetrievalConfig(encoder=EncoderConfig(dim=32)), tmp_path / "index")
     (tmp_path / "index" / "encoder.json").unlink()
-    with pytest.raises(UserError, match=r"encoder\.npz is missing"):
-        FaissIndex.load(tmp_path / "index")
+    with pytest.raises(UserError, match=r"encoder\.json is missing\. Build the index again"):
+        open_retriever(bert(moved), tmp_path / "index")
 
 
 def test_an_index_is_encoded_in_chunks(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = FaissIndex(BertEncoder(built), PASSAGES)
+    whole = FaissRetriever.of(BertEncoder(built), PASSAGES)
     monkeypatch.setattr("r3rag_jax.retrieval.faiss._CHUNK", 3)
-    encoded: list[int] = []
-    index = FaissIndex(BertEncoder(built), PASSAGES, progress=encoded.append)
-    assert encoded == [3, 1]
+    index = FaissRetriever.of(BertEncoder(built), PASSAGES)
     for a, b in zip(index.search(["by di"], 4)[0], whole.search(["by di"], 4)[0], strict=True):
         assert a.passage == b.passage and abs(a.score - b.score) < 1e-5
 
@@ -616,8 +620,16 @@ def test_a_session_builds_the_encoder_that_the_configuration_describes(built: Pa
         built, pooling="cls", query_prefix="q: ", passage_prefix="p: ", max_length=12, dtype="bfloat16"
     )
     found = Components(Config(retrieval=RetrievalConfig(encoder=encoder)), tmp_path).encoder
-    assert found is not None and found.fingerprint == expected.fingerprint
-    assert Components(Config(), tmp_path).encoder is None
+    assert found.fingerprint == expected.fingerprint
+    with pytest.raises(UserError, match=r"fingerprint\.json is missing"):
+        _ = Components(Config(), tmp_path).encoder  # a hash encoder is that of the index
+
+
+@pytest.mark.parametrize(("backend", "rows"), [("cpu", 1), ("gpu", 64), ("tpu", 64)])
+def test_batches_fit_the_backend(built: Path, monkeypatch: pytest.MonkeyPatch, backend: str, rows: int) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    encoder = new_bert(bert(built).encoder, lambda: pytest.fail("an encoder of the BERT family needs no passages"))
+    assert {tokens.shape[0] for _, (tokens, _) in encoder._batches([[1] * 9])} == {rows}
 
 
 @pytest.mark.parametrize("kind", ["hash", "bert"])
@@ -629,7 +641,8 @@ def test_relevance_is_the_cosine_of_query_and_passage_as_the_encoder_reads_them(
     query = "film by ann"
     steps = [Step("think", query, passages=tuple(PASSAGES[:2])), Step("think", query, passages=(PASSAGES[3],))]
     chosen = encoder if kind == "bert" else hashed
-    found = score([trajectory(steps)], RewardConfig(process="embedding"), chosen, max_steps=3).process
+    scorer = Scorer(RewardConfig(process="embedding"), Resources(max_steps=3, encoder=chosen))
+    found = scorer.score([trajectory(steps)]).process
     cosine = {
         "bert": encoder.encode([query]) @ encoder.encode(contents, kind="passage").T,
         "hash": hashed.encode([query]) @ hashed.encode(contents).T,
@@ -649,7 +662,7 @@ def test_a_run_trains_evaluates_and_asks_with_a_bert_encoder(
         retrieval__encoder__kind="bert", retrieval__encoder__path=built, retrieval__encoder__query_prefix='"query: "',
     )  # fmt: skip
     run_dir = tmp_path / "run"
-    assert "encode" in said and "✓ rl" in said
+    assert "index" in said and "passages indexed" in said and "✓ rl" in said
     assert json.loads((run_dir / "index" / "encoder.json").read_text())["query_prefix"] == "query: "
     assert ask.main(["--checkpoint", str(run_dir), "Who is by ann?"]) == 0
     corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
@@ -659,7 +672,7 @@ def test_a_run_trains_evaluates_and_asks_with_a_bert_encoder(
     assert evaluate.main([*flags, "--corpus", str(corpus)]) == 0
     mark = json.loads((run_dir / "eval" / "questions.json").read_text())["fingerprint"]
     encoder = BertEncoder(built, query_prefix="query: ")
-    assert mark["index"] == FaissIndex(encoder, PASSAGES).fingerprint
+    assert mark["index"] == FaissRetriever.of(encoder, PASSAGES).fingerprint
     assert evaluate.main([*flags, "retrieval.encoder.pooling=cls"]) == 2  # not the encoder of the index
     assert "Build the index again" in capsys.readouterr().err
 
@@ -698,6 +711,6 @@ def test_minilm_finds_by_meaning(minilm: Path) -> None:
         "The cat sleeps on the sofa.",
         "Her husband is a painter from Lyon.",
     ]
-    index = FaissIndex(BertEncoder(minilm), [Passage(str(i), text) for i, text in enumerate(contents)])
+    index = FaissRetriever.of(BertEncoder(minilm), [Passage(str(i), text) for i, text in enumerate(contents)])
     hits = index.search(["Who wrote Germinal?", "To whom is she married?", "a pet at rest"], 1)
     assert [hit.passage.id for [hit] in hits] == ["0", "2", "1"]

@@ -1,9 +1,9 @@
 """A dense text encoder that needs no download: TF-IDF over hashed words, stems and letter trigrams.
 
-Feature hashing with signs (Weinberger et al., arXiv 0902.2206): a feature adds its weight to a few
-of the D coordinates that a stable hash names, with signs from the same hash, so that inner products
-of the D-vectors estimate those of the sparse TF-IDF vectors without bias. Left out on purpose:
-meaning. "director" finds "directed" by its stem, but "spouse" does not find "married".
+Feature hashing with signs (Weinberger et al., arXiv 0902.2206): a feature adds its weight to a few of the D
+coordinates, with signs; both come from a stable hash of the feature. So inner products of the D-vectors are unbiased
+estimates of those of the sparse TF-IDF vectors. It matches words, not meaning: "director" finds "directed" by its
+stem, but "spouse" does not find "married".
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import threading
 import unicodedata
 import zipfile
 import zlib
@@ -24,11 +25,12 @@ import numpy as np
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import TextKind
 
+ENCODER_FILE = "encoder.npz"  # in an index directory
 _WORD = re.compile(r"\w+")
 _SUFFIX = re.compile(r"(?<=\w{4})(?:ations?|ators?|ings?|ers?|ors?|ied|ies|ed|es|e|s|y)$")
 _MIN_IDF = 0.01
-_CHUNK = 1024  # texts scattered at once: bounds the float64 scratch to 8 * D * 1024 bytes
-_MAX_CACHED_WORDS = 200_000  # a policy in training invents words without end
+_CHUNK = 1024  # texts encoded at once: bounds the float64 scratch memory to 8 * D * 1024 bytes
+_MAX_CACHED_WORDS = 200_000  # bounds the memory: a policy in training invents ever new words
 
 
 def words_of(text: str) -> list[str]:
@@ -40,12 +42,12 @@ def words_of(text: str) -> list[str]:
 
 
 def stem_of(word: str) -> str:
-    """A word without a common suffix, if four letters stay: "directed", "director" -> "direct"."""
+    """A word without a common suffix, if four letters remain: "directed", "director" -> "direct"."""
     return _SUFFIX.sub("", word)
 
 
 def trigrams_of(word: str) -> list[str]:
-    """Letter trigrams with word ends marked: "ann" -> ["<an", "ann", "nn>"]."""
+    """Letter trigrams of the word between < and >: "ann" -> ["<an", "ann", "nn>"]."""
     marked = f"<{word}>"
     return [marked[i : i + 3] for i in range(len(marked) - 2)]
 
@@ -61,21 +63,12 @@ def split_title(text: str) -> tuple[str, str]:
 class HashEncoder:
     """Texts -> float32 [n, dim]: hashed features weighted by (1 + log tf) * sqrt(idf), of norm 1.
 
-    The square root sits on both sides of the search, so that a shared feature counts its idf once,
-    as in BM25; with the whole idf on both, names drown the words that say what is asked about them.
+    Queries and passages both have the square root of the idf, so that a shared feature counts its idf once, as in
+    BM25. With the whole idf in both, names would outweigh the words that say what is asked about them.
 
-    A passage also gets a constant in the last coordinate, which no feature and no query uses,
-    before its norm becomes 1: dividing by sqrt(|x|^2 + constant^2) instead of |x| takes away the
-    advantage of passages with few rare words, so that among the passages of one title the words of
-    the query decide.
-
-    Args:
-        dim: size of the vectors, floats.
-        stem_weight: weight of a word's stem, relative to the word itself.
-        trigram_weight: weight of a word's trigrams together, relative to the word itself.
-        title_weight: factor on the words of a passage's title.
-        smoothing: square of the passages' constant, relative to their words' mean squared norm.
-        hashes: coordinates per feature; more turn rare full collisions into frequent small ones.
+    Before normalisation a passage gets a constant in the last coordinate, which no feature and no query uses. Dividing
+    by sqrt(|x|^2 + constant^2) instead of |x| removes the advantage of passages with few rare words, so that the words
+    of the query rank the passages of one title.
     """
 
     def __init__(
@@ -88,6 +81,15 @@ class HashEncoder:
         smoothing: float = 16.0,
         hashes: int = 4,
     ) -> None:
+        """
+        Args:
+            dim: size of the vectors, in floats.
+            stem_weight: weight of a word's stem, relative to the word itself.
+            trigram_weight: weight of a word's trigrams together, relative to the word itself.
+            title_weight: factor on the words of a passage's title.
+            smoothing: square of the passages' constant, relative to the mean squared norm of their words.
+            hashes: coordinates per feature; with more of them collisions are more frequent and smaller.
+        """
         if dim < 2 or hashes < 1:
             raise ValueError(f"dim must be at least 2 and hashes at least 1; got {dim} and {hashes}")
         if min(stem_weight, trigram_weight, title_weight, smoothing) < 0:
@@ -105,6 +107,7 @@ class HashEncoder:
         self._dim, self._hashes = dim, hashes
         self._stem_weight, self._trigram_weight = stem_weight, trigram_weight
         self._title_weight, self._smoothing = title_weight, smoothing
+        self._lock = threading.Lock()  # of the cached rows: searches run in several threads
         self._set_counts(0, {})
 
     @property
@@ -114,16 +117,20 @@ class HashEncoder:
 
     @property
     def cosine_kind(self) -> TextKind:
-        """Passages are read as queries are: their constant helps to rank, but makes every cosine small."""
+        """Passages are encoded like queries: a passage's constant improves the ranking, but makes cosines small."""
         return "query"
 
     @property
     def fingerprint(self) -> str:
-        """Hex sha256 of the settings and of the fitted document frequencies."""
+        """Hex SHA-256 of the settings and of the fitted document frequencies."""
         return self._fingerprint
 
     def fit(self, texts: Iterable[str]) -> HashEncoder:
-        """Count in how many texts each feature occurs; returns the encoder itself."""
+        """Count in how many texts each feature occurs; returns the encoder itself.
+
+        Raises:
+            ValueError: there are no texts.
+        """
         num_texts = 0
         counts: Counter[str] = Counter()
         features_of: dict[str, list[str]] = {}
@@ -143,7 +150,11 @@ class HashEncoder:
     def encode(self, texts: Sequence[str], *, kind: TextKind = "query") -> np.ndarray:
         """float32 [len(texts), dim] of L2 norm 1; 0 for a query without a feature of the corpus.
 
-        Each row depends on its own text alone, to the last bit. Before `fit` all idf are 1.
+        A row depends on its own text alone, bit for bit. Before `fit` all idf are 1.
+
+        Raises:
+            TypeError: `texts` is a single text instead of a list.
+            ValueError: `kind` is unknown.
         """
         if isinstance(texts, str):
             raise TypeError(f"encode takes a list of texts; got the single text {texts!r}")
@@ -152,17 +163,18 @@ class HashEncoder:
         out_ND = np.zeros((len(texts), self._dim), np.float32)
         for start in range(0, len(texts), _CHUNK):
             chunk = texts[start : start + _CHUNK]
-            vectors_ND = self._scatter(*self._weighted_words(chunk, kind), len(chunk))
+            with self._lock:
+                vectors_ND = self._scatter(*self._weighted_words(chunk, kind), len(chunk))
             if kind == "passage":
                 vectors_ND[:, -1] = self._passage_constant
             norms_N1 = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND))[:, None]
             out_ND[start : start + len(chunk)] = vectors_ND / np.where(norms_N1 > 0, norms_N1, 1.0)
         return out_ND
 
-    def save(self, path: str | Path) -> None:
-        """Write settings and document frequencies to `path`, a compressed .npz without pickles."""
+    def save(self, directory: Path) -> None:
+        """Write settings and document frequencies to `encoder.npz`, compressed and without pickles."""
         header = json.dumps({"settings": self._settings, "num_texts": self._num_texts})
-        with open(path, "wb") as file:
+        with (directory / ENCODER_FILE).open("wb") as file:
             np.savez_compressed(
                 file,
                 header=np.frombuffer(header.encode(), np.uint8),
@@ -172,10 +184,10 @@ class HashEncoder:
 
     @classmethod
     def load(cls, path: str | Path) -> HashEncoder:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            UserError: the file is missing, or is not an encoder file.
+            UserError: the file is missing, or is not an encoder's.
         """
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -202,7 +214,7 @@ class HashEncoder:
     # ---- features ----
 
     def _features(self, word: str) -> list[tuple[str, float]]:
-        """(feature, weight) of a word: itself, its stem, and trigrams sharing trigram_weight."""
+        """(feature, weight) of a word: the word, its stem, and its trigrams, which share trigram_weight."""
         trigrams = trigrams_of(word)
         share = self._trigram_weight / math.sqrt(len(trigrams))
         return [
@@ -212,10 +224,10 @@ class HashEncoder:
         ]
 
     def _idf(self, feature: str) -> float:
-        """log((N - df + 1/2) / (df + 1/2)), BM25's: words in over half of the texts fall out.
+        """BM25's idf, log((N - df + 1/2) / (df + 1/2)): about 0 for words in more than half of the texts.
 
-        At least _MIN_IDF, lest a corpus of a passage or two be all stop words; 0 for features that
-        the corpus lacks, since they could match by collision only.
+        At least _MIN_IDF, so that the words of a corpus of one or two passages count; 0 for features that the corpus
+        lacks, which could only match by collision.
         """
         if self._num_texts == 0:
             return 1.0
@@ -225,7 +237,7 @@ class HashEncoder:
         return max(math.log((self._num_texts - count + 0.5) / (count + 0.5)), _MIN_IDF)
 
     def _set_counts(self, num_texts: int, counts: Mapping[str, int]) -> None:
-        """Everything that follows from the document frequencies."""
+        """Set the document frequencies, and everything that is computed from them."""
         self._num_texts = num_texts
         self._counts = dict(sorted(counts.items()))
         header = json.dumps([self._settings, num_texts])
@@ -235,7 +247,7 @@ class HashEncoder:
         self._passage_constant = math.sqrt(self._smoothing * mean_squared_norm)
         self._clear_cache()
 
-    # ---- cached rows: word i owns entries [_starts[i], _starts[i + 1]) of _columns, _values ----
+    # ---- cached rows: word i has the entries [_starts[i], _starts[i + 1]) of _columns and _values ----
 
     def _clear_cache(self) -> None:
         self._word_ids: dict[str, int] = {}
@@ -251,14 +263,14 @@ class HashEncoder:
             value = weight * math.sqrt(self._idf(feature) / self._hashes)
             if value > 0:
                 digest = hashlib.shake_128(feature.encode()).digest(4 * self._hashes)
-                draws = np.frombuffer(digest, "<u4").astype(np.int64)
-                # All coordinates but the last, which is the passages' constant.
-                columns.append((draws >> 1) % (self._dim - 1))
-                values.append(value * (1.0 - 2.0 * (draws & 1)))
+                bits = np.frombuffer(digest, "<u4").astype(np.int64)
+                # The last coordinate is excluded: it holds the passages' constant.
+                columns.append((bits >> 1) % (self._dim - 1))
+                values.append(value * (1.0 - 2.0 * (bits & 1)))
         return np.concatenate(columns), np.concatenate(values)
 
     def _cache(self, words: Iterable[str]) -> None:
-        """Give every new word its row."""
+        """Compute the rows of the words that have none yet."""
         new = [word for word in dict.fromkeys(words) if word not in self._word_ids]
         if not new:
             return
@@ -271,7 +283,7 @@ class HashEncoder:
         self._values = np.concatenate([self._values, *(values for _, values in rows)])
 
     def _weighted_words(self, texts: Sequence[str], kind: TextKind) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(text, word id, weight) of each text's distinct words, [pairs], by first occurrence."""
+        """(text, word id, weight) of each text's distinct words, each [pairs], in the order of first occurrence."""
         if len(self._word_ids) > _MAX_CACHED_WORDS:
             self._clear_cache()
         tokens: list[str] = []
@@ -286,7 +298,7 @@ class HashEncoder:
         self._cache(tokens)
         token_words = np.array([self._word_ids[token] for token in tokens], np.int64)
         token_texts = np.repeat(np.arange(len(texts)), lengths)
-        is_title = _places(lengths) < np.repeat(title_lengths, lengths)
+        is_title = _positions_in_groups(lengths) < np.repeat(title_lengths, lengths)
         _, first, inverse, tf = np.unique(
             token_texts * max(len(self._word_ids), 1) + token_words,
             return_index=True,
@@ -295,7 +307,7 @@ class HashEncoder:
         )
         weights = 1.0 + np.log(tf)
         weights[np.bincount(inverse, is_title, len(first)) > 0] *= self._title_weight
-        order = np.argsort(first)  # word ids depend on what the cache saw before, first occurrences do not
+        order = np.argsort(first)  # word ids depend on the texts encoded before, first occurrences do not
         first = first[order]
         return token_texts[first], token_words[first], weights[order]
 
@@ -303,7 +315,7 @@ class HashEncoder:
         """float64 [num_texts, dim]: the sum of the weighted rows of each text's words."""
         starts = self._starts[words]
         sizes = self._starts[words + 1] - starts
-        entries = np.repeat(starts, sizes) + _places(sizes)
+        entries = np.repeat(starts, sizes) + _positions_in_groups(sizes)
         flat = np.bincount(
             np.repeat(texts * self._dim, sizes) + self._columns[entries],
             np.repeat(weights, sizes) * self._values[entries],
@@ -312,7 +324,7 @@ class HashEncoder:
         return flat.reshape(num_texts, self._dim)
 
 
-def _places(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Running place inside each group: [2, 3] -> [0, 1, 0, 1, 2]."""
+def _positions_in_groups(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Position of each item in its group, for groups of these sizes: [2, 3] -> [0, 1, 0, 1, 2]."""
     sizes = np.asarray(sizes, np.int64)
     return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)

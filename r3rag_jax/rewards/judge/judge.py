@@ -82,14 +82,14 @@ class Judge:
         if not different:
             return Verdicts(np.zeros(0, np.float32))
         # A key contains the model's name, for which a server may have to be asked: process 0 does it for all.
-        values = from_process_0(lambda: self._file.get_all(list(map(self._key, different))), len(different))
+        values = from_process_0(lambda: self._file.get_all(list(map(self._key, different))))
         new = np.flatnonzero(np.isnan(values)).tolist()
         if new:
 
             def ask_new() -> np.ndarray:
                 return self._ask([different[i] for i in new], len(different))
 
-            values[new] = ask_new() if self._chat.is_collective else from_process_0(ask_new, len(new))
+            values[new] = ask_new() if self._chat.is_collective else from_process_0(ask_new)
         value_of = dict(zip(different, values, strict=True))
         return Verdicts(
             np.asarray([value_of[inquiry] for inquiry in inquiries], np.float32),

@@ -1,0 +1,106 @@
+"""The retrievers by name: the one place that chooses one, for reading and for building its index."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import jax
+
+from r3rag_jax.config.retrieval import RetrievalConfig
+from r3rag_jax.retrieval.base import Encoder, OnProgress, Retriever
+from r3rag_jax.retrieval.broadcast import BroadcastRetriever
+from r3rag_jax.retrieval.builder import write_index
+from r3rag_jax.retrieval.encoders.factory import open_encoder
+from r3rag_jax.retrieval.faiss import FaissRetriever
+from r3rag_jax.retrieval.store import PassageStore, open_store
+from r3rag_jax.types import Passage
+
+__all__ = [
+    "RETRIEVERS",
+    "RetrieverKind",
+    "build_index",
+    "open_encoder",
+    "open_local_retriever",
+    "open_retriever",
+    "open_store",
+]
+
+
+class RetrieverKind(Protocol):
+    """What a class in RETRIEVERS has besides the members of a Retriever."""
+
+    def open(self, config: RetrievalConfig, index_dir: Path, encoder: Callable[[], Encoder] | None = None) -> Retriever:
+        """A retriever over an index directory; the arguments are those of `open_retriever`.
+
+        Raises:
+            UserError: the index, or what else the retriever needs, cannot be used.
+        """
+        ...
+
+    def write_files(
+        self,
+        config: RetrievalConfig,
+        store: PassageStore,
+        directory: Path,
+        on_progress: OnProgress | None = None,
+    ) -> Mapping[str, str]:
+        """Write what the index holds besides the passages; returns name -> fingerprint of what it depends on."""
+        ...
+
+
+# `retrieval.kind` -> class.
+RETRIEVERS: dict[str, RetrieverKind] = {
+    "faiss": FaissRetriever,
+}
+
+
+def open_retriever(
+    config: RetrievalConfig, index_dir: str | Path, encoder: Callable[[], Encoder] | None = None
+) -> Retriever:
+    """The retriever of the configuration. With several processes, process 0 searches for all: all must open and search.
+
+    Args:
+        config: section `retrieval`.
+        index_dir: directory that `build_index` wrote.
+        encoder: returns what `open_encoder` opened for this index, so that its weights are not loaded again; called
+            only by retrievers with an encoder. By default it is opened.
+
+    Raises:
+        UserError: the index is missing, damaged, or was built with other settings.
+    """
+    open_it = functools.partial(open_local_retriever, config, index_dir, encoder)
+    return open_it() if jax.process_count() == 1 else BroadcastRetriever(open_it)
+
+
+def open_local_retriever(
+    config: RetrievalConfig, index_dir: str | Path, encoder: Callable[[], Encoder] | None = None
+) -> Retriever:
+    """As `open_retriever`, for one process alone: the other processes neither open it nor search."""
+    return RETRIEVERS[config.kind].open(config, Path(index_dir), encoder)
+
+
+def build_index(
+    config: RetrievalConfig,
+    passages: Iterable[Passage],
+    index_dir: str | Path,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Write the index of the configuration into a directory, whole or not at all; an index that was there is replaced.
+
+    Args:
+        config: section `retrieval`.
+        passages: the corpus, of different ids; one passage at a time is held in memory.
+        index_dir: directory that appears when the index is complete.
+        on_progress: called with the passages newly indexed, and the passages in all.
+
+    Raises:
+        UserError: there are no passages, two have the same id, or the encoder cannot be read.
+    """
+
+    def write_files(store: PassageStore, directory: Path) -> Mapping[str, str]:
+        return RETRIEVERS[config.kind].write_files(config, store, directory, on_progress)
+
+    write_index(Path(index_dir), config.kind, passages, write_files)

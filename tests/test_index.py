@@ -1,0 +1,93 @@
+"""The entry point that builds an index, and runs that share one."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import tiny_run
+from rich.console import Console
+
+from r3rag_jax import index
+from r3rag_jax.components import Components
+from r3rag_jax.config import RetrievalConfig
+from r3rag_jax.errors import UserError
+from r3rag_jax.retrieval.factory import open_retriever, open_store
+from r3rag_jax.run.directory import open_run
+from r3rag_jax.train import index_phase
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "contents": f'"Door {i}"\nIt is green.'}) + "\n" for i in range(9)))
+    return path
+
+
+def test_an_index_is_built_from_a_file(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "shared" / "doors"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("retrieval: {top_k: 3}\nretrieval.encoder.dim: 32\nphases: [rl]\n")
+    build = ["build", "--corpus", str(corpus), "--out", str(out), "--config", str(recipe)]
+    assert index.main([*build, "retrieval.encoder.dim=64"]) == 0
+    assert f"{out}: 9 passages, faiss, corpus " in capsys.readouterr().out
+    config = RetrievalConfig(encoder={"kind": "hash", "dim": 64})
+    [hits] = open_retriever(config, out).search(["Door 7"], 1)
+    assert hits[0].passage.id == "7"
+    assert index.main(build) == 0  # an index may be replaced
+    with pytest.raises(UserError, match=r"retrieval\.encoder\.dim must be 32"):
+        open_retriever(config, out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=3"], "only keys of section retrieval describe an index; got 'seed=3'"),
+        (["retrieval.encoder.dimm=3"], "did you mean 'retrieval.encoder.dim'"),
+        (["--corpus", "nothing.jsonl"], "nothing.jsonl: expected a readable JSONL file"),
+        (["--out", "."], "--out must be a new or empty directory, or an index to replace; got ."),
+    ],
+)
+def test_what_cannot_be_built_is_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    try:
+        status = index.main(["build", "--corpus", str(corpus), "--out", str(tmp_path / "index"), *words])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "index").exists()
+
+
+def test_two_runs_share_an_index_and_one_of_another_corpus_is_refused(base: Path, tmp_path: Path) -> None:
+    def open_components(name: str, **settings: object) -> Components:
+        config = tiny_run.config(tmp_path / name, base, retrieval__index_dir=tmp_path / "shared", **settings)
+        return Components(config, open_run(config), Console(file=io.StringIO()))
+
+    one, two = open_components("one"), open_components("two")
+    assert index_phase(one)
+    built = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").iterdir()}
+    assert index_phase(two)  # its data files
+    assert not index_phase(one) and not index_phase(two)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").iterdir()} == built
+    assert not one.run.index.exists() and not two.run.index.exists()
+    assert one.run.data("sft").read_bytes() == two.run.data("sft").read_bytes()
+    assert one.retriever.fingerprint == two.retriever.fingerprint
+    assert len(one.dataset.trajectories()) == one.config.world.num_sft
+    assert len(open_store(tmp_path / "shared")) > 100
+    with pytest.raises(UserError, match=r"the index in .*shared must be of the passages in .*corpus\.jsonl"):
+        index_phase(open_components("three", world__seed=7))
+
+
+def test_a_phase_that_was_interrupted_is_completed(base: Path, tmp_path: Path) -> None:
+    config = tiny_run.config(tmp_path, base)
+    components = Components(config, open_run(config), Console(file=io.StringIO()))
+    assert index_phase(components)
+    sft = components.run.data("sft").read_bytes()
+    components.run.data("sft").unlink()  # as after an interruption behind the index
+    assert index_phase(components)
+    assert components.run.data("sft").read_bytes() == sft
+    assert not index_phase(components)
