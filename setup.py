@@ -30,6 +30,7 @@ CORE = [
     "array_record>=0.8.6",
     "tensorflow-datasets>=4.9.10",  # read without TensorFlow, which it does not install
     "faiss-cpu>=1.15",
+    "bm25s>=0.3,<0.4",  # needs numpy alone; scores and files have changed between its minor versions
     "transformers>=5.20",
     "tokenizers>=0.22",
     "safetensors>=0.5",

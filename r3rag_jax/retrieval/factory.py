@@ -11,6 +11,7 @@ import jax
 
 from r3rag_jax.config.retrieval import RetrievalConfig
 from r3rag_jax.retrieval.base import Encoder, OnProgress, Retriever
+from r3rag_jax.retrieval.bm25 import BM25Retriever
 from r3rag_jax.retrieval.broadcast import BroadcastRetriever
 from r3rag_jax.retrieval.builder import write_index
 from r3rag_jax.retrieval.encoders.factory import open_encoder
@@ -54,6 +55,7 @@ class RetrieverKind(Protocol):
 # `retrieval.kind` -> class.
 RETRIEVERS: dict[str, RetrieverKind] = {
     "faiss": FaissRetriever,
+    "bm25": BM25Retriever,
 }
 
 
