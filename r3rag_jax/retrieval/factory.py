@@ -16,6 +16,7 @@ from r3rag_jax.retrieval.broadcast import BroadcastRetriever
 from r3rag_jax.retrieval.builder import write_index
 from r3rag_jax.retrieval.encoders.factory import open_encoder
 from r3rag_jax.retrieval.faiss import FaissRetriever
+from r3rag_jax.retrieval.http import HttpRetriever
 from r3rag_jax.retrieval.store import PassageStore, open_store
 from r3rag_jax.types import Passage
 
@@ -56,6 +57,7 @@ class RetrieverKind(Protocol):
 RETRIEVERS: dict[str, RetrieverKind] = {
     "faiss": FaissRetriever,
     "bm25": BM25Retriever,
+    "http": HttpRetriever,
 }
 
 
