@@ -2,7 +2,7 @@
 # Train r3rag_jax on a SLURM GPU cluster: allocate, set up once, train on every node, resume, tear down.
 #
 #   launch/slurm.sh run --name r3 --nodes 2 --gpus-per-node 8 --partition h100 --time 24:00:00 \
-#       --config configs/r3rag_rl.yaml --run-dir /scratch/runs/r3 rl.learning_rate=1e-6
+#       --config configs/r3rag_qwen2.5_7b.yaml --run-dir /scratch/runs/r3 rl.lr=1e-6
 #
 # Usage: launch/slurm.sh COMMAND [FLAG VALUE | FLAG=VALUE]... [KEY=VALUE]...
 #

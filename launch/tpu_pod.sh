@@ -2,7 +2,7 @@
 # Train r3rag_jax on a TPU pod slice: create it, set it up, train on every host, resume, tear down.
 #
 #   launch/tpu_pod.sh up --name r3 --zone us-east5-b --accelerator v6e-64 --spot --queued \
-#       --config configs/r3rag_rl.yaml --run-dir gs://my-bucket/runs/r3 rl.learning_rate=1e-6
+#       --config configs/r3rag_qwen2.5_7b.yaml --run-dir gs://my-bucket/runs/r3 rl.lr=1e-6
 #
 # Usage: launch/tpu_pod.sh COMMAND [FLAG VALUE | FLAG=VALUE]... [KEY=VALUE]...
 #
