@@ -168,6 +168,25 @@ def commands() -> list[str]:
     return sorted({call.strip() for found in calls for call in found} - {"<name>"})
 
 
+def configurations() -> list[tuple[str, tuple[str, ...]]]:
+    """Recipe and overrides of every training command, and of the algorithms' keys, which are for any recipe."""
+    quickstart = "configs/quickstart.yaml"
+    found = []
+    for command in commands():
+        words = shlex.split(command)
+        if words[0] == "train" and "--config" in words:
+            recipe = words[words.index("--config") + 1]
+            given = tuple(word for word in words[1:] if "=" in word and not word.startswith("-"))
+            found.append((quickstart if recipe in ("RECIPE", "FILE") else recipe, given))
+    keys = (span.split() for page in PAGES for span in spans(page) if span.startswith("rl.algorithm="))
+    return found + [(quickstart, tuple(words)) for words in keys if len(words) > 1]
+
+
+@pytest.mark.parametrize(("recipe", "given"), configurations())
+def test_every_training_command_is_a_configuration(recipe: str, given: tuple[str, ...]) -> None:
+    load_config(ROOT / recipe, given)
+
+
 @functools.cache
 def help_of(program: tuple[str, ...]) -> str:
     """What `--help` of an entry point, or of a benchmark and its subcommand, prints."""
