@@ -46,9 +46,11 @@ from r3rag_jax.parallel.shardings import device_put_batch
 from r3rag_jax.rewards.answer import answer_scores, encode_answers, normalize_answer
 from r3rag_jax.rl.advantages import gae
 from r3rag_jax.run.caches import use_compile_cache
-from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training import optimizer
 from r3rag_jax.training.batch import minibatches
 from r3rag_jax.training.prefix_tree import share_prefixes
+from r3rag_jax.training.state import Targets, init_state, new_critic
+from r3rag_jax.training.steps import make_rl_step, make_sft_step
 from r3rag_jax.types import Question, Sample, SFTBatch, Status, Step, TrainBatch, Trajectory
 
 GIB = 2**30
@@ -69,18 +71,18 @@ class Ours:
     def sft(cls, model: str, settings: ModelConfig) -> Ours:
         graphdef, params = nnx.split(read(model, settings))
         mesh, tx = make_mesh(MeshConfig()), optimizer.sft_optimizer(SFTConfig(lr=1e-5), 100)
-        state = learner.init_state(mesh, params, tx)
-        return cls(mesh, state, learner.make_sft_step(mesh, graphdef, tx, settings, state))
+        state = init_state(mesh, params, tx)
+        return cls(mesh, state, make_sft_step(mesh, graphdef, tx, settings, state))
 
     @classmethod
     def ppo(cls, model: str, settings: ModelConfig) -> Ours:
         """Of a policy and of a critic."""
         policy, config = read(model, settings), RLConfig(lr=1e-5, critic=CriticConfig(lr=1e-5), kl=KLConfig(coef=0.0))
-        parts = {"policy": nnx.split(policy), "critic": nnx.split(learner.new_critic(policy, "separate"))}
+        parts = {"policy": nnx.split(policy), "critic": nnx.split(new_critic(policy, "separate"))}
         graphdefs = {name: graphdef for name, (graphdef, _) in parts.items()}
         mesh, tx = make_mesh(MeshConfig()), optimizer.rl_optimizer(config)
-        state = learner.init_state(mesh, {name: params for name, (_, params) in parts.items()}, tx)
-        return cls(mesh, state, learner.make_rl_step(mesh, graphdefs, tx, settings, config, state), 1.0)
+        state = init_state(mesh, {name: params for name, (_, params) in parts.items()}, tx)
+        return cls(mesh, state, make_rl_step(mesh, graphdefs, tx, settings, config, state), 1.0)
 
     def step(self, *batch: Any) -> float:
         self.state, metrics = self._step(self.state, *device_put_batch(self.mesh, batch), *self._rest)
@@ -116,13 +118,13 @@ class PPOWork:
         draw = lambda mean: (mean + 0.1 * rng.normal(size=tokens.shape)).astype(np.float32)  # noqa: E731
         return cls(tokens, draw(-10.0), draw(0.0), 10 * draw(0.0), 10 * draw(0.0))
 
-    def batch(self) -> tuple[TrainBatch, learner.Targets]:
+    def batch(self) -> tuple[TrainBatch, Targets]:
         rows, zeros = plain_rows(self.tokens), np.zeros_like(self.tokens)
         batch = TrainBatch(
             **vars(rows), behaviour_logprobs=self.old_logprobs, rewards=zeros.astype(np.float32), trajectory_ids=zeros,
             step_ids=zeros, temperature=np.ones(zeros.shape, np.float32),
         )  # fmt: skip
-        return batch, learner.Targets(self.advantages, self.returns, self.old_values)  # type: ignore[arg-type]
+        return batch, Targets(self.advantages, self.returns, self.old_values)  # type: ignore[arg-type]
 
 
 def plain_rows(tokens: np.ndarray) -> SFTBatch:

@@ -32,8 +32,11 @@ from r3rag_jax.sampler.prefill_plan import ACCELERATOR_SHAPES
 from r3rag_jax.sampler.state import Rows
 from r3rag_jax.sampler.stops import MAX_STOPS
 from r3rag_jax.sampler.windows import windows
-from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training import optimizer
 from r3rag_jax.training.batch import pack
+from r3rag_jax.training.state import Targets, TrainState, new_critic
+from r3rag_jax.training.steps import make_rl_step, make_sft_step
+from r3rag_jax.training.targets import make_pre_update
 from r3rag_jax.types import SFTBatch
 
 TESTS = Path(__file__).parent
@@ -180,8 +183,8 @@ def shapes(tree: Any) -> Any:
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-def state_of(params: Any, tx: Any) -> learner.TrainState:
-    return jax.eval_shape(lambda p: learner.TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), params)
+def state_of(params: Any, tx: Any) -> TrainState:
+    return jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, tx.init(p)), params)
 
 
 def batch_of(rows: int, length: int) -> Any:
@@ -197,12 +200,12 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
     mesh = make_mesh(config.mesh)
     new = functools.partial(new_decoder, config, decoder)
     graphdef, policy = nnx.split(nnx.eval_shape(new))
-    critic = nnx.split(nnx.eval_shape(lambda: learner.new_critic(new(), config.rl.critic.kind)))
+    critic = nnx.split(nnx.eval_shape(lambda: new_critic(new(), config.rl.critic.kind)))
 
     tx = optimizer.sft_optimizer(config.sft, 1000)
     state, rows = state_of(policy, tx), batch_of(config.sft.batch_rows, config.sft.row_length)
     batch = SFTBatch(rows.tokens, rows.positions, rows.segment_ids, None, rows.loss_mask)
-    step = learner.make_sft_step(mesh, graphdef, tx, config.model, state)
+    step = make_sft_step(mesh, graphdef, tx, config.model, state)
     after, metrics = jax.eval_shape(step, state, batch)
     assert shapes(after) == shapes(state) and metrics["loss"].shape == ()
 
@@ -211,12 +214,12 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
     assert num_params == 2 * sum(map(math.prod, param_shapes(decoder).values())) + decoder.hidden_size
     tx = optimizer.rl_optimizer(config.rl)
     state, batch = state_of(params, tx), batch_of(config.rl.batch_rows, config.rl.row_length)
-    score = learner.make_scorer(mesh, graphdefs, graphdefs["policy"], config.model, config.rl)
-    scored, _ = jax.eval_shape(score, params, policy, batch)
-    for found in (scored.values, scored.penalties):
-        assert found.shape == (config.rl.batch_rows, config.rl.row_length)
-    targets = learner.Targets(scored.values, scored.values, scored.values)
-    step = learner.make_rl_step(mesh, graphdefs, tx, config.model, config.rl, state)
+    pre_update = make_pre_update(mesh, graphdefs, graphdefs["policy"], config.model, config.rl)
+    found, _ = jax.eval_shape(pre_update, params, policy, batch)
+    for x in (found.values, found.penalties):
+        assert x.shape == (config.rl.batch_rows, config.rl.row_length)
+    targets = Targets(found.values, found.values, found.values)
+    step = make_rl_step(mesh, graphdefs, tx, config.model, config.rl, state)
     after, metrics = jax.eval_shape(step, state, batch, targets, jax.ShapeDtypeStruct((), jnp.float32))
     assert shapes(after) == shapes(state) and metrics["value_loss"].shape == ()
 

@@ -33,10 +33,11 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.rewards.base import Resources
 from r3rag_jax.rewards.scorer import Scorer, Scores
+from r3rag_jax.rl import algorithms
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.sampler import memory
-from r3rag_jax.training import learner, rl
+from r3rag_jax.training import rl, sft, steps
 from r3rag_jax.training.memory_plan import plan_memory, undivided
 from r3rag_jax.training.requests import iteration_jobs
 from r3rag_jax.training.trainer import RLTrainer, equal_groups, number_groups
@@ -141,7 +142,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     protocol: str, finished: Callable[[str], Path], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between two checkpoints of each phase: parameters and metrics are the same bits in the end."""
-    make_sft_step, save = learner.make_sft_step, RLTrainer.save
+    make_sft_step, save = sft.make_sft_step, RLTrainer.save
 
     def make_mortal_step(*args):
         step, calls = make_sft_step(*args), itertools.count()
@@ -159,7 +160,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
         save(trainer)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(learner, "make_sft_step", make_mortal_step)
+        patch.setattr(sft, "make_sft_step", make_mortal_step)
         tiny_run.train(tmp_path, base, protocol)
     assert not (tmp_path / "run" / "policy").exists()
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -481,13 +482,13 @@ def marked(trajectory: Trajectory) -> Trajectory:
 
 
 def inject_fault(patch: pytest.MonkeyPatch) -> None:
-    policy_loss = learner.ppo_policy_loss
+    policy_loss = algorithms.ppo_policy_loss
 
     def faulty(logprobs: jax.Array, old: jax.Array, *args: Any, **keys: Any) -> Any:
         loss, stats = policy_loss(logprobs, old, *args, **keys)
         return loss * jnp.where(jnp.any(old == MARK), jnp.nan, 1.0), stats
 
-    patch.setattr(learner, "ppo_policy_loss", faulty)
+    patch.setattr(algorithms, "ppo_policy_loss", faulty)
 
 
 def faulty_components(base: Path, tmp_path: Path, **keys: Any) -> tuple[Components, list[Trajectory], Scores]:
@@ -576,13 +577,13 @@ def test_rewards_that_are_all_equal_move_nothing_and_are_told(base: Path, tmp_pa
 
 
 def test_the_cold_start_ends_at_a_step_of_nan(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sft_loss = learner.sft_loss
+    sft_loss = steps.sft_loss
 
     def faulty(*args: Any, **keys: Any) -> Any:
         loss, metrics = sft_loss(*args, **keys)
         return loss * jnp.nan, metrics | {"loss": loss * jnp.nan}
 
-    monkeypatch.setattr(learner, "sft_loss", faulty)
+    monkeypatch.setattr(steps, "sft_loss", faulty)
     with pytest.raises(UserError, match=r"cold start, step 0: loss and gradient norm must be finite; got nan and nan"):
         tiny_run.train(tmp_path, base, phases="[index, sft]")
     [path] = (tmp_path / "run" / "checkpoints").glob("bad_step_sft_0.npz")

@@ -25,23 +25,23 @@ FROZEN = frozenset(PARAM_AXES) - ADAPTERS  # names of parameters that are not tr
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """A module in three parts: what it is, what training changes of it, and what it leaves alone."""
+class TrainableSplit:
+    """A module as three pytrees: its structure, the parameters that are trained, and those that are not."""
 
     graphdef: Any
     params: Any
-    frozen: Any = None  # None: all is trained
+    frozen: Any = None  # None: all parameters are trained
 
-    @classmethod
-    def of(cls, module: nnx.Module, config: LoraConfig) -> Parts:
-        """With adapters, all parameters of a decoder beside them are frozen; heads are trained."""
-        if config.rank == 0:
-            return cls(*nnx.split(module))
-        return cls(*nnx.split(module, lambda path, _: str(path[-1]) not in FROZEN, ...))
+
+def split_trainable(module: nnx.Module, config: LoraConfig) -> TrainableSplit:
+    """Split a module: with adapters, the decoder's own parameters are frozen; adapters and heads are trained."""
+    if config.rank == 0:
+        return TrainableSplit(*nnx.split(module))
+    return TrainableSplit(*nnx.split(module, lambda path, _: str(path[-1]) not in FROZEN, ...))
 
 
 def join(graphdef: Any, params: Any, frozen: Any = None) -> Any:
-    """The module of these parts."""
+    """The module of a `TrainableSplit`'s fields."""
     return nnx.merge(graphdef, params) if frozen is None else nnx.merge(graphdef, params, frozen)
 
 

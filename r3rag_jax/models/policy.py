@@ -17,7 +17,7 @@ from r3rag_jax.config import ConfigError, LoraConfig, ModelConfig
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shardings
 from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, load_generation, save_decoder
-from r3rag_jax.models.lora import Parts, attach
+from r3rag_jax.models.lora import TrainableSplit, attach, split_trainable
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.parallel.shardings import tree_shardings
@@ -128,11 +128,11 @@ class Policy:
             partial.rename(path)
         barrier(f"policy {path.name}")
 
-    def trainable(self, params: Any) -> Parts:
+    def trainable(self, params: Any) -> TrainableSplit:
         """The decoder with these parameters, split into what is trained and what is frozen.
 
         With `lora.rank` above 0 it has new adapters, and those alone (with the rows of `trained_tokens`) are trained.
         """
         ids = [self.tokenizer.token_id(token) for token in self._trained_tokens]
         decoder = attach(nnx.merge(self.graphdef, params), self._lora, self._mesh, self._seed, ids)
-        return Parts.of(decoder, self._lora)
+        return split_trainable(decoder, self._lora)

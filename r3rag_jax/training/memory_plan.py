@@ -18,7 +18,8 @@ from r3rag_jax.rewards.judge.factory import judge_memory
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.memory import MemoryPlan, bytes_per_device, plan
 from r3rag_jax.sampler.ops import SamplerOps
-from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training import optimizer
+from r3rag_jax.training.state import new_critic
 
 
 def is_ahead(components: Components, phase: str) -> bool:
@@ -47,7 +48,7 @@ def plan_memory(components: Components, phase: str) -> list[MemoryPlan]:
         params = {"policy": policy.params}
         if config.rl.has_critic:
             whole = lora.join(policy.graphdef, policy.params, policy.frozen)
-            params["critic"] = lora.Parts.of(learner.new_critic(whole, config.rl.critic.kind), config.lora).params
+            params["critic"] = lora.split_trainable(new_critic(whole, config.rl.critic.kind), config.lora).params
         return params, optimizer.rl_optimizer(config.rl, config.model.moment_dtype).init(params)
 
     parts = {"weights" if phase == "eval" else "start" if phase == "sft" else "reference": size(shapes)}

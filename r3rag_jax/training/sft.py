@@ -17,9 +17,11 @@ from r3rag_jax.parallel.shardings import device_put_batch
 from r3rag_jax.run.checkpoints import Checkpoints, save_arrays
 from r3rag_jax.run.progress import ProgressBar
 from r3rag_jax.text.transcript import teacher_samples
-from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training import optimizer
 from r3rag_jax.training.guards import is_finite
 from r3rag_jax.training.prefix_tree import share_prefixes
+from r3rag_jax.training.state import init_state
+from r3rag_jax.training.steps import make_sft_step
 from r3rag_jax.types import SFTBatch
 
 
@@ -36,13 +38,13 @@ def sft_phase(components: Components) -> bool:
                          epochs=config.epochs, seed=components.config.seed)  # fmt: skip
     tx = optimizer.sft_optimizer(config, batches.num_steps, components.config.model.moment_dtype)
     policy = components.policy.trainable(components.policy.base_params())
-    state = learner.init_state(components.mesh, policy.params, tx)
+    state = init_state(components.mesh, policy.params, tx)
     checkpoints = Checkpoints(components.run.checkpoints("sft"))
     if checkpoints.latest is not None:
         state, note = checkpoints.restore(state)
         batches.set_state(note["batches"])
     components.log.rewind("sft", batches.step)
-    step = learner.make_sft_step(components.mesh, policy.graphdef, tx, components.config.model, state)
+    step = make_sft_step(components.mesh, policy.graphdef, tx, components.config.model, state)
     bar = ProgressBar("cold start", batches.num_steps, console=components.console,
                       live=components.config.log.progress, done=batches.step)  # fmt: skip
     with bar:

@@ -20,10 +20,13 @@ from r3rag_jax.rewards.scorer import Scores
 from r3rag_jax.rl.losses import adapted_kl
 from r3rag_jax.run.checkpoints import Checkpoints, load_arrays, save_arrays
 from r3rag_jax.sampler.distribution import Truncation
-from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training import optimizer
 from r3rag_jax.training.batch import fill_fraction, minibatches, pack_trajectories, tabulate
 from r3rag_jax.training.guards import Guards, is_finite
 from r3rag_jax.training.prefix_tree import share_prefixes
+from r3rag_jax.training.state import Targets, init_state, new_critic
+from r3rag_jax.training.steps import make_rl_step
+from r3rag_jax.training.targets import make_pre_update, make_targets
 from r3rag_jax.types import TrainBatch, Trajectory
 
 
@@ -33,7 +36,7 @@ class StepInputs:
     """What an update takes beside the state."""
 
     batch: TrainBatch
-    targets: learner.Targets
+    targets: Targets
     lr_scale: Any
     kl: Any  # weight
 
@@ -50,7 +53,7 @@ class RLTrainer:
         self._frozen = {name: part.frozen for name, part in parts.items()}
         self._merge = jax.jit(functools.partial(lora.merge, parts["policy"].graphdef))
         self._tx = tx = optimizer.rl_optimizer(self._config, components.config.model.moment_dtype)
-        self.state: Any = learner.init_state(components.mesh, {name: part.params for name, part in parts.items()}, tx)
+        self.state: Any = init_state(components.mesh, {name: part.params for name, part in parts.items()}, tx)
         self.iteration, self.kl = 0, self._config.kl.coef
         self.guards = Guards(components.config.guards, self._config)
         self._kept_bad_step = False
@@ -61,10 +64,10 @@ class RLTrainer:
             self.guards.set_state(note["guards"])
         components.log.rewind("rl", self.iteration)
         model, truncation = components.config.model, Truncation.of(components.config.rollout)
-        self._score = learner.make_scorer(components.mesh, graphdefs, policy.graphdef, model, self._config, truncation)
+        self._score = make_pre_update(components.mesh, graphdefs, policy.graphdef, model, self._config, truncation)
         num_steps = components.config.rollout.max_steps
-        self._estimate = learner.make_estimator(components.mesh, self._config, num_steps=num_steps)
-        self._step = learner.make_rl_step(components.mesh, graphdefs, tx, model, self._config, self.state, truncation)
+        self._estimate = make_targets(components.mesh, self._config, num_steps=num_steps)
+        self._step = make_rl_step(components.mesh, graphdefs, tx, model, self._config, self.state, truncation)
 
     @property
     def policy_params(self) -> Any:
@@ -72,14 +75,14 @@ class RLTrainer:
         trained, frozen = self.state.params["policy"], self._frozen["policy"]
         return trained if frozen is None else self._merge(trained, frozen)
 
-    def _parts(self) -> dict[str, lora.Parts]:
+    def _parts(self) -> dict[str, lora.TrainableSplit]:
         """Policy and critic as they are before RL."""
         parts = {"policy": self._components.policy.trainable(self._ref_params)}
         if self._config.has_critic:
             policy = parts["policy"]
             decoder = lora.join(policy.graphdef, policy.params, policy.frozen)
-            critic = learner.new_critic(decoder, self._config.critic.kind)
-            parts["critic"] = lora.Parts.of(critic, self._components.config.lora)
+            critic = new_critic(decoder, self._config.critic.kind)
+            parts["critic"] = lora.split_trainable(critic, self._components.config.lora)
         return parts
 
     def save(self) -> None:
@@ -117,7 +120,7 @@ class RLTrainer:
         shapes, self.state = shapes_of(self.state), None  # freed before the other is there
         if self.checkpoints.latest is None:
             params = {name: part.params for name, part in self._parts().items()}
-            self.state, to = learner.init_state(self._components.mesh, params, self._tx), 0
+            self.state, to = init_state(self._components.mesh, params, self._tx), 0
             self.kl = self._config.kl.coef
         else:
             self.state, note = self.checkpoints.restore(shapes)
@@ -165,7 +168,7 @@ class RLTrainer:
         names = {field.name: f"batch.{field.name}" in files or None for field in dataclasses.fields(TrainBatch)}
         like = StepInputs(
             TrainBatch(**names),  # type: ignore[arg-type]  # placeholders
-            learner.Targets(**dict.fromkeys(fields, 0)),  # type: ignore[arg-type]
+            Targets(**dict.fromkeys(fields, 0)),  # type: ignore[arg-type]
             0,
             0,
         )

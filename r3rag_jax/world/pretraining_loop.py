@@ -21,7 +21,9 @@ from r3rag_jax.models.hf.decoder_files import load_decoder, save_decoder
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.parallel.shardings import device_put_batch
 from r3rag_jax.text.tokenizer import Tokenizer
-from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training import optimizer
+from r3rag_jax.training.state import init_state
+from r3rag_jax.training.steps import make_sft_step
 from r3rag_jax.types import SFTBatch
 from r3rag_jax.world.pretraining_model import CONFIG, make_tokenizer, start_copying
 from r3rag_jax.world.pretraining_rows import token_rows
@@ -50,8 +52,8 @@ def pretrain(out: Path, *, start: Path | None, num_steps: int, lr: float, seed: 
     graphdef, params = nnx.split(decoder)
     schedule = SFTConfig(lr=lr, warmup=0.03, weight_decay=0.01)
     tx = optimizer.sft_optimizer(schedule, num_steps)
-    state = learner.init_state(mesh, params, tx)
-    step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
+    state = init_state(mesh, params, tx)
+    step = make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
     history: list[tuple[jax.Array, jax.Array]] = []
     started, ends = time.time(), [round(share * num_steps) for share, _, _ in stages]
     for number in range(num_steps):

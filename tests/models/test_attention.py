@@ -20,7 +20,11 @@ from r3rag_jax.models.decoder import PARAM_AXES, Decoder
 from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.parallel.shardings import batch_shardings, device_put_batch, device_put_global, tree_shardings
 from r3rag_jax.parallel.target import Target
-from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training import optimizer
+from r3rag_jax.training.losses import sft_loss
+from r3rag_jax.training.state import TrainState
+from r3rag_jax.training.steps import make_sft_step
+from r3rag_jax.training.targets import make_pre_update
 from r3rag_jax.types import SFTBatch, TrainBatch
 
 BOUNDS = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2}  # as the docstring of `attention` states them
@@ -118,7 +122,7 @@ def test_one_answer_on_a_mesh_under_scan_and_remat() -> None:
     def loss_and_gradients(mesh: Mesh, implementation: str) -> Any:
         graphdef, params = policy(implementation)
         target = Target.of(mesh)
-        loss = jax.value_and_grad(lambda p, batch: learner.sft_loss(graphdef, p, batch, "full", target=target)[0])
+        loss = jax.value_and_grad(lambda p, batch: sft_loss(graphdef, p, batch, "full", target=target)[0])
         params = device_put_global(params, tree_shardings(mesh, params, PARAM_AXES))
         return jax.device_get(jax.jit(loss)(params, device_put_batch(mesh, batch())))
 
@@ -134,14 +138,14 @@ def test_each_device_of_a_mesh_computes_its_own_rows_and_heads() -> None:
     # An interpreted kernel is split by the compiler, and works without the mesh; a compiled one is not.
     mesh, (graphdef, params), rows = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), policy("splash"), batch()
     tx = optimizer.sft_optimizer(SFTConfig(), 10)
-    state = jax.eval_shape(lambda params: learner.TrainState(jnp.int32(0), params, tx.init(params)), params)
-    step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
+    state = jax.eval_shape(lambda params: TrainState(jnp.int32(0), params, tx.init(params)), params)
+    step = make_sft_step(mesh, graphdef, tx, ModelConfig(), state)
     zeros = {field.name: jnp.zeros((4, 24)) for field in dataclasses.fields(TrainBatch)}
     train_batch = TrainBatch(**zeros | {f.name: getattr(rows, f.name) for f in dataclasses.fields(SFTBatch)})
-    score = learner.make_scorer(
+    pre_update = make_pre_update(
         mesh, {"policy": graphdef}, graphdef, ModelConfig(), RLConfig(algorithm="reinforce++", kl=KLConfig(coef=0.1))
     )
-    for traced in (step.trace(state, rows), score.trace({"policy": params}, params, train_batch)):
+    for traced in (step.trace(state, rows), pre_update.trace({"policy": params}, params, train_batch)):
         jaxpr = str(traced.jaxpr)
         assert "shard_map" in jaxpr
         assert "name=splash_mha_fwd" in jaxpr
@@ -166,10 +170,10 @@ def test_an_sft_step_compiles_for_a_pod(pod: Any, sizes: tuple[int, int, int]) -
 
     graphdef, params = nnx.split(nnx.eval_shape(new_decoder))
     tx = optimizer.sft_optimizer(SFTConfig(), 100)
-    state = jax.eval_shape(lambda p: learner.TrainState(jnp.int32(0), p, tx.init(p)), params)
+    state = jax.eval_shape(lambda p: TrainState(jnp.int32(0), p, tx.init(p)), params)
     ids = jax.ShapeDtypeStruct((16, 2048), jnp.int32)
     rows = SFTBatch(ids, ids, ids, None, jax.ShapeDtypeStruct(ids.shape, jnp.bool_))
-    step = learner.make_sft_step(mesh, graphdef, tx, ModelConfig(remat="full"), state)
+    step = make_sft_step(mesh, graphdef, tx, ModelConfig(remat="full"), state)
     lowered = step.lower(
         place(state, tree_shardings(mesh, state, PARAM_AXES)), place(rows, batch_shardings(mesh, rows))
     )

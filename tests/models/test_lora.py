@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_learner
 import tiny
+import tiny_training
 from flax import nnx
 from jax.sharding import Mesh
-from test_learner import RL, VOCAB
+from tiny_training import RL, VOCAB
 
 from r3rag_jax.config import ConfigError, LoraConfig, MeshConfig, ModelConfig, SFTConfig
 from r3rag_jax.models import lora
@@ -20,27 +20,31 @@ from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, tree_shardings
 from r3rag_jax.parallel.target import Target
-from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training import optimizer
 from r3rag_jax.training.batch import tabulate
+from r3rag_jax.training.losses import rl_loss, sft_loss
+from r3rag_jax.training.state import init_state, new_critic
+from r3rag_jax.training.steps import make_sft_step
+from r3rag_jax.training.targets import make_pre_update, make_targets
 
 LORA = LoraConfig(rank=3, alpha=6.0)
 TAGS = (5, 9)  # ids whose embeddings are trained too
 
 
-def adapted(config: LoraConfig = LORA, *, filled: bool = True) -> tuple[Any, lora.Parts]:
+def adapted(config: LoraConfig = LORA, *, filled: bool = True) -> tuple[Any, lora.TrainableSplit]:
     """A tiny decoder, and the same with adapters whose B is random where `filled`."""
     decoder = tiny.decoder(VOCAB)
     copy = nnx.merge(*nnx.split(decoder))
-    parts = lora.Parts.of(lora.attach(copy, config, test_learner.one_device(), seed=0, token_ids=TAGS), config)
+    parts = lora.split_trainable(lora.attach(copy, config, tiny_training.one_device(), seed=0, token_ids=TAGS), config)
     if filled:
         keys = iter(jax.random.split(jax.random.key(1), 100))
         draw = lambda x: 0.05 * jax.random.normal(next(keys), x.shape) if not x.any() else x  # noqa: E731
-        parts = lora.Parts(parts.graphdef, jax.tree.map(draw, parts.params), parts.frozen)
+        parts = lora.TrainableSplit(parts.graphdef, jax.tree.map(draw, parts.params), parts.frozen)
     return decoder, parts
 
 
 def hidden(decoder: Any) -> jax.Array:
-    batch = test_learner.sft_batch()
+    batch = tiny_training.sft_batch()
     return decoder(batch.tokens, batch.positions, batch.segment_ids)
 
 
@@ -70,14 +74,14 @@ def test_merged_weights_are_w_plus_scaled_a_b_and_compute_the_same() -> None:
 def test_gradients_are_those_of_the_definition() -> None:
     """With W' = W + s A B: dA = s dW' B^T and dB = s A^T dW', per layer."""
     decoder, parts = adapted(LoraConfig(rank=3, alpha=6.0, targets=("q_proj", "up_proj")))
-    batch = test_learner.sft_batch()
+    batch = tiny_training.sft_batch()
 
     def loss_of(params: Any) -> jax.Array:
-        return learner.sft_loss(parts.graphdef, params, batch, "none", parts.frozen)[0]
+        return sft_loss(parts.graphdef, params, batch, "none", parts.frozen)[0]
 
     graphdef = nnx.split(decoder)[0]
     whole = lora.merge(parts.graphdef, parts.params, parts.frozen)
-    of_weights = jax.grad(lambda p: learner.sft_loss(graphdef, p, batch, "none")[0])(whole)["layers"]
+    of_weights = jax.grad(lambda p: sft_loss(graphdef, p, batch, "none")[0])(whole)["layers"]
     found, values = jax.grad(loss_of)(parts.params)["layers"], parts.params["layers"]
     for name in ("q_proj", "up_proj"):
         change = of_weights[name][...]
@@ -90,13 +94,13 @@ def test_gradients_are_those_of_the_definition() -> None:
 def test_only_adapters_are_in_the_state_and_a_step_moves_them() -> None:
     _, parts = adapted(filled=False)
     tx = optimizer.sft_optimizer(SFTConfig(lr=1e-2, warmup=0.0), 10)
-    mesh = test_learner.one_device()
-    state = learner.init_state(mesh, parts.params, tx)
+    mesh = tiny_training.one_device()
+    state = init_state(mesh, parts.params, tx)
     assert names(state.params) == {f"{name}_{side}" for name in LORA.targets for side in "ab"} | {"embed_rows"}
     assert names(parts.frozen) == {*names(nnx.split(tiny.decoder(VOCAB))[1])}
-    step, losses = learner.make_sft_step(mesh, parts.graphdef, tx, ModelConfig(), state), []
+    step, losses = make_sft_step(mesh, parts.graphdef, tx, ModelConfig(), state), []
     for _ in range(5):
-        state, metrics = step(state, test_learner.sft_batch(), parts.frozen)
+        state, metrics = step(state, tiny_training.sft_batch(), parts.frozen)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.1
     assert all(np.asarray(x).any() for x in jax.tree.leaves(state.params))
@@ -105,7 +109,7 @@ def test_only_adapters_are_in_the_state_and_a_step_moves_them() -> None:
 @pytest.mark.parametrize("kind", ["separate", "head"])
 def test_a_critic_trains_its_adapters_and_its_head_over_the_policys_weights(kind: str) -> None:
     _, parts = adapted(filled=False)
-    critic = lora.Parts.of(learner.new_critic(lora.join(parts.graphdef, parts.params, parts.frozen), kind), LORA)
+    critic = lora.split_trainable(new_critic(lora.join(parts.graphdef, parts.params, parts.frozen), kind), LORA)
     own = {f"{name}_{side}" for name in LORA.targets for side in "ab"} | {"embed_rows"} if kind == "separate" else set()
     assert names(critic.params) == own | {"head"}
     shared = {id(x) for x in jax.tree.leaves(parts.frozen)}
@@ -116,26 +120,26 @@ def test_on_a_mesh_targets_and_gradients_are_those_of_one_device() -> None:
     """RL, whose reference is the policy without adapters."""
     _, parts = adapted()
     plain = nnx.split(tiny.decoder(VOCAB))[0]
-    critic = lora.Parts.of(learner.new_critic(lora.join(parts.graphdef, parts.params, parts.frozen), "separate"), LORA)
+    critic = lora.split_trainable(new_critic(lora.join(parts.graphdef, parts.params, parts.frozen), "separate"), LORA)
     both = {"policy": parts, "critic": critic}
     graphdefs = {name: part.graphdef for name, part in both.items()}
     trees = {name: part.params for name, part in both.items()}, {name: part.frozen for name, part in both.items()}
 
     def on(mesh: Mesh) -> Any:
         params, frozen = (device_put_global(tree, tree_shardings(mesh, tree, PARAM_AXES)) for tree in trees)
-        batch = device_put_batch(mesh, test_learner.rl_batch())
-        score = learner.make_scorer(mesh, graphdefs, plain, ModelConfig(), RL)
-        found, scored = score(params, frozen["policy"], batch, frozen)
-        estimate = learner.make_estimator(mesh, RL, num_steps=3)
-        table = tabulate([test_learner.rl_batch()], np.arange(14))
-        [targets], _ = estimate([found], table, RL.kl, batch.tokens.shape)
+        batch = device_put_batch(mesh, tiny_training.rl_batch())
+        pre_update = make_pre_update(mesh, graphdefs, plain, ModelConfig(), RL)
+        found, stats = pre_update(params, frozen["policy"], batch, frozen)
+        targets_of = make_targets(mesh, RL, num_steps=3)
+        table = tabulate([tiny_training.rl_batch()], np.arange(14))
+        [targets], _ = targets_of([found], table, RL.kl.coef, batch.tokens.shape)
 
         def loss(params: Any) -> Any:
-            return learner.rl_loss(graphdefs, params, batch, targets, RL, "none", frozen=frozen, target=Target.of(mesh))
+            return rl_loss(graphdefs, params, batch, targets, RL, "none", frozen=frozen, target=Target.of(mesh))
 
-        return jax.device_get((targets, scored, jax.jit(jax.value_and_grad(loss, has_aux=True))(params)))
+        return jax.device_get((targets, stats, jax.jit(jax.value_and_grad(loss, has_aux=True))(params)))
 
-    wanted, found = on(test_learner.one_device()), on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    wanted, found = on(tiny_training.one_device()), on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     assert wanted[1]["kl"] != 0
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), wanted, found)
 

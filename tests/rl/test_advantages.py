@@ -22,8 +22,9 @@ from r3rag_jax.rl.advantages import (
     whiten_rewards,
 )
 from r3rag_jax.rl.estimator import estimate
-from r3rag_jax.training import learner
 from r3rag_jax.training.batch import minibatches, pack_trajectories, tabulate
+from r3rag_jax.training.state import PreUpdate
+from r3rag_jax.training.targets import make_targets
 from r3rag_jax.training.trainer import equal_groups
 from r3rag_jax.types import Question, Sample, Status, Step, Trajectory, TrajectoryTable
 
@@ -367,9 +368,9 @@ def test_recipes_make_the_advantages_that_their_measured_runs_had(keys, want):
     left_out = pack_trajectories(*earned(rest), row_length=24, first=len(kept))
     assert len(batches) > 1
     values = [np.where(b.loss_mask, np.sin(0.1 * b.tokens), np.nan).astype(np.float32) for b in batches]
-    scored = [learner.Scored(values=v if keys["algorithm"] == "ppo" else None) for v in values]
-    make = learner.make_estimator(make_mesh(MeshConfig()), RLConfig(**keys), num_steps=5)
-    targets, _ = make(scored, tabulate([*batches, left_out], groups[kept + rest]), 0.0, (2, 24))
+    found = [PreUpdate(values=v if keys["algorithm"] == "ppo" else None) for v in values]
+    make = make_targets(make_mesh(MeshConfig()), RLConfig(**keys), num_steps=5)
+    targets, _ = make(found, tabulate([*batches, left_out], groups[kept + rest]), 0.0, (2, 24))
     found = {
         int(token): float(advantage)
         for batch, target in zip(batches, targets, strict=True)

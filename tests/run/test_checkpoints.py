@@ -15,16 +15,17 @@ from r3rag_jax.config import SFTConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.run.checkpoints import Checkpoints
-from r3rag_jax.training import learner, optimizer
+from r3rag_jax.training import optimizer
+from r3rag_jax.training.state import TrainState, init_state
 
 NOTE = {"batches": {"rows": 16, "examples": 40, "plan": 123}, "iteration": 2}
 
 
-def state_on(sizes: tuple[int, int, int], scale: float = 1.0) -> learner.TrainState:
+def state_on(sizes: tuple[int, int, int], scale: float = 1.0) -> TrainState:
     """A training state whose optimizer has moved, on a mesh of these sizes."""
     params = jax.tree.map(lambda x: scale * x, nnx.split(tiny.decoder(272))[1])
     tx = optimizer.sft_optimizer(SFTConfig(lr=1e-3), 10)
-    state = learner.init_state(make_mesh(tiny.mesh_config(*sizes)), params, tx)
+    state = init_state(make_mesh(tiny.mesh_config(*sizes)), params, tx)
     return jax.tree.map(lambda x: x + jnp.asarray(scale, x.dtype), state)
 
 

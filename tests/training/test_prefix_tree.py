@@ -20,9 +20,10 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models.attention import attention
 from r3rag_jax.text.protocols import make_protocol
 from r3rag_jax.text.transcript import Codec, Transcript
-from r3rag_jax.training import learner
 from r3rag_jax.training.batch import minibatches, pack
+from r3rag_jax.training.losses import rl_loss, sft_loss
 from r3rag_jax.training.prefix_tree import share_prefixes
+from r3rag_jax.training.state import Targets, new_critic
 from r3rag_jax.types import Passage, Question, Sample, SFTBatch, Status, Step, TrainBatch, Trajectory
 
 Q, A, B, C, X, Y, Z = range(10, 17)
@@ -143,7 +144,7 @@ def test_the_cold_start_learns_the_same(trajectories: list[Trajectory]) -> None:
 
     def learn(batch: TrainBatch) -> Any:
         rows = SFTBatch(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids, batch.loss_mask)
-        loss = lambda p: learner.sft_loss(graphdef, p, rows, "none")  # noqa: E731
+        loss = lambda p: sft_loss(graphdef, p, rows, "none")  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     trees, single = batch_of(in_trees(trajectories)), batch_of(trajectories)
@@ -161,7 +162,7 @@ def test_the_cold_start_learns_the_same(trajectories: list[Trajectory]) -> None:
 def test_rl_learns_the_same(trajectories: list[Trajectory]) -> None:
     """With a critic, KL and entropy, from advantages that differ from token to token."""
     policy = tiny.decoder(VOCAB)
-    critic = learner.new_critic(policy, "head")
+    critic = new_critic(policy, "head")
     critic.head[...] = 0.1 * jax.random.normal(jax.random.key(5), critic.head.shape)
     split_of = {"policy": nnx.split(policy), "critic": nnx.split(critic)}
     graphdefs, params = ({name: part[i] for name, part in split_of.items()} for i in (0, 1))
@@ -170,8 +171,8 @@ def test_rl_learns_the_same(trajectories: list[Trajectory]) -> None:
     def learn(batch: TrainBatch) -> Any:
         # A function of who wrote the token, wherever it lies.
         size = np.where(batch.loss_mask, np.sin(batch.tokens + 7 * batch.step_ids + 31 * batch.trajectory_ids), 0)
-        targets = learner.Targets(*(np.float32(scale) * size.astype(np.float32) for scale in (1.0, 0.5, 0.2)))
-        loss = lambda p: learner.rl_loss(graphdefs, p, batch, targets, config, "none")  # noqa: E731
+        targets = Targets(*(np.float32(scale) * size.astype(np.float32) for scale in (1.0, 0.5, 0.2)))
+        loss = lambda p: rl_loss(graphdefs, p, batch, targets, config, "none")  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     (loss, metrics), grads = learn(batch_of(in_trees(trajectories)))

@@ -1,0 +1,84 @@
+"""Micro-batches: their losses and gradients add up to the batch's, and there are as few as the limit allows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from tiny_training import RL, assert_close, modules, one_device, rl_batch, sft_batch, targets_like
+
+from r3rag_jax.config import KLConfig
+from r3rag_jax.models.decoder import PARAM_AXES
+from r3rag_jax.parallel.mesh import make_mesh
+from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, tree_shardings
+from r3rag_jax.parallel.target import Target
+from r3rag_jax.training import micro_batches
+from r3rag_jax.training.losses import rl_loss, sft_loss
+from r3rag_jax.training.micro_batches import BatchShare, split_micro_batches
+from r3rag_jax.training.state import Targets
+from r3rag_jax.types import SFTBatch, TrainBatch
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("kind", ["sft", "token", "sequence", "constant"])
+def test_micro_batches_add_up_to_the_batch(kind: str, sizes: tuple[int, int, int]) -> None:
+    """Loss, metrics and gradients of micro-batches that hold unequal numbers of tokens, trajectories and gains."""
+    mesh = one_device() if sizes == (1, 1, 1) else make_mesh(tiny.mesh_config(*sizes))
+    target, (graphdefs, params) = Target.of(mesh), modules()
+    params = device_put_global(params, tree_shardings(mesh, params, PARAM_AXES))
+    if kind == "sft":
+
+        def loss(params: Any, batch: SFTBatch, share: BatchShare) -> Any:
+            return sft_loss(graphdefs["policy"], params, batch, "none", share=share, target=target)
+
+        params, batch = params["policy"], (sft_batch(),)
+    else:
+        rng, config = (
+            np.random.default_rng(3),
+            RL.replace(loss_aggregation=kind, kl=KLConfig(coef=0.05, placement="loss", estimator="k3")),
+        )
+        targets = targets_like(rl_batch())
+        drawn = {
+            name: rng.uniform(0.1, 1.0, targets.returns.shape).astype(np.float32) for name in ("shares", "weights")
+        }
+        targets = dataclasses.replace(
+            targets, ref_logprobs=-8 * drawn["weights"], old_logprobs=-7 * drawn["shares"], **drawn
+        )
+
+        def loss(params: Any, batch: TrainBatch, targets: Targets, share: BatchShare) -> Any:
+            return rl_loss(graphdefs, params, batch, targets, config, "none", share=share, target=target)
+
+        batch = (rl_batch(), targets)
+
+    def gradients(micro_tokens: int) -> tuple[int, Any]:
+        num_micro_batches = []
+
+        def compute(params: Any, batch: Any) -> Any:
+            cut = split_micro_batches(mesh, batch, micro_tokens)
+            num_micro_batches.append(cut[0])
+            return micro_batches.value_and_grad(loss, params, *cut, unroll=not target.can_branch)
+
+        found = jax.device_get(jax.jit(compute)(params, device_put_batch(mesh, batch)))
+        return num_micro_batches[0], found
+
+    one, whole = gradients(0)
+    many, summed = gradients(40)
+    assert (one, many) == (1, 8 if mesh.size == 1 else 2)  # rows of 40 tokens, 8 of them over 1 or 4 devices
+    assert_close(summed, whole)
+
+
+@pytest.mark.parametrize(
+    ("micro_tokens", "num_micro_batches"), [(0, 1), (1, 6), (79, 6), (80, 3), (119, 3), (120, 2), (10**6, 1)]
+)
+def test_micro_batches_are_as_few_as_the_limit_allows(micro_tokens: int, num_micro_batches: int) -> None:
+    batch = jax.tree.map(lambda x: x[:6], sft_batch())
+    cut, arrays = split_micro_batches(one_device(), (batch,), micro_tokens)
+    assert cut == num_micro_batches
+    rows = arrays[0].tokens.reshape(6, 40)
+    np.testing.assert_array_equal(rows, batch.tokens)
