@@ -155,6 +155,14 @@ def test_the_folders_stand_in_the_order_of_imports() -> None:
     assert named == {name for name in ENTRY_POINTS if (PACKAGE / f"{name}.py").is_file()}
 
 
+def test_every_dependency_has_its_reason() -> None:
+    core = (ROOT / "setup.py").read_text("utf-8").partition("CORE = [")[2].partition("\n]")[0]
+    table = (ROOT / "docs" / "concepts.md").read_text("utf-8").partition("| dependency |")[2]
+    named = {name.strip() for cell in re.findall(r"^\| ([\w, -]+) \|", table, re.MULTILINE) for name in cell.split(",")}
+    required = set(re.findall(r'^ +"([\w-]+)', core, re.MULTILINE))
+    assert required and named - {"---"} == required
+
+
 # ------------------------------------------------------------------------------------ commands and their flags
 
 
