@@ -8,6 +8,8 @@ from pydantic import model_validator
 
 from r3rag_jax.config.section import Section, key, require, section
 
+GROUPED = ("grpo", "rloo")  # algorithms that compare the samples of a question, as `rl/algorithms.py` says
+
 
 class KLConfig(Section):
     """Distance of the policy to the reference policy, which is the one after the cold start."""
@@ -136,16 +138,6 @@ class RLConfig(Section):
     kl: KLConfig = section(KLConfig())
     critic: CriticConfig = section(CriticConfig())
 
-    @property
-    def has_critic(self) -> bool:
-        """Whether a value model is trained with the policy."""
-        return self.algorithm == "ppo"
-
-    @property
-    def is_grouped(self) -> bool:
-        """Whether a trajectory is compared with the other samples of its question."""
-        return self.algorithm in ("grpo", "rloo")
-
     @model_validator(mode="after")
     def _check_returns(self) -> Self:
         require(
@@ -174,7 +166,7 @@ class RLConfig(Section):
             "rl.algorithm",
         )
         require(
-            self.max_resamples == 0 or (self.is_grouped and self.drop_zero_variance),
+            self.max_resamples == 0 or (self.algorithm in GROUPED and self.drop_zero_variance),
             "rl.max_resamples must be 0 unless rl.algorithm is grpo or rloo and rl.drop_zero_variance true; got "
             f"{self.max_resamples} with {self.algorithm} and {str(self.drop_zero_variance).lower()}",
             "rl.max_resamples",

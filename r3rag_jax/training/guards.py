@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from r3rag_jax.config import GuardsConfig, RLConfig
+from r3rag_jax.rl.algorithms import ALGORITHMS
 
 ABOVE = (
     "approx_kl", "kl", "clip_fraction", "no_answer_rate", "format_error_rate", "repeated_query_rate", "equal_groups",
@@ -43,7 +44,8 @@ class Guards:
 
         for name in ABOVE:
             limit = getattr(config, name)
-            if limit > 0 and name in metrics and (name != "equal_groups" or self._rl.is_grouped):
+            has_meaning = name != "equal_groups" or ALGORITHMS[self._rl.algorithm].is_grouped
+            if limit > 0 and name in metrics and has_meaning:
                 hold(name, name, metrics[name] <= limit, f"at most {limit}")
         if "entropy" in metrics:
             hold("entropy", "min_entropy", metrics["entropy"] >= config.min_entropy, f"at least {config.min_entropy}")

@@ -15,6 +15,7 @@ from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.parallel.shardings import batch_ways, tree_shardings
 from r3rag_jax.rewards.judge.factory import judge_memory
+from r3rag_jax.rl.algorithms import ALGORITHMS
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.memory import MemoryPlan, bytes_per_device, plan
 from r3rag_jax.sampler.ops import SamplerOps
@@ -46,7 +47,7 @@ def plan_memory(components: Components, phase: str) -> list[MemoryPlan]:
         if phase == "sft":
             return policy.params, optimizer.sft_optimizer(config.sft, 1, config.model.moment_dtype).init(policy.params)
         params = {"policy": policy.params}
-        if config.rl.has_critic:
+        if ALGORITHMS[config.rl.algorithm].needs_critic:
             whole = lora.join(policy.graphdef, policy.params, policy.frozen)
             params["critic"] = lora.split_trainable(new_critic(whole, config.rl.critic.kind), config.lora).params
         return params, optimizer.rl_optimizer(config.rl, config.model.moment_dtype).init(params)

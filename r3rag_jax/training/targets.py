@@ -16,6 +16,7 @@ from r3rag_jax.config import ModelConfig, RLConfig
 from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, replicated
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.rl.advantages import whiten_rewards
+from r3rag_jax.rl.algorithms import ALGORITHMS
 from r3rag_jax.rl.estimator import estimate
 from r3rag_jax.rl.losses import kl_penalty, masked_mean, truncated_weights
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
@@ -93,7 +94,7 @@ def make_targets(
         advantages, returns = estimate(values, kl * gather("penalties"), mask, table, config, num_steps)
         targets = [Targets(a) for a in scatter(advantages)]
         metrics: Metrics = {}
-        if config.has_critic:
+        if ALGORITHMS[config.algorithm].needs_critic:
             both = zip(targets, scatter(returns), scatter(values), strict=True)
             targets = [dataclasses.replace(t, returns=r, old_values=v) for t, r, v in both]
             metrics = _critic_metrics(values, returns, mask)

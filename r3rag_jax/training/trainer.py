@@ -17,6 +17,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models import lora
 from r3rag_jax.parallel.shardings import device_put_batch, replicated
 from r3rag_jax.rewards.scorer import Scores
+from r3rag_jax.rl.algorithms import ALGORITHMS
 from r3rag_jax.rl.losses import adapted_kl
 from r3rag_jax.run.checkpoints import Checkpoints, load_arrays, save_arrays
 from r3rag_jax.sampler.distribution import Truncation
@@ -78,7 +79,7 @@ class RLTrainer:
     def _parts(self) -> dict[str, lora.TrainableSplit]:
         """Policy and critic as they are before RL."""
         parts = {"policy": self._components.policy.trainable(self._ref_params)}
-        if self._config.has_critic:
+        if ALGORITHMS[self._config.algorithm].needs_critic:
             policy = parts["policy"]
             decoder = lora.join(policy.graphdef, policy.params, policy.frozen)
             critic = new_critic(decoder, self._config.critic.kind)
@@ -188,7 +189,8 @@ class RLTrainer:
         groups = number_groups(trajectories)
         is_equal = equal_groups(scores.rewards, groups, totals=config.returns == "total")
         is_kept = np.ones_like(is_equal)
-        if config.is_grouped and config.drop_zero_variance and not is_equal.all():  # an iteration is never empty
+        is_grouped = ALGORITHMS[config.algorithm].is_grouped
+        if is_grouped and config.drop_zero_variance and not is_equal.all():  # an iteration is never empty
             is_kept = ~is_equal
         kept, rest = (np.flatnonzero(x).tolist() for x in (is_kept, ~is_kept))
 
