@@ -17,6 +17,7 @@ from r3rag_jax.config import Config, WorldConfig
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import Hit
+from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.types import Question, Step
 from r3rag_jax.world.dataset import write_teacher
 from r3rag_jax.world.encyclopedia import PASSAGES, RELATIONS, RL_ONLY, SHARES, UNSEEN, World, realm_of, teach
@@ -172,7 +173,7 @@ def test_passages_speak_of_their_own_split_alone(world: World) -> None:
         assert named <= own[world.split_of[passage.id]]
 
 
-class ShuffledIndex:
+class ShuffledRetriever:
     """A retriever at its worst: passages of all splits in random order."""
 
     def __init__(self, world: World):
@@ -184,9 +185,10 @@ class ShuffledIndex:
 
 def test_trajectories_show_nothing_of_the_test_split(world: World, tmp_path) -> None:
     config = Config().replace(world=WorldConfig(num_sft=COUNTS["sft"]))
-    write_teacher(world, config, ShuffledIndex(world), tmp_path)
+    run = RunDirectory(tmp_path)
+    write_teacher(world, config, ShuffledRetriever(world), run)
     corpus = {passage.id: passage for passage in world.passages}
-    trajectories = read_trajectories(tmp_path / "sft.jsonl", corpus, 2)
+    trajectories = read_trajectories(run.data("sft"), corpus, 2)
     assert len(trajectories) == COUNTS["sft"]
     everyone, names = names_of(world, SHARES), set[str]()
     for trajectory in trajectories:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +101,7 @@ class BertEncoder:
         self._by_rows = NamedSharding(mesh, PartitionSpec("rows"))
         self._everywhere = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self._here = jax.tree.map(lambda x: x.addressable_data(0), self._everywhere)
-
-        def embed(params: Any, tokens_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
-            mask_BL = jnp.arange(tokens_BL.shape[1]) < lengths_B[:, None]
-            hidden_BLD = nnx.merge(graphdef, params)(tokens_BL, mask_BL)
-            return unit(pool(hidden_BLD, mask_BL, pooling))
-
-        self._embed = jax.jit(embed, compiler_options=dict(compiler_options) if compiler_options else None)
+        self._embed = _jit_embed(graphdef, pooling, compiler_options)
 
     @property
     def dim(self) -> int:
@@ -177,6 +171,17 @@ class BertEncoder:
         """Write path and settings to `encoder.json`: documentation for those who want to use the index again."""
         settings = {"kind": "bert", "path": str(self._path), **self._settings, "batch_tokens": self._batch_tokens}
         (directory / ENCODER_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def _jit_embed(graphdef: Any, pooling: str, compiler_options: Mapping[str, Any] | None) -> Callable[..., jax.Array]:
+    """A function of (params, tokens int32 [B, L], lengths int32 [B]) to vectors, float32 [B, D] of norm 1."""
+
+    def embed(params: Any, tokens_BL: jax.Array, lengths_B: jax.Array) -> jax.Array:
+        mask_BL = jnp.arange(tokens_BL.shape[1]) < lengths_B[:, None]
+        hidden_BLD = nnx.merge(graphdef, params)(tokens_BL, mask_BL)
+        return unit(pool(hidden_BLD, mask_BL, pooling))
+
+    return jax.jit(embed, compiler_options=dict(compiler_options) if compiler_options else None)
 
 
 def _lengths(max_length: int) -> list[int]:
