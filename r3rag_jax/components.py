@@ -20,6 +20,7 @@ from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.questions import iterate_passages
 from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.phase import Evaluator
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
 from r3rag_jax.retrieval.base import Encoder, Retriever
@@ -194,6 +195,14 @@ class Components:
             UserError: its model, key, prompts or file of judgements cannot be read.
         """
         return open_judge(self.config.judge, self.mesh, self.run.judgements)
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        return Evaluator(
+            self.config, self.run, self.policy, self.retriever, search_env=lambda: self.search_env,
+            make_backend=self.rollout_backend, open_judge=lambda: self.judge,
+            fingerprint_fields=self.sampling_mark() | self.judge_mark(), console=self.console,
+        )  # fmt: skip
 
     def judge_mark(self) -> dict[str, Any]:
         """What a fingerprint says of the evaluation's judge."""

@@ -16,7 +16,7 @@ from rich.console import Console
 from r3rag_jax.components import Components
 from r3rag_jax.config import Config, parse_args
 from r3rag_jax.errors import main_guard
-from r3rag_jax.evaluation.phase import eval_phase, load_evals
+from r3rag_jax.evaluation.phase import load_results
 from r3rag_jax.parallel.processes import start_distributed
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.reporting.rendering import groups_table, results_table
@@ -29,19 +29,12 @@ from r3rag_jax.training.rl import rl_phase
 from r3rag_jax.training.sft import sft_phase
 from r3rag_jax.world.dataset import prepare_data
 
-
-def index_phase(components: Components) -> bool:
-    """Write the data that the run makes itself, and build the index; False where that was done before."""
-    corpus, index_dir = components.dataset.path_of("corpus"), components.index_dir
-    return prepare_data(components.config, components.run, corpus, index_dir, components.console)
-
-
-# Name in `phases` -> what runs it, and says whether there was anything to do.
+# Name in `phases` -> runs it on the components, and returns whether there was anything to do.
 PHASES: dict[str, Callable[[Components], bool]] = {
-    "index": index_phase,
+    "index": lambda c: prepare_data(c.config, c.run, c.dataset.path_of("corpus"), c.index_dir, c.console),
     "sft": sft_phase,
     "rl": rl_phase,
-    "eval": eval_phase,
+    "eval": lambda c: c.evaluator.run_phase(c.dataset.questions("test")),
 }
 
 
@@ -76,7 +69,7 @@ def run(config: Config, console: Console | None = None) -> Components:
             say(took if is_new else f"[dim]✓ {name}  done before[/]", highlight=False)
             did_work |= is_new
     if jax.process_index() == 0:
-        if evals := load_evals(components):
+        if evals := load_results(components.run, config.eval.systems):
             say(results_table(evals))
             say(groups_table(evals))
         say(f"{'Report' if did_work else 'All is done. Report'}: {write_report(components.run_dir)}", highlight=False)

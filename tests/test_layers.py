@@ -17,7 +17,7 @@ import r3rag_jax
 PACKAGE = Path(r3rag_jax.__file__).parent
 FOLDERS = (
     "types errors config parallel run text data clients models retrieval sampler rollout rewards rl training baselines "
-    "coldstart evaluation reporting world components"
+    "coldstart evaluation reporting world components trained_run"
 ).split()  # the order of docs/concepts.md: each imports only from those before it
 ENTRY_POINTS = "train evaluate ask index serve convert compile demo report pretrain".split()
 RANK = {name: rank for rank, name in enumerate(FOLDERS)} | dict.fromkeys(ENTRY_POINTS, len(FOLDERS))
@@ -28,7 +28,7 @@ LAZY = (
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_POINT_LINES = 500, 60, 80
 # Factories, which choose a part once for the devices at hand; nothing else asks what they are.
 MAY_ASK_FOR_PLATFORM = {"parallel.mesh", "retrieval.encoders.factory"}
-PLATFORM_QUERY = re.compile(r"\b(default_backend|platform|on_several_devices|collectives_race)\(\)")
+PLATFORM_QUERY = re.compile(r"(?<!host\.)\b(default_backend|platform|on_several_devices|collectives_race)\(\)")
 
 
 @functools.cache
