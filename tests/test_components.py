@@ -27,7 +27,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import open_run
-from r3rag_jax.train import index_phase
+from r3rag_jax.train import PHASES
 from r3rag_jax.types import Status
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
@@ -129,7 +129,7 @@ def test_a_model_path_without_a_model_is_the_users_to_fix(config: Config, tmp_pa
 
 def test_the_worlds_files_fit_together(config: Config) -> None:
     writer = Components(config, open_run(config))
-    index_phase(writer)
+    PHASES["index"](writer)
     data = config.run_directory / "data"
     corpus = {passage.id: passage for passage in read_passages(data / "corpus.jsonl")}
     for split in ("rl", "dev", "test"):
@@ -178,7 +178,7 @@ def files_of_ones_own(config: Config, directory: Path, **keys: Any) -> Config:
 def test_rl_leaves_out_the_questions_that_the_cold_start_drew(config: Config, tmp_path: Path) -> None:
     few = files_of_ones_own(config, tmp_path / "data", num_sft=4)
     one = Components(few, open_run(few))
-    index_phase(one)
+    PHASES["index"](one)
     used = [trajectory.question.id for trajectory in one.dataset.trajectories()]
     assert len(used) == 4 and set(used) < {f"q{i}" for i in range(6)}
     assert [question.id for question in one.dataset.questions("rl")] == [
@@ -198,7 +198,7 @@ def test_data_that_leaves_nothing_or_holds_too_little_is_the_users_to_fix(config
     every = files_of_ones_own(config, tmp_path / "data")
     every = every.replace(data=every.data.replace(rl="taught.jsonl"))
     one = Components(every, open_run(every))
-    index_phase(one)
+    PHASES["index"](one)
     with pytest.raises(UserError, match=r"data.disjoint leaves no question for RL: all of .*taught.jsonl"):
         one.dataset.questions("rl")
     many = every.replace(data=every.data.replace(num_sft=7))
@@ -211,13 +211,13 @@ def test_refreshing_places_what_is_wrong_with_the_trajectories(config: Config, t
     with (tmp_path / "data" / "taught.jsonl").open("a") as file:
         file.write('{"id": "q9", "question": "Who?", "golden_answers": ["x"]}\n')
     with pytest.raises(UserError, match=r"taught.jsonl:7: expected a field 'steps'"):
-        index_phase(Components(again, open_run(again)))
+        PHASES["index"](Components(again, open_run(again)))
 
 
 def test_refreshing_brings_this_runs_passages_and_keeps_what_a_step_needs(config: Config, tmp_path: Path) -> None:
     again = files_of_ones_own(config, tmp_path / "data", refresh_retrieved=True)
     one = Components(again, open_run(again))
-    index_phase(one)
+    PHASES["index"](one)
     assert one.dataset.path_of("sft") == one.run_dir / "data" / "sft.jsonl"
     for number, trajectory in enumerate(one.dataset.trajectories()):
         [found] = one.retriever.search([trajectory.steps[0].query or ""], again.retrieval.top_k)
