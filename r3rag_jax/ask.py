@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_compile_cache()
     components, phase = open_trained_run(args)
     question = Question("asked", args.question.strip(), ())
-    backend = components.rollout_backend(lambda: components.policy.load(components.policy_dir(phase)))
+    backend = components.rollout_backend(lambda: components.policy.load(components.run.policy(phase)))
     [trajectory] = greedy_rollouts(backend, components.search_env, components.retriever, [question])
     print_trajectory(trajectory, components.console)
     return 0

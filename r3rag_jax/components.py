@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,23 @@ from r3rag_jax.rewards.scorer import Scorer
 from r3rag_jax.rewards.terms import needed_resources
 from r3rag_jax.rollout.backends import EngineBackend, RolloutBackend, ServerBackend
 from r3rag_jax.rollout.env import EnvFactory
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.rollout.scheduler import rollout
 from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import bar_of_unknown_length
 from r3rag_jax.run.trackers.base import Tracker
 from r3rag_jax.run.trackers.factory import make_trackers
+from r3rag_jax.run.trajectories import TrajectoryLog
 from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import Truncation
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.text.protocols import TAGS, make_protocol
-from r3rag_jax.text.transcript import Codec
+from r3rag_jax.text.transcript import Codec, teacher_samples
+from r3rag_jax.training.parts import RolloutParts, TrainingParts
+from r3rag_jax.types import Sample, Trajectory
 
 
 class Components:
@@ -98,9 +103,10 @@ class Components:
         """Whether samples that begin alike are trained in one sequence; see `prefix_tree.py`."""
         return not self.codec.protocol.is_one_sequence and self.config.model.attention != "splash"
 
-    def policy_dir(self, phase: str) -> Path:
-        """Where a finished phase leaves the policy, as a Hugging Face directory."""
-        return self.run.policy(phase)
+    @property
+    def taught_samples(self) -> list[tuple[Sample, ...]]:
+        """The training sequences of the teacher's trajectories."""
+        return [teacher_samples(self.codec, trajectory) for trajectory in self.dataset.trajectories()]
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -172,6 +178,29 @@ class Components:
         """The engine with a policy that `to_sampler` returned."""
         chunk = self.config.rollout.decode_chunk
         return EngineBackend(self.engine, policy, self.policy.tokenizer, decode_chunk=chunk)
+
+    def rollout(self, policy: CachedDecoder, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+        """Roll out R3-RAG's protocol with the engine."""
+        overlap = self.config.rollout.search_overlap
+        backend = self.engine_backend(policy)
+        return rollout(backend, self.search_env, self.retriever, requests, search_overlap=overlap)
+
+    # ---- training
+
+    @functools.cached_property
+    def training(self) -> TrainingParts:
+        return TrainingParts(
+            self.config, self.run, self.mesh, self.sampler_mesh, self.policy, self.log, self.console,
+            cache_dtype=self.cache_dtype, shares_prefixes=self.shares_prefixes,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def rl_rollouts(self) -> RolloutParts:
+        kept = TrajectoryLog(self.run.trajectories("rl"), self.config.log.trajectories, self.trackers)
+        return RolloutParts(
+            self.dataset.questions("rl"), self.dataset.questions("dev"), copy_policy=self.to_sampler,
+            rollout=self.rollout, scorer=self.scorer, kept=kept,
+        )  # fmt: skip
 
     # ---- rewards
 

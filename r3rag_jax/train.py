@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 from rich.console import Console
@@ -19,23 +19,13 @@ from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.phase import load_results
 from r3rag_jax.parallel.processes import start_distributed
 from r3rag_jax.parallel.target import Target
+from r3rag_jax.phases import PHASES
 from r3rag_jax.reporting.rendering import groups_table, results_table
 from r3rag_jax.reporting.report_page import write_report
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import open_run
 from r3rag_jax.sampler.kernels.cpu import kernels as cpu_kernels
-from r3rag_jax.training.memory_plan import is_ahead, memory_notices, plan_memory
-from r3rag_jax.training.rl import rl_phase
-from r3rag_jax.training.sft import sft_phase
-from r3rag_jax.world.dataset import prepare_data
-
-# Name in `phases` -> runs it on the components, and returns whether there was anything to do.
-PHASES: dict[str, Callable[[Components], bool]] = {
-    "index": lambda c: prepare_data(c.config, c.run, c.dataset.path_of("corpus"), c.index_dir, c.console),
-    "sft": sft_phase,
-    "rl": rl_phase,
-    "eval": lambda c: c.evaluator.run_phase(c.dataset.questions("test")),
-}
+from r3rag_jax.training.memory_plan import memory_notices, needs_devices, plan_memory
 
 
 @main_guard
@@ -51,7 +41,11 @@ def run(config: Config, console: Console | None = None) -> Components:
     """Run all phases of the configuration; finished ones are skipped."""
     components = Components(config, config.run_directory, console)
     say = components.console.print
-    plans = {name: plan_memory(components, name) for name in config.phases if is_ahead(components, name)}
+    plans = {
+        name: plan_memory(components.training, name)
+        for name in config.phases
+        if needs_devices(config, components.run, name)
+    }
     for planned in itertools.chain(*plans.values()):
         planned.check()  # before there is a directory, so that the same name can be had with other settings
     log = components.log  # a tracker whose package is missing is refused before there is a directory, too
@@ -62,7 +56,7 @@ def run(config: Config, console: Console | None = None) -> Components:
     with log:
         for name in config.phases:
             started = time.monotonic()
-            for notice in memory_notices(components, name, plans[name]) if name in plans else ():
+            for notice in memory_notices(components.training, name, plans[name]) if name in plans else ():
                 say(notice, highlight=False)
             is_new = PHASES[name](components)
             took = f"[green]✓[/] {name}  {time.monotonic() - started:.0f} s"

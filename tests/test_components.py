@@ -25,9 +25,9 @@ from r3rag_jax.data.questions import read_passages, read_questions
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import load_decoder
+from r3rag_jax.phases import PHASES
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import open_run
-from r3rag_jax.train import PHASES
 from r3rag_jax.types import Status
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
@@ -90,9 +90,9 @@ def test_a_phases_policy_is_exported_whole_and_read_back_on_another_mesh(config:
     run_dir = open_run(config).path
     writer = components(config, 1, 4, 2)
     params = jax.tree.map(lambda x: x + 0.123456789, writer.policy.base_params())
-    writer.policy.save(writer.policy_dir("sft"), params)
+    writer.policy.save(writer.run.policy("sft"), params)
     assert [path.name for path in (run_dir / "policy").iterdir()] == ["sft"]
-    read = components(config, 8, 1, 1).policy.load(writer.policy_dir("sft"))
+    read = components(config, 8, 1, 1).policy.load(writer.run.policy("sft"))
     for a, b in zip(flat(read), flat(params), strict=True):
         np.testing.assert_array_equal(a, b)  # float32: nothing is rounded
     whole = tiny_run.files(run_dir / "policy" / "sft")
@@ -105,8 +105,8 @@ def test_what_generation_is_told_goes_with_the_policy(config: Config, base: Path
     source = shutil.copytree(base, tmp_path / "source")
     (source / "generation_config.json").write_text('{"eos_token_id": [2, 0], "temperature": 0.6}')
     writer = components(config, path=str(source))
-    writer.policy.save(writer.policy_dir("sft"), writer.policy.base_params())
-    written = json.loads((writer.policy_dir("sft") / "generation_config.json").read_text())
+    writer.policy.save(writer.run.policy("sft"), writer.policy.base_params())
+    written = json.loads((writer.run.policy("sft") / "generation_config.json").read_text())
     assert written == {"pad_token_id": 0, "eos_token_id": [2, 0], "temperature": 0.6}
 
 

@@ -14,9 +14,9 @@ from r3rag_jax import index
 from r3rag_jax.components import Components
 from r3rag_jax.config import RetrievalConfig
 from r3rag_jax.errors import UserError
+from r3rag_jax.phases import PHASES
 from r3rag_jax.retrieval.factory import open_retriever, open_store
 from r3rag_jax.run.directory import open_run
-from r3rag_jax.train import PHASES
 
 
 @pytest.fixture
