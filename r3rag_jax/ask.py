@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from r3rag_jax.config import FlagParser
 from r3rag_jax.errors import UserError, main_guard
+from r3rag_jax.evaluate import add_checkpoint_flags, open_components
 from r3rag_jax.evaluation.evaluator import greedy_rollouts
 from r3rag_jax.reporting.rendering import print_trajectory
 from r3rag_jax.run.caches import use_compile_cache
-from r3rag_jax.trained_run import add_checkpoint_flags, open_trained_run
 from r3rag_jax.types import Question
 
 
@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.question.strip():
         raise UserError("the question must not be empty")
     use_compile_cache()
-    components, phase = open_trained_run(args)
+    components, phase = open_components(args)
     question = Question("asked", args.question.strip(), ())
-    backend = components.rollout_backend(lambda: components.policy.load(components.run.policy(phase)))
+    backend = components.rollout_backend(lambda: components.policy.load(components.policy_dir(phase)))
     [trajectory] = greedy_rollouts(backend, components.search_env, components.retriever, [question])
     print_trajectory(trajectory, components.console)
     return 0

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.questions import iterate_passages
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.phase import Evaluator
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
 from r3rag_jax.retrieval.base import Encoder, Retriever
@@ -32,23 +31,18 @@ from r3rag_jax.rewards.scorer import Scorer
 from r3rag_jax.rewards.terms import needed_resources
 from r3rag_jax.rollout.backends import EngineBackend, RolloutBackend, ServerBackend
 from r3rag_jax.rollout.env import EnvFactory
-from r3rag_jax.rollout.request import RolloutRequest
-from r3rag_jax.rollout.scheduler import rollout
 from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import bar_of_unknown_length
 from r3rag_jax.run.trackers.base import Tracker
 from r3rag_jax.run.trackers.factory import make_trackers
-from r3rag_jax.run.trajectories import TrajectoryLog
 from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import Truncation
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.text.protocols import TAGS, make_protocol
-from r3rag_jax.text.transcript import Codec, teacher_samples
-from r3rag_jax.training.parts import RolloutParts, TrainingParts
-from r3rag_jax.types import Sample, Trajectory
+from r3rag_jax.text.transcript import Codec
 
 
 class Components:
@@ -103,10 +97,9 @@ class Components:
         """Whether samples that begin alike are trained in one sequence; see `prefix_tree.py`."""
         return not self.codec.protocol.is_one_sequence and self.config.model.attention != "splash"
 
-    @property
-    def taught_samples(self) -> list[tuple[Sample, ...]]:
-        """The training sequences of the teacher's trajectories."""
-        return [teacher_samples(self.codec, trajectory) for trajectory in self.dataset.trajectories()]
+    def policy_dir(self, phase: str) -> Path:
+        """Where a finished phase leaves the policy, as a Hugging Face directory."""
+        return self.run.policy(phase)
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -179,29 +172,6 @@ class Components:
         chunk = self.config.rollout.decode_chunk
         return EngineBackend(self.engine, policy, self.policy.tokenizer, decode_chunk=chunk)
 
-    def rollout(self, policy: CachedDecoder, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
-        """Roll out R3-RAG's protocol with the engine."""
-        overlap = self.config.rollout.search_overlap
-        backend = self.engine_backend(policy)
-        return rollout(backend, self.search_env, self.retriever, requests, search_overlap=overlap)
-
-    # ---- training
-
-    @functools.cached_property
-    def training(self) -> TrainingParts:
-        return TrainingParts(
-            self.config, self.run, self.mesh, self.sampler_mesh, self.policy, self.log, self.console,
-            cache_dtype=self.cache_dtype, shares_prefixes=self.shares_prefixes,
-        )  # fmt: skip
-
-    @functools.cached_property
-    def rl_rollouts(self) -> RolloutParts:
-        kept = TrajectoryLog(self.run.trajectories("rl"), self.config.log.trajectories, self.trackers)
-        return RolloutParts(
-            self.dataset.questions("rl"), self.dataset.questions("dev"), copy_policy=self.to_sampler,
-            rollout=self.rollout, scorer=self.scorer, kept=kept,
-        )  # fmt: skip
-
     # ---- rewards
 
     @functools.cached_property
@@ -224,14 +194,6 @@ class Components:
             UserError: its model, key, prompts or file of judgements cannot be read.
         """
         return open_judge(self.config.judge, self.mesh, self.run.judgements)
-
-    @functools.cached_property
-    def evaluator(self) -> Evaluator:
-        return Evaluator(
-            self.config, self.run, self.policy, self.retriever, search_env=lambda: self.search_env,
-            make_backend=self.rollout_backend, open_judge=lambda: self.judge,
-            fingerprint_fields=self.sampling_mark() | self.judge_mark(), console=self.console,
-        )  # fmt: skip
 
     def judge_mark(self) -> dict[str, Any]:
         """What a fingerprint says of the evaluation's judge."""

@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,10 +37,9 @@ from r3rag_jax.rl import algorithms
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.sampler import memory
-from r3rag_jax.training import sft, steps
+from r3rag_jax.training import rl, sft, steps
 from r3rag_jax.training.memory_plan import plan_memory, undivided
-from r3rag_jax.training.requests import iteration_requests
-from r3rag_jax.training.sampling import IterationSampler
+from r3rag_jax.training.requests import iteration_jobs
 from r3rag_jax.training.trainer import RLTrainer, equal_groups, number_groups
 from r3rag_jax.types import Question, Sample, Status, Step, Trajectory
 
@@ -242,12 +241,13 @@ def test_rollouts_ahead_are_one_step_behind_and_resume_as_they_were(
         "mesh__sampler_devices": sampler_devices, "rl__async_rollouts": "true", "rl__iterations": 5,
         "rl__checkpoint_every": 3, "rl__eval_every": 5, "phases": "[index, rl]", "rl__entropy_coef": 0.1,
     }  # fmt: skip  # with entropy even the first update moves the policy, whatever the rewards
-    base, sampled = finished("tags") / "policy" / "sft", []
-    sample, update = IterationSampler.sample, RLTrainer.update
+    base, played = finished("tags") / "policy" / "sft", []
+    play, update = rl.Rollouts._play, RLTrainer.update
 
-    def recorded(sampler, iteration, params):
-        sampled.append((iteration, jax.tree.leaves(params)))
-        return sample(sampler, iteration, params)
+    def kept_play(rollouts, iteration, params):
+        trajectories = play(rollouts, iteration, params)
+        played.append((iteration, jax.tree.leaves(params), trajectories))
+        return trajectories
 
     def mortal_update(trainer, trajectories, scores):
         if trainer.iteration == 4:
@@ -255,10 +255,10 @@ def test_rollouts_ahead_are_one_step_behind_and_resume_as_they_were(
         return update(trainer, trajectories, scores)
 
     with monkeypatch.context() as patch:
-        patch.setattr(IterationSampler, "sample", recorded)
+        patch.setattr(rl.Rollouts, "_play", kept_play)
         tiny_run.train(tmp_path / "whole", base, **settings)
-    assert [iteration for iteration, _ in sampled] == [0, 1, 2, 3, 4]
-    policies = [params for _, params in sampled]
+    assert [iteration for iteration, _, _ in played] == [0, 1, 2, 3, 4]
+    policies = [params for _, params, _ in played]
     # 1 has the policy of 0, 2 that behind the first update; 3 is sampled behind the checkpoint, by today's policy.
     assert are_equal(policies[0], policies[1]) and not are_equal(policies[1], policies[2])
     assert are_equal(policies[3], policies[4]) and not are_equal(policies[2], policies[3])
@@ -291,48 +291,49 @@ def test_rollouts_ahead_need_devices_that_nothing_else_launches_on(base: Path, t
 def test_every_question_comes_once_before_any_comes_again() -> None:
     questions = [Question(str(i), f"q{i}", ("x",)) for i in range(10)]
     config = Config(rl=RLConfig(questions=4), rollout=RolloutConfig(samples=3, temperatures=(0.4, 1.0)))
-    jobs = [iteration_requests(config, questions, iteration) for iteration in range(5)]
+    jobs = [iteration_jobs(config, questions, iteration) for iteration in range(5)]
     ids = [job.question.id for iteration in jobs for job in iteration[::3]]
     assert sorted(ids[:10]) == sorted(ids[10:]) == sorted(str(i) for i in range(10))
     assert ids[:10] != ids[10:] and ids[:10] != sorted(ids[:10])
     assert [(job.sample_index, job.temperature) for job in jobs[0][:3]] == [(0, 0.4), (1, 1.0), (2, 0.4)]
-    assert jobs[2] == iteration_requests(config, questions, 2)
+    assert jobs[2] == iteration_jobs(config, questions, 2)
     assert len({job.seed for iteration in jobs for job in iteration}) == 5
-    assert {job.seed for job in jobs[0]}.isdisjoint({job.seed for job in iteration_requests(
+    assert {job.seed for job in jobs[0]}.isdisjoint({job.seed for job in iteration_jobs(
         Config(seed=1, rl=config.rl, rollout=config.rollout), questions, 0)})  # fmt: skip
 
 
-def test_questions_that_teach_nothing_make_room_for_others() -> None:
+def test_questions_that_teach_nothing_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake policy answers questions of an even number right or wrong in turn, and all others wrong."""
     questions = [Question(str(i), f"q{i}", ("x",)) for i in range(12)]
     rl_config = RLConfig(algorithm="grpo", questions=4, max_resamples=2)
     config = Config(rl=rl_config, rollout=RolloutConfig(samples=2, temperatures=(1.0,)))
     played: list[list[int]] = []
 
-    def rollout(policy: Any, jobs: Sequence[RolloutRequest]) -> list[Trajectory]:
+    def play(backend: Any, env_factory: Any, retriever: Any, jobs: list[RolloutRequest], **_: Any) -> list[Trajectory]:
         played.append([int(job.question.id) for job in jobs[::2]])
         is_right = [int(job.question.id) % 2 == 0 and job.sample_index == 0 for job in jobs]
         steps = [(Step("a", answer="x" if right else "y"),) for right in is_right]
         return [Trajectory(job.question, s, Status.ANSWERED) for job, s in zip(jobs, steps, strict=True)]
 
-    parts = SimpleNamespace(config=config, mesh=None, sampler_mesh=None)
-    scorer = Scorer(config.rewards, Resources(config.rollout.max_steps))
-    rollouts = SimpleNamespace(questions=questions, rollout=rollout, scorer=scorer)
-    sampler = IterationSampler(parts, rollouts)
+    components = SimpleNamespace(
+        config=config, mesh=None, sampler_mesh=None, dataset=SimpleNamespace(questions=lambda _: questions),
+        to_sampler=lambda params: params,
+        engine_backend=lambda policy: None, search_env=None, retriever=None,
+        scorer=Scorer(config.rewards, Resources(config.rollout.max_steps)),
+    )  # fmt: skip
+    monkeypatch.setattr(rl, "rollout", play)
     for iteration in range(3):
         played.clear()
-        sample = sampler.sample(iteration, None)
-        trajectories = sample.trajectories
+        trajectories = rl.Rollouts(components).of(iteration, None)
         numbers = [number for draw in played for number in draw]
         assert len(set(numbers)) == len(numbers) and 1 < len(played) <= 3
         for draw, before in zip(played[1:], itertools.accumulate(played), strict=False):
             assert len(draw) == min(4 - sum(n % 2 == 0 for n in before), 12 - len(before))  # as many as are missing
         assert [int(t.question.id) for t in trajectories[::2]] == numbers
-        if sample.scores is not None:  # they are those of all trajectories
-            assert len(sample.scores.rewards) == len(trajectories)
         again = [*played]
         played.clear()
-        assert sampler.sample(iteration, None).trajectories == trajectories and played == again
+        rl.Rollouts(components).of(iteration, None)
+        assert played == again
 
 
 # ------------------------------------------------------------------------ entry points on the result
@@ -381,8 +382,8 @@ def test_groups_without_a_difference_are_found() -> None:
 def test_planned_memory_is_what_the_trainer_holds(base: Path, tmp_path: Path, rank: int) -> None:
     config = tiny_run.config(tmp_path, base, lora__rank=rank, rl__critic__kind="separate", mesh__fsdp=2)
     components = Components(config, config.run_directory)
-    [planned] = plan_memory(components.training, "rl")
-    rl = RLTrainer(components.training)
+    [planned] = plan_memory(components, "rl")
+    rl = RLTrainer(components)
 
     def held(tree: object) -> int:
         shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
@@ -448,7 +449,7 @@ def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Pa
     trajectories = [written(components, q, i, n) for q, i, n in plays]
     rewards = [np.asarray(r, np.float32) for r in ([0.5, 0.5, 2], [-1], [0.8, 2], [0.8, 2], [0], [1, -0.5])]
     scores = Scores(rewards, np.zeros((6, 3), np.float32), {}, {})
-    one = RLTrainer(components.training)
+    one = RLTrainer(components)
     metrics = one.update(trajectories, scores)
     assert all(math.isfinite(value) for value in metrics.values())
     is_grouped = algorithm in ("grpo", "rloo")
@@ -460,7 +461,7 @@ def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Pa
     assert ("weight" in metrics) == (algorithm == "ppo")
     assert metrics["grad_norm"] > 0
     one.save()
-    other = RLTrainer(components.training)  # from the checkpoint
+    other = RLTrainer(components)  # from the checkpoint
     assert other.iteration == 1 and other.kl == one.kl
     if algorithm == "ppo":
         change = min(max((metrics["kl"] - 1e-3) / 1e-3, -0.2), 0.2)
@@ -510,7 +511,7 @@ def test_a_step_of_nan_is_named_kept_and_replayed(base: Path, tmp_path: Path, mo
     components, trajectories, scores = faulty_components(base, tmp_path)
     with monkeypatch.context() as patch:
         inject_fault(patch)
-        trainer = RLTrainer(components.training)
+        trainer = RLTrainer(components)
         with pytest.raises(
             UserError, match=r"RL iteration 0, update \d of 4 \(batch \d\): .* finite; got nan and nan; kept"
         ):
@@ -519,9 +520,9 @@ def test_a_step_of_nan_is_named_kept_and_replayed(base: Path, tmp_path: Path, mo
         assert all(np.isfinite(x).all() for x in before)
         [path] = (components.run_dir / "checkpoints").glob("bad_step_*.npz")
         assert (np.load(path)["batch.behaviour_logprobs"] == MARK).any()
-        replayed = RLTrainer(components.training).replay(path)
+        replayed = RLTrainer(components).replay(path)
         assert math.isnan(replayed["loss"]) and math.isfinite(replayed["entropy"])
-    sound = RLTrainer(components.training)  # the fault is repaired
+    sound = RLTrainer(components)  # the fault is repaired
     replayed = sound.replay(path)
     assert math.isfinite(replayed["loss"]) and replayed["grad_norm"] > 0
     state, _ = Checkpoints(path.with_suffix("")).restore(trainer.state)
@@ -536,7 +537,7 @@ def test_a_step_of_nan_is_skipped_or_rolled_back(
         base, tmp_path, guards__nonfinite=nonfinite, guards__rollbacks=1
     )
     inject_fault(monkeypatch)
-    trainer = RLTrainer(components.training)
+    trainer = RLTrainer(components)
     start = on_host(trainer.state.params)
     metrics = trainer.update(trajectories, scores)
     assert metrics["bad_steps"] == 1 and trainer.iteration == 1
@@ -555,7 +556,7 @@ def test_rewards_that_are_all_equal_move_nothing_and_are_told(base: Path, tmp_pa
     keys = {"guards__equal_groups": 0.9, "guards__action": "rollback", "guards__rollbacks": 1}
     components, trajectories, scores = faulty_components(base, tmp_path, **keys)
     equal = dataclasses.replace(scores, rewards=[np.ones(3, np.float32)] * 4)
-    trainer = RLTrainer(components.training)
+    trainer = RLTrainer(components)
     start = on_host(trainer.state.params)
     seen = {"trajectory_tokens": 20.0}
     metrics = trainer.update(trajectories, equal) | seen

@@ -2,114 +2,83 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from r3rag_jax.baselines.factory import BASELINES
-from r3rag_jax.config import Config
+from r3rag_jax.components import Components
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.evaluator import fingerprint, greedy_rollouts, summarise
-from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.processes import barrier
-from r3rag_jax.retrieval.base import Retriever
-from r3rag_jax.rewards.judge.judge import Judge
-from r3rag_jax.rollout.backends import RolloutBackend
-from r3rag_jax.rollout.env import EnvFactory
-from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.files import write_json
 from r3rag_jax.run.progress import ProgressBar
 from r3rag_jax.types import Question, Trajectory
 
-TRAINED = {"cold_start": "sft", "r3rag": "rl"}  # system -> the phase that trains its policy
+
+def eval_phase(components: Components) -> bool:
+    """Baselines, cold start and R3-RAG on the test questions."""
+    questions = components.dataset.questions("test")[: components.config.eval.max_questions or None]
+    mark = fingerprint(questions, index=components.retriever.fingerprint, top_k=components.config.retrieval.top_k,
+                       **components.sampling_mark(), **components.judge_mark())  # fmt: skip
+    did_work = False
+    for system in components.config.eval.systems:
+        path = components.run.evaluation(system)
+        if path.exists() and json.loads(path.read_text())["fingerprint"] == mark:
+            continue
+        did_work = True
+        bar = ProgressBar(
+            f"eval {system}", len(questions), console=components.console, live=components.config.log.progress
+        )
+        with bar:
+            trajectories = evaluate_system(components, system, questions, bar)
+        write_eval(components, system, trajectories, mark)
+    barrier("eval")
+    return did_work
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """Rolls out systems on questions, and writes what came of it into the run directory."""
+def evaluate_system(
+    components: Components, system: str, questions: Sequence[Question], bar: ProgressBar
+) -> list[Trajectory]:
+    """Trajectories of one system of `eval.systems` on the questions."""
 
-    config: Config
-    run: RunDirectory
-    policy: Policy
-    retriever: Retriever
-    search_env: Callable[[], EnvFactory]  # R3-RAG's protocol
-    make_backend: Callable[[Callable[[], Any]], RolloutBackend]  # takes what loads the policy's parameters
-    open_judge: Callable[[], Judge]
-    fingerprint_fields: Mapping[str, Any]  # judge and inference server, where there are any
-    console: Console
+    def on_done(trajectory: Trajectory) -> None:
+        bar.advance(retrievals=trajectory.num_retrievals)
 
-    def fingerprint(self, questions: Sequence[Question], **fields: Any) -> dict[str, Any]:
-        """What two evaluations must share to be comparable."""
-        index, top_k = self.retriever.fingerprint, self.config.retrieval.top_k
-        return fingerprint(questions, index=index, top_k=top_k, **fields, **self.fingerprint_fields)
-
-    def rollouts(self, system: str, questions: Sequence[Question]) -> list[Trajectory]:
-        """One greedy trajectory per question, by a system of `eval.systems`, on a progress bar.
-
-        Raises:
-            UserError: the phase that trains the system's policy has not finished.
-        """
-        if system in BASELINES:
-            env_factory = BASELINES[system](self.config, self.policy.tokenizer)
-            return self._rollouts(f"eval {system}", questions, self.policy.base_params, env_factory)
-        phase = TRAINED[system]
-        if not self.run.policy(phase).exists() and not self.config.rollout.server.is_given:
-            raise UserError(f"eval.systems names {system}, but phase {phase} of {self.run} has not finished")
-        return self.trained_rollouts(phase, questions, f"eval {system}")
-
-    def trained_rollouts(self, phase: str, questions: Sequence[Question], title: str) -> list[Trajectory]:
-        """One greedy trajectory per question, by the policy of a phase in R3-RAG's protocol."""
-        load = lambda: self.policy.load(self.run.policy(phase))  # noqa: E731
-        return self._rollouts(title, questions, load, self.search_env())
-
-    def write(self, name: str, trajectories: Sequence[Trajectory], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the trajectories and the metrics of an evaluation, and return the metrics. Only process 0 writes.
-
-        The trajectories are written first, so that they are kept when the judge fails.
-        """
-        is_writer = jax.process_index() == 0
-        if is_writer:
-            write_jsonl(self.run.trajectories(name), map(trajectory_to_dict, trajectories))
-        judge = self.open_judge() if self.config.eval.judge else None
-        summary = summarise(name, trajectories, dict(fingerprint), judge)
-        if is_writer:
-            write_json(self.run.evaluation(name), summary)
-        return summary
-
-    def run_phase(self, questions: Sequence[Question]) -> bool:
-        """Evaluate every system of `eval.systems` that has no result with this fingerprint; False if all have.
-
-        At most `eval.max_questions` of the questions are taken.
-        """
-        questions = questions[: self.config.eval.max_questions or None]
-        expected, did_work = self.fingerprint(questions), False
-        for system in self.config.eval.systems:
-            path = self.run.evaluation(system)
-            if path.exists() and json.loads(path.read_text())["fingerprint"] == expected:
-                continue
-            did_work = True
-            self.write(system, self.rollouts(system, questions), expected)
-        barrier("eval")
-        return did_work
-
-    def _rollouts(
-        self, title: str, questions: Sequence[Question], load: Callable[[], Any], env_factory: EnvFactory
-    ) -> list[Trajectory]:
-        backend = self.make_backend(load)
-        with ProgressBar(title, len(questions), console=self.console, live=self.config.log.progress) as bar:
-            return greedy_rollouts(
-                backend, env_factory, self.retriever, questions, search_overlap=self.config.rollout.search_overlap,
-                on_done=lambda trajectory: bar.advance(retrievals=trajectory.num_retrievals),
-            )  # fmt: skip
+    if system in BASELINES:
+        backend = components.rollout_backend(components.policy.base_params)
+        env_factory = BASELINES[system](components.config, components.policy.tokenizer)
+    else:
+        phase = {"cold_start": "sft", "r3rag": "rl"}[system]
+        if not components.policy_dir(phase).exists() and not components.config.rollout.server.is_given:
+            raise UserError(f"eval.systems names {system}, but phase {phase} of {components.run_dir} has not finished")
+        backend = components.rollout_backend(lambda: components.policy.load(components.policy_dir(phase)))
+        env_factory = components.search_env
+    return greedy_rollouts(backend, env_factory, components.retriever, questions,
+                           search_overlap=components.config.rollout.search_overlap, on_done=on_done)  # fmt: skip
 
 
-def load_results(run: RunDirectory, systems: Sequence[str]) -> list[dict[str, Any]]:
-    """The finished evaluations of these systems, in their order."""
-    paths = [run.evaluation(system) for system in systems]
+def write_eval(
+    components: Components, name: str, trajectories: Sequence[Trajectory], mark: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the trajectories and the metrics of an evaluation, and return the metrics. Only process 0 writes.
+
+    The trajectories are written first, so that they are kept when the judge fails.
+    """
+    is_writer = jax.process_index() == 0
+    if is_writer:
+        write_jsonl(components.run.trajectories(name), map(trajectory_to_dict, trajectories))
+    summary = summarise(name, trajectories, mark, components.judge if components.config.eval.judge else None)
+    if is_writer:
+        write_json(components.run.evaluation(name), summary)
+    return summary
+
+
+def load_evals(components: Components) -> list[dict[str, Any]]:
+    """The finished evaluations, in the configured order."""
+    paths = [components.run.evaluation(system) for system in components.config.eval.systems]
     return [json.loads(path.read_text()) for path in paths if path.exists()]

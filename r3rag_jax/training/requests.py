@@ -1,4 +1,4 @@
-"""Which questions an RL iteration samples, with which seeds and temperatures."""
+"""Which questions an iteration of RL plays, and with which seeds and temperatures."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.types import Question
 
 
-def iteration_requests(config: Config, questions: Sequence[Question], iteration: int) -> list[RolloutRequest]:
-    """The requests of an iteration, a function of seed and iteration alone: resuming needs no data position.
+def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int) -> list[RolloutRequest]:
+    """The jobs of an iteration, a function of seed and iteration alone: resuming needs no data position.
 
-    Each pass through all questions has a random order of its own.
+    Questions come in a new random order each time through all of them.
     """
-    requests = []
-    for number in range(iteration * config.rl.questions, (iteration + 1) * config.rl.questions):
-        epoch, index = divmod(number, len(questions))
+    jobs = []
+    for place in range(iteration * config.rl.questions, (iteration + 1) * config.rl.questions):
+        epoch, at = divmod(place, len(questions))
         order = np.random.default_rng((config.seed, epoch)).permutation(len(questions))
-        requests += sample_requests(config, questions[order[index]], iteration)
-    return requests
+        jobs += samples_of(config, questions[order[at]], iteration)
+    return jobs
 
 
-def replacement_requests(
-    config: Config, questions: Sequence[Question], iteration: int, round_: int, count: int, taken: set[str]
+def more_jobs(
+    config: Config, questions: Sequence[Question], iteration: int, draw: int, count: int, taken: set[str]
 ) -> list[RolloutRequest]:
-    """Requests of `count` more questions for an iteration, drawn at random from those whose ids are not `taken`."""
+    """Jobs of `count` questions more for an iteration, drawn by chance from those that are not `taken`."""
     free = [question for question in questions if question.id not in taken]
-    order = np.random.default_rng((config.seed, iteration, round_)).permutation(len(free))[: max(0, count)]
-    return [request for index in order for request in sample_requests(config, free[index], iteration)]
+    order = np.random.default_rng((config.seed, iteration, draw)).permutation(len(free))[: max(0, count)]
+    return [job for at in order for job in samples_of(config, free[at], iteration)]
 
 
-def sample_requests(config: Config, question: Question, iteration: int) -> list[RolloutRequest]:
-    """The `rollout.samples` requests of one question."""
+def samples_of(config: Config, question: Question, iteration: int) -> list[RolloutRequest]:
     temperatures, seed = config.rollout.temperatures, config.seed * 1_000_003 + iteration
     return [
         RolloutRequest(question, i, temperatures[i % len(temperatures)], seed=seed)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from rich.markup import escape
 
+from r3rag_jax.components import Components
 from r3rag_jax.errors import UserError
 from r3rag_jax.models import lora
 from r3rag_jax.parallel.shardings import device_put_batch, replicated
@@ -23,7 +24,6 @@ from r3rag_jax.sampler.distribution import Truncation
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.batch import fill_fraction, minibatches, pack_trajectories, tabulate
 from r3rag_jax.training.guards import Guards, is_finite
-from r3rag_jax.training.parts import TrainingParts
 from r3rag_jax.training.prefix_tree import share_prefixes
 from r3rag_jax.training.state import Targets, init_state, new_critic
 from r3rag_jax.training.steps import make_rl_step
@@ -45,30 +45,30 @@ class StepInputs:
 class RLTrainer:
     """What RL holds: policy, critic, frozen reference, optimizer, weight of the KL; resumes by itself."""
 
-    def __init__(self, parts: TrainingParts):
-        self._parts, self._config = parts, parts.config.rl
-        policy, cold_start = parts.policy, parts.run.policy("sft")
+    def __init__(self, components: Components):
+        self._components, self._config = components, components.config.rl
+        policy, cold_start = components.policy, components.policy_dir("sft")
         self._ref_params = policy.load(cold_start) if cold_start.exists() else policy.base_params()
-        models = self._initial_models()
-        graphdefs = {name: model.graphdef for name, model in models.items()}
-        self._frozen = {name: model.frozen for name, model in models.items()}
-        self._merge = jax.jit(functools.partial(lora.merge, models["policy"].graphdef))
-        self._tx = tx = optimizer.rl_optimizer(self._config, parts.config.model.moment_dtype)
-        self.state: Any = init_state(parts.mesh, {name: model.params for name, model in models.items()}, tx)
+        parts = self._parts()
+        graphdefs = {name: part.graphdef for name, part in parts.items()}
+        self._frozen = {name: part.frozen for name, part in parts.items()}
+        self._merge = jax.jit(functools.partial(lora.merge, parts["policy"].graphdef))
+        self._tx = tx = optimizer.rl_optimizer(self._config, components.config.model.moment_dtype)
+        self.state: Any = init_state(components.mesh, {name: part.params for name, part in parts.items()}, tx)
         self.iteration, self.kl = 0, self._config.kl.coef
-        self.guards = Guards(parts.config.guards, self._config)
+        self.guards = Guards(components.config.guards, self._config)
         self._kept_bad_step = False
-        self.checkpoints = Checkpoints(parts.run.checkpoints("rl"))
+        self.checkpoints = Checkpoints(components.run.checkpoints("rl"))
         if self.checkpoints.latest is not None:
             self.state, note = self.checkpoints.restore(self.state)
             self.iteration, self.kl = note["iteration"], note["kl"]
             self.guards.set_state(note["guards"])
-        parts.log.rewind("rl", self.iteration)
-        model, truncation = parts.config.model, Truncation.of(parts.config.rollout)
-        self._score = make_pre_update(parts.mesh, graphdefs, policy.graphdef, model, self._config, truncation)
-        num_steps = parts.config.rollout.max_steps
-        self._estimate = make_targets(parts.mesh, self._config, num_steps=num_steps)
-        self._step = make_rl_step(parts.mesh, graphdefs, tx, model, self._config, self.state, truncation)
+        components.log.rewind("rl", self.iteration)
+        model, truncation = components.config.model, Truncation.of(components.config.rollout)
+        self._score = make_pre_update(components.mesh, graphdefs, policy.graphdef, model, self._config, truncation)
+        num_steps = components.config.rollout.max_steps
+        self._estimate = make_targets(components.mesh, self._config, num_steps=num_steps)
+        self._step = make_rl_step(components.mesh, graphdefs, tx, model, self._config, self.state, truncation)
 
     @property
     def policy_params(self) -> Any:
@@ -76,19 +76,19 @@ class RLTrainer:
         trained, frozen = self.state.params["policy"], self._frozen["policy"]
         return trained if frozen is None else self._merge(trained, frozen)
 
-    def _initial_models(self) -> dict[str, lora.TrainableSplit]:
+    def _parts(self) -> dict[str, lora.TrainableSplit]:
         """Policy and critic as they are before RL."""
-        models = {"policy": self._parts.policy.trainable(self._ref_params)}
+        parts = {"policy": self._components.policy.trainable(self._ref_params)}
         if ALGORITHMS[self._config.algorithm].needs_critic:
-            policy = models["policy"]
+            policy = parts["policy"]
             decoder = lora.join(policy.graphdef, policy.params, policy.frozen)
             critic = new_critic(decoder, self._config.critic.kind)
-            models["critic"] = lora.split_trainable(critic, self._parts.config.lora)
-        return models
+            parts["critic"] = lora.split_trainable(critic, self._components.config.lora)
+        return parts
 
     def save(self) -> None:
         """Make a checkpoint of the state, unless it may have to be rolled back."""
-        if self.guards.is_clean or self._parts.config.guards.action != "rollback":
+        if self.guards.is_clean or self._components.config.guards.action != "rollback":
             note = {"iteration": self.iteration, "kl": self.kl, "guards": self.guards.get_state()}
             self.checkpoints.save(self.iteration, self.state, note)
 
@@ -98,7 +98,7 @@ class RLTrainer:
         Raises:
             UserError: RL ends here.
         """
-        broken, action = self.guards.check(metrics), self._parts.config.guards.action
+        broken, action = self.guards.check(metrics), self._components.config.guards.action
         if not broken:
             return
         told = f"RL iteration {self.iteration - 1}: {'; '.join(broken)}"
@@ -107,39 +107,39 @@ class RLTrainer:
         if action == "rollback":
             self._roll_back(told)
         else:
-            self._parts.console.print(f"[yellow]{escape(told)}[/]", highlight=False)
+            self._components.console.print(f"[yellow]{escape(told)}[/]", highlight=False)
 
     def _roll_back(self, why: str) -> None:
         """State and weight of the KL of the last checkpoint, or of the start; questions go on where they are.
 
         Only other questions can go another way: the same ones would be played and learnt from alike.
         """
-        most = self._parts.config.guards.rollbacks
+        most = self._components.config.guards.rollbacks
         if self.guards.rollbacks >= most:
             raise UserError(f"{why}; rolled back {most} times before (guards.rollbacks)")
         self.guards.rollbacks += 1
         shapes, self.state = shapes_of(self.state), None  # freed before the other is there
         if self.checkpoints.latest is None:
-            params = {name: model.params for name, model in self._initial_models().items()}
-            self.state, to = init_state(self._parts.mesh, params, self._tx), 0
+            params = {name: part.params for name, part in self._parts().items()}
+            self.state, to = init_state(self._components.mesh, params, self._tx), 0
             self.kl = self._config.kl.coef
         else:
             self.state, note = self.checkpoints.restore(shapes)
             self.kl, to = note["kl"], note["iteration"]
         told = f"{why}; back to the state before iteration {to}"
-        self._parts.console.print(f"[yellow]{escape(told)}[/]", highlight=False)
+        self._components.console.print(f"[yellow]{escape(told)}[/]", highlight=False)
 
     def _on_bad_step(self, step: int, where: str, inputs: StepInputs, metrics: Mapping[str, Any]) -> None:
         """Keep the first update that was none, and do as `guards.nonfinite` says."""
-        guards = self._parts.config.guards
+        guards = self._components.config.guards
         told = (
             f"RL iteration {self.iteration}, {where}: loss and gradient norm must be finite; got "
             f"{metrics['loss']} and {metrics['grad_norm']}"
         )
         if not self._kept_bad_step:
             self._kept_bad_step = True
-            path = self._parts.run.bad_step(f"{self.iteration}_{step}")
-            whole = jax.jit(lambda tree: tree, out_shardings=replicated(self._parts.mesh))
+            path = self._components.run.bad_step(f"{self.iteration}_{step}")
+            whole = jax.jit(lambda tree: tree, out_shardings=replicated(self._components.mesh))
             save_arrays(path, whole(inputs))
             if guards.save_state:
                 kept = Checkpoints(path.with_suffix(""))
@@ -152,7 +152,7 @@ class RLTrainer:
         if guards.nonfinite == "rollback":
             self._roll_back(told)
         else:
-            self._parts.console.print(f"[yellow]{escape(told)}; skipped[/]", highlight=False)
+            self._components.console.print(f"[yellow]{escape(told)}; skipped[/]", highlight=False)
 
     def replay(self, path: Path) -> dict[str, float]:
         """The metrics of an update that was kept in `path`, done again, from the state before it where that was kept.
@@ -174,18 +174,18 @@ class RLTrainer:
             0,
         )
         inputs: StepInputs = load_arrays(path, like)
-        batch, targets = (device_put_batch(self._parts.mesh, tree) for tree in (inputs.batch, inputs.targets))
+        batch, targets = (device_put_batch(self._components.mesh, tree) for tree in (inputs.batch, inputs.targets))
         _, metrics = self._step(self.state, batch, targets, inputs.lr_scale, self._frozen, inputs.kl)
         return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
     def update(self, trajectories: Sequence[Trajectory], scores: Scores) -> dict[str, float]:
         """One iteration: reference and values, advantages, then an epoch or more of clipped updates."""
-        config, mesh = self._config, self._parts.mesh
-        if self._parts.shares_prefixes:
+        config, mesh = self._config, self._components.mesh
+        if self._components.shares_prefixes:
             trajectories = [
                 dataclasses.replace(t, samples=share_prefixes(t.samples, config.row_length)) for t in trajectories
             ]
-        rng = np.random.default_rng((self._parts.config.seed, self.iteration))
+        rng = np.random.default_rng((self._components.config.seed, self.iteration))
         groups = number_groups(trajectories)
         is_equal = equal_groups(scores.rewards, groups, totals=config.returns == "total")
         is_kept = np.ones_like(is_equal)
@@ -218,7 +218,7 @@ class RLTrainer:
                 num_bad += 1
                 inputs = StepInputs(batches[i], targets[i], lr_scale, np.float32(self.kl))
                 self._on_bad_step(number, f"update {number + 1} of {len(order)} (batch {i})", inputs, metrics)
-                if self._parts.config.guards.nonfinite == "rollback":
+                if self._components.config.guards.nonfinite == "rollback":
                     break
                 continue
             sampler_gap = metrics.pop("sampler_gap")

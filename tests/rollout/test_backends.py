@@ -55,7 +55,7 @@ needs_devices = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight 
 @pytest.mark.parametrize("protocol", ["tags", "steps"])
 def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Callable[[str], Path]) -> None:
     session = tiny_run.open_components(finished(protocol))
-    policy = session.to_sampler(session.policy.load(session.run.policy("rl")))
+    policy = session.to_sampler(session.policy.load(session.policy_dir("rl")))
     jobs = [
         RolloutRequest(question)
         for question in [*session.dataset.questions("rl")[:4], *session.dataset.questions("test")]
@@ -102,7 +102,7 @@ def is_as_encoded(tokenizer: Tokenizer, sample: Sample) -> bool:
 def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path], tmp_path: Path) -> None:
     run_dir = shutil.copytree(finished("tags"), tmp_path / "run")
     session = tiny_run.open_components(run_dir)
-    policy = session.to_sampler(session.policy.load(session.run.policy("rl")))
+    policy = session.to_sampler(session.policy.load(session.policy_dir("rl")))
     assert evaluate.main(["--checkpoint", str(run_dir), "--name", "local"]) == 0
     with serve(EngineReply(session, policy)) as endpoint:
         served = f"rollout.server.url={endpoint.url}"

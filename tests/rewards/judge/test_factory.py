@@ -151,7 +151,7 @@ def test_components_plan_and_open_a_local_judge(judge_dir: Path, base: Path, tmp
                 "judge.local.slots": 8, "judge.local.max_length": 1024, "judge.max_tokens": 8}  # fmt: skip
     config = tiny_run.config(tmp_path, base, **{name.replace(".", "__"): value for name, value in settings.items()})
     components = Components(config, config.run_directory, console=Console(quiet=True))
-    planned = {phase: plan_memory(components.training, phase)[0].parts for phase in ("sft", "rl", "eval")}
+    planned = {phase: plan_memory(components, phase)[0].parts for phase in ("sft", "rl", "eval")}
     expected = judge_memory(config.judge, components.mesh)
     assert expected.items() <= planned["rl"].items()
     assert not expected.keys() & {*planned["sft"], *planned["eval"]}
