@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from r3rag_jax.components import Components
 from r3rag_jax.config import FlagParser
 from r3rag_jax.errors import UserError, main_guard
-from r3rag_jax.evaluate import add_checkpoint_flags, open_components
-from r3rag_jax.evaluation.evaluator import greedy_rollouts
+from r3rag_jax.evaluation.checkpoint import add_checkpoint_flags, choose_policy, load_run_config
+from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.reporting.rendering import print_trajectory
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.types import Question
@@ -26,10 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.question.strip():
         raise UserError("the question must not be empty")
     use_compile_cache()
-    components, phase = open_components(args)
+    config = load_run_config(args.checkpoint)
+    components = Components(config, args.checkpoint)
+    policy = choose_policy(components.run, config, args.phase)
+    if args.corpus is not None:
+        components.use_corpus(args.corpus)
     question = Question("asked", args.question.strip(), ())
-    backend = components.rollout_backend(lambda: components.policy.load(components.policy_dir(phase)))
-    [trajectory] = greedy_rollouts(backend, components.search_env, components.retriever, [question])
+    [trajectory] = components.evaluator.rollouts(SYSTEMS["r3rag"], [question], policy=policy)
     print_trajectory(trajectory, components.console)
     return 0
 

@@ -20,6 +20,8 @@ from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.questions import iterate_passages
 from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.evaluator import Evaluator
+from r3rag_jax.evaluation.systems import BASE_POLICY
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
 from r3rag_jax.retrieval.base import Encoder, Retriever
@@ -172,6 +174,12 @@ class Components:
         chunk = self.config.rollout.decode_chunk
         return EngineBackend(self.engine, policy, self.policy.tokenizer, decode_chunk=chunk)
 
+    def to_sampler(self, params: Any) -> CachedDecoder:
+        """A copy of the policy's parameters where rollouts run; `params` may be donated afterwards."""
+        if self.sampler_mesh is not self.mesh:
+            params = jax.device_put(params, self.policy.param_shardings(self.sampler_mesh))
+        return self.engine.load(params)
+
     # ---- rewards
 
     @functools.cached_property
@@ -195,21 +203,18 @@ class Components:
         """
         return open_judge(self.config.judge, self.mesh, self.run.judgements)
 
-    def judge_mark(self) -> dict[str, Any]:
-        """What a fingerprint says of the evaluation's judge."""
-        judge = self.config.judge
-        name = judge.endpoint.model or judge.endpoint.url if judge.kind == "server" else judge.local.path
-        return {"judge": name} if self.config.eval.judge else {}
+    # ---- evaluation
 
-    # ---- a user's inference server
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        """What evaluates systems with this run's policies and retriever."""
+        return Evaluator(
+            self.config, self.run, self.policy.tokenizer, self.retriever, make_search_env=lambda: self.search_env,
+            open_backend=self.open_backend, open_judge=lambda: self.judge, console=self.console,
+        )  # fmt: skip
 
-    def to_sampler(self, params: Any) -> CachedDecoder:
-        """A copy of the policy's parameters where rollouts run; `params` may be donated afterwards."""
-        if self.sampler_mesh is not self.mesh:
-            params = jax.device_put(params, self.policy.param_shardings(self.sampler_mesh))
-        return self.engine.load(params)
-
-    def sampling_mark(self) -> dict[str, Any]:
-        """What a fingerprint says of a user's server: which one, and which model it served."""
-        server = self.config.rollout.server
-        return {"server": f"{server.url} {server.model}".strip()} if server.is_given else {}
+    def open_backend(self, policy: str) -> RolloutBackend:
+        """Return what samples with a policy of the run: `base`, or that of a finished phase. A server has its own."""
+        if policy == BASE_POLICY:
+            return self.rollout_backend(self.policy.base_params)
+        return self.rollout_backend(lambda: self.policy.load(self.policy_dir(policy)))

@@ -16,7 +16,7 @@ from rich.console import Console
 from r3rag_jax.components import Components
 from r3rag_jax.config import Config, parse_args
 from r3rag_jax.errors import main_guard
-from r3rag_jax.evaluation.phase import eval_phase, load_evals
+from r3rag_jax.evaluation.evaluator import load_results
 from r3rag_jax.parallel.processes import start_distributed
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.reporting.rendering import groups_table, results_table
@@ -41,7 +41,7 @@ PHASES: dict[str, Callable[[Components], bool]] = {
     "index": index_phase,
     "sft": sft_phase,
     "rl": rl_phase,
-    "eval": eval_phase,
+    "eval": lambda components: components.evaluator.run(components.dataset.questions("test")),
 }
 
 
@@ -76,7 +76,7 @@ def run(config: Config, console: Console | None = None) -> Components:
             say(took if is_new else f"[dim]✓ {name}  done before[/]", highlight=False)
             did_work |= is_new
     if jax.process_index() == 0:
-        if evals := load_evals(components):
+        if evals := load_results(components.run, config.eval.systems):
             say(results_table(evals))
             say(groups_table(evals))
         say(f"{'Report' if did_work else 'All is done. Report'}: {write_report(components.run_dir)}", highlight=False)

@@ -25,20 +25,22 @@ MAX_SENTENCE_TOKENS = 64
 
 
 class ChainWriter:
-    """Writes the prompt behind which a chain of thought goes on."""
+    """Writes the prompt that a chain of thought continues."""
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, *, is_chat: bool):
-        """Args:
-        max_length: tokens of a prompt and what is sampled behind it, together.
-        is_chat: an instruction in the model's chat template, else plain text to continue.
+        """Render the fixed part of the prompt.
+
+        Args:
+            max_length: maximum number of tokens of a prompt and its completion together.
+            is_chat: use an instruction in the model's chat template instead of plain text to continue.
         """
         self.tokenizer, self._max_length, self._is_chat = tokenizer, max_length, is_chat
         self._prefix, self._suffix = chat_frame(tokenizer, chain_example_turns()) if is_chat else ([], [])
 
     def ids(self, question: str, passages: Sequence[Passage], sentences: Sequence[str], budget: int) -> list[int]:
-        """Return a prompt that leaves room for `budget` tokens, or `[]` where there is none for the question.
+        """Return the ids of a prompt that leaves `budget` tokens free, or `[]` if not even the fixed part does.
 
-        A prompt that is too long loses the oldest passages first: what they say is in the chain already.
+        A prompt that is too long loses its oldest passages first, since the chain already says what was in them.
         """
         chain = self.tokenizer.encode(" ".join(sentences), allow_special=False) if self._is_chat else []
         room = self._max_length - budget - len(self._prefix) - len(self._suffix) - len(chain)
@@ -66,10 +68,12 @@ class IRCoTEnv:
         max_passages: int,
         max_sentences: int = MAX_SENTENCES,
     ):
-        """Args:
-        top_k: most new passages per retrieval.
-        max_passages: most passages in all.
-        max_sentences: most sentences of the chain, the answer not counted.
+        """Create the Env of a request.
+
+        Args:
+            top_k: maximum number of new passages per retrieval.
+            max_passages: maximum number of passages in all.
+            max_sentences: maximum number of sentences in the chain; the answer does not count.
         """
         self._request, self._writer = request, writer
         self._top_k, self._max_passages, self._max_sentences = top_k, max_passages, max_sentences

@@ -25,7 +25,7 @@ def line_stops(tokenizer: Tokenizer, *others: str) -> StopRule:
 
 
 def first_that_fits(tokenizer: Tokenizer, prompts: Iterable[str], max_tokens: int) -> list[int]:
-    """Return the ids of the first prompt of at most `max_tokens` (> 0); of the last one their end, if none fits."""
+    """Return the ids of the first prompt with at most `max_tokens` (> 0), or the last ids of the last prompt."""
     ids: list[int] = []
     for prompt in prompts:
         ids = tokenizer.encode(prompt, allow_special=False)
@@ -38,9 +38,11 @@ class LineReader:
     """Writes the prompt of a question, and reads the line that completes it."""
 
     def __init__(self, tokenizer: Tokenizer, max_length: int, *, is_chat: bool, with_passages: bool):
-        """Args:
-        max_length: tokens of prompt and answer together.
-        with_passages: whether the examples of a chat prompt show passages.
+        """Render the fixed part of the prompt.
+
+        Args:
+            max_length: maximum number of tokens of prompt and answer together.
+            with_passages: whether the examples of a chat prompt show passages.
         """
         self._tokenizer, self._is_chat = tokenizer, is_chat
         self._prefix, self._suffix = chat_frame(tokenizer, example_turns(with_passages)) if is_chat else ([], [])
@@ -56,7 +58,7 @@ class LineReader:
         return Context(ids, MAX_ANSWER_TOKENS, request.temperature, key)
 
     def done(self, request: RolloutRequest, passages: Sequence[Passage], completion: Completion) -> Done:
-        """Return the trajectory that the completion ends: one retrieval, where it found something, and the answer."""
+        """Return the trajectory: a retrieval step, if it found passages, and an answer step, if a line was written."""
         text = self._tokenizer.decode(completion.ids, skip_special=True)
         line = text.partition("\n")[0].strip()  # a token may hold more than the newline
         question = request.question

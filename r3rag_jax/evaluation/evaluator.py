@@ -1,104 +1,171 @@
-"""Evaluation: questions to EM, F1, cover-EM and what they cost, for the trained policy and for baselines."""
+"""Evaluation of any system on any questions: greedy trajectories, a summary, and their files in the run directory."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
+import jax
+from rich.console import Console
 
+from r3rag_jax.config import Config
+from r3rag_jax.data.jsonl import write_jsonl
+from r3rag_jax.data.trajectories import trajectory_to_dict
+from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.metrics import measure
+from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS, System
+from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.retrieval.base import Retriever
-from r3rag_jax.rewards.answer import answer_metrics
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.scorer import accuracy
 from r3rag_jax.rollout.backends import RolloutBackend
 from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.scheduler import OnDone, rollout
-from r3rag_jax.types import Question, Status, Trajectory
-
-TITLES = {
-    "closed_book": "Closed book",
-    "oneshot_rag": "One-shot RAG",
-    "cold_start": "Cold start",
-    "r3rag": "R3-RAG",
-}
+from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.files import write_json
+from r3rag_jax.run.progress import ProgressBar
+from r3rag_jax.text.tokenizer import Tokenizer
+from r3rag_jax.types import Question, Trajectory
 
 
-def greedy_rollouts(
-    backend: RolloutBackend,
-    env_factory: EnvFactory,
-    retriever: Retriever,
-    questions: Sequence[Question],
-    *,
-    search_overlap: int = 0,
-    on_done: OnDone | None = None,
-) -> list[Trajectory]:
-    """Return one greedy trajectory per question; see `rollout`."""
-    requests = [RolloutRequest(question) for question in questions]
-    return rollout(backend, env_factory, retriever, requests, search_overlap=search_overlap, on_done=on_done)
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Evaluates systems with the parts of one run. Of several processes all call it, and process 0 alone writes."""
 
+    config: Config
+    directory: RunDirectory
+    tokenizer: Tokenizer
+    retriever: Retriever
+    make_search_env: Callable[[], EnvFactory]  # R3-RAG's protocol; not every tokenizer can write it
+    open_backend: Callable[[str], RolloutBackend]  # of a policy: BASE_POLICY, or the phase that trained it
+    open_judge: Callable[[], Judge]
+    console: Console
 
-def measure(trajectories: Sequence[Trajectory], acc: np.ndarray | None = None) -> dict[str, Any]:
-    """One row of a table; percentages are 0..100.
+    @property
+    def search_env(self) -> EnvFactory:
+        """R3-RAG's protocol as configured."""
+        return self.make_search_env()
 
-    `acc`: `rewards.scorer.accuracy` of the trajectories, where a judge was asked; those it failed on are counted apart.
-    """
-    scores = {name: float(100 * values.mean()) for name, values in answer_metrics(trajectories).items()}
-    correct = round(scores["em"] / 100 * len(trajectories))
-    found = [
-        len(set(t.question.supporting_ids) & set(t.retrieved_ids)) / len(set(t.question.supporting_ids))
-        for t in trajectories
-        if t.question.supporting_ids
-    ]
-    tokens = sum(t.num_policy_tokens for t in trajectories)
-    return {
-        "num": len(trajectories),
-        **scores,
-        **({} if acc is None else _judged(acc)),
-        "retrievals": float(np.mean([t.num_retrievals for t in trajectories])),
-        "support_found": 100 * float(np.mean(found)) if found else None,
-        "tokens_per_correct": tokens / correct if correct else None,
-        "no_answer": 100 * float(np.mean([t.status != Status.ANSWERED for t in trajectories])),
-    }
+    def run(self, questions: Sequence[Question]) -> bool:
+        """Evaluate `eval.systems` on the first `eval.max_questions` questions; return whether one was missing.
 
+        A system that was evaluated with the same fingerprint is left as it is.
 
-def _judged(acc: np.ndarray) -> dict[str, Any]:
-    known = acc[np.isfinite(acc)]
-    return {"acc": 100 * float(known.mean()) if len(known) else None, "judge_failures": len(acc) - len(known)}
+        Raises:
+            UserError: the phase that trains a system's policy has not finished, or the judge fails too often.
+        """
+        questions = questions[: self.config.eval.max_questions or None]
+        fingerprint = self.fingerprint(questions)
+        missing = [name for name in self.config.eval.systems if self._stored_fingerprint(name) != fingerprint]
+        for name in missing:
+            system = SYSTEMS[name]
+            self._check_policy(name, system.policy)
+            with self._bar(name, questions) as bar:
+                trajectories = self.rollouts(
+                    system,
+                    questions,
+                    on_done=lambda t: bar.advance(retrievals=t.num_retrievals),
+                )
+            self.write(name, trajectories, fingerprint)
+        barrier("eval")
+        return bool(missing)
+
+    def rollouts(
+        self,
+        system: System,
+        questions: Sequence[Question],
+        *,
+        policy: str | None = None,
+        on_done: OnDone | None = None,
+    ) -> list[Trajectory]:
+        """Return one greedy trajectory of a system per question; `policy` replaces the system's own."""
+        return rollout(
+            self.open_backend(policy or system.policy),
+            system.make_env(self),
+            self.retriever,
+            [RolloutRequest(question) for question in questions],
+            search_overlap=self.config.rollout.search_overlap,
+            on_done=on_done,
+        )
+
+    def fingerprint(self, questions: Iterable[Question], **facts: Any) -> dict[str, Any]:
+        """Return what two evaluations must share to be comparable: questions, index, server and judge, and `facts`."""
+        server, judge = self.config.rollout.server, self.config.judge
+        facts = {"index": self.retriever.fingerprint, "top_k": self.config.retrieval.top_k} | facts
+        if server.is_given:
+            facts["server"] = f"{server.url} {server.model}".strip()
+        if self.config.eval.judge:
+            is_server = judge.kind == "server"
+            facts["judge"] = (judge.endpoint.model or judge.endpoint.url) if is_server else judge.local.path
+        return facts | {"questions": digest_questions(questions)}
+
+    def write(self, name: str, trajectories: Sequence[Trajectory], fingerprint: dict[str, Any]) -> dict[str, Any]:
+        """Write `trajectories/<name>.jsonl` and `eval/<name>.json`, and return the content of the latter.
+
+        Raises:
+            UserError: the judge fails too often; the trajectories are written before it is asked.
+        """
+        is_writer = jax.process_index() == 0
+        if is_writer:
+            write_jsonl(self.directory.trajectories(name), map(trajectory_to_dict, trajectories))
+        summary = summarise(name, trajectories, fingerprint, self.open_judge() if self.config.eval.judge else None)
+        if is_writer:
+            write_json(self.directory.evaluation(name), summary)
+        return summary
+
+    def _check_policy(self, name: str, policy: str) -> None:
+        is_there = policy == BASE_POLICY or self.directory.policy(policy).exists()
+        if not is_there and not self.config.rollout.server.is_given:
+            raise UserError(f"eval.systems names {name}, but phase {policy} of {self.directory.path} has not finished")
+
+    def _stored_fingerprint(self, name: str) -> dict[str, Any] | None:
+        path = self.directory.evaluation(name)
+        return json.loads(path.read_text())["fingerprint"] if path.exists() else None
+
+    def _bar(self, name: str, questions: Sequence[Question]) -> ProgressBar:
+        return ProgressBar(f"eval {name}", len(questions), console=self.console, live=self.config.log.progress)
 
 
 def summarise(
     system: str, trajectories: Sequence[Trajectory], fingerprint: dict[str, Any], judge: Judge | None = None
 ) -> dict[str, Any]:
-    """The content of `eval/<system>.json`: metrics of all questions and of each group.
+    """Return the content of `eval/<system>.json`: metrics of all questions and of each group of them.
 
     Raises:
         UserError: the judge fails too often.
     """
     acc = None if judge is None else accuracy(trajectories, judge)[0]
     groups: dict[str, list[int]] = {"all": list(range(len(trajectories)))}
-    for place, trajectory in enumerate(trajectories):
+    for index, trajectory in enumerate(trajectories):
         metadata = trajectory.question.metadata
         names = [str(metadata["type"])] if "type" in metadata else []
         if "unseen" in metadata:
             names.append("unseen" if metadata["unseen"] else "seen")
         for name in names:
-            groups.setdefault(name, []).append(place)
+            groups.setdefault(name, []).append(index)
     return {
         "system": system,
-        "title": TITLES.get(system, system),
+        "title": SYSTEMS[system].title if system in SYSTEMS else system,
         "num_questions": len(trajectories),
         "fingerprint": fingerprint,
         "groups": {
-            name: measure([trajectories[i] for i in places], None if acc is None else acc[places])
-            for name, places in groups.items()
+            name: measure([trajectories[i] for i in indices], None if acc is None else acc[indices])
+            for name, indices in groups.items()
         },
     }
 
 
-def fingerprint(questions: Iterable[Question], **parts: Any) -> dict[str, Any]:
-    """What two evaluations must share to be comparable: the questions and the given parts."""
+def digest_questions(questions: Iterable[Question]) -> str:
+    """Return a digest of ids, texts and accepted answers, in order."""
     lines = "\n".join(f"{q.id}\t{q.question}\t{q.golden_answers}" for q in questions)
-    return {**parts, "questions": hashlib.sha256(lines.encode()).hexdigest()[:16]}
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def load_results(directory: RunDirectory, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the summaries of those evaluations that have finished."""
+    paths = [directory.evaluation(name) for name in names]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]

@@ -12,10 +12,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.reporting.curves import PLOTS, STEP_NAMES, draw
 from r3rag_jax.reporting.gallery import gallery, milestones
 from r3rag_jax.reporting.rendering import environment, title_of
-from r3rag_jax.reporting.run_files import SYSTEMS, load_run
+from r3rag_jax.reporting.run_files import load_run
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.files import write_text
 
@@ -63,8 +64,8 @@ def headline(evals: Sequence[dict[str, Any]]) -> str:
     count = next(e["num_questions"] for e in evals if e["system"] == "r3rag")
     gaps = [
         f"{scores['r3rag'] - scores[system]:+.1f} points against {titles[system]}"
-        for system in reversed(SYSTEMS[:-1])
-        if system in scores
+        for system in reversed(SYSTEMS)
+        if system in scores and system != "r3rag"
     ]
     sentence = f"{titles['r3rag']} answers {scores['r3rag']:.1f} % of {count:,} test questions exactly"
     return f"{sentence}: {', '.join(gaps)}." if gaps else f"{sentence}."

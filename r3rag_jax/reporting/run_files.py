@@ -10,10 +10,9 @@ from typing import Any
 
 from r3rag_jax.data.trajectories import trajectory_from_dict
 from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.types import Trajectory
-
-SYSTEMS = ("closed_book", "oneshot_rag", "cold_start", "r3rag")  # order of the tables; others follow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _trajectories(path: Path, notices: list[str]) -> Iterable[tuple[dict[str, An
 
 
 def _evals(folder: Path, notices: list[str]) -> list[dict[str, Any]]:
-    order = {system: place for place, system in enumerate(SYSTEMS)}
+    order = {system: index for index, system in enumerate(SYSTEMS)}  # others follow
     evals = []
     for path in sorted(folder.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem)):
         try:

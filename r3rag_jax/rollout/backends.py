@@ -1,4 +1,4 @@
-"""Who samples completions: the engine of this package, or the user's inference server, behind one interface.
+"""Backends that sample completions: the engine of this package and an inference server, behind one interface.
 
 A backend has a fixed number of slots, in each of which one context can be completed. `generate` begins a rollout and
 returns its `Generation`, through which contexts go in and completions come out.
@@ -27,41 +27,41 @@ from r3rag_jax.types import Completion, Context
 
 
 class Generation(Protocol):
-    """The completions of one rollout that are under way."""
+    """The completions of one rollout."""
 
     @property
     def num_active(self) -> int:
-        """Slots whose completion is under way."""
+        """Number of slots whose completion has begun and has not been returned by `wait`."""
         ...
 
     @property
     def is_open(self) -> bool:
-        """False once a completion has failed: those under way still come, further contexts are ignored."""
+        """False after a completion has failed: active ones still finish, and further contexts are ignored."""
         ...
 
     def submit(self, contexts: Mapping[int, Context]) -> None:
-        """Begin the completions of contexts, slot -> context; these slots have none under way."""
+        """Begin the completions of contexts, given as slot -> context; none of these slots may be active."""
         ...
 
     def wait(self) -> list[tuple[int, Completion]]:
-        """Work or wait for a bounded time; return finished completions with their slots, ascending.
+        """Work for a bounded time, or until a completion is finished; return the finished ones as (slot, completion).
 
         Raises:
-            UserError: a completion failed. It is raised when nothing is under way any more.
+            UserError: a completion failed. The error is raised when no slot is active any more.
         """
         ...
 
 
 class RolloutBackend(Protocol):
-    """Whoever samples completions."""
+    """Samples completions of contexts."""
 
     @property
     def num_slots(self) -> int:
-        """Contexts that are completed in parallel."""
+        """Number of contexts that can be completed in parallel."""
         ...
 
     def generate(self, stops: StopRule) -> AbstractContextManager[Generation]:
-        """Begin a rollout whose completions end by these rules. A backend carries out one rollout at a time."""
+        """Begin a rollout whose completions end by the given rule. A backend carries out one rollout at a time."""
         ...
 
 
@@ -77,11 +77,13 @@ class EngineBackend:
         decode_chunk: int,
         leave_fraction: float = 0.5,
     ):
-        """Args:
-        policy: what `engine.load` returned.
-        decode_chunk: most tokens per row in one decode call.
-        leave_fraction: a decode call returns as soon as this fraction of its active rows has ended. Less: rows wait
-            less for each other; more: fewer calls.
+        """Create the backend; its policy is fixed.
+
+        Args:
+            policy: what `engine.load` returned.
+            decode_chunk: maximum number of tokens per row in one decode call.
+            leave_fraction: a decode call returns as soon as this fraction of its active rows has ended. With a small
+                one rows wait less for each other, with a large one there are fewer calls.
         """
         self._engine, self._policy, self._tokenizer = engine, policy, tokenizer
         self._decode_chunk, self._leave_fraction = decode_chunk, leave_fraction
@@ -107,7 +109,7 @@ class EngineBackend:
 
 
 class EngineGeneration:
-    """The completions of one rollout in the rows of an engine: a slot is a row."""
+    """The completions of one rollout in the rows of an engine; slot number = row number."""
 
     is_open = True
 
@@ -124,7 +126,7 @@ class EngineGeneration:
         return len(self._engine.find(RowStatus.ACTIVE))
 
     def submit(self, contexts: Mapping[int, Context]) -> None:
-        """See `Generation.submit`: one prefill of all contexts together, each without what its row's cache holds."""
+        """See `Generation.submit`. Contexts are prefilled together, each from where it differs from its row's cache."""
         self._engine.set_context(self._policy, contexts)
         self._starts |= {slot: len(context.ids) for slot, context in contexts.items()}
 
@@ -145,7 +147,7 @@ class EngineGeneration:
 
 
 class ServerBackend:
-    """The user's inference server, with one request in flight per slot; see `clients/completions.py`."""
+    """An inference server, with at most one request in flight per slot; see `clients/completions.py`."""
 
     def __init__(self, config: RolloutConfig, tokenizer: Tokenizer, *, first_wait_s: float = FIRST_WAIT_S):
         """`first_wait_s`: the wait before the first retry of a failed request."""
@@ -158,7 +160,7 @@ class ServerBackend:
 
     @contextlib.contextmanager
     def generate(self, stops: StopRule) -> Iterator[ServerGeneration]:
-        """See `RolloutBackend.generate`. Only tokens end a completion: strings are not sent.
+        """See `RolloutBackend.generate`. The server stops at tokens only: `stop_strings` are not sent.
 
         Raises:
             UserError: the environment variable with the server's key is not set.
@@ -173,7 +175,7 @@ class ServerBackend:
 
 
 class ServerGeneration:
-    """The completions of one rollout that a server is asked for."""
+    """The completions of one rollout that are requested from a server."""
 
     def __init__(self, server: CompletionsClient, pool: ThreadPoolExecutor):
         self._server, self._pool = server, pool
@@ -197,7 +199,7 @@ class ServerGeneration:
                 self._in_flight[self._pool.submit(self._server.complete, context)] = slot
 
     def wait(self) -> list[tuple[int, Completion]]:
-        """See `Generation.wait`: until a completion has come, or none is to come."""
+        """See `Generation.wait`. Waits until at least one completion has arrived, or none is in flight."""
         completions: list[tuple[int, Completion]] = []
         while self._in_flight and not completions:
             done = wait(self._in_flight, return_when=FIRST_COMPLETED).done

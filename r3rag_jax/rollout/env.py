@@ -6,7 +6,7 @@ An `Env` plays one question. It says what happens next, and the scheduler carrie
              ├─► Search ── retrieved ─► observe(hits) ────┤
              └─► Done(trajectory)                         │
              ▲────────────────────────────────────────────┘
-R3-RAG's protocol is `SearchEnv`; every baseline is another Env. None of them knows who samples or who retrieves.
+R3-RAG's protocol is `SearchEnv`; every baseline is another Env. An Env knows neither the backend nor the retriever.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StopRule:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Passages are needed: the `k` best hits for the query. The reply may hold more."""
+    """Passages are needed: the `k` best hits for the query. `observe` may receive more than `k`."""
 
     query: str
     k: int
@@ -55,7 +55,7 @@ class Env(Protocol):
         ...
 
     def step(self, completion: Completion) -> Transition:
-        """Read what was sampled behind the last Context."""
+        """Read the completion of the last Context."""
         ...
 
     def observe(self, hits: Sequence[Hit]) -> Transition:

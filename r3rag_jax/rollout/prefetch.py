@@ -20,10 +20,12 @@ class Prefetcher(Generic[Params, Policy, Rollouts]):
     """Runs the rollouts of iterations, on demand or one iteration ahead."""
 
     def __init__(self, copy_policy: Callable[[Params], Policy], run: Callable[[int, Policy], Rollouts]):
-        """Args:
-        copy_policy: makes the copy of the parameters that rollouts sample with; called in the caller's thread, so
-            that the parameters may be donated to the update as soon as `start` returns.
-        run: runs the rollouts of an iteration with such a policy; never called twice at the same time.
+        """Create the thread.
+
+        Args:
+            copy_policy: makes the copy of the parameters that rollouts sample with; called in the caller's thread, so
+                that the parameters may be donated to the update as soon as `start` returns.
+            run: runs the rollouts of an iteration with such a policy; never called twice at the same time.
         """
         self._copy_policy, self._run = copy_policy, run
         self._thread = ThreadPoolExecutor(1)

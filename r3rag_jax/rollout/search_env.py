@@ -1,4 +1,4 @@
-"""R3-RAG's protocol as an Env: reason, then query or answer, until an answer or the end of a budget.
+"""R3-RAG's protocol as an Env: reason, then query or answer, until it answers or a budget is used up.
 
 A trajectory ends with ANSWERED at a final answer, with FORMAT_ERROR at a step that is malformed or longer than a step
 may be, and with NO_ANSWER when its steps, its sampled tokens or its context are used up.
@@ -30,9 +30,11 @@ class SearchEnv:
     """One question, played by R3-RAG's protocol."""
 
     def __init__(self, request: RolloutRequest, *, codec: Codec, config: RolloutConfig, top_k: int, max_passages: int):
-        """Args:
-        top_k: most passages per retrieval.
-        max_passages: most passages of the trajectory.
+        """Create the Env of a request.
+
+        Args:
+            top_k: maximum number of passages per retrieval.
+            max_passages: maximum number of passages in the trajectory.
         """
         self._request, self._codec, self._config = request, codec, config
         self._top_k, self._max_passages = top_k, max_passages
@@ -42,7 +44,7 @@ class SearchEnv:
         self._num_sampled = 0  # tokens, over all steps
 
     def start(self) -> Context:
-        """See `Env.start`. A question that does not fit the context is refused by whoever samples."""
+        """See `Env.start`. The backend refuses a question that does not fit the context."""
         return self._context()
 
     def step(self, completion: Completion) -> Search | Done:

@@ -12,8 +12,9 @@ import numpy as np
 from r3rag_jax.components import Components
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.evaluator import greedy_rollouts, summarise
+from r3rag_jax.evaluation.evaluator import summarise
 from r3rag_jax.rewards.scorer import learnable
+from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.scheduler import rollout
 from r3rag_jax.run.progress import ProgressBar, num_compiled
 from r3rag_jax.run.trajectories import TrajectoryLog
@@ -55,8 +56,9 @@ def rl_phase(components: Components) -> bool:
             metrics |= trainer.update(trajectories, scores)
             if dev and is_at(trainer.iteration, config.eval_every):
                 backend = components.engine_backend(components.to_sampler(trainer.policy_params))
-                dev_trajectories = greedy_rollouts(backend, components.search_env, components.retriever, dev,
-                                                   search_overlap=components.config.rollout.search_overlap)  # fmt: skip
+                requests = [RolloutRequest(question) for question in dev]
+                dev_trajectories = rollout(backend, components.search_env, components.retriever, requests,
+                                           search_overlap=components.config.rollout.search_overlap)  # fmt: skip
                 metrics["dev_em"] = summarise("dev", dev_trajectories, {})["groups"]["all"]["em"] / 100
             tokens = sum(len(sample) for trajectory in trajectories for sample in trajectory.samples)
             metrics["tokens_per_s"] = tokens / (time.monotonic() - started)

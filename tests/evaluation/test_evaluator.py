@@ -1,76 +1,40 @@
-"""Evaluation: typed-out numbers, what makes two evaluations comparable, the baselines' reading."""
+"""Evaluation: summaries by group, what makes two evaluations comparable, and their files."""
 
 from __future__ import annotations
 
-import dataclasses
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
+import tiny
+from attempts import BORN, DARWIN, attempts, question
+from fake_backend import FakeBackend
+from rich.console import Console
 
+from r3rag_jax.config import (
+    Config,
+    EndpointConfig,
+    EvalConfig,
+    JudgeConfig,
+    RetrievalConfig,
+    RolloutConfig,
+    ServerConfig,
+)
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.evaluator import fingerprint, measure, summarise
+from r3rag_jax.evaluation.evaluator import Evaluator, load_results, summarise
+from r3rag_jax.evaluation.metrics import measure
+from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.rewards.judge.judge import Judge
-from r3rag_jax.types import Passage, Question, Sample, Status, Step, Trajectory
-
-DARWIN = Passage("a", '"Origin"\nOrigin was written by Charles Darwin.')
-BORN = Passage("b", '"Charles Darwin"\nCharles Darwin was born in Shrewsbury.')
-
-
-def question(id: str, *golds: str, **metadata: object) -> Question:
-    return Question(id, f"Question {id}?", golds, metadata)
-
-
-def attempt(asked: Question, answer: str | None, *passages: Passage, num_tokens: int = 10) -> Trajectory:
-    """One retrieval per passage, then an answer or a malformed step."""
-    steps = [Step("x", query="q", passages=(passage,)) for passage in passages]
-    steps.append(Step("x", answer=answer) if answer is not None else Step("?", is_well_formed=False))
-    status = Status.ANSWERED if answer is not None else Status.FORMAT_ERROR
-    return Trajectory(asked, tuple(steps), status, num_tokens=num_tokens)
-
-
-def attempts() -> list[Trajectory]:
-    """Right (of two supporting passages one), right without supports, half right, none."""
-    return [
-        attempt(
-            question("1", "The Shrewsbury", type="bridge", unseen=True, supporting_ids=["a", "b"]),
-            "shrewsbury.",
-            DARWIN,
-        ),
-        attempt(question("2", "x", "Charles Darwin", type="single", unseen=False), "Charles Darwin", num_tokens=20),
-        attempt(
-            question("3", "Darwin", type="bridge", unseen=False, supporting_ids=["b"]), "Charles Darwin", BORN, DARWIN
-        ),
-        attempt(question("4", "1809", type="bridge", unseen=True), None, num_tokens=33),
-    ]
-
-
-def test_measure_is_arithmetic() -> None:
-    assert measure(attempts()) == {
-        "num": 4,
-        "em": 50.0,
-        "f1": pytest.approx(100 * (1 + 1 + 2 / 3 + 0) / 4),
-        "cover_em": 75.0,
-        "retrievals": 0.75,
-        "support_found": 75.0,  # 1/2 and 1/1, of the two questions that say
-        "tokens_per_correct": pytest.approx((10 + 20 + 10 + 33) / 2),
-        "no_answer": 25.0,
-    }
-
-
-def test_what_nothing_is_known_of_is_none() -> None:
-    row = measure([attempt(question("4", "1809"), "1859")])
-    assert row["tokens_per_correct"] is None
-    assert row["support_found"] is None
-    assert (row["em"], row["retrievals"], row["no_answer"]) == (0.0, 0.0, 0.0)
-
-
-def test_tokens_are_counted_in_the_samples_where_no_number_is_given() -> None:
-    mask = np.array([False, True, True])
-    sample = Sample(np.arange(3, dtype=np.int32), mask, np.zeros(3, np.float32), np.where(mask, 0, -1).astype(np.int32))
-    trajectory = dataclasses.replace(attempt(question("2", "x"), "x"), num_tokens=None, samples=(sample, sample))
-    assert measure([trajectory])["tokens_per_correct"] == 4.0
+from r3rag_jax.rollout.env import EnvFactory
+from r3rag_jax.rollout.search_env import search_env_factory
+from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.text.protocols import make_protocol
+from r3rag_jax.text.tokenizer import Tokenizer
+from r3rag_jax.text.transcript import Codec
+from r3rag_jax.types import Context, Step
 
 
 def test_groups_by_type_and_by_seen() -> None:
@@ -85,13 +49,6 @@ def test_groups_by_type_and_by_seen() -> None:
     }  # fmt: skip
     assert summary["groups"]["all"] == measure(attempts())
     assert summarise("mine", attempts()[:1], {})["title"] == "mine"
-
-
-def test_judged_accuracy_is_of_what_was_judged() -> None:
-    row = measure(attempts(), np.asarray([1, 1, np.nan, 0], np.float32))
-    assert (row["acc"], row["judge_failures"]) == (pytest.approx(200 / 3), 1)
-    assert {name: value for name, value in row.items() if name not in ("acc", "judge_failures")} == measure(attempts())
-    assert measure(attempts()[:1], np.asarray([np.nan], np.float32))["acc"] is None
 
 
 def test_a_judge_is_asked_about_answers_that_do_not_match(tmp_path: Path) -> None:
@@ -118,17 +75,118 @@ def test_a_judge_is_asked_about_answers_that_do_not_match(tmp_path: Path) -> Non
     assert all(group["judge_failures"] == 0 for group in summary["groups"].values())
 
 
-def test_fingerprints_tell_questions_index_and_top_k_apart() -> None:
-    asked = [question("1", "x"), question("2", "y")]
-    mark = fingerprint(asked, index="i", top_k=2)
-    assert mark == fingerprint(iter(asked), index="i", top_k=2)
-    assert (mark["index"], mark["top_k"], len(mark["questions"])) == ("i", 2, 16)
+# ---------------------------------------------------------------------------------------- evaluator
+
+
+class Retriever(tiny.DictRetriever):
+    fingerprint = "index 1"
+
+
+def evaluator_of(run_dir: Path, tokenizer: Tokenizer, config: Config, opened: list[str] | None = None) -> Evaluator:
+    """Every policy answers "Shrewsbury" at once, in the form that it is asked in; `opened` gets their names."""
+
+    def open_backend(policy: str) -> FakeBackend:
+        if opened is not None:
+            opened.append(policy)
+        answer = Step("I know.", answer="Shrewsbury")
+        codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=100)
+        texts = {"Reasoning:": " So the answer is: Shrewsbury.", "Answer:": " Shrewsbury\n"}
+
+        def complete(slot: int, context: Context) -> Sequence[int]:
+            asked = tokenizer.decode(context.ids)
+            ids = [tokenizer.encode(text) for end, text in texts.items() if asked.endswith(end)]
+            return ids[0] if ids else codec.step_ids(answer, 1)
+
+        return FakeBackend(complete)
+
+    def search_env() -> EnvFactory:
+        codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=100)
+        return search_env_factory(codec, config.rollout, top_k=1, max_passages=4)
+
+    retriever = Retriever([DARWIN, BORN])
+    return Evaluator(
+        config, RunDirectory(run_dir), tokenizer, retriever, search_env, open_backend, lambda: SimpleNamespace(),
+        Console(file=io.StringIO()),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def config_of(**sections: Any) -> Config:
+    """A configuration that trains nothing."""
+    rollout = RolloutConfig(max_length=2000, max_new_tokens=500)
+    return Config(**{"phases": ("index",), "rollout": rollout} | sections)
+
+
+QUESTIONS = [question("1", "Shrewsbury", type="bridge"), question("2", "Down House", type="single")]
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_is_a_policy_and_an_env(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    opened: list[str] = []
+    system = SYSTEMS[name]
+    trajectories = evaluator_of(tmp_path, tokenizer, config_of(), opened).rollouts(system, QUESTIONS)
+    assert [trajectory.answer for trajectory in trajectories] == ["Shrewsbury"] * 2
+    assert [trajectory.question.id for trajectory in trajectories] == ["1", "2"]
+    assert opened == [{"cold_start": "sft", "r3rag": "rl"}.get(name, "base")]
+    evaluator_of(tmp_path, tokenizer, config_of(), opened).rollouts(system, QUESTIONS, policy="sft")
+    assert opened[1:] == ["sft"]
+
+
+def test_the_phase_evaluates_what_has_no_result_with_its_fingerprint(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config = config_of(eval=EvalConfig(systems=("closed_book", "oneshot_rag")))
+    opened: list[str] = []
+    evaluator = evaluator_of(tmp_path, tokenizer, config, opened)
+    assert evaluator.run(QUESTIONS) and len(opened) == 2
+    assert [path.name for path in sorted(tmp_path.rglob("*.json*"))] == [
+        "closed_book.json", "oneshot_rag.json", "closed_book.jsonl", "oneshot_rag.jsonl",
+    ]  # fmt: skip
+    results = load_results(RunDirectory(tmp_path), ("oneshot_rag", "r3rag", "closed_book"))
+    assert [result["title"] for result in results] == ["One-shot RAG", "Closed book"]
+    assert [result["groups"]["all"]["em"] for result in results] == [50.0, 50.0]
+    assert results[0]["fingerprint"] == evaluator.fingerprint(QUESTIONS)
+    assert len((tmp_path / "trajectories" / "oneshot_rag.jsonl").read_text().splitlines()) == 2
+    assert not evaluator.run(QUESTIONS) and len(opened) == 2
+    (tmp_path / "eval" / "closed_book.json").unlink()
+    assert evaluator.run(QUESTIONS) and len(opened) == 3
+    assert evaluator.run(QUESTIONS[:1]) and len(opened) == 5  # other questions
+    first = config_of(eval=EvalConfig(systems=("closed_book",), max_questions=1))
+    assert not evaluator_of(tmp_path, tokenizer, first).run(QUESTIONS)
+
+
+def test_a_system_needs_its_policy_unless_a_server_has_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config = config_of(eval=EvalConfig(systems=("cold_start",)))
+    with pytest.raises(UserError, match=r"eval.systems names cold_start, but phase sft of .* has not finished"):
+        evaluator_of(tmp_path, tokenizer, config).run(QUESTIONS)
+    (tmp_path / "policy" / "sft").mkdir(parents=True)
+    assert evaluator_of(tmp_path, tokenizer, config).run(QUESTIONS)
+    served = config_of(eval=EvalConfig(systems=("r3rag",)), rollout=RolloutConfig(server=ServerConfig(url="http://x")))
+    assert evaluator_of(tmp_path, tokenizer, served).run(QUESTIONS)
+
+
+def test_fingerprints_tell_everything_apart_that_results_depend_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def fingerprint(questions: Sequence[Any] = QUESTIONS, index: str = "index 1", **sections: Any) -> dict[str, Any]:
+        evaluator = evaluator_of(tmp_path, tokenizer, config_of(**sections))
+        evaluator.retriever.fingerprint = index  # type: ignore[misc]
+        return evaluator.fingerprint(questions)
+
+    plain = fingerprint(retrieval=RetrievalConfig(top_k=2))
+    assert plain == fingerprint(retrieval=RetrievalConfig(top_k=2))
+    assert list(plain) == ["index", "top_k", "questions"]
+    assert (plain["index"], plain["top_k"], len(plain["questions"])) == ("index 1", 2, 16)
+    judged = {"eval": EvalConfig(judge=True), "judge": JudgeConfig(endpoint=EndpointConfig(url="http://y", model="m"))}
+    served = fingerprint(rollout=RolloutConfig(server=ServerConfig(url="http://x", model="n")), **judged)
+    assert (served["server"], served["judge"]) == ("http://x n", "m")
     others = [
-        fingerprint(asked, index="j", top_k=2),
-        fingerprint(asked, index="i", top_k=5),
-        fingerprint(asked[::-1], index="i", top_k=2),
-        fingerprint(asked[:1], index="i", top_k=2),
-        fingerprint([asked[0], question("2", "z")], index="i", top_k=2),
-        fingerprint([asked[0], question("3", "y")], index="i", top_k=2),
+        fingerprint(index="index 2", retrieval=RetrievalConfig(top_k=2)),
+        fingerprint(retrieval=RetrievalConfig(top_k=5)),
+        fingerprint(QUESTIONS[::-1]),
+        fingerprint(QUESTIONS[:1]),
+        fingerprint([QUESTIONS[0], question("2", "z")]),
+        fingerprint([QUESTIONS[0], question("3", "Down House")]),
+        served,
     ]
-    assert len({tuple(other.items()) for other in [mark, *others]}) == 7
+    assert len({tuple(other.items()) for other in [plain, *others]}) == 8

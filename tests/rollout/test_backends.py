@@ -24,7 +24,6 @@ from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.config import Config, RolloutConfig, ServerConfig, load_config
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.evaluator import greedy_rollouts
 from r3rag_jax.rollout.backends import ServerBackend
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.scheduler import rollout
@@ -108,12 +107,10 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
         served = f"rollout.server.url={endpoint.url}"
         assert evaluate.main(["--checkpoint", str(run_dir), "--name", "served", served]) == 0
         client = tiny_run.open_components(run_dir, served)
-        oneshot_rag, questions = (
-            BASELINES["oneshot_rag"](session.config, session.policy.tokenizer),
-            session.dataset.questions("test"),
-        )
+        oneshot_rag = BASELINES["oneshot_rag"](session.config, session.policy.tokenizer)
         backend = client.rollout_backend(lambda: None)
-        lines = greedy_rollouts(backend, oneshot_rag, session.retriever, questions)
+        requests = [RolloutRequest(question) for question in session.dataset.questions("test")]
+        lines = rollout(backend, oneshot_rag, session.retriever, requests)
         copy = shutil.copytree(run_dir, tmp_path / "copy")
         shutil.rmtree(copy / "policy")  # a server has its own
         settings = [f"run_dir={copy}", "phases=index,eval", "eval.systems=r3rag", served]
@@ -126,7 +123,7 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
     assert rows["served"] == rows["local"]
     marks = {name: json.loads((run_dir / "eval" / f"{name}.json").read_text())["fingerprint"] for name in rows}
     assert marks["served"] == marks["local"] | {"server": endpoint.url}
-    own = greedy_rollouts(session.engine_backend(policy), oneshot_rag, session.retriever, questions)
+    own = rollout(session.engine_backend(policy), oneshot_rag, session.retriever, requests)
     assert [(t.steps, t.status, t.num_policy_tokens) for t in lines] == [
         (t.steps, t.status, t.num_policy_tokens) for t in own
     ]

@@ -198,15 +198,3 @@ def test_results_come_in_the_order_of_the_requests(codec):
     scripts = [script(codec, *([FIRST, SECOND, LAST] if i % 2 else [LAST])) for i in range(5)]
     trajectories, _ = play(codec, scripts, requests=[RolloutRequest(question) for question in questions])
     assert [t.question.id for t in trajectories] == ["0", "1", "2", "3", "4"]
-
-
-def test_row_keys_differ_by_question_sample_step_and_seed():
-    base = RolloutRequest(QUESTION, 0, 1.0, 0)
-    others = [
-        base.key(1),
-        dataclasses.replace(base, sample_index=1).key(0),
-        dataclasses.replace(base, seed=1).key(0),
-        dataclasses.replace(base, question=dataclasses.replace(QUESTION, id="r")).key(0),
-    ]
-    keys = {tuple(key.tolist()) for key in [base.key(0), *others]}
-    assert len(keys) == 5

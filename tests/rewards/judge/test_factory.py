@@ -156,7 +156,7 @@ def test_components_plan_and_open_a_local_judge(judge_dir: Path, base: Path, tmp
     assert expected.items() <= planned["rl"].items()
     assert not expected.keys() & {*planned["sft"], *planned["eval"]}
     judge = components.judge
-    assert judge is components.judge and components.judge_mark() == {}
+    assert judge is components.judge
     step = Step("hm", query="who", passages=(Passage("a", "Origin is by Darwin."),))
     verdicts = judge.ask([judge.relevance(QUESTION, step) for _ in range(2)])
     assert np.isnan(verdicts.values).all()  # it has learnt no such line

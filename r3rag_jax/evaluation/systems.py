@@ -1,0 +1,51 @@
+"""What can be evaluated: each system is a policy and the Env in which it plays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+from r3rag_jax.baselines.factory import BASELINES
+from r3rag_jax.config import Config
+from r3rag_jax.rollout.env import EnvFactory
+from r3rag_jax.text.tokenizer import Tokenizer
+
+BASE_POLICY = "base"  # the model before any training
+
+
+class EnvParts(Protocol):
+    """What an Env can be made of."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def search_env(self) -> EnvFactory:
+        """R3-RAG's protocol."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One line of a results table."""
+
+    title: str
+    policy: str  # BASE_POLICY, or the phase that trains it
+    make_env: Callable[[EnvParts], EnvFactory]
+
+
+def _baseline(title: str, name: str) -> System:
+    return System(title, BASE_POLICY, lambda parts: BASELINES[name](parts.config, parts.tokenizer))
+
+
+SYSTEMS = {
+    "closed_book": _baseline("Closed book", "closed_book"),
+    "oneshot_rag": _baseline("One-shot RAG", "oneshot_rag"),
+    "ircot": _baseline("IRCoT", "ircot"),
+    "cold_start": System("Cold start", "sft", lambda parts: parts.search_env),
+    "r3rag": System("R3-RAG", "rl", lambda parts: parts.search_env),
+}  # in the order of the tables

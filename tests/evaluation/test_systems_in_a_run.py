@@ -1,0 +1,45 @@
+"""Any system on a finished run, by both entry points."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from r3rag_jax import evaluate, train
+from r3rag_jax.config import load_config
+from r3rag_jax.data.jsonl import read_rows
+from r3rag_jax.run.directory import RunDirectory
+
+
+def test_ircot_on_a_finished_run(
+    finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a system of the eval phase, by `evaluate --system`, and there with a trained policy instead of the base."""
+    run = RunDirectory(shutil.copytree(finished("tags"), tmp_path / "run"))
+    settings = [f"run_dir={run.path}", "phases=index,eval", "eval.systems=r3rag,ircot"]
+    console = Console(record=True, width=200, file=io.StringIO())
+    before = run.evaluation("r3rag").read_bytes()
+    train.run(load_config(run.config_file, settings), console)
+    assert "IRCoT" in console.export_text() and "IRCoT" in run.report.read_text()
+    assert run.evaluation("r3rag").read_bytes() == before
+    rows = [row for _, row in read_rows(run.trajectories("ircot"))]
+    assert len(rows) == 4 and all(row["steps"][0]["query"] == row["question"] for row in rows)
+    assert json.loads(run.evaluation("ircot").read_text())["groups"]["all"]["retrievals"] >= 1
+
+    assert evaluate.main(["--checkpoint", str(run.path), "--system", "ircot"]) == 0
+    assert [row for _, row in read_rows(run.trajectories("test-ircot"))] == rows
+    fingerprint = json.loads(run.evaluation("test-ircot").read_text())["fingerprint"]
+    assert (fingerprint["phase"], fingerprint["system"]) == ("base", "ircot")
+    assert (
+        evaluate.main(["--checkpoint", str(run.path), "--system", "ircot", "--phase", "rl", "--name", "ircot-rl"]) == 0
+    )
+    assert json.loads(run.evaluation("ircot-rl").read_text())["fingerprint"]["phase"] == "rl"
+    assert "EM" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate.main(["--checkpoint", str(run.path), "--system", "ircod"])
