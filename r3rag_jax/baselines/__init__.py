@@ -1,1 +1,1 @@
-"""Baselines without training: each is an Env, played by the scheduler of `rollout/`."""
+"""Baselines without training: each is an Env, which the scheduler of `rollout/` runs."""

@@ -1,7 +1,8 @@
 """IRCoT (Trivedi et al., arXiv 2212.10509): a chain of thought whose sentences are the queries.
 
-The question is searched first. Then a sentence of the chain is sampled behind all passages found so far, and searched,
-in turn, until a sentence holds "So the answer is:" or the chain has `max_sentences`; then the answer is asked for.
+The question is the first query. Then the model alternates between writing one sentence of its chain, given all passages
+found so far, and retrieving with that sentence as the query. It ends when a sentence holds "So the answer is:"; after
+`max_sentences` without one, the prompt is continued by these words, so that the model must answer.
 As in FlashRAG, a sentence ends at the first full stop or newline, so an answer with a full stop inside is cut there.
 The prompts are our own; see `text/prompts.py`.
 """

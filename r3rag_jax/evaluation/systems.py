@@ -1,4 +1,4 @@
-"""What can be evaluated: each system is a policy and the Env in which it plays."""
+"""What can be evaluated: each system is a policy and the Env that it answers questions in."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The contract between the scheduler and a way to answer questions.
 
-An `Env` plays one question. It says what happens next, and the scheduler carries it out:
+An `Env` is one attempt at one question. Each method returns what must happen next, and the scheduler carries it out:
 
     start() ─┬─► Context ── sampled ──► step(completion) ─┐
              ├─► Search ── retrieved ─► observe(hits) ────┤
@@ -22,9 +22,9 @@ from r3rag_jax.types import Completion, Context, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class StopRule:
-    """What ends a completion, beside its budget of tokens; the same for all questions of a rollout."""
+    """What ends a completion before its budget of tokens is used up; the same for all questions of a rollout."""
 
-    pause_ids: tuple[int, ...] = ()  # tokens that end a step, after which the row continues behind retrieved passages
+    pause_ids: tuple[int, ...] = ()  # tokens that end a step, after which retrieved passages may follow
     stop_ids: tuple[int, ...] = ()  # other tokens that end a completion
     stop_strings: tuple[str, ...] = ()  # text that ends a completion, wherever in a token it ends
 
@@ -48,7 +48,7 @@ Transition = Context | Search | Done  # sample a completion of this context, ret
 
 
 class Env(Protocol):
-    """One question being played. Its methods return what is to happen next."""
+    """One attempt at one question. Each method returns what must happen next."""
 
     def start(self) -> Transition:
         """Begin; called once, before anything else."""
@@ -71,5 +71,5 @@ class EnvFactory:
     stops: StopRule  # of all completions of these Envs
 
     def __call__(self, request: RolloutRequest) -> Env:
-        """Return a new Env that plays the request's question."""
+        """Return a new Env for the request."""
         return self.make(request)

@@ -1,4 +1,4 @@
-"""Asynchronous rollouts: an iteration's rollouts run in a thread beside the update of the iteration before.
+"""Asynchronous rollouts: an iteration's rollouts run in a thread during the update of the iteration before.
 
 Such rollouts come from the policy before that update, so training is one step off-policy; the importance ratios of the
 policy loss correct for it, since they are relative to the log-probabilities recorded while sampling.
@@ -17,7 +17,7 @@ Rollouts = TypeVar("Rollouts")
 
 
 class Prefetcher(Generic[Params, Policy, Rollouts]):
-    """Runs the rollouts of iterations, on demand or one iteration ahead."""
+    """Runs the rollouts of iterations, on demand or in a thread while the caller does something else."""
 
     def __init__(self, copy_policy: Callable[[Params], Policy], run: Callable[[int, Policy], Rollouts]):
         """Create the thread.
@@ -36,7 +36,7 @@ class Prefetcher(Generic[Params, Policy, Rollouts]):
         self._started = iteration, self._thread.submit(self._run, iteration, self._copy_policy(params))
 
     def result(self, iteration: int, params: Params) -> Rollouts:
-        """Return the rollouts started for the iteration, or else run them now with the policy of `params`."""
+        """Return the rollouts started for the iteration, or else run them here with the policy of `params`."""
         if self._started is not None and self._started[0] == iteration:
             rollouts, self._started = self._started[1].result(), None
             return rollouts

@@ -58,7 +58,7 @@ def rollout(
 class _RunningSearch:
     """One batched search that may be under way."""
 
-    last_call: int  # the last call that it may run beside
+    last_call: int  # the last call during which it may run
     slots: list[int]
     hits: Callable[[], list[list[Hit]]]  # waits for the result; hits of each slot
 
@@ -97,7 +97,7 @@ class _Scheduler:
             if not self._envs and not self._queue:
                 break
             while self._searches and not self._contexts and not self._generation.num_active:
-                self._finish_search()  # there is nothing that it could run beside
+                self._finish_search()  # no call could run during the search
             contexts, self._contexts = self._contexts, {}
             self._generation.submit(contexts)
             for slot, completion in self._generation.wait():
@@ -142,7 +142,7 @@ class _Scheduler:
         self._searches.append(_RunningSearch(call + self._search_overlap, list(queries), hits))
 
     def _finish_searches(self, before: int) -> None:
-        """Finish the searches that may not run beside call `before`."""
+        """Finish the searches that may not run during call `before`."""
         while self._searches and self._searches[0].last_call < before:
             self._finish_search()
 

@@ -27,7 +27,7 @@ def search_env_factory(codec: Codec, config: RolloutConfig, *, top_k: int, max_p
 
 
 class SearchEnv:
-    """One question, played by R3-RAG's protocol."""
+    """One attempt at one question by R3-RAG's protocol."""
 
     def __init__(self, request: RolloutRequest, *, codec: Codec, config: RolloutConfig, top_k: int, max_passages: int):
         """Create the Env of a request.

@@ -20,7 +20,7 @@ class StopTokens:
     pause_ids: Sequence[int] = ()  # tokens that end a row with NEEDS_RETRIEVAL
     stop_ids: Sequence[int] = ()  # tokens that end a row with DONE
     # Of the ids that a row has sampled, the number up to and including the first stop string, or 0. It is called
-    # between calls on the device; a row gives back what it has sampled behind that, and is DONE.
+    # between calls on the device; what a row has sampled after the string is dropped, and the row is DONE.
     end_of: EndOf | None = None
 
     def __post_init__(self) -> None:

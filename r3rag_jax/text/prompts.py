@@ -26,7 +26,7 @@ def reading_prompt(question: str, passages: Sequence[Passage | str]) -> str:
 
 
 def instruction_prompt(question: str, passages: Sequence[Passage | str]) -> str:
-    """The baselines' last user message for a chat model, behind `EXAMPLES`."""
+    """The baselines' last user message for a chat model, after `EXAMPLES`."""
     given = f"Documents:\n{_listed(passages)}\n" if passages else ""
     return f"{given}{INSTRUCTION}\nQuestion: {question}"
 

@@ -1,10 +1,10 @@
-"""Token ids of a growing trajectory, in both protocols: the same assembly for rollouts and for the cold start.
+"""Token ids of a growing trajectory in both protocols. Rollouts and the cold start assemble them by the same code.
 
-Tokens in, tokens out: what the policy wrote is spliced as the very ids it sampled; only the question,
-the passages and the chat frame are ever encoded, each piece by itself.
+Tokens in, tokens out: steps keep the ids that the policy sampled. Only the question, the passages and the chat frame
+are encoded, each by itself.
 
-    tags    prompt | step 1 | passages | step 2 …               one sample
-    steps   prefix question [\\n step 1 \\n passages …] suffix | step k   a sample per step
+    tags    prompt | step 1 | passages | step 2 …                            one sequence per trajectory
+    steps   prefix question [\\n step 1 \\n passages …] suffix | step k       one sequence per step
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from r3rag_jax.text.protocols import TextProtocol, question_text
 from r3rag_jax.text.tokenizer import CONTENT, Tokenizer, chat_frame
 from r3rag_jax.types import Passage, Sample, Step, Trajectory
 
-CACHED_PASSAGES = 1 << 14  # whose token ids are kept; some tens of megabytes
+CACHED_PASSAGES = 1 << 14  # number of passages whose token ids are cached: some tens of megabytes
 
 
 class Codec:
-    """What turns a protocol's text into ids: tokenizer, chat frame, passage budget."""
+    """Converts a protocol's text to token ids and back, with a tokenizer, its chat frame and a passage budget."""
 
     def __init__(self, tokenizer: Tokenizer, protocol: TextProtocol, passage_tokens: int):
+        """`passage_tokens`: maximum number of tokens of a passage; longer ones are cut."""
         self.tokenizer, self.protocol, self.passage_tokens = tokenizer, protocol, passage_tokens
         self.prefix, self.suffix = chat_frame(tokenizer)
         self.eos_id = tokenizer.eos_id
@@ -33,16 +34,17 @@ class Codec:
         frame = protocol.render_passages([CONTENT])
         before, _, after = frame.partition(CONTENT)
         self._before_passages, self._after_passages = tokenizer.encode(before), tokenizer.encode(after)
-        # A passage is shown in many trajectories. Their threads share the cache.
+        # The same passages are found for many questions.
         self._content_ids = functools.lru_cache(CACHED_PASSAGES)(self._encode_contents)
 
     @property
     def ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokens after which a step may be followed by passages, and others that end a step."""
+        """Tokens that end a step which passages may follow, and the other tokens that end a step."""
         pauses = self.stop_ids if self.protocol.is_one_sequence else (self.eos_id,)
         return pauses, tuple(i for i in (self.eos_id,) if i not in pauses)
 
     def question_ids(self, question: str) -> list[int]:
+        """Return the user's message without its chat frame."""
         return self.tokenizer.encode(question_text(question), allow_special=False)
 
     def passage_ids(self, passages: Sequence[Passage]) -> list[int]:
@@ -57,39 +59,45 @@ class Codec:
         return tuple(self.tokenizer.encode(contents, allow_special=False)[: self.passage_tokens])
 
     def step_ids(self, step: Step, number: int) -> list[int]:
-        """What a policy that writes this step samples, with the token that ends it."""
+        """Return what a policy samples that writes this step, including the token that ends it."""
         ids = self.tokenizer.encode(self.protocol.render_step(step, number))
         return ids if self.protocol.is_one_sequence else [*ids, self.eos_id]
 
     def parse_step(self, ids: Sequence[int], number: int) -> Step:
-        """The step that sampled ids spell; a trailing end of turn is not text."""
+        """Return the step that sampled ids spell. An end of turn as the last token is not a part of the text."""
         ids = list(ids[:-1]) if len(ids) and ids[-1] == self.eos_id else list(ids)
         return self.protocol.parse_step(self.tokenizer.decode(ids), number)
 
     def joined_step(self, ids: Sequence[int]) -> list[int]:
-        """A step as it stands in the next user message of `steps`."""
+        """Return a step as the next user message of the protocol `steps` shows it."""
         ids = [i for i in ids if i != self.eos_id]
         return [*self._newline, *ids, *self._newline]
 
 
 class Transcript:
-    """One trajectory's ids. `context` is what the next step is written after."""
+    """The ids of one trajectory. The next step is sampled after `context`."""
 
     def __init__(self, codec: Codec, question: str):
         self._codec = codec
-        self._history = codec.question_ids(question)  # steps: the user's message so far
+        self._history = codec.question_ids(question)  # protocol `steps`: the user's message so far
         self.context: list[int] = [*codec.prefix, *self._history, *codec.suffix]
         self._written: list[tuple[int, int, np.ndarray, list[int]]] = []  # start, end, logprobs, whole sequence
 
     @property
     def num_steps(self) -> int:
+        """Number of steps that the policy has written."""
         return len(self._written)
 
     def write(self, ids: Sequence[int], logprobs: np.ndarray | None = None) -> None:
-        """Append what the policy wrote after `context`: ids and float32 behaviour log-probabilities."""
+        """Append the step that the policy wrote after `context`.
+
+        Args:
+            ids: its L tokens.
+            logprobs: float32 [L], behaviour log-probabilities; None = 0, for steps that were not sampled.
+        """
         logprobs = np.zeros(len(ids), np.float32) if logprobs is None else logprobs
         if len(logprobs) != len(ids):
-            raise ValueError(f"every sampled token has a log-probability; got {len(ids)} and {len(logprobs)}")
+            raise ValueError(f"every token must have a log-probability; got {len(ids)} tokens and {len(logprobs)}")
         start = len(self.context)
         sequence = [*self.context, *ids]
         self._written.append((start, len(sequence), logprobs, sequence))
@@ -99,7 +107,7 @@ class Transcript:
             self._history = [*self._history, *self._codec.joined_step(ids)]
 
     def add_passages(self, passages: Sequence[Passage]) -> None:
-        """Append what the last query brought; `context` is then ready for the next step."""
+        """Append the passages found for the last query; then `context` is ready for the next step."""
         ids = self._codec.passage_ids(passages)
         if self._codec.protocol.is_one_sequence:
             self.context = [*self.context, *ids]
@@ -108,7 +116,7 @@ class Transcript:
             self.context = [*self._codec.prefix, *self._history, *self._codec.suffix]
 
     def samples(self, temperature: float) -> tuple[Sample, ...]:
-        """The sequences to train on; nothing behind the last written token belongs to them."""
+        """Return the sequences to train on; they end with the last token that the policy wrote."""
         if not self._codec.protocol.is_one_sequence:
             return tuple(_sample([(start, end, logprobs, step)], sequence, temperature)
                          for step, (start, end, logprobs, sequence) in enumerate(self._written))  # fmt: skip
@@ -126,7 +134,7 @@ def _sample(spans: list[tuple[int, int, np.ndarray, int]], ids: list[int], tempe
 
 
 def teacher_samples(codec: Codec, trajectory: Trajectory) -> tuple[Sample, ...]:
-    """The training sequences of a teacher's trajectory, as the policy would have sampled them."""
+    """Return the training sequences of a teacher's trajectory: the ids that a policy samples which writes its steps."""
     transcript = Transcript(codec, trajectory.question.question)
     for number, step in enumerate(trajectory.steps, 1):
         transcript.write(codec.step_ids(step, number))

@@ -36,9 +36,8 @@ def test_ircot_on_a_finished_run(
     assert [row for _, row in read_rows(run.trajectories("test-ircot"))] == rows
     fingerprint = json.loads(run.evaluation("test-ircot").read_text())["fingerprint"]
     assert (fingerprint["phase"], fingerprint["system"]) == ("base", "ircot")
-    assert (
-        evaluate.main(["--checkpoint", str(run.path), "--system", "ircot", "--phase", "rl", "--name", "ircot-rl"]) == 0
-    )
+    trained = ["--phase", "rl", "--name", "ircot-rl"]
+    assert evaluate.main(["--checkpoint", str(run.path), "--system", "ircot", *trained]) == 0
     assert json.loads(run.evaluation("ircot-rl").read_text())["fingerprint"]["phase"] == "rl"
     assert "EM" in capsys.readouterr().out
     with pytest.raises(SystemExit):
