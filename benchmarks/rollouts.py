@@ -208,10 +208,10 @@ def run(console: Console, args: argparse.Namespace) -> None:
     path, slots = args.run, args.slots
     config = load_config(path / "config.yaml", ["phases=index"])
     session = Components(config, path, console=console)
-    params = session.policy.load(session.policy_dir("rl" if session.policy_dir("rl").exists() else "sft"))
+    params = session.policy.load(session.run.policy("rl" if session.run.policy("rl").exists() else "sft"))
     questions = session.dataset.questions("test")[: args.questions]
     requests = [RolloutRequest(question, i, temperature=1.0) for i in range(args.samples) for question in questions]
-    graphdef, decoder_config, dtype = session.policy.graphdef, session.policy.decoder_config, session.cache_dtype
+    graphdef, decoder_config, dtype = session.policy.graphdef, session.policy.decoder_config, session.kv_dtype
     env_factory = session.search_env
 
     def engine(kind: type[Engine], slots: int = slots) -> Engine:

@@ -119,11 +119,9 @@ class PPOWork:
         return cls(tokens, draw(-10.0), draw(0.0), 10 * draw(0.0), 10 * draw(0.0))
 
     def batch(self) -> tuple[TrainBatch, Targets]:
-        rows, zeros = plain_rows(self.tokens), np.zeros_like(self.tokens)
-        batch = TrainBatch(
-            **vars(rows), behaviour_logprobs=self.old_logprobs, rewards=zeros.astype(np.float32), trajectory_ids=zeros,
-            step_ids=zeros, temperature=np.ones(zeros.shape, np.float32),
-        )  # fmt: skip
+        rows = plain_rows(self.tokens)
+        temperature = np.ones(self.tokens.shape, np.float32)
+        batch = TrainBatch(**vars(rows), behaviour_logprobs=self.old_logprobs, temperature=temperature)
         return batch, Targets(self.advantages, self.returns, self.old_values)  # type: ignore[arg-type]
 
 
@@ -271,8 +269,8 @@ def trees(console: Console, model: str, retrievals: int, count: int, row_length:
         ("a sample per step", played),
         ("trees", [Trajectory(t.question, t.steps, t.status, s) for t, s in zip(played, shared, strict=True)]),
     ):
-        rewards = [np.zeros(len(t.steps), np.float32) for t in made]
-        packed = minibatches(made, rewards, row_length=row_length, batch_rows=2, rng=np.random.default_rng(0))
+        samples = [sample for trajectory in made for sample in trajectory.samples]
+        packed, _ = minibatches(samples, row_length=row_length, batch_rows=2, rng=np.random.default_rng(0))
         batches = [SFTBatch(b.tokens, b.positions, b.segment_ids, b.branch_ids, b.loss_mask) for b in packed]
         sizes[name] = sum(len(sample) for t in made for sample in t.samples), len(batches)
 

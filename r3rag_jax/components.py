@@ -7,7 +7,6 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.questions import iterate_passages
 from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.dev import DevEvaluation
 from r3rag_jax.evaluation.evaluator import Evaluator
 from r3rag_jax.evaluation.systems import BASE_POLICY
 from r3rag_jax.models.policy import Policy
@@ -31,7 +31,8 @@ from r3rag_jax.rewards.judge.factory import open_judge
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.scorer import Scorer
 from r3rag_jax.rewards.terms import needed_resources
-from r3rag_jax.rollout.backends import EngineBackend, RolloutBackend, ServerBackend
+from r3rag_jax.rollout.backend_factory import EngineBackends, MakeBackend, ServerBackends
+from r3rag_jax.rollout.backends import RolloutBackend
 from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.run.directory import RunDirectory
@@ -39,20 +40,26 @@ from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import bar_of_unknown_length
 from r3rag_jax.run.trackers.base import Tracker
 from r3rag_jax.run.trackers.factory import make_trackers
+from r3rag_jax.run.trajectories import TrajectoryLog
 from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
-from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import Truncation
 from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.sampler.memory import MemoryPlan
 from r3rag_jax.text.protocols import TAGS, make_protocol
 from r3rag_jax.text.transcript import Codec
+from r3rag_jax.training.memory_plan import plan_phases, will_hold_policy
+from r3rag_jax.training.rl import RLParts
+from r3rag_jax.training.sft import SFTParts
 
 
 class Components:
-    """The parts of one run, each built once, when it is first asked for. Only entry points hold one."""
+    """The parts of one run, each built once, when it is first asked for.
+
+    Only entry points hold one: everything below them takes the parts that it needs as arguments.
+    """
 
     def __init__(self, config: Config, run_dir: str | os.PathLike[str], console: Console | None = None):
         self.config, self.run = config, RunDirectory(Path(run_dir))
-        self.run_dir = self.run.path
         self.mesh: Mesh = make_mesh(config.mesh)
         self.sampler_mesh: Mesh = make_sampler_mesh(config.mesh, self.mesh)
         self.console = console or Console(quiet=jax.process_index() != 0)
@@ -64,12 +71,19 @@ class Components:
         Raises:
             UserError: one is unknown or not installed.
         """
-        return make_trackers(self.config.log.trackers, self.run_dir, self.config.model_dump(mode="json"))
+        return make_trackers(self.config.log.trackers, self.run.path, self.config.model_dump(mode="json"))
 
     @functools.cached_property
     def log(self) -> MetricsLog:
         """The run's metrics; leaving it as a context manager also finishes the trackers."""
         return MetricsLog(self.run.metrics_file, self.trackers)
+
+    @functools.cached_property
+    def trajectory_log(self) -> TrajectoryLog:
+        """The trajectories that RL keeps."""
+        return TrajectoryLog(self.run.trajectories("rl"), self.config.log.trajectories, self.trackers)
+
+    # ---- policy and data
 
     @functools.cached_property
     def policy(self) -> Policy:
@@ -98,10 +112,6 @@ class Components:
     def shares_prefixes(self) -> bool:
         """Whether samples that begin alike are trained in one sequence; see `prefix_tree.py`."""
         return not self.codec.protocol.is_one_sequence and self.config.model.attention != "splash"
-
-    def policy_dir(self, phase: str) -> Path:
-        """Where a finished phase leaves the policy, as a Hugging Face directory."""
-        return self.run.policy(phase)
 
     @functools.cached_property
     def dataset(self) -> Dataset:
@@ -138,22 +148,22 @@ class Components:
     # ---- rollouts
 
     @functools.cached_property
+    def kv_dtype(self) -> Any:
+        """Dtype of the sampler's KV cache."""
+        configured = self.config.rollout.kv_dtype
+        if configured != "auto":
+            return jnp.dtype(configured)
+        return default_kv_dtype(self.config.model.dtype, self.policy.decoder_config, self.sampler_mesh)
+
+    @functools.cached_property
     def engine(self) -> Engine:
         rollout = self.config.rollout
         return Engine(
             self.policy.graphdef, self.policy.decoder_config, self.sampler_mesh,
             slots=rollout.slots, max_length=rollout.max_length,
             decode_chunk=rollout.decode_chunk, truncation=Truncation.of(rollout),
-            dtype=self.cache_dtype, shard_weights=rollout.shard_weights,
+            dtype=self.kv_dtype, shard_weights=rollout.shard_weights,
         )  # fmt: skip
-
-    @property
-    def cache_dtype(self) -> Any:
-        """Of the sampler's keys and values."""
-        kv_dtype = self.config.rollout.kv_dtype
-        if kv_dtype != "auto":
-            return jnp.dtype(kv_dtype)
-        return default_kv_dtype(self.config.model.dtype, self.policy.decoder_config, self.sampler_mesh)
 
     @functools.cached_property
     def search_env(self) -> EnvFactory:
@@ -163,22 +173,19 @@ class Components:
             self.codec, self.config.rollout, top_k=retrieval.top_k, max_passages=retrieval.max_passages
         )
 
-    def rollout_backend(self, load: Callable[[], Any]) -> RolloutBackend:
-        """Who samples: the user's server, or else the engine with the policy of the parameters that `load` returns."""
+    @functools.cached_property
+    def engine_backends(self) -> EngineBackends:
+        """Makes rollout backends of the engine, each with a policy of its own."""
+        is_shared = self.sampler_mesh is self.mesh
+        shardings = None if is_shared else self.policy.param_shardings(self.sampler_mesh)
+        return EngineBackends(self.config.rollout, self.engine, self.policy.tokenizer, shardings)
+
+    @functools.cached_property
+    def backends(self) -> MakeBackend:
+        """Makes rollout backends: of the user's inference server where one is given, otherwise of the engine."""
         if self.config.rollout.server.is_given:
-            return ServerBackend(self.config.rollout, self.policy.tokenizer)
-        return self.engine_backend(self.to_sampler(load()))
-
-    def engine_backend(self, policy: CachedDecoder) -> EngineBackend:
-        """The engine with a policy that `to_sampler` returned."""
-        chunk = self.config.rollout.decode_chunk
-        return EngineBackend(self.engine, policy, self.policy.tokenizer, decode_chunk=chunk)
-
-    def to_sampler(self, params: Any) -> CachedDecoder:
-        """A copy of the policy's parameters where rollouts run; `params` may be donated afterwards."""
-        if self.sampler_mesh is not self.mesh:
-            params = jax.device_put(params, self.policy.param_shardings(self.sampler_mesh))
-        return self.engine.load(params)
+            return ServerBackends(self.config.rollout, self.policy.tokenizer)
+        return self.engine_backends
 
     # ---- rewards
 
@@ -203,6 +210,46 @@ class Components:
         """
         return open_judge(self.config.judge, self.mesh, self.run.judgements)
 
+    # ---- what each phase works with
+
+    @functools.cached_property
+    def memory_plans(self) -> dict[str, list[MemoryPlan]]:
+        """What each phase that is still to be done keeps in memory.
+
+        Raises:
+            UserError: a device has too little memory, or the tokenizer lacks the protocol's tags.
+        """
+        config = self.config
+        phases = [phase for phase in config.phases if will_hold_policy(config, self.run, phase)]
+        if not phases:
+            return {}
+        self.codec  # noqa: B018  # so that a wrong tokenizer is reported first
+        return plan_phases(config, phases, self.policy, self.mesh, self.sampler_mesh, self.kv_dtype)
+
+    @property
+    def sft_parts(self) -> SFTParts:
+        return SFTParts(
+            mesh=self.mesh, policy=self.policy, codec=self.codec, trajectories=self.dataset.trajectories(),
+            shares_prefixes=self.shares_prefixes, run=self.run, log=self.log, console=self.console,
+        )  # fmt: skip
+
+    @property
+    def rl_parts(self) -> RLParts:
+        return RLParts(
+            mesh=self.mesh, sampler_mesh=self.sampler_mesh, policy=self.policy, make_backend=self.engine_backends,
+            env_factory=self.search_env, retriever=self.retriever, scorer=self.scorer,
+            questions=self.dataset.questions("rl"), evaluate=self.dev_evaluation, shares_prefixes=self.shares_prefixes,
+            run=self.run, log=self.log, trajectory_log=self.trajectory_log, console=self.console,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def dev_evaluation(self) -> DevEvaluation | None:
+        """The dev questions, evaluated during RL; None without any."""
+        if not (questions := self.dataset.questions("dev")):
+            return None
+        overlap = self.config.rollout.search_overlap
+        return DevEvaluation(questions, self.search_env, self.retriever, search_overlap=overlap)
+
     # ---- evaluation
 
     @functools.cached_property
@@ -216,5 +263,5 @@ class Components:
     def open_backend(self, policy: str) -> RolloutBackend:
         """Return what samples with a policy of the run: `base`, or that of a finished phase. A server has its own."""
         if policy == BASE_POLICY:
-            return self.rollout_backend(self.policy.base_params)
-        return self.rollout_backend(lambda: self.policy.load(self.policy_dir(policy)))
+            return self.backends(self.policy.base_params)
+        return self.backends(lambda: self.policy.load(self.run.policy(policy)))

@@ -191,23 +191,21 @@ class TrainBatch(SFTBatch):
     """What RL adds: a row holds samples of several trajectories one after the other. All [B, L]."""
 
     behaviour_logprobs: jax.Array  # float32
-    rewards: jax.Array  # float32, on the last policy token of each step
-    trajectory_ids: jax.Array  # int32, which of the iteration's trajectories wrote the token; -1 where nothing is kept
-    step_ids: jax.Array  # int32, in which of its steps; -1 where nothing is kept
     temperature: jax.Array  # float32, sampling temperature of the token's trajectory (> 0)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrajectoryTable:
-    """The policy's tokens of an iteration by trajectory, in the order they were written, whatever rows they lie in.
+    """The policy's tokens of an iteration by trajectory, in the order they were written.
 
-    N trajectories, M of an iteration's batches stacked, T policy tokens of one trajectory, padded at the end. Credit
-    flows along a line of it: it is the same for one sequence per trajectory and for one per step. Trajectories that
-    are left out of the updates have lines too, for what the others are compared with.
+    N trajectories; T policy tokens of one, padded at the end; M batches of B rows of L tokens. Rewards, advantages and
+    returns are computed along its rows, which are the same for one sample per trajectory and for one per step, and
+    whatever batches the samples lie in. Trajectories that are left out of the batches have rows too: the others are
+    compared with them.
     """
 
-    places: jax.Array  # int32 [N, T], index into the M * B * L tokens of the batches; behind them for what is left out
+    indices: jax.Array  # int32 [N, T], into the M * B * L tokens of the batches; M * B * L for tokens in no batch
     rewards: jax.Array  # float32 [N, T], on the last token of each step
     step_ids: jax.Array  # int32 [N, T], 0 where mask is False
     mask: jax.Array  # bool [N, T], False behind the end of a trajectory

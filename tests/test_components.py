@@ -27,7 +27,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import open_run
-from r3rag_jax.train import index_phase
+from r3rag_jax.train import PHASES
 from r3rag_jax.types import Status
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
@@ -90,9 +90,9 @@ def test_a_phases_policy_is_exported_whole_and_read_back_on_another_mesh(config:
     run_dir = open_run(config).path
     writer = components(config, 1, 4, 2)
     params = jax.tree.map(lambda x: x + 0.123456789, writer.policy.base_params())
-    writer.policy.save(writer.policy_dir("sft"), params)
+    writer.policy.save(writer.run.policy("sft"), params)
     assert [path.name for path in (run_dir / "policy").iterdir()] == ["sft"]
-    read = components(config, 8, 1, 1).policy.load(writer.policy_dir("sft"))
+    read = components(config, 8, 1, 1).policy.load(writer.run.policy("sft"))
     for a, b in zip(flat(read), flat(params), strict=True):
         np.testing.assert_array_equal(a, b)  # float32: nothing is rounded
     whole = tiny_run.files(run_dir / "policy" / "sft")
@@ -105,8 +105,8 @@ def test_what_generation_is_told_goes_with_the_policy(config: Config, base: Path
     source = shutil.copytree(base, tmp_path / "source")
     (source / "generation_config.json").write_text('{"eos_token_id": [2, 0], "temperature": 0.6}')
     writer = components(config, path=str(source))
-    writer.policy.save(writer.policy_dir("sft"), writer.policy.base_params())
-    written = json.loads((writer.policy_dir("sft") / "generation_config.json").read_text())
+    writer.policy.save(writer.run.policy("sft"), writer.policy.base_params())
+    written = json.loads((writer.run.policy("sft") / "generation_config.json").read_text())
     assert written == {"pad_token_id": 0, "eos_token_id": [2, 0], "temperature": 0.6}
 
 
@@ -129,7 +129,7 @@ def test_a_model_path_without_a_model_is_the_users_to_fix(config: Config, tmp_pa
 
 def test_the_worlds_files_fit_together(config: Config) -> None:
     writer = Components(config, open_run(config))
-    index_phase(writer)
+    PHASES["index"](writer)
     data = config.run_directory / "data"
     corpus = {passage.id: passage for passage in read_passages(data / "corpus.jsonl")}
     for split in ("rl", "dev", "test"):
@@ -178,32 +178,32 @@ def files_of_ones_own(config: Config, directory: Path, **keys: Any) -> Config:
 def test_rl_leaves_out_the_questions_that_the_cold_start_drew(config: Config, tmp_path: Path) -> None:
     few = files_of_ones_own(config, tmp_path / "data", num_sft=4)
     one = Components(few, open_run(few))
-    index_phase(one)
+    PHASES["index"](one)
     used = [trajectory.question.id for trajectory in one.dataset.trajectories()]
     assert len(used) == 4 and set(used) < {f"q{i}" for i in range(6)}
     assert [question.id for question in one.dataset.questions("rl")] == [
         f"q{i}" for i in range(10) if f"q{i}" not in used
     ]
-    reseeded = Components(few.replace(seed=3), one.run_dir)
+    reseeded = Components(few.replace(seed=3), one.run.path)
     assert [trajectory.question.id for trajectory in reseeded.dataset.trajectories()] != used
     shared = few.replace(data=few.data.replace(disjoint=False))
-    assert len(Components(shared, one.run_dir).dataset.questions("rl")) == 10
+    assert len(Components(shared, one.run.path).dataset.questions("rl")) == 10
     later = few.replace(phases=("rl",))  # the cold start was a command of its own
-    assert len(Components(later, one.run_dir).dataset.questions("rl")) == 6
+    assert len(Components(later, one.run.path).dataset.questions("rl")) == 6
     alone = few.replace(phases=("index", "rl"), data=few.data.replace(sft=""))
-    assert len(Components(alone, one.run_dir).dataset.questions("rl")) == 10
+    assert len(Components(alone, one.run.path).dataset.questions("rl")) == 10
 
 
 def test_data_that_leaves_nothing_or_holds_too_little_is_the_users_to_fix(config: Config, tmp_path: Path) -> None:
     every = files_of_ones_own(config, tmp_path / "data")
     every = every.replace(data=every.data.replace(rl="taught.jsonl"))
     one = Components(every, open_run(every))
-    index_phase(one)
+    PHASES["index"](one)
     with pytest.raises(UserError, match=r"data.disjoint leaves no question for RL: all of .*taught.jsonl"):
         one.dataset.questions("rl")
     many = every.replace(data=every.data.replace(num_sft=7))
     with pytest.raises(UserError, match=r"data.num_sft must be at most 6, what .*taught.jsonl holds; got 7"):
-        Components(many, one.run_dir).dataset.trajectories()
+        Components(many, one.run.path).dataset.trajectories()
 
 
 def test_refreshing_places_what_is_wrong_with_the_trajectories(config: Config, tmp_path: Path) -> None:
@@ -211,14 +211,14 @@ def test_refreshing_places_what_is_wrong_with_the_trajectories(config: Config, t
     with (tmp_path / "data" / "taught.jsonl").open("a") as file:
         file.write('{"id": "q9", "question": "Who?", "golden_answers": ["x"]}\n')
     with pytest.raises(UserError, match=r"taught.jsonl:7: expected a field 'steps'"):
-        index_phase(Components(again, open_run(again)))
+        PHASES["index"](Components(again, open_run(again)))
 
 
 def test_refreshing_brings_this_runs_passages_and_keeps_what_a_step_needs(config: Config, tmp_path: Path) -> None:
     again = files_of_ones_own(config, tmp_path / "data", refresh_retrieved=True)
     one = Components(again, open_run(again))
-    index_phase(one)
-    assert one.dataset.path_of("sft") == one.run_dir / "data" / "sft.jsonl"
+    PHASES["index"](one)
+    assert one.dataset.path_of("sft") == one.run.path / "data" / "sft.jsonl"
     for number, trajectory in enumerate(one.dataset.trajectories()):
         [found] = one.retriever.search([trajectory.steps[0].query or ""], again.retrieval.top_k)
         shown = [passage.id for passage in trajectory.steps[0].passages]

@@ -188,7 +188,7 @@ def state_of(params: Any, tx: Any) -> TrainState:
 
 
 def batch_of(rows: int, length: int) -> Any:
-    batch = pack([], [], [], row_length=length, num_rows=rows)
+    batch, _ = pack([], row_length=length, num_rows=rows)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
 
 

@@ -10,8 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiny
 from rich.console import Console
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -119,6 +121,15 @@ def open_components(run_dir: Path, *overrides: str) -> Components:
     """A finished run to work with; it is only read."""
     config = load_config(run_dir / "config.yaml", [*overrides, "phases=index"])
     return Components(config, run_dir, console=Console(quiet=True))
+
+
+def weights(run_dir: Path, phase: str) -> dict[str, np.ndarray]:
+    """The exported policy of a phase."""
+    return load_file(run_dir / "policy" / phase / "model.safetensors")
+
+
+class Killed(Exception):
+    """Stands for a preempted machine."""
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from r3rag_jax.training.batch import pack, tabulate
 from r3rag_jax.training.losses import rl_loss, sft_loss
 from r3rag_jax.training.state import Targets, new_critic
 from r3rag_jax.training.targets import make_pre_update, make_targets
-from r3rag_jax.types import Sample, SFTBatch, TrainBatch
+from r3rag_jax.types import Question, Sample, SFTBatch, Status, Step, TrainBatch, Trajectory, TrajectoryTable
 
 VOCAB = 272  # divides by the tensor axis, so that the embedding is really cut
 
@@ -33,6 +33,10 @@ HEAD = CriticConfig(kind="head", lr=1e-3, gae_lambda=0.9)
 
 
 RL = RLConfig(lr=1e-3, critic=HEAD, kl=KLConfig(coef=0.05), entropy_coef=0.01, warmup=0.0)
+
+
+# Batches with the index of each sample's first token, trajectories in the order of their samples, their rewards.
+Work = tuple[list[tuple[TrainBatch, np.ndarray]], list[Trajectory], list[np.ndarray]]
 
 
 def one_device() -> Mesh:
@@ -57,9 +61,20 @@ def rewards_of(made: list[Sample]) -> list[np.ndarray]:
     return [rng.uniform(-1, 2, sample.step_ids.max() + 1).astype(np.float32) for sample in made]
 
 
+def attempt(*samples: Sample, name: str = "q") -> Trajectory:
+    """A trajectory of these samples; every step of it is answered."""
+    num_steps = 1 + max(int(sample.step_ids.max(initial=-1)) for sample in samples)
+    return Trajectory(Question(name, "?", ("b",)), (Step("a", answer="b"),) * num_steps, Status.ANSWERED, samples)
+
+
 def rl_batch(row_length: int = 40, num_rows: int | None = 8) -> TrainBatch:
+    return pack(samples(), row_length=row_length, num_rows=num_rows)[0]
+
+
+def rl_work() -> Work:
+    """What `targets_of` takes for `rl_batch()`."""
     made = samples()
-    return pack(made, rewards_of(made), range(len(made)), row_length=row_length, num_rows=num_rows)
+    return [pack(made, row_length=40, num_rows=8)], [attempt(sample) for sample in made], rewards_of(made)
 
 
 def sft_batch(**options: Any) -> SFTBatch:
@@ -72,17 +87,24 @@ def targets_like(batch: TrainBatch) -> Targets:
     return Targets(*(rng.normal(size=batch.tokens.shape).astype(np.float32) for _ in range(3)))
 
 
+def table_of(work: Work) -> TrajectoryTable:
+    """The table of trajectories, each of a question of its own."""
+    packed, attempts, rewards = work
+    size = packed[0][0].tokens.size
+    starts = np.concatenate([number * size + starts for number, (_, starts) in enumerate(packed)])
+    return tabulate(attempts, rewards, starts, np.arange(len(attempts)), num_tokens=len(packed) * size)
+
+
 def targets_of(
-    mesh: Mesh, graphdefs: dict[str, Any], params: Any, reference: Any, batches: list[TrainBatch], config: RLConfig,
-    groups: np.ndarray | None = None,
-) -> tuple[list[Targets], list[dict[str, Any]]]:  # fmt: skip
+    mesh: Mesh, graphdefs: dict[str, Any], params: Any, reference: Any, work: Work, config: RLConfig
+) -> tuple[list[Targets], list[dict[str, Any]]]:
     """What an iteration makes of host batches: (targets, metrics of the forward passes and of the targets)."""
+    batches = [batch for batch, _ in work[0]]
     pre_update = make_pre_update(mesh, graphdefs, graphdefs["policy"], ModelConfig(), config)
     found = [pre_update(params, reference, device_put_batch(mesh, batch)) for batch in batches]
-    groups = np.arange(1 + max(batch.trajectory_ids.max() for batch in batches)) if groups is None else groups
     estimate = make_targets(mesh, config, num_steps=3)
     shape = batches[0].tokens.shape
-    targets, stats = estimate([one for one, _ in found], tabulate(batches, groups), config.kl.coef, shape)
+    targets, stats = estimate([one for one, _ in found], table_of(work), config.kl.coef, shape)
     return targets, [metrics for _, metrics in found] + [stats]
 
 
@@ -154,6 +176,18 @@ def two_steps() -> tuple[Sample, np.ndarray]:
     step_ids = np.asarray([-1, 0, 0, -1, 1, 1], np.int32)
     logprobs = np.where(step_ids >= 0, -2.0, 0).astype(np.float32)
     return Sample(np.arange(6, dtype=np.int32), step_ids >= 0, logprobs, step_ids), np.asarray([0.5, 2.0], np.float32)
+
+
+def two_steps_work() -> Work:
+    sample, rewards = two_steps()
+    return [pack([sample], row_length=6)], [attempt(sample)], [rewards]
+
+
+def per_step_work() -> Work:
+    """The same trajectory, a sample and a batch for each step."""
+    sample, rewards = two_steps()
+    made = per_step(sample)
+    return [pack([one], row_length=6) for one in made], [attempt(*made)], [rewards]
 
 
 def per_step(sample: Sample) -> list[Sample]:

@@ -13,7 +13,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.rewards.answer import answer_metrics
 from r3rag_jax.rewards.base import Resources, next_power_of_two, required
 from r3rag_jax.rewards.judge import correctness
-from r3rag_jax.rewards.judge.judge import Judge, Verdicts
+from r3rag_jax.rewards.judge.judge import Judge, Verdicts, merge_verdicts
 from r3rag_jax.rewards.shaping import ShapedRewards, shape_rewards
 from r3rag_jax.rewards.terms import used_terms
 from r3rag_jax.types import Status, Trajectory
@@ -121,6 +121,23 @@ class Scorer:
             factor_wrong=config.factor_wrong, factor_no_answer=config.factor_no_answer,
             malformed_reward=config.malformed, no_answer_penalty=config.no_answer, clip=config.clip,
         )  # fmt: skip
+
+
+def merge_scores(parts: Sequence[Scores]) -> Scores:
+    """The scores of several lists of trajectories, scored one after the other, as those of one list."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    answers = {name: np.concatenate([part.answers[name] for part in parts]) for name in first.answers}
+    reward_parts = {name: np.concatenate([part.parts[name] for part in parts]) for name in first.parts}
+    verdicts = [part.verdicts for part in parts if part.verdicts is not None]
+    return Scores(
+        [rewards_K for part in parts for rewards_K in part.rewards],
+        np.concatenate([part.process for part in parts]),
+        answers,
+        reward_parts,
+        merge_verdicts(verdicts) if verdicts else None,
+    )
 
 
 def learnable(trajectories: Sequence[Trajectory], scores: Scores) -> tuple[list[Trajectory], Scores]:

@@ -6,6 +6,8 @@ Shape suffixes: N trajectories, T policy tokens of one, K its steps.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -165,4 +167,4 @@ def whiten_rewards(table: TrajectoryTable) -> TrajectoryTable:
     count = jnp.maximum(jnp.sum(is_end_NT, dtype=jnp.float32), 1.0)
     mean = jnp.sum(jnp.where(is_end_NT, table.rewards, 0.0)) / count
     rewards = jnp.where(is_end_NT, whiten(table.rewards, is_end_NT) + mean, 0.0)
-    return TrajectoryTable(table.places, rewards, table.step_ids, table.mask, table.groups)
+    return dataclasses.replace(table, rewards=rewards)

@@ -1,8 +1,8 @@
-"""Which questions an iteration of RL plays, and with which seeds and temperatures."""
+"""Which questions an iteration of RL rolls out, with which seeds and temperatures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -11,31 +11,41 @@ from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.types import Question
 
 
-def iteration_jobs(config: Config, questions: Sequence[Question], iteration: int) -> list[RolloutRequest]:
-    """The jobs of an iteration, a function of seed and iteration alone: resuming needs no data position.
+def iteration_requests(config: Config, questions: Sequence[Question], iteration: int) -> list[RolloutRequest]:
+    """The requests of an iteration: a function of seed and iteration alone, so that resuming needs no data position.
 
-    Questions come in a new random order each time through all of them.
+    Every question is used once before any is used again, in an order that is shuffled anew for each pass.
     """
-    jobs = []
-    for place in range(iteration * config.rl.questions, (iteration + 1) * config.rl.questions):
-        epoch, at = divmod(place, len(questions))
+    requests = []
+    for index in range(iteration * config.rl.questions, (iteration + 1) * config.rl.questions):
+        epoch, index_in_epoch = divmod(index, len(questions))
         order = np.random.default_rng((config.seed, epoch)).permutation(len(questions))
-        jobs += samples_of(config, questions[order[at]], iteration)
-    return jobs
+        requests += _requests_of(config, questions[order[index_in_epoch]], iteration)
+    return requests
 
 
-def more_jobs(
-    config: Config, questions: Sequence[Question], iteration: int, draw: int, count: int, taken: set[str]
+def replacement_requests(
+    config: Config,
+    questions: Sequence[Question],
+    iteration: int,
+    round: int,
+    num_questions: int,
+    used_ids: Collection[str],
 ) -> list[RolloutRequest]:
-    """Jobs of `count` questions more for an iteration, drawn by chance from those that are not `taken`."""
-    free = [question for question in questions if question.id not in taken]
-    order = np.random.default_rng((config.seed, iteration, draw)).permutation(len(free))[: max(0, count)]
-    return [job for at in order for job in samples_of(config, free[at], iteration)]
+    """Requests of up to `num_questions` further questions for an iteration, drawn from those not in `used_ids`.
+
+    Args:
+        round: 1 for the first replacements of the iteration, then counted up; part of the random seed.
+    """
+    unused = [question for question in questions if question.id not in used_ids]
+    order = np.random.default_rng((config.seed, iteration, round)).permutation(len(unused))[: max(0, num_questions)]
+    return [request for index in order for request in _requests_of(config, unused[index], iteration)]
 
 
-def samples_of(config: Config, question: Question, iteration: int) -> list[RolloutRequest]:
+def _requests_of(config: Config, question: Question, iteration: int) -> list[RolloutRequest]:
+    """`rollout.samples` requests of a question, cycling through `rollout.temperatures`."""
     temperatures, seed = config.rollout.temperatures, config.seed * 1_000_003 + iteration
     return [
-        RolloutRequest(question, i, temperatures[i % len(temperatures)], seed=seed)
-        for i in range(config.rollout.samples)
+        RolloutRequest(question, index, temperatures[index % len(temperatures)], seed=seed)
+        for index in range(config.rollout.samples)
     ]

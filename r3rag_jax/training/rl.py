@@ -2,139 +2,136 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
 
-from r3rag_jax.components import Components
+from r3rag_jax.config import Config
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.evaluator import summarise
-from r3rag_jax.rewards.scorer import learnable
-from r3rag_jax.rollout.request import RolloutRequest
-from r3rag_jax.rollout.scheduler import rollout
+from r3rag_jax.models.policy import Policy
+from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.rewards.scorer import Scorer
+from r3rag_jax.rollout.backend_factory import MakeBackend
+from r3rag_jax.rollout.backends import RolloutBackend
+from r3rag_jax.rollout.env import EnvFactory
+from r3rag_jax.rollout.prefetch import Prefetcher
+from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import ProgressBar, num_compiled
 from r3rag_jax.run.trajectories import TrajectoryLog
-from r3rag_jax.sampler.cached_decoder import CachedDecoder
-from r3rag_jax.training.requests import iteration_jobs, more_jobs
+from r3rag_jax.training.experience import Experience, IterationSampler, Rollouts
 from r3rag_jax.training.rollout_metrics import rollout_metrics
-from r3rag_jax.training.trainer import RLTrainer, equal_groups, number_groups
-from r3rag_jax.types import Trajectory
+from r3rag_jax.training.trainer import RLTrainer
+from r3rag_jax.types import Question
 
 
-def rl_phase(components: Components) -> bool:
-    """Policy gradients against the live retriever, from the cold start (or the base where there is none)."""
-    config = components.config.rl
-    if components.policy_dir("rl").exists():
-        return False
-    trainer = RLTrainer(components)
-    kept = TrajectoryLog(components.run.trajectories("rl"), components.config.log.trajectories, components.trackers)
-    kept.rewind(trainer.iteration)
-    rollouts, dev = Rollouts(components), components.dataset.questions("dev")
-    bar = ProgressBar("RL", config.iterations, console=components.console, live=components.config.log.progress,
-                      done=trainer.iteration)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class RLParts:
+    """What the RL phase works with."""
 
-    def is_at(number: int, every: int) -> bool:
-        return number % every == 0
-
-    with bar, rollouts:
-        while trainer.iteration < config.iterations:
-            started, number, compiled = time.monotonic(), trainer.iteration, num_compiled()
-            num_rollbacks = trainer.guards.rollbacks
-            trajectories = rollouts.of(number, trainer.policy_params)
-            following = number + 1
-            # Not across a checkpoint, which a run may resume from, nor an evaluation, which takes the sampler itself.
-            is_free = not (is_at(following, config.checkpoint_every) or (dev and is_at(following, config.eval_every)))
-            if config.async_rollouts and is_free and following < config.iterations:
-                rollouts.start(following, trainer.policy_params)
-            scores = components.scorer.score(trajectories)
-            metrics = rollout_metrics(trajectories, scores) | {"rollout_s": time.monotonic() - started}
-            trajectories, scores = learnable(trajectories, scores)
-            metrics |= trainer.update(trajectories, scores)
-            if dev and is_at(trainer.iteration, config.eval_every):
-                backend = components.engine_backend(components.to_sampler(trainer.policy_params))
-                requests = [RolloutRequest(question) for question in dev]
-                dev_trajectories = rollout(backend, components.search_env, components.retriever, requests,
-                                           search_overlap=components.config.rollout.search_overlap)  # fmt: skip
-                metrics["dev_em"] = summarise("dev", dev_trajectories, {})["groups"]["all"]["em"] / 100
-            tokens = sum(len(sample) for trajectory in trajectories for sample in trajectory.samples)
-            metrics["tokens_per_s"] = tokens / (time.monotonic() - started)
-            metrics["num_compiled"] = num_compiled() - compiled
-            components.log.write("rl", number, metrics)
-            trainer.guard(metrics)
-            if trainer.guards.rollbacks > num_rollbacks:
-                rollouts.forget()
-            kept.write(number, [trajectory_to_dict(trajectories[i]) | {"reward": float(scores.rewards[i].sum())}
-                                for i in kept.choose(len(trajectories))])  # fmt: skip
-            bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
-            if is_at(trainer.iteration, config.checkpoint_every) and trainer.iteration < config.iterations:
-                trainer.save()
-    components.policy.save(components.policy_dir("rl"), trainer.policy_params)
-    trainer.checkpoints.close()
-    return True
+    mesh: Mesh
+    sampler_mesh: Mesh  # where rollouts run; `mesh` itself, or one of other devices
+    policy: Policy
+    make_backend: MakeBackend
+    env_factory: EnvFactory
+    retriever: Retriever
+    scorer: Scorer
+    questions: Sequence[Question]
+    evaluate: Callable[[RolloutBackend], dict[str, float]] | None  # metrics on the dev questions; None: there are none
+    shares_prefixes: bool  # samples that begin alike are trained in one sequence
+    run: RunDirectory
+    log: MetricsLog
+    trajectory_log: TrajectoryLog
+    console: Console
 
 
-class Rollouts:
-    """The trajectories of each iteration, sampled when asked for or, with `rl.async_rollouts`, in a thread before.
+def run_rl(config: Config, parts: RLParts) -> None:
+    """Train from the cold start's policy, or from the base where there is none, and export the result.
 
-    What is sampled ahead has the policy before the update beside it, so the ratios of PPO correct for one update more:
-    they are to the log-probabilities that were recorded. Weights change without a new compilation.
+    Raises:
+        UserError: a guard ends RL, the judge fails too often, or the settings do not fit the devices.
     """
+    check_devices(config, parts)
+    trainer = RLTrainer(
+        config, parts.policy, parts.mesh, parts.run, parts.console, shares_prefixes=parts.shares_prefixes
+    )
+    parts.log.rewind("rl", trainer.iteration)
+    parts.trajectory_log.rewind(trainer.iteration)
+    sampler = IterationSampler(config, parts.questions, parts.env_factory, parts.retriever, parts.scorer)
+    prefetcher: Prefetcher[Any, RolloutBackend, Rollouts] = Prefetcher(
+        lambda params: parts.make_backend(lambda: params), sampler.run
+    )
+    bar = ProgressBar("RL", config.rl.iterations, console=parts.console, live=config.log.progress,
+                      done=trainer.iteration)  # fmt: skip
+    with bar, prefetcher:
+        while trainer.iteration < config.rl.iterations:
+            metrics = run_iteration(config, parts, trainer, prefetcher)
+            bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
+            if trainer.iteration % config.rl.checkpoint_every == 0 and trainer.iteration < config.rl.iterations:
+                trainer.save()
+    parts.policy.save(parts.run.policy("rl"), trainer.policy_params)
+    trainer.checkpoints.close()
 
-    def __init__(self, components: Components):
-        mesh = components.sampler_mesh
-        if components.config.rl.async_rollouts and mesh is components.mesh and mesh.size > 1:
-            raise UserError(
-                "rl.async_rollouts must have one device, or mesh.sampler_devices of its own: two threads cannot "
-                f"launch programs on the same {mesh.size} devices; got mesh.sampler_devices="
-                f"{components.config.mesh.sampler_devices}"
-            )
-        self._components, self._questions = components, components.dataset.questions("rl")
-        self._search_env = components.search_env
-        self._thread = ThreadPoolExecutor(1)
-        self._ahead: tuple[int, Future[list[Trajectory]]] | None = None
 
-    def __enter__(self) -> Rollouts:
-        return self
+def run_iteration(
+    config: Config, parts: RLParts, trainer: RLTrainer, prefetcher: Prefetcher[Any, RolloutBackend, Rollouts]
+) -> dict[str, float]:
+    """Rollout, rewards, advantages, update, evaluation; returns the metrics that it logs."""
+    started, iteration, compiled = time.monotonic(), trainer.iteration, num_compiled()
+    rollouts = prefetcher.result(iteration, trainer.policy_params)
+    if may_prefetch(config, iteration + 1, has_evaluation=parts.evaluate is not None):
+        prefetcher.start(iteration + 1, trainer.policy_params)
+    experience = rollouts.score(parts.scorer, totals=config.rl.returns == "total")
+    metrics = rollout_metrics(experience.trajectories, experience.scores)
+    metrics["rollout_s"] = time.monotonic() - started
+    experience = experience.learnable()
+    targets = trainer.targets(trainer.pack(experience))
+    metrics |= trainer.update(targets)
+    if parts.evaluate is not None and trainer.iteration % config.rl.eval_every == 0:
+        metrics |= parts.evaluate(parts.make_backend(lambda: trainer.policy_params))
+    num_tokens = sum(len(sample) for trajectory in experience.trajectories for sample in trajectory.samples)
+    metrics["tokens_per_s"] = num_tokens / (time.monotonic() - started)
+    metrics["num_compiled"] = num_compiled() - compiled
+    parts.log.write("rl", iteration, metrics)
+    if trainer.guard(metrics):
+        prefetcher.discard()  # its policy was rolled back
+    log_trajectories(parts.trajectory_log, iteration, experience)
+    return metrics
 
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
 
-    def of(self, iteration: int, params: Any) -> list[Trajectory]:
-        """Those started for the iteration, or else sampled now by the policy of `params`."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == iteration:
-            return ahead[1].result()
-        return self._play(iteration, self._components.to_sampler(params))
+def may_prefetch(config: Config, iteration: int, *, has_evaluation: bool) -> bool:
+    """Whether an iteration's rollouts may run beside the update of the iteration before.
 
-    def start(self, iteration: int, params: Any) -> None:
-        """Sample the iteration's in a thread; `params` may be donated as soon as this returns."""
-        self._ahead = iteration, self._thread.submit(self._play, iteration, self._components.to_sampler(params))
+    They may not across a checkpoint, from which a run may resume, nor across an evaluation, which needs the sampler.
+    """
+    rl = config.rl
+    is_checkpoint = iteration % rl.checkpoint_every == 0
+    is_evaluation = has_evaluation and iteration % rl.eval_every == 0
+    return rl.async_rollouts and iteration < rl.iterations and not (is_checkpoint or is_evaluation)
 
-    def forget(self) -> None:
-        """Leave what was started alone: it is of a policy that is no more."""
-        if self._ahead is not None:
-            self._ahead[1].result()
-        self._ahead = None
 
-    def _play(self, iteration: int, policy: CachedDecoder) -> list[Trajectory]:
-        """With `rl.max_resamples`, also those of questions drawn in the place of those that teach nothing."""
-        config, components = self._components.config, self._components
-        backend = components.engine_backend(policy)
-        sample = functools.partial(rollout, backend, self._search_env, components.retriever,
-                                   search_overlap=config.rollout.search_overlap)  # fmt: skip
-        trajectories = sample(iteration_jobs(config, self._questions, iteration))
-        for draw in range(1, 1 + config.rl.max_resamples):
-            known, scores = learnable(trajectories, components.scorer.score(trajectories))
-            groups = number_groups(known)
-            is_equal = equal_groups(scores.rewards, groups, totals=config.rl.returns == "total")
-            num_missing = config.rl.questions - len(np.unique(groups[~is_equal]))
-            taken = {trajectory.question.id for trajectory in trajectories}
-            jobs = more_jobs(config, self._questions, iteration, draw, num_missing, taken)
-            if not jobs:
-                break
-            trajectories = trajectories + sample(jobs)
-        return trajectories
+def check_devices(config: Config, parts: RLParts) -> None:
+    """Refuse asynchronous rollouts on the devices that updates run on, unless there is only one.
+
+    Raises:
+        UserError: two threads would launch programs on the same several devices.
+    """
+    if config.rl.async_rollouts and parts.sampler_mesh is parts.mesh and parts.mesh.size > 1:
+        raise UserError(
+            "rl.async_rollouts must have one device, or mesh.sampler_devices of its own: two threads cannot "
+            f"launch programs on the same {parts.mesh.size} devices; got mesh.sampler_devices="
+            f"{config.mesh.sampler_devices}"
+        )
+
+
+def log_trajectories(log: TrajectoryLog, iteration: int, experience: Experience) -> None:
+    """Write some of the iteration's trajectories with their rewards."""
+    chosen = log.choose(len(experience.trajectories))
+    rewards = experience.scores.rewards
+    rows = [trajectory_to_dict(experience.trajectories[i]) | {"reward": float(rewards[i].sum())} for i in chosen]
+    log.write(iteration, rows)

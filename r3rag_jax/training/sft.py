@@ -2,78 +2,110 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
 from rich.markup import escape
 
-from r3rag_jax.components import Components
+from r3rag_jax.config import Config
 from r3rag_jax.data.sft import SFTBatches, SFTSample
 from r3rag_jax.errors import UserError
 from r3rag_jax.models import lora
+from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.shardings import device_put_batch
 from r3rag_jax.run.checkpoints import Checkpoints, save_arrays
+from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import ProgressBar
-from r3rag_jax.text.transcript import teacher_samples
+from r3rag_jax.text.transcript import Codec, teacher_samples
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.guards import is_finite
 from r3rag_jax.training.prefix_tree import share_prefixes
 from r3rag_jax.training.state import init_state
 from r3rag_jax.training.steps import make_sft_step
-from r3rag_jax.types import SFTBatch
+from r3rag_jax.types import SFTBatch, Trajectory
 
 
-def sft_phase(components: Components) -> bool:
-    """Cold start: next-token prediction of the teacher's steps."""
-    config = components.config.sft
-    if components.policy_dir("sft").exists():
-        return False
-    written = [teacher_samples(components.codec, t) for t in components.dataset.trajectories()]
-    if components.shares_prefixes:
-        written = [share_prefixes(samples, config.row_length) for samples in written]
-    samples = [SFTSample(s.ids, s.loss_mask, s.positions, s.branch_ids) for s in itertools.chain(*written)]
-    batches = SFTBatches(samples, row_length=config.row_length, batch_rows=config.batch_rows,
-                         epochs=config.epochs, seed=components.config.seed)  # fmt: skip
-    tx = optimizer.sft_optimizer(config, batches.num_steps, components.config.model.moment_dtype)
-    policy = components.policy.trainable(components.policy.base_params())
-    state = init_state(components.mesh, policy.params, tx)
-    checkpoints = Checkpoints(components.run.checkpoints("sft"))
+@dataclasses.dataclass(frozen=True)
+class SFTParts:
+    """What the cold start works with."""
+
+    mesh: Mesh
+    policy: Policy
+    codec: Codec
+    trajectories: Sequence[Trajectory]  # the teacher's
+    shares_prefixes: bool  # samples that begin alike are trained in one sequence
+    run: RunDirectory
+    log: MetricsLog
+    console: Console
+
+
+def run_sft(config: Config, parts: SFTParts) -> None:
+    """Train from the base and export the result; resumes from the phase's checkpoint.
+
+    Raises:
+        UserError: a step is longer than `sft.row_length`, or a loss or gradient is not finite (`guards.nonfinite`).
+    """
+    batches = make_batches(config, parts)
+    policy = parts.policy.trainable(parts.policy.base_params())
+    tx = optimizer.sft_optimizer(config.sft, batches.num_steps, config.model.moment_dtype)
+    state = init_state(parts.mesh, policy.params, tx)
+    checkpoints = Checkpoints(parts.run.checkpoints("sft"))
     if checkpoints.latest is not None:
         state, note = checkpoints.restore(state)
         batches.set_state(note["batches"])
-    components.log.rewind("sft", batches.step)
-    step = make_sft_step(components.mesh, policy.graphdef, tx, components.config.model, state)
-    bar = ProgressBar("cold start", batches.num_steps, console=components.console,
-                      live=components.config.log.progress, done=batches.step)  # fmt: skip
+    parts.log.rewind("sft", batches.step)
+    step = make_sft_step(parts.mesh, policy.graphdef, tx, config.model, state)
+    bar = ProgressBar("cold start", batches.num_steps, console=parts.console, live=config.log.progress,
+                      done=batches.step)  # fmt: skip
     with bar:
         while batches.step < batches.num_steps:
             started, number = time.monotonic(), batches.step
             batch = next(batches)
-            state, metrics = step(state, device_put_batch(components.mesh, batch), policy.frozen)
+            state, metrics = step(state, device_put_batch(parts.mesh, batch), policy.frozen)
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not is_finite(numbers):
-                report_bad_step(components, number, batch, numbers)
+                report_bad_step(config, parts, number, batch, numbers)
             numbers["tokens_per_s"] = float(np.sum(batch.segment_ids > 0)) / (time.monotonic() - started)
-            components.log.write("sft", number, numbers)
+            parts.log.write("sft", number, numbers)
             bar.advance(**{name: numbers[name] for name in ("loss", "accuracy", "tokens_per_s")})
-            if batches.step % config.checkpoint_every == 0 and batches.step < batches.num_steps:
+            if batches.step % config.sft.checkpoint_every == 0 and batches.step < batches.num_steps:
                 checkpoints.save(batches.step, state, {"batches": batches.get_state()})
     merged = jax.jit(lora.merge, static_argnums=0)(policy.graphdef, state.params, policy.frozen)
-    components.policy.save(components.policy_dir("sft"), merged)
+    parts.policy.save(parts.run.policy("sft"), merged)
     checkpoints.close()
-    return True
 
 
-def report_bad_step(components: Components, number: int, batch: SFTBatch, numbers: dict[str, float]) -> None:
-    """Keep the batch of an update that was none, and end the cold start or (`guards.nonfinite`) go on without it."""
-    path = components.run.bad_step(f"sft_{number}")
-    save_arrays(path, batch)
-    told = (
-        f"cold start, step {number}: loss and gradient norm must be finite; got {numbers['loss']} and "
-        f"{numbers['grad_norm']}; its batch is kept: {path}"
+def make_batches(config: Config, parts: SFTParts) -> SFTBatches:
+    """The teacher's steps in batches of packed rows."""
+    sft = config.sft
+    samples_of = [teacher_samples(parts.codec, trajectory) for trajectory in parts.trajectories]
+    if parts.shares_prefixes:
+        samples_of = [share_prefixes(samples, sft.row_length) for samples in samples_of]
+    samples = [SFTSample(s.ids, s.loss_mask, s.positions, s.branch_ids) for s in itertools.chain(*samples_of)]
+    return SFTBatches(
+        samples, row_length=sft.row_length, batch_rows=sft.batch_rows, epochs=sft.epochs, seed=config.seed
     )
-    if components.config.guards.nonfinite != "skip":
-        raise UserError(told)
-    components.console.print(f"[yellow]{escape(told)}; skipped[/]", highlight=False)
+
+
+def report_bad_step(config: Config, parts: SFTParts, number: int, batch: SFTBatch, metrics: dict[str, float]) -> None:
+    """Keep the batch of an update whose loss or gradient was not finite, and act on `guards.nonfinite`.
+
+    Raises:
+        UserError: the cold start ends here.
+    """
+    path = parts.run.bad_step(f"sft_{number}")
+    save_arrays(path, batch)
+    what = (
+        f"cold start, step {number}: loss and gradient norm must be finite; got {metrics['loss']} and "
+        f"{metrics['grad_norm']}; its batch is kept: {path}"
+    )
+    if config.guards.nonfinite != "skip":
+        raise UserError(what)
+    parts.console.print(f"[yellow]{escape(what)}; skipped[/]", highlight=False)

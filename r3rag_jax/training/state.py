@@ -55,6 +55,15 @@ class Targets:
     weights: jax.Array | None = None  # with old_logprobs
 
 
+@dataclasses.dataclass
+class RLProgress:
+    """What RL changes from iteration to iteration."""
+
+    state: Any  # TrainState; None while another one is being loaded in its place
+    kl: float  # weight of the KL to the reference policy
+    iteration: int = 0  # the next one; all before it are done
+
+
 class Critic(nnx.Module):
     """V of the state before each token: a linear head on a value model's hidden states, or on the policy's."""
 

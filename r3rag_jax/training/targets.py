@@ -83,14 +83,14 @@ def make_targets(
             if getattr(found[0], name) is None:
                 return jnp.zeros_like(table.rewards)
             flat = jnp.stack([getattr(of_batch, name) for of_batch in found]).ravel()
-            return jnp.where(table.mask, flat.at[table.places].get(mode="fill", fill_value=0), 0.0)
+            return jnp.where(table.mask, flat.at[table.indices].get(mode="fill", fill_value=0), 0.0)
 
         def scatter(x_NT: jax.Array) -> list[jax.Array]:
-            flat = jnp.zeros(size, jnp.float32).at[table.places].set(x_NT, mode="drop")
+            flat = jnp.zeros(size, jnp.float32).at[table.indices].set(x_NT, mode="drop")
             return list(flat.reshape(len(found), *shape))
 
         table = whiten_rewards(table) if config.whiten_rewards else table
-        values, mask = gather("values"), table.mask & (table.places < size)
+        values, mask = gather("values"), table.mask & (table.indices < size)
         advantages, returns = estimate(values, kl * gather("penalties"), mask, table, config, num_steps)
         targets = [Targets(a) for a in scatter(advantages)]
         metrics: Metrics = {}

@@ -21,7 +21,6 @@ from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, tree_shardings
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.training import optimizer
-from r3rag_jax.training.batch import tabulate
 from r3rag_jax.training.losses import rl_loss, sft_loss
 from r3rag_jax.training.state import init_state, new_critic
 from r3rag_jax.training.steps import make_sft_step
@@ -131,7 +130,7 @@ def test_on_a_mesh_targets_and_gradients_are_those_of_one_device() -> None:
         pre_update = make_pre_update(mesh, graphdefs, plain, ModelConfig(), RL)
         found, stats = pre_update(params, frozen["policy"], batch, frozen)
         targets_of = make_targets(mesh, RL, num_steps=3)
-        table = tabulate([tiny_training.rl_batch()], np.arange(14))
+        table = tiny_training.table_of(tiny_training.rl_work())
         [targets], _ = targets_of([found], table, RL.kl.coef, batch.tokens.shape)
 
         def loss(params: Any) -> Any:

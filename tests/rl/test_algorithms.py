@@ -12,7 +12,7 @@ from r3rag_jax.rl.estimator import estimate
 from r3rag_jax.types import TrajectoryTable
 
 TABLE = TrajectoryTable(
-    places=np.array([[0, 1], [2, 9]]),
+    indices=np.array([[0, 1], [2, 9]]),
     rewards=np.array([[0, 2], [-1, 0]], np.float32),
     step_ids=np.array([[0, 0], [0, 0]]),
     mask=np.array([[1, 1], [1, 0]], bool),

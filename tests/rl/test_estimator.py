@@ -12,16 +12,16 @@ from r3rag_jax.config import CriticConfig, KLConfig, MeshConfig, RLConfig
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.rl.advantages import ends, whiten_rewards
 from r3rag_jax.rl.estimator import estimate
-from r3rag_jax.training.batch import minibatches, pack_trajectories, tabulate
+from r3rag_jax.training.batch import minibatches, tabulate
+from r3rag_jax.training.groups import has_zero_variance
 from r3rag_jax.training.state import PreUpdate
 from r3rag_jax.training.targets import make_targets
-from r3rag_jax.training.trainer import equal_groups
 from r3rag_jax.types import Question, Sample, Status, Step, Trajectory, TrajectoryTable
 
 # Question 0 has two trajectories: steps of 2 and 1 tokens that earned 1 and 2; one step of 1 token that earned -1.
 # Question 1 has two of one token each, which earned 0 and 3.
 TABLE = TrajectoryTable(
-    places=np.array([[0, 1, 2], [3, 9, 9], [4, 9, 9], [5, 9, 9]]),
+    indices=np.array([[0, 1, 2], [3, 9, 9], [4, 9, 9], [5, 9, 9]]),
     rewards=np.array([[0, 1, 2], [-1, 0, 0], [0, 0, 0], [3, 0, 0]], np.float32),
     step_ids=np.array([[0, 0, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]),
     mask=np.array([[1, 1, 1], [1, 0, 0], [1, 0, 0], [1, 0, 0]], bool),
@@ -86,7 +86,7 @@ def test_whitened_rewards_keep_their_mean():
     table = jax.jit(whiten_rewards)(TABLE)
     want = 1 + (np.array([1, 2, -1, 0, 3]) - 1) / 2**0.5
     np.testing.assert_allclose(table.rewards, [[0, *want[:2]], *([x, 0, 0] for x in want[2:])], rtol=1e-6)
-    equal = TrajectoryTable(TABLE.places, TABLE.mask * np.float32(0.7), TABLE.step_ids * 0, TABLE.mask, TABLE.groups)
+    equal = TrajectoryTable(TABLE.indices, TABLE.mask * np.float32(0.7), TABLE.step_ids * 0, TABLE.mask, TABLE.groups)
     np.testing.assert_allclose(whiten_rewards(equal).rewards, [[0, 0, 0.7], *[[0.7, 0, 0]] * 3], rtol=1e-6)
 
 
@@ -210,16 +210,18 @@ def test_recipes_make_the_advantages_that_their_measured_runs_had(keys, want):
     rewards = [np.asarray(r, np.float32) for r in EARNED]
     is_kept = np.ones(7, bool)
     if keys["algorithm"] == "rloo":
-        is_kept = ~equal_groups(rewards, groups, totals=False)
+        is_kept = ~has_zero_variance(rewards, groups, totals=False)
     kept, rest = (np.flatnonzero(x).tolist() for x in (is_kept, ~is_kept))
-    earned = lambda some: ([ATTEMPTS[i] for i in some], [rewards[i] for i in some])  # noqa: E731
-    batches = minibatches(*earned(kept), row_length=24, batch_rows=2, rng=np.random.default_rng(0))
-    left_out = pack_trajectories(*earned(rest), row_length=24, first=len(kept))
+    samples = [sample for i in kept for sample in ATTEMPTS[i].samples]
+    batches, starts = minibatches(samples, row_length=24, batch_rows=2, rng=np.random.default_rng(0))
+    rows = kept + rest
+    table = tabulate([ATTEMPTS[i] for i in rows], [rewards[i] for i in rows], starts, groups[rows],
+                     num_tokens=48 * len(batches))  # fmt: skip
     assert len(batches) > 1
     values = [np.where(b.loss_mask, np.sin(0.1 * b.tokens), np.nan).astype(np.float32) for b in batches]
     found = [PreUpdate(values=v if keys["algorithm"] == "ppo" else None) for v in values]
     make = make_targets(make_mesh(MeshConfig()), RLConfig(**keys), num_steps=5)
-    targets, _ = make(found, tabulate([*batches, left_out], groups[kept + rest]), 0.0, (2, 24))
+    targets, _ = make(found, table, 0.0, (2, 24))
     found = {
         int(token): float(advantage)
         for batch, target in zip(batches, targets, strict=True)

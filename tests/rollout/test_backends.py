@@ -54,23 +54,23 @@ needs_devices = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight 
 @pytest.mark.parametrize("protocol", ["tags", "steps"])
 def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Callable[[str], Path]) -> None:
     session = tiny_run.open_components(finished(protocol))
-    policy = session.to_sampler(session.policy.load(session.policy_dir("rl")))
+    params = session.policy.load(session.run.policy("rl"))
     jobs = [
         RolloutRequest(question)
         for question in [*session.dataset.questions("rl")[:4], *session.dataset.questions("test")]
     ]
-    local = rollout(session.engine_backend(policy), session.search_env, session.retriever, jobs)
+    local = rollout(session.engine_backends(lambda: params), session.search_env, session.retriever, jobs)
     assert sum(t.num_retrievals for t in local) > 3  # so that passages are in the contexts
-    reply = EngineReply(session, policy)
+    reply = EngineReply(session, session.engine.load(params))
     for dialect in ("vllm", "tokens", "llama", "sglang", "openai"):
         reply.dialect = dialect  # what is written is kept: one greedy generation for all
         plain = ["rollout.server.extra_fields=false", "rollout.server.prompt_format=text"]
         plain = plain if dialect == "openai" else []
         with serve(reply) as endpoint:
-            client = tiny_run.open_components(session.run_dir, f"rollout.server.url={endpoint.url}", *plain)
+            client = tiny_run.open_components(session.run.path, f"rollout.server.url={endpoint.url}", *plain)
             client.retriever = session.retriever
             heard: list[Trajectory] = []
-            backend = client.rollout_backend(lambda: None)
+            backend = client.backends(lambda: None)
             served = rollout(backend, client.search_env, client.retriever, jobs, on_done=heard.append)
         assert [t.status for t in served] == [t.status for t in local]
         assert sorted(t.question.id for t in heard) == sorted(job.question.id for job in jobs)
@@ -101,14 +101,14 @@ def is_as_encoded(tokenizer: Tokenizer, sample: Sample) -> bool:
 def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path], tmp_path: Path) -> None:
     run_dir = shutil.copytree(finished("tags"), tmp_path / "run")
     session = tiny_run.open_components(run_dir)
-    policy = session.to_sampler(session.policy.load(session.policy_dir("rl")))
+    params = session.policy.load(session.run.policy("rl"))
     assert evaluate.main(["--checkpoint", str(run_dir), "--name", "local"]) == 0
-    with serve(EngineReply(session, policy)) as endpoint:
+    with serve(EngineReply(session, session.engine.load(params))) as endpoint:
         served = f"rollout.server.url={endpoint.url}"
         assert evaluate.main(["--checkpoint", str(run_dir), "--name", "served", served]) == 0
         client = tiny_run.open_components(run_dir, served)
         oneshot_rag = BASELINES["oneshot_rag"](session.config, session.policy.tokenizer)
-        backend = client.rollout_backend(lambda: None)
+        backend = client.backends(lambda: None)
         requests = [RolloutRequest(question) for question in session.dataset.questions("test")]
         lines = rollout(backend, oneshot_rag, session.retriever, requests)
         copy = shutil.copytree(run_dir, tmp_path / "copy")
@@ -123,7 +123,7 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
     assert rows["served"] == rows["local"]
     marks = {name: json.loads((run_dir / "eval" / f"{name}.json").read_text())["fingerprint"] for name in rows}
     assert marks["served"] == marks["local"] | {"server": endpoint.url}
-    own = rollout(session.engine_backend(policy), oneshot_rag, session.retriever, requests)
+    own = rollout(session.engine_backends(lambda: params), oneshot_rag, session.retriever, requests)
     assert [(t.steps, t.status, t.num_policy_tokens) for t in lines] == [
         (t.steps, t.status, t.num_policy_tokens) for t in own
     ]

@@ -36,7 +36,7 @@ TEMPERATURES = (0.0, 0.7, 1.0)
 @pytest.fixture(scope="module", params=["tags", "steps"])
 def trained(request: pytest.FixtureRequest, finished: Callable[[str], Path]) -> tuple[Components, Any]:
     session = tiny_run.open_components(finished(request.param))
-    return session, session.policy.load(session.policy_dir("rl"))
+    return session, session.policy.load(session.run.policy("rl"))
 
 
 def requests_of(session: Components, count: int) -> list[RolloutRequest]:

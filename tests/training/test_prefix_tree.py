@@ -123,10 +123,18 @@ def in_trees(trajectories: list[Trajectory]) -> list[Trajectory]:
 
 
 def batch_of(trajectories: list[Trajectory]) -> TrainBatch:
-    rewards = [np.arange(len(t.steps), dtype=np.float32) for t in trajectories]
-    options = {"row_length": LENGTH, "batch_rows": 8, "rng": np.random.default_rng(0)}
-    [batch] = minibatches(trajectories, rewards, **options)
-    return batch
+    return packed(trajectories)[0]
+
+
+def packed(trajectories: list[Trajectory]) -> tuple[TrainBatch, np.ndarray]:
+    """The batch, and for each token of it a number that depends on the trajectory and the step that it is of."""
+    samples = [sample for trajectory in trajectories for sample in trajectory.samples]
+    [batch], starts = minibatches(samples, row_length=LENGTH, batch_rows=8, rng=np.random.default_rng(0))
+    owners = [number for number, trajectory in enumerate(trajectories) for _ in trajectory.samples]
+    numbers = np.zeros(batch.tokens.size, int)
+    for sample, start, owner in zip(samples, starts, owners, strict=True):
+        numbers[start : start + len(sample)] = 7 * sample.step_ids + 31 * owner
+    return batch, numbers.reshape(batch.tokens.shape)
 
 
 def flat(tree: Any) -> np.ndarray:
@@ -168,15 +176,14 @@ def test_rl_learns_the_same(trajectories: list[Trajectory]) -> None:
     graphdefs, params = ({name: part[i] for name, part in split_of.items()} for i in (0, 1))
     config = RLConfig(critic=CriticConfig(kind="head", gae_lambda=0.9), kl=KLConfig(coef=0.05), entropy_coef=0.01)
 
-    def learn(batch: TrainBatch) -> Any:
-        # A function of who wrote the token, wherever it lies.
-        size = np.where(batch.loss_mask, np.sin(batch.tokens + 7 * batch.step_ids + 31 * batch.trajectory_ids), 0)
+    def learn(batch: TrainBatch, numbers: np.ndarray) -> Any:
+        size = np.where(batch.loss_mask, np.sin(batch.tokens + numbers), 0)
         targets = Targets(*(np.float32(scale) * size.astype(np.float32) for scale in (1.0, 0.5, 0.2)))
         loss = lambda p: rl_loss(graphdefs, p, batch, targets, config, "none")  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
-    (loss, metrics), grads = learn(batch_of(in_trees(trajectories)))
-    (loss_of_single, metrics_of_single), grads_of_single = learn(batch_of(trajectories))
+    (loss, metrics), grads = learn(*packed(in_trees(trajectories)))
+    (loss_of_single, metrics_of_single), grads_of_single = learn(*packed(trajectories))
     np.testing.assert_allclose(loss, loss_of_single, rtol=1e-5)
     assert_same_gradient(grads, grads_of_single)
     np.testing.assert_allclose(metrics["sampler_gap"], metrics_of_single["sampler_gap"], rtol=1e-4)
@@ -212,7 +219,7 @@ def test_the_mask_of_attention() -> None:
 def test_trees_and_others_are_not_mixed() -> None:
     tree, plain = share_prefixes([sample([Q], [X])], 9)[0], sample([Q], [X])
     with pytest.raises(ValueError, match="all sequences or none of them must have branch_ids"):
-        pack([tree, plain], [np.zeros(1, np.float32)] * 2, [0, 1], row_length=9, has_branches=True)
+        pack([tree, plain], row_length=9, has_branches=True)
     samples = [SFTSample(s.ids, s.loss_mask, s.positions, s.branch_ids) for s in (tree, tree)]
     batch = next(SFTBatches(samples, row_length=6, batch_rows=2, epochs=1, seed=0))
     assert np.asarray(batch.branch_ids).tolist() == [[0, 1, 0, 1, 0, 0], [0] * 6]

@@ -107,9 +107,9 @@ def sampler_gap(
     """Largest difference between recorded and recomputed log-probabilities, as the RL phase logs it."""
     graphdefs, params = modules()
     loss = jax.jit(functools.partial(rl_loss, graphdefs, config=RL, remat="none", truncation=truncation))
-    rewards = [np.zeros(len(t.steps), np.float32) for t in trajectories]
     options = {"row_length": MAX_LENGTH, "batch_rows": 4, "rng": np.random.default_rng(0)}
-    batches = minibatches(trajectories, rewards, **options)
+    samples = [sample for trajectory in trajectories for sample in trajectory.samples]
+    batches, _ = minibatches(samples, **options)
     logs = [loss(params, batch=change(batch), targets=targets_like(batch))[1] for batch in batches]
     return max(float(metrics["sampler_gap"]) for metrics in logs)
 

@@ -18,6 +18,7 @@ from tiny_training import (
     modules,
     one_device,
     rl_batch,
+    rl_work,
     sft_batch,
     targets_like,
     targets_of,
@@ -52,7 +53,7 @@ def two_rl_updates(mesh: Mesh) -> tuple[Any, Any]:
     state = init_state(mesh, params, tx)
     step = make_rl_step(mesh, graphdefs, tx, ModelConfig(), RL, state)
     batch = device_put_batch(mesh, rl_batch())
-    [targets], logs = targets_of(mesh, graphdefs, state.params, params["policy"], [rl_batch()], RL)
+    [targets], logs = targets_of(mesh, graphdefs, state.params, params["policy"], rl_work(), RL)
     for _ in range(2):
         state, metrics = step(state, batch, targets, jnp.float32(1.0))
         logs.append(metrics)

@@ -10,12 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny_training import RL, flat, modules, one_device, per_step, rl_batch, rl_grads, samples, targets_of, two_steps
+from tiny_training import (
+    RL,
+    flat,
+    modules,
+    one_device,
+    per_step_work,
+    rl_batch,
+    rl_grads,
+    rl_work,
+    samples,
+    table_of,
+    targets_of,
+    two_steps,
+    two_steps_work,
+)
 
 from r3rag_jax.config import CriticConfig, KLConfig, ModelConfig, RLConfig
 from r3rag_jax.parallel.shardings import device_put_batch
 from r3rag_jax.training import optimizer
-from r3rag_jax.training.batch import pack, tabulate
 from r3rag_jax.training.losses import rl_loss
 from r3rag_jax.training.state import PreUpdate, init_state
 from r3rag_jax.training.steps import make_rl_step
@@ -27,9 +40,9 @@ pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight for
 def test_without_a_critic_the_advantages_are_returns_and_the_loss_is_the_policys() -> None:
     graphdefs, params = ({"policy": part["policy"]} for part in modules())
     config = RLConfig(algorithm="rloo", kl=KLConfig(coef=0.0), entropy_coef=0.01, whiten_advantages=False)
-    sample, rewards = two_steps()
-    batch = pack([sample], [rewards], [0], row_length=6)
-    [targets], [_, stats] = targets_of(one_device(), graphdefs, params, params["policy"], [batch], config)
+    work = two_steps_work()
+    [(batch, _)] = work[0]
+    [targets], [_, stats] = targets_of(one_device(), graphdefs, params, params["policy"], work, config)
     np.testing.assert_allclose(targets.advantages, [[0, 2.5, 2.5, 0, 2, 2]], atol=1e-6)  # no other sample: no baseline
     assert targets.returns is None and targets.old_values is None
     assert stats == {}  # nothing is explained where nothing explains
@@ -52,18 +65,16 @@ def test_without_a_critic_the_advantages_are_returns_and_the_loss_is_the_policys
 @pytest.mark.parametrize("protocol", ["tags", "steps"])
 def test_credit_flows_along_a_trajectory_in_both_protocols(protocol: str, step_discount: float, first: float) -> None:
     """Also where its steps are samples of their own, in rows or batches of their own."""
-    sample, rewards = two_steps()
     graphdefs, params = modules()
     blind = {"policy": params["policy"], "critic": jax.tree.map(jnp.zeros_like, params["critic"])}
     config = RLConfig(
         critic=CriticConfig(kind="head"), kl=KLConfig(coef=0.0), step_discount=step_discount, whiten_advantages=False
     )
     if protocol == "tags":
-        batches, want = [pack([sample], [rewards], [0], row_length=6)], [[[0, first, first, 0, 2, 2]]]
+        work, want = two_steps_work(), [[[0, first, first, 0, 2, 2]]]
     else:
-        batches = [pack([s], [rewards], [0], row_length=6) for s in per_step(sample)]
-        want = [[[0, first, first, 0, 0, 0]], [[0, 0, 0, 0, 2, 2]]]
-    targets, _ = targets_of(one_device(), graphdefs, blind, params["policy"], batches, config)
+        work, want = per_step_work(), [[[0, first, first, 0, 0, 0]], [[0, 0, 0, 0, 2, 2]]]
+    targets, _ = targets_of(one_device(), graphdefs, blind, params["policy"], work, config)
     for found, numbers in zip(targets, want, strict=True):
         np.testing.assert_allclose(found.returns, numbers, atol=1e-6)
         np.testing.assert_allclose(found.advantages, numbers, atol=1e-6)
@@ -83,15 +94,13 @@ def changed_policy(params: Any) -> tuple[Any, np.ndarray]:
 @pytest.mark.parametrize("estimator", ["k1", "k2"])
 def test_the_kl_penalty_sits_on_every_token(estimator: str) -> None:
     """return of the last token = its reward - kl * (behaviour - reference log-probability)."""
-    sample, rewards = two_steps()
-    batch = pack([sample], [rewards], [0], row_length=6)
     graphdefs, params = modules()
     reference, logprobs = changed_policy(params)
     config = RLConfig(
         critic=CriticConfig(kind="head"), kl=KLConfig(coef=0.1, estimator=estimator), whiten_advantages=False
     )
     blind = {"policy": params["policy"], "critic": jax.tree.map(jnp.zeros_like, params["critic"])}
-    [targets], [metrics, _] = targets_of(one_device(), graphdefs, blind, reference, [batch], config)
+    [targets], [metrics, _] = targets_of(one_device(), graphdefs, blind, reference, two_steps_work(), config)
     difference = -2.0 - logprobs
     kl = difference if estimator == "k1" else difference**2 / 2
     np.testing.assert_allclose(targets.returns[0, 5], 2.0 - 0.1 * kl[3], rtol=1e-5)
@@ -101,15 +110,15 @@ def test_the_kl_penalty_sits_on_every_token(estimator: str) -> None:
 
 
 def test_a_kl_in_the_loss_leaves_the_rewards_alone_and_pulls_the_policy() -> None:
-    sample, rewards = two_steps()
-    batch = pack([sample], [rewards], [0], row_length=6)
+    work = two_steps_work()
+    [(batch, _)] = work[0]
     graphdefs, params = modules()
     reference, logprobs = changed_policy(params)
     config = RLConfig(
         algorithm="rloo", kl=KLConfig(coef=0.1, placement="loss", estimator="k3"), whiten_advantages=False
     )
     graphdefs, params = {"policy": graphdefs["policy"]}, {"policy": params["policy"]}
-    [targets], [metrics, _] = targets_of(one_device(), graphdefs, params, reference, [batch], config)
+    [targets], [metrics, _] = targets_of(one_device(), graphdefs, params, reference, work, config)
     np.testing.assert_allclose(targets.advantages, [[0, 2.5, 2.5, 0, 2, 2]], atol=1e-6)
     np.testing.assert_allclose(np.asarray(targets.ref_logprobs)[0, [1, 2, 4, 5]], logprobs, rtol=1e-5)
     np.testing.assert_allclose(metrics["kl"], np.mean(-2.0 - logprobs), rtol=1e-5)
@@ -134,7 +143,7 @@ def test_truncated_weights_take_the_ratio_against_the_policy_before_the_update()
     batch = rl_batch()
     graphdefs, params = modules()
     config = RL.replace(max_importance_weight=2.0, kl=KLConfig(coef=0.0))
-    [targets], [metrics, _] = targets_of(one_device(), graphdefs, params, params["policy"], [batch], config)
+    [targets], [metrics, _] = targets_of(one_device(), graphdefs, params, params["policy"], rl_work(), config)
     ratio = np.exp(np.asarray(targets.old_logprobs) - batch.behaviour_logprobs)[batch.loss_mask]
     np.testing.assert_allclose(np.asarray(targets.weights)[batch.loss_mask], np.minimum(ratio, 2.0), rtol=1e-5)
     np.testing.assert_allclose(metrics["truncated_fraction"], np.mean(ratio > 2), rtol=1e-5)
@@ -151,24 +160,20 @@ def test_truncated_weights_take_the_ratio_against_the_policy_before_the_update()
 
 
 def test_every_trajectory_counts_alike_in_a_sequence_mean_whatever_batches_its_steps_are_in() -> None:
-    sample, rewards = two_steps()
-    batches = [pack([s], [rewards], [0], row_length=6) for s in per_step(sample)]
     graphdefs, params = ({"policy": part["policy"]} for part in modules())
     config = RLConfig(algorithm="reinforce++", kl=KLConfig(coef=0.0), loss_aggregation="sequence")
-    targets, _ = targets_of(one_device(), graphdefs, params, params["policy"], batches, config)
+    targets, _ = targets_of(one_device(), graphdefs, params, params["policy"], per_step_work(), config)
     np.testing.assert_allclose(targets[0].shares, [[0, 0.25, 0.25, 0, 0, 0]])
     np.testing.assert_allclose(targets[1].shares, [[0, 0, 0, 0, 0.25, 0.25]])
 
 
 def test_a_critic_is_told_how_much_it_explains() -> None:
-    sample, rewards = two_steps()
-    batch = pack([sample], [rewards], [0], row_length=6)
     config = RLConfig(critic=CriticConfig(kind="head"), kl=KLConfig(coef=0.0))
     estimate = make_targets(one_device(), config, num_steps=2)
     explained = []
     for values in ([0, 0, 0, 0, 0, 0], [0, 2.5, 2.5, 0, 2, 2]):
         found = [PreUpdate(values=jnp.asarray([values], jnp.float32))]
-        _, metrics = estimate(found, tabulate([batch], np.zeros(1, int)), 0.0, (1, 6))
+        _, metrics = estimate(found, table_of(two_steps_work()), 0.0, (1, 6))
         explained.append(float(metrics["explained_variance"]))
     np.testing.assert_allclose(explained, [0, 1], atol=1e-6)
     np.testing.assert_allclose(metrics["value"], 2.25)

@@ -17,6 +17,7 @@ from tiny_training import (
     MESHES,
     RL,
     assert_close,
+    attempt,
     flat,
     modules,
     on_one_device,
@@ -100,7 +101,7 @@ def test_a_batch_without_policy_tokens_trains_nothing() -> None:
 def test_packed_rows_are_separate_rows() -> None:
     made = samples()
     packed = rl_batch(num_rows=len(made))  # the same shape: the last rows are empty
-    each = [pack([s], [r], [i], row_length=40) for i, (s, r) in enumerate(zip(made, rewards_of(made), strict=True))]
+    each = [pack([sample], row_length=40)[0] for sample in made]
     separate = jax.tree.map(lambda *rows: np.concatenate(rows), *each)
     assert packed.tokens.shape == separate.tokens.shape
     assert packed.loss_mask.any(axis=1).sum() < separate.loss_mask.any(axis=1).sum() == len(made)
@@ -109,8 +110,11 @@ def test_packed_rows_are_separate_rows() -> None:
     assert_close(sft_grads(mesh, sft_of(packed)), sft_grads(mesh, sft_of(separate)))
     graphdefs, params = modules()
     results = []
-    for batch in (packed, separate):
-        [targets], logs = targets_of(mesh, graphdefs, params, params["policy"], [batch], RL)
+    attempts, rewards = [attempt(sample) for sample in made], rewards_of(made)
+    starts = pack(made, row_length=40)[1], 40 * np.arange(len(made))
+    for batch, starts_of_batch in zip((packed, separate), starts, strict=True):
+        work = [(batch, starts_of_batch)], attempts, rewards
+        [targets], logs = targets_of(mesh, graphdefs, params, params["policy"], work, RL)
         results.append((jax.device_get(logs), rl_grads(mesh, batch, targets)))
     assert_close(*results)
 

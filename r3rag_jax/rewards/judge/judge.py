@@ -45,6 +45,16 @@ class Verdicts:
         return {"judge_failure_rate": self.num_failed / num, "judge_known_rate": self.num_known / num}
 
 
+def merge_verdicts(rounds: Sequence[Verdicts]) -> Verdicts:
+    """The verdicts of several rounds as those of one."""
+    return Verdicts(
+        np.concatenate([verdicts.values for verdicts in rounds]),
+        num=sum(verdicts.num for verdicts in rounds),
+        num_known=sum(verdicts.num_known for verdicts in rounds),
+        num_failed=sum(verdicts.num_failed for verdicts in rounds),
+    )
+
+
 class Judge:
     """Asks a chat model what has not been judged before, and keeps its verdicts in a file."""
 

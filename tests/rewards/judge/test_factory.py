@@ -24,7 +24,6 @@ from r3rag_jax.models.hf.decoder_files import save_decoder
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.rewards.judge.factory import judge_memory, local_chat, open_judge
 from r3rag_jax.rewards.judge.judge import Judge
-from r3rag_jax.training.memory_plan import plan_memory
 from r3rag_jax.types import Passage, Question, Step
 
 TEMPLATE = "{golds}?{answer}"
@@ -151,7 +150,7 @@ def test_components_plan_and_open_a_local_judge(judge_dir: Path, base: Path, tmp
                 "judge.local.slots": 8, "judge.local.max_length": 1024, "judge.max_tokens": 8}  # fmt: skip
     config = tiny_run.config(tmp_path, base, **{name.replace(".", "__"): value for name, value in settings.items()})
     components = Components(config, config.run_directory, console=Console(quiet=True))
-    planned = {phase: plan_memory(components, phase)[0].parts for phase in ("sft", "rl", "eval")}
+    planned = {phase: plans[0].parts for phase, plans in components.memory_plans.items()}
     expected = judge_memory(config.judge, components.mesh)
     assert expected.items() <= planned["rl"].items()
     assert not expected.keys() & {*planned["sft"], *planned["eval"]}

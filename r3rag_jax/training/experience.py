@@ -1,0 +1,118 @@
+"""The scored trajectories of an iteration: rollouts, replacements of questions without a contrast, rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from r3rag_jax.config import Config
+from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.rewards.scorer import Scorer, Scores, learnable, merge_scores
+from r3rag_jax.rollout.backends import RolloutBackend
+from r3rag_jax.rollout.env import EnvFactory
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.rollout.scheduler import rollout
+from r3rag_jax.training.groups import has_zero_variance, number_groups
+from r3rag_jax.training.requests import iteration_requests, replacement_requests
+from r3rag_jax.types import Question, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """Scored trajectories; all samples of a question are in it."""
+
+    trajectories: list[Trajectory]
+    scores: Scores
+    zero_variance: np.ndarray  # bool [N], all known rewards of its question are equal; False where a reward is unknown
+
+    @property
+    def num_useful_questions(self) -> int:
+        """Questions whose samples did not all earn the same."""
+        is_useful = self.scores.is_valid & ~self.zero_variance
+        return len({self.trajectories[i].question.id for i in np.flatnonzero(is_useful)})
+
+    def learnable(self) -> Experience:
+        """The trajectories whose rewards are all known; see `rewards.scorer.learnable`.
+
+        Raises:
+            UserError: there is none.
+        """
+        trajectories, scores = learnable(self.trajectories, self.scores)
+        return Experience(trajectories, scores, self.zero_variance[self.scores.is_valid])
+
+
+def score_experience(trajectories: list[Trajectory], scorer: Scorer, *, totals: bool) -> Experience:
+    """Score trajectories; `totals` as of `has_zero_variance`.
+
+    Raises:
+        UserError: the judge fails too often.
+    """
+    scores = scorer.score(trajectories)
+    valid = np.flatnonzero(scores.is_valid)
+    groups = number_groups([trajectories[i] for i in valid])
+    zero_variance = np.zeros(len(trajectories), bool)
+    zero_variance[valid] = has_zero_variance([scores.rewards[i] for i in valid], groups, totals=totals)
+    return Experience(trajectories, scores, zero_variance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Trajectories of an iteration. The last round is not scored: nothing depends on it while sampling."""
+
+    scored: tuple[Experience, ...]  # rounds whose zero-variance questions have been replaced by the next round
+    last: list[Trajectory]
+
+    def score(self, scorer: Scorer, *, totals: bool) -> Experience:
+        """All rounds together; `totals` as of `has_zero_variance`.
+
+        Raises:
+            UserError: the judge fails too often.
+        """
+        rounds = [*self.scored, score_experience(self.last, scorer, totals=totals)] if self.last else [*self.scored]
+        return Experience(
+            [trajectory for one in rounds for trajectory in one.trajectories],
+            merge_scores([one.scores for one in rounds]),
+            np.concatenate([one.zero_variance for one in rounds]),
+        )
+
+
+class IterationSampler:
+    """Samples the trajectories of RL iterations, `rl.max_resamples` rounds of replacements included."""
+
+    def __init__(
+        self,
+        config: Config,
+        questions: Sequence[Question],
+        env_factory: EnvFactory,
+        retriever: Retriever,
+        scorer: Scorer,
+    ):
+        self._config, self._questions = config, questions
+        self._env_factory, self._retriever, self._scorer = env_factory, retriever, scorer
+
+    def run(self, iteration: int, backend: RolloutBackend) -> Rollouts:
+        """Roll out the questions of an iteration.
+
+        In a further round, other questions replace those whose samples all earned the same.
+
+        Raises:
+            RetrievalError: a search failed.
+            UserError: the judge fails too often.
+        """
+        config, totals = self._config, self._config.rl.returns == "total"
+        scored: list[Experience] = []
+        requests = iteration_requests(config, self._questions, iteration)
+        for round in range(1, config.rl.max_resamples + 1):
+            scored.append(score_experience(self._rollout(backend, requests), self._scorer, totals=totals))
+            num_missing = config.rl.questions - sum(one.num_useful_questions for one in scored)
+            used_ids = {trajectory.question.id for one in scored for trajectory in one.trajectories}
+            requests = replacement_requests(config, self._questions, iteration, round, num_missing, used_ids)
+            if not requests:
+                return Rollouts(tuple(scored), [])
+        return Rollouts(tuple(scored), self._rollout(backend, requests))
+
+    def _rollout(self, backend: RolloutBackend, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+        overlap = self._config.rollout.search_overlap
+        return rollout(backend, self._env_factory, self._retriever, requests, search_overlap=overlap)

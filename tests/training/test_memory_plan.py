@@ -1,0 +1,56 @@
+"""Memory plans: what is counted is what is held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import pytest
+import tiny_run
+from tiny_trainer import trainer_of
+
+from r3rag_jax.components import Components
+from r3rag_jax.config import Config, MeshConfig, RLConfig, RolloutConfig, SFTConfig
+from r3rag_jax.errors import UserError
+from r3rag_jax.parallel.mesh import make_mesh
+from r3rag_jax.sampler import memory
+from r3rag_jax.training.memory_plan import indivisible_settings
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_planned_memory_is_what_the_trainer_holds(base: Path, tmp_path: Path, rank: int) -> None:
+    config = tiny_run.config(tmp_path, base, lora__rank=rank, rl__critic__kind="separate", mesh__fsdp=2)
+    components = Components(config, config.run_directory)
+    [planned] = components.memory_plans["rl"]
+    rl = trainer_of(components)
+
+    def held(tree: object) -> int:
+        shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
+        return sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
+
+    assert planned.parts["reference"] == held(rl._ref_params)
+    assert planned.parts["trained"] == held(rl.progress.state.params)
+    assert planned.parts["optimizer"] == held(rl.progress.state.opt_state)
+    assert planned.parts.get("merged", 0) == (held(rl.policy_params) if rank else 0)
+    assert planned.parts["policy of rollouts"] == held(components.engine_backends(lambda: rl.policy_params)._policy)
+
+
+def test_more_slots_than_memory_are_refused_before_anything_runs(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_available", lambda: 8 * 2**30)
+    with pytest.raises(UserError, match=r"rollout.slots must be at most \d+ for 1.00 GiB of memory; got 1000000"):
+        tiny_run.train(tmp_path, base, rollout__slots=1000000)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_do_not_divide_by_the_devices_are_told_of() -> None:
+    """Eight devices, four of data and fsdp."""
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    config = Config().replace(sft=SFTConfig(batch_rows=6), rl=RLConfig(batch_rows=8), rollout=RolloutConfig(slots=10))
+    told = {phase: indivisible_settings(config, mesh, mesh, phase) for phase in ("index", "sft", "rl", "eval")}
+    assert told == {"index": [], "sft": ["sft.batch_rows=6"], "rl": ["rollout.slots=10"], "eval": ["rollout.slots=10"]}
+    of_one = make_mesh(MeshConfig(tensor=8))
+    assert not any(indivisible_settings(config, of_one, of_one, phase) for phase in told)
