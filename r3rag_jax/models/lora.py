@@ -1,7 +1,7 @@
 """Low-rank adapters over the stacked layers: y = x W + alpha / rank (x A) B (arXiv 2106.09685).
 
-W stays as it was read and gets no gradient: optimizer, checkpoints and reference policy need no copy of it. For
-rollouts and for export the adapters are merged into a decoder of the usual shape.
+W is frozen: the optimizer, checkpoints and the reference policy need no copy of it. For rollouts and for export the
+adapters are merged into a decoder without adapters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from r3rag_jax.parallel.shardings import tree_shardings
 
 ROWS = ("embed_rows", "head_rows")
 ADAPTERS = frozenset(f"{name}_{side}" for name in PROJECTIONS for side in "ab") | {*ROWS}
-FROZEN = frozenset(PARAM_AXES) - ADAPTERS  # names of parameters that are not trained beside adapters
+FROZEN = frozenset(PARAM_AXES) - ADAPTERS  # names of the decoder parameters that are frozen when there are adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +46,12 @@ def join(graphdef: Any, params: Any, frozen: Any = None) -> Any:
 
 
 def attach(decoder: Decoder, config: LoraConfig, mesh: Mesh, seed: int, token_ids: Sequence[int] = ()) -> Decoder:
-    """Give a decoder adapters where the configuration asks for them; they change nothing before the first update.
+    """Add adapters to a decoder if `config.rank` is above 0; before the first update they change no output.
 
-    Parameters "…_a", float32 [Ly, in, rank], are drawn with variance 1 / in from `seed`; "…_b" [Ly, rank, out] are 0.
-    The embeddings of `token_ids` T, and their rows of the output layer, are trained too: "…_rows", float32 [T, D], are
-    added to them. New tokens that start as the mean of their words' embeddings could not be told from those otherwise.
+    Parameters "…_a", float32 [layers, in, rank], are drawn with variance 1 / in from `seed`; "…_b", [layers, rank,
+    out], are 0. The embeddings of `token_ids`, T of them, and their rows of the output layer are trained: "…_rows",
+    float32 [T, D], is added to them. Without it, a new token that starts as the mean of its words' embeddings could not
+    move away from those words.
     """
     if config.rank == 0:
         return decoder
@@ -76,10 +77,10 @@ def attach(decoder: Decoder, config: LoraConfig, mesh: Mesh, seed: int, token_id
 
 
 def merge(graphdef: Any, params: Any, frozen: Any = None) -> Any:
-    """Parameters of the decoder without adapters that computes the same; to be jitted.
+    """Parameters of the decoder without adapters that computes the same; to be called under `jit`.
 
-    W + alpha / rank A B is formed in float32 and rounded to the type of W; rows are added as in the decoder itself.
-    Without adapters: `params`.
+    W + alpha / rank A B is computed in float32 and rounded to the dtype of W; "…_rows" are added as in the decoder.
+    Without adapters, `params` are returned.
     """
     decoder = nnx.clone(join(graphdef, params, frozen))  # whose variables are those of `params` and `frozen`
     for name in PROJECTIONS:

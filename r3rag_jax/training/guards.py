@@ -1,4 +1,4 @@
-"""Guards of RL: which of an iteration's metrics have left their bounds, and for how long."""
+"""Guards of RL: which metrics of an iteration are out of bounds, and for how many iterations in a row."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ABOVE = (
 
 
 def is_finite(metrics: Mapping[str, Any]) -> bool:
-    """Whether an update was one: loss and gradient are numbers."""
+    """Whether loss and gradient norm of an update are finite; an update with others changed nothing."""
     return bool(math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]))
 
 
 class Guards:
-    """Watches the metrics of one iteration after the other; what it remembers is part of a checkpoint."""
+    """Compares the metrics of each iteration with the thresholds of `guards`; its state is part of a checkpoint."""
 
     def __init__(self, config: GuardsConfig, rl: RLConfig):
         self._config, self._rl = config, rl
@@ -35,10 +35,10 @@ class Guards:
         return [sentence for name, sentence in found.items() if self._broken[name] >= self._config.patience]
 
     def _outside(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """For each metric outside of its bounds the rule and what came."""
+        """Metric -> a sentence with the rule and the value, for metrics out of bounds."""
         config, found = self._config, {}
 
-        def hold(name: str, key: str, is_inside: bool, rule: str) -> None:
+        def require(is_inside: bool, name: str, key: str, rule: str) -> None:
             if not is_inside:
                 found[name] = f"{name} must be {rule} (guards.{key}); got {metrics[name]:.4g}"
 
@@ -46,30 +46,32 @@ class Guards:
             limit = getattr(config, name)
             has_meaning = name != "equal_groups" or ALGORITHMS[self._rl.algorithm].is_grouped
             if limit > 0 and name in metrics and has_meaning:
-                hold(name, name, metrics[name] <= limit, f"at most {limit}")
+                require(metrics[name] <= limit, name, name, f"at most {limit}")
         if "entropy" in metrics:
-            hold("entropy", "min_entropy", metrics["entropy"] >= config.min_entropy, f"at least {config.min_entropy}")
-            most = config.max_entropy or math.inf
-            hold("entropy", "max_entropy", metrics["entropy"] <= most or "entropy" in found, f"at most {most}")
+            entropy, low, high = metrics["entropy"], config.min_entropy, config.max_entropy or math.inf
+            require(entropy >= low, "entropy", "min_entropy", f"at least {low}")
+            require(entropy <= high or "entropy" in found, "entropy", "max_entropy", f"at most {high}")
         if config.displacement > 0 and "displacement" in metrics:
             is_inside = metrics["displacement"] >= -config.displacement
-            hold("displacement", "displacement", is_inside, f"at least {-config.displacement}")
+            require(is_inside, "displacement", "displacement", f"at least {-config.displacement}")
         if self._first_length is None:
             self._first_length = max(metrics["trajectory_tokens"], 1.0)
         if config.length_drift > 0:
             low, high = self._first_length / config.length_drift, self._first_length * config.length_drift
             is_inside = low <= metrics["trajectory_tokens"] <= high
-            hold("trajectory_tokens", "length_drift", is_inside, f"in [{low:.4g}, {high:.4g}]")
+            require(is_inside, "trajectory_tokens", "length_drift", f"in [{low:.4g}, {high:.4g}]")
         return found
 
     @property
     def is_clean(self) -> bool:
-        """Whether the last iteration broke no threshold, also none that patience still bears with."""
+        """Whether the last iteration broke no threshold, not even one that `guards.patience` still tolerates."""
         return not self._broken
 
     def get_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON."""
         return {"first_length": self._first_length, "broken": self._broken, "rollbacks": self.rollbacks}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `get_state` returned."""
         self._first_length, self._broken = state["first_length"], dict(state["broken"])
         self.rollbacks = state["rollbacks"]

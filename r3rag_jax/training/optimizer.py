@@ -1,4 +1,4 @@
-"""AdamW for both phases, and the schedule of its rate."""
+"""AdamW for SFT and RL, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from r3rag_jax.config import RLConfig, SFTConfig
 
 
 def schedule(progress: Any, warmup: float, final: float) -> Any:
-    """Share of the peak learning rate at `progress` in [0, 1]: linear warm-up, then cosine down to `final`."""
+    """Fraction of the peak learning rate at `progress` in [0, 1]: linear warm-up, then cosine decay to `final`."""
     rising = progress / max(warmup, 1e-9)
     falling = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * (progress - warmup) / max(1 - warmup, 1e-9)))
     return jnp.where(progress < warmup, rising, falling)
@@ -22,7 +22,7 @@ def schedule(progress: Any, warmup: float, final: float) -> Any:
 def sft_optimizer(
     config: SFTConfig, num_steps: int, moment_dtype: jax.typing.DTypeLike = jnp.float32
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW behind global-norm clipping; the schedule runs over the known number of steps."""
+    """AdamW after clipping the gradient's global norm, with a learning-rate schedule over `num_steps` updates."""
 
     def rate(number: jax.Array) -> jax.Array:
         return config.lr * schedule(number / (num_steps + 1), config.warmup, 0.0)
@@ -36,10 +36,10 @@ def sft_optimizer(
 def rl_optimizer(
     config: RLConfig, moment_dtype: jax.typing.DTypeLike = jnp.float32
 ) -> optax.GradientTransformationExtraArgs:
-    """Policy and critic each have a peak learning rate and a clipped gradient of their own.
+    """AdamW for policy and critic, each with its own peak learning rate and its own gradient clipping.
 
-    The schedule comes with each update (`lr_scale`): how many updates an iteration holds depends on how long
-    its trajectories are.
+    The schedule is applied by the update step (`lr_scale`), because the number of updates in an iteration depends on
+    the lengths of its trajectories.
     """
 
     def one(lr: float) -> optax.GradientTransformation:
@@ -63,29 +63,30 @@ def adamw(
     weight_decay: float = 0.0,
     moment_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
-    """The numbers of `optax.adamw` (arXiv 1711.05101), whose moments take the place of the old ones at once.
+    """AdamW (arXiv 1711.05101): the results of `optax.adamw`, with moments that are updated in place.
 
-    In `optax.adamw` the step is a function of the old moments and the gradient, as the new moments are. XLA's CPU
-    backend then computes these twice, once for each, and has to copy all of the old ones before it overwrites them.
+    `optax.adamw` computes both the step and the new moments from the old moments. XLA's CPU backend then computes the
+    new moments twice, and copies the old ones before it overwrites them.
 
     Args:
-        rate: of the number of the update, from 1, the learning rate.
-        moment_dtype: of the first moment. The second is float32: an update changes it by a thousandth, which is less
-            than bfloat16 can tell.
+        rate: number of the update, from 1 -> learning rate.
+        moment_dtype: of the first moment. The second one is always float32: an update changes it by a thousandth,
+            which is less than bfloat16 can represent.
 
-    Its `update` needs `is_finite`, bool []: where it is not set the state stays what it was.
+    Returns:
+        A transformation whose `update` takes `is_finite`, bool []: where it is False the state does not change.
     """
     start = optax.scale_by_adam(mu_dtype=moment_dtype)
 
     def update(
         grads: Any, state: optax.ScaleByAdamState, params: Any, *, is_finite: jax.Array, **_: Any
     ) -> tuple[Any, optax.ScaleByAdamState]:
-        def mean(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
-            moved = decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32)
-            return jnp.where(is_finite, moved.astype(old.dtype), old)
+        def moving_mean(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
+            mean = decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32)
+            return jnp.where(is_finite, mean.astype(old.dtype), old)
 
-        mu = jax.tree.map(lambda old, grad: mean(old, grad, b1), state.mu, grads)
-        nu = jax.tree.map(lambda old, grad: mean(old, jnp.square(grad), b2), state.nu, grads)
+        mu = jax.tree.map(lambda old, grad: moving_mean(old, grad, b1), state.mu, grads)
+        nu = jax.tree.map(lambda old, grad: moving_mean(old, jnp.square(grad), b2), state.nu, grads)
         state = optax.ScaleByAdamState(state.count + is_finite.astype(jnp.int32), mu, nu)
         state = jax.lax.optimization_barrier(state)
         count = jnp.maximum(state.count, 1)

@@ -1,14 +1,15 @@
-"""Samples that begin alike in one sequence: what they share is there once, and each is trained as if it stood alone.
+"""Prefix sharing: samples that begin alike become one sequence, a tree, in which their common prefix occurs once.
 
-In `steps` the prompt of a step holds all the steps and passages before it, so the samples of a trajectory repeat them:
+Each sample is trained as if it stood alone. In the protocol `steps` the prompt of a step holds all steps and passages
+before it, so the samples of a trajectory repeat them:
 
     q a | x        q b a | y        q b c a | z          three samples, | is where the policy writes, 12 tokens
     q   a x   b   a y   c   a z                          one tree, 9 tokens
     0   1 1   0   2 2   0   3 3                          branch_ids: 0 is the trunk
     0   1 2   1   2 3   2   3 4                          positions
 
-A token sees those before it in the row that are of the trunk or of its own branch: of the trunk these are exactly what
-its sample has before it, for the rest of the trunk comes later.
+A token attends to the tokens before it in the row that belong to the trunk or to its own branch. The trunk's tokens
+before it are exactly those of its sample's prompt: the rest of the trunk comes later in the row.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from r3rag_jax.types import Sample
 
 
 def share_prefixes(samples: Sequence[Sample], max_length: int) -> tuple[Sample, ...]:
-    """The samples of a trajectory, in its order, as trees of at most `max_length` tokens; as few as that takes.
+    """Merge the samples of a trajectory, in their order, into as few trees of at most `max_length` tokens as possible.
 
-    A sample opens a new tree where it does not begin with the trunk so far, has another temperature, or is too much
-    for the length. One that is longer by itself stays, for the packing to refuse.
+    A sample opens a new tree if it does not begin with the trunk so far, has another temperature, or would make the
+    tree too long. A single sample that is too long is returned unchanged; packing refuses it.
     """
     trees: list[Sample] = []
     members: list[Sample] = []
@@ -47,7 +48,7 @@ def _fits(members: Sequence[Sample], max_length: int) -> bool:
 
 
 def _cuts(members: Sequence[Sample]) -> list[int]:
-    """For each sample how many of its tokens are of the trunk: what its prompt shares with the next one's."""
+    """For each sample the number of its tokens in the trunk: those that its prompt shares with the next prompt."""
     prompts = [sample.ids[: _prompt_length(sample)] for sample in members]
     shared = [_common_prefix(one, next_) for one, next_ in itertools.pairwise(prompts)]
     return [*shared, len(prompts[-1])]

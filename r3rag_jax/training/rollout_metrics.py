@@ -11,12 +11,14 @@ from r3rag_jax.types import Status, Trajectory
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory], scores: Scores) -> dict[str, float]:
-    """What the trajectories of an iteration look like."""
+    """Metrics of all trajectories of an iteration; means of rewards are over those that are known."""
     status = np.asarray([t.status for t in trajectories])
     is_valid = scores.is_valid
     parts = {f"reward_{name}": values[is_valid] for name, values in scores.parts.items()}
-    asking = [[i, k] for i, t in enumerate(trajectories) for k, step in enumerate(t.steps) if step.query is not None]
-    parts["relevance"] = scores.process[tuple(np.reshape(asking, (-1, 2)).astype(int).T)]
+    retrieving = [
+        [i, k] for i, t in enumerate(trajectories) for k, step in enumerate(t.steps) if step.query is not None
+    ]
+    parts["relevance"] = scores.process[tuple(np.reshape(retrieving, (-1, 2)).astype(int).T)]
     parts |= {"acc": scores.answers["acc"]} if "acc" in scores.answers else {}
     return {
         "reward": _known_mean(np.asarray([r.sum() for r in scores.rewards])),
@@ -33,13 +35,13 @@ def rollout_metrics(trajectories: Sequence[Trajectory], scores: Scores) -> dict[
 
 
 def repeated_query_rate(trajectories: Sequence[Trajectory]) -> float:
-    """Share of queries that the same trajectory has asked before, but for case and spaces; 0 without queries."""
-    asked = [[" ".join(s.query.casefold().split()) for s in t.steps if s.query is not None] for t in trajectories]
-    num_queries = sum(map(len, asked))
-    return (num_queries - sum(len(set(queries)) for queries in asked)) / max(1, num_queries)
+    """Share of queries that occur earlier in the same trajectory, ignoring case and spaces; 0 without queries."""
+    queries_of = [[" ".join(s.query.casefold().split()) for s in t.steps if s.query is not None] for t in trajectories]
+    num_queries = sum(map(len, queries_of))
+    return (num_queries - sum(len(set(queries)) for queries in queries_of)) / max(1, num_queries)
 
 
 def _known_mean(values: np.ndarray) -> float:
-    """Of what no failed judgement left open; 0 where there is nothing."""
+    """Mean of the finite values (NaN: a judgement failed); 0 if there are none."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else 0.0

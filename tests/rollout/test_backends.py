@@ -211,9 +211,8 @@ def test_ids_budgets_and_seeds_of_the_requests(codec: Codec) -> None:
 def test_who_tells_no_logprobs_cannot_be_trained_on(codec: Codec) -> None:
     [trajectory], _ = play(codec, answering(codec))
     assert not any(sample.has_logprobs for sample in trajectory.samples)
-    rewards = [np.ones(2, np.float32) for _ in trajectory.samples]
     with pytest.raises(ValueError, match="must hold the log-probabilities"):
-        pack(trajectory.samples, rewards, [0] * len(rewards), row_length=2000)
+        pack(trajectory.samples, row_length=2000)
 
 
 def test_a_tag_spelled_out_in_letters_ends_no_step(tokenizer: Tokenizer) -> None:
