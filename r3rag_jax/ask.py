@@ -22,7 +22,7 @@ from r3rag_jax.types import Question
 def main(argv: Sequence[str] | None = None) -> int:
     parser = FlagParser(prog="python -m r3rag_jax.ask", description=(__doc__ or "").splitlines()[0])
     add_checkpoint_flags(parser)
-    parser.add_argument("question", help="in quotes")
+    parser.add_argument("question", help="the question, in quotes")
     args = parser.parse_args(argv)
     if not args.question.strip():
         raise UserError("the question must not be empty")

@@ -1,4 +1,4 @@
-"""What every entry point builds from a configuration: run directory, tokenizer, policy, data, retriever, engine."""
+"""The objects that entry points build from a configuration: run directory, tokenizer, policy, data, retriever, …"""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ from r3rag_jax.training.sft import SFTParts
 
 
 class Components:
-    """The parts of one run, each built once, when it is first asked for.
+    """The objects of one run; each is built once, when it is first accessed.
 
-    Only entry points hold one: everything below them takes the parts that it needs as arguments.
+    Only entry points hold a Components: all other code takes the objects that it needs as arguments.
     """
 
     def __init__(self, config: Config, run_dir: str | os.PathLike[str], console: Console | None = None):
@@ -66,21 +66,21 @@ class Components:
 
     @functools.cached_property
     def trackers(self) -> tuple[Tracker, ...]:
-        """The trackers of `log.trackers`.
+        """The experiment trackers that `log.trackers` names.
 
         Raises:
-            UserError: one is unknown or not installed.
+            UserError: a tracker is unknown or not installed.
         """
         return make_trackers(self.config.log.trackers, self.run.path, self.config.model_dump(mode="json"))
 
     @functools.cached_property
     def log(self) -> MetricsLog:
-        """The run's metrics; leaving it as a context manager also finishes the trackers."""
+        """The log of the run's metrics, a context manager; on exit it also finishes the trackers."""
         return MetricsLog(self.run.metrics_file, self.trackers)
 
     @functools.cached_property
     def trajectory_log(self) -> TrajectoryLog:
-        """The trajectories that RL keeps."""
+        """The log of the RL trajectories that `log.trajectories` selects."""
         return TrajectoryLog(self.run.trajectories("rl"), self.config.log.trajectories, self.trackers)
 
     # ---- policy and data
@@ -93,24 +93,24 @@ class Components:
 
     @functools.cached_property
     def codec(self) -> Codec:
-        """What turns the protocol's text into ids.
+        """The converter between the protocol's text and token ids.
 
         Raises:
             UserError: the tokenizer lacks the protocol's tags.
         """
         protocol, tokenizer = make_protocol(self.config.rollout.protocol), self.policy.tokenizer
-        lacking = [tag for tag in TAGS if tag not in tokenizer] if protocol.name == "tags" else []
-        if lacking:
+        missing = [tag for tag in TAGS if tag not in tokenizer] if protocol.name == "tags" else []
+        if missing:
             base = self.policy.base_path
             raise UserError(
                 f"rollout.protocol=tags needs a tokenizer with {' '.join(TAGS)}; that of {base} lacks "
-                f"{' '.join(lacking)}: python -m r3rag_jax.convert {base} OUT --add-tags"
+                f"{' '.join(missing)}: python -m r3rag_jax.convert {base} OUT --add-tags"
             )
         return Codec(tokenizer, protocol, self.config.retrieval.passage_tokens)
 
     @property
     def shares_prefixes(self) -> bool:
-        """Whether samples that begin alike are trained in one sequence; see `prefix_tree.py`."""
+        """Whether samples with a common prefix are merged into one sequence; see `training/prefix_tree.py`."""
         return not self.codec.protocol.is_one_sequence and self.config.model.attention != "splash"
 
     @functools.cached_property
@@ -121,7 +121,7 @@ class Components:
 
     @functools.cached_property
     def index_dir(self) -> Path:
-        """The index that the configuration names, or the run's own."""
+        """Directory of the index: `retrieval.index_dir` or, if that is empty, one in the run directory."""
         return Path(self.config.retrieval.index_dir or self.run.index)
 
     @functools.cached_property
@@ -138,7 +138,7 @@ class Components:
         return open_retriever(self.config.retrieval, self.index_dir, lambda: self.encoder)
 
     def use_corpus(self, corpus: Path) -> None:
-        """Search another corpus: build its index in a temporary directory, which is deleted with these components."""
+        """Search `corpus` instead; its index is built in a temporary directory, which is deleted with this object."""
         directory = tempfile.mkdtemp(prefix="r3rag-index-")
         weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
         self.index_dir = Path(directory) / "index"
@@ -167,7 +167,7 @@ class Components:
 
     @functools.cached_property
     def search_env(self) -> EnvFactory:
-        """R3-RAG's protocol as configured."""
+        """Factory of the environments that run R3-RAG's protocol, one per rollout."""
         retrieval = self.config.retrieval
         return search_env_factory(
             self.codec, self.config.rollout, top_k=retrieval.top_k, max_passages=retrieval.max_passages
@@ -175,14 +175,14 @@ class Components:
 
     @functools.cached_property
     def engine_backends(self) -> EngineBackends:
-        """Makes rollout backends of the engine, each with a policy of its own."""
+        """Factory of rollout backends that sample with the local engine; each holds the weights of one policy."""
         is_shared = self.sampler_mesh is self.mesh
         shardings = None if is_shared else self.policy.param_shardings(self.sampler_mesh)
         return EngineBackends(self.config.rollout, self.engine, self.policy.tokenizer, shardings)
 
     @functools.cached_property
     def backends(self) -> MakeBackend:
-        """Makes rollout backends: of the user's inference server where one is given, otherwise of the engine."""
+        """Factory of rollout backends: the user's inference server if one is configured, otherwise the local engine."""
         if self.config.rollout.server.is_given:
             return ServerBackends(self.config.rollout, self.policy.tokenizer)
         return self.engine_backends
@@ -191,10 +191,10 @@ class Components:
 
     @functools.cached_property
     def scorer(self) -> Scorer:
-        """The rewards of the configuration.
+        """The reward function that the configuration describes.
 
         Raises:
-            UserError: as `judge`.
+            UserError: the encoder or the judge cannot be opened; see `encoder` and `judge`.
         """
         needed = needed_resources(self.config.rewards)
         encoder = self.encoder if "encoder" in needed else None
@@ -206,15 +206,15 @@ class Components:
         """The judge of the configuration.
 
         Raises:
-            UserError: its model, key, prompts or file of judgements cannot be read.
+            UserError: its model, API key, prompts or file of judgements cannot be read.
         """
         return open_judge(self.config.judge, self.mesh, self.run.judgements)
 
-    # ---- what each phase works with
+    # ---- inputs of each phase
 
     @functools.cached_property
     def memory_plans(self) -> dict[str, list[MemoryPlan]]:
-        """What each phase that is still to be done keeps in memory.
+        """Memory plans of the unfinished phases, by phase.
 
         Raises:
             UserError: a device has too little memory, or the tokenizer lacks the protocol's tags.
@@ -223,7 +223,7 @@ class Components:
         phases = [phase for phase in config.phases if will_hold_policy(config, self.run, phase)]
         if not phases:
             return {}
-        self.codec  # noqa: B018  # so that a wrong tokenizer is reported first
+        self.codec  # noqa: B018  # a wrong tokenizer must be reported first
         return plan_phases(config, phases, self.policy, self.mesh, self.sampler_mesh, self.kv_dtype)
 
     @property
@@ -244,7 +244,7 @@ class Components:
 
     @functools.cached_property
     def dev_evaluation(self) -> DevEvaluation | None:
-        """The dev questions, evaluated during RL; None without any."""
+        """The evaluation on dev questions during RL; None if there are no dev questions."""
         if not (questions := self.dataset.questions("dev")):
             return None
         overlap = self.config.rollout.search_overlap
@@ -254,14 +254,14 @@ class Components:
 
     @functools.cached_property
     def evaluator(self) -> Evaluator:
-        """What evaluates systems with this run's policies and retriever."""
+        """The evaluator of systems with this run's policies and retriever."""
         return Evaluator(
             self.config, self.run, self.policy.tokenizer, self.retriever, make_search_env=lambda: self.search_env,
             open_backend=self.open_backend, open_judge=lambda: self.judge, console=self.console,
         )  # fmt: skip
 
     def open_backend(self, policy: str) -> RolloutBackend:
-        """Return what samples with a policy of the run: `base`, or that of a finished phase. A server has its own."""
+        """Open a rollout backend with a policy: `base`, or a finished phase's. An inference server ignores it."""
         if policy == BASE_POLICY:
             return self.backends(self.policy.base_params)
         return self.backends(lambda: self.policy.load(self.run.policy(policy)))

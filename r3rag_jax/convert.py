@@ -2,9 +2,9 @@
 
     python -m r3rag_jax.convert SOURCE OUT [--dtype float32|bfloat16] [--add-tags]
 
-SOURCE is a Hugging Face directory, a run directory (its last trained policy), a .gguf file or package:NAME, for
-the one of these in an installed package. Tensors pass one at a time, so that host memory holds no copy of the model;
-only GGUF, which transformers reads, is read whole.
+SOURCE is a Hugging Face directory, a run directory (its last trained policy), a .gguf file, or package:NAME for the
+model in an installed package. Tensors are converted one at a time, so that host memory never holds the whole model;
+the exception is a .gguf file, which transformers reads as a whole.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype",
         choices=sorted(WRITE_DTYPES),
-        help="of the weights; default: bfloat16 where all of SOURCE is, otherwise float32",
+        help="dtype of the written weights; default: bfloat16 if all of SOURCE is bfloat16, otherwise float32",
     )
     parser.add_argument(
         "--add-tags", action="store_true", help="add the special tokens of rollout.protocol=tags: " + " ".join(TAGS)

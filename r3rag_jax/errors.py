@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix, and how an entry point reports them."""
+"""The error that a user can fix, and how an entry point reports it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ USER_ERROR_STATUS = 2
 
 
 class UserError(ValueError):
-    """Bad input that the message lets the user fix: one line with place, rule and what came."""
+    """Bad input; its message is one line: where the input is (key, or file and line), the rule, and the value."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
 
 
 def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
-    """Decorates an entry point: a UserError becomes one `error: …` line on stderr and status 2.
+    """Decorate an entry point: a UserError becomes one `error: …` line on stderr and exit status 2.
 
     The decorated function returns the exit status (None counts as 0); any other exception is a bug
     and propagates with its traceback. Use: `if __name__ == "__main__": sys.exit(main())`.

@@ -1,9 +1,9 @@
-"""Evaluate a trained run, or a baseline with its base model, on any FlashRAG JSONL files.
+"""Evaluate a trained run, or a baseline with the run's base model, on any FlashRAG JSONL files.
 
     python -m r3rag_jax.evaluate --checkpoint runs/quickstart --questions FILE --corpus FILE [key=value …]
     python -m r3rag_jax.evaluate --checkpoint runs/quickstart --system ircot
 
-Writes `<run>/eval/<name>.json` and `<run>/trajectories/<name>.jsonl`, and prints the table.
+Writes `<run>/eval/<name>.json` and `<run>/trajectories/<name>.jsonl`, and prints a table of the metrics.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from r3rag_jax.run.progress import ProgressBar
 def main(argv: Sequence[str] | None = None) -> int:
     parser = FlagParser(prog="python -m r3rag_jax.evaluate", description=(__doc__ or "").splitlines()[0])
     add_checkpoint_flags(parser)
-    parser.add_argument("--system", choices=SYSTEMS, help="what to evaluate; default: R3-RAG with the run's policy")
+    parser.add_argument(
+        "--system", choices=SYSTEMS, help="the system to evaluate; default: R3-RAG with the run's policy"
+    )
     parser.add_argument(
         "--questions", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the run's test questions"
     )
     parser.add_argument(
         "--name",
         default="",
-        help="name of the result files; default: the questions' file name, and the system if given",
+        help="name of the result files; default: the question file's name, followed by the system if one is given",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
     args = parser.parse_intermixed_args(argv)

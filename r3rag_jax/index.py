@@ -2,7 +2,7 @@
 
     python -m r3rag_jax.index build --corpus FILE --out DIR [--config RECIPE] [retrieval.key=value …]
 
-A run then names it: `retrieval.index_dir=DIR`, with the same `retrieval` keys. FILE is FlashRAG JSONL, {id, contents}.
+Runs use the index with `retrieval.index_dir=DIR` and the same `retrieval` keys. FILE is FlashRAG JSONL: {id, contents}.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from r3rag_jax.run.progress import bar_of_unknown_length
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     parser = FlagParser(prog="python -m r3rag_jax.index", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("action", choices=("build",), help="what to do")
+    parser.add_argument("action", choices=("build",), help="the only action")
     parser.add_argument("--corpus", type=Path, metavar="FILE", required=True, help="FlashRAG JSONL: {id, contents}")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="directory of the index")
-    parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe whose section `retrieval` is used")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="a key of section `retrieval` to change")
+    parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe; only its section `retrieval` is used")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of section `retrieval` to change")
     args = parser.parse_intermixed_args(argv)
     for override in args.overrides:
         if not override.startswith("retrieval."):
             raise UserError(f"only keys of section retrieval describe an index; got {override!r}")
     if args.out.exists() and not has_index(args.out) and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out must be a new or empty directory, or an index to replace; got {args.out}")
-    # Only phase `index`: what the other phases require of a recipe does not matter here.
+    # With the phase `index` alone, the other phases' requirements of a recipe are not checked.
     config = load_config(args.config, [*args.overrides, "phases=index"])
     use_compile_cache()
     with bar_of_unknown_length("index", console=Console(), live=config.log.progress) as on_progress:

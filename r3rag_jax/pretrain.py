@@ -1,4 +1,4 @@
-"""Make the bundled base: a byte-level BPE tokenizer and a small Qwen2, trained on `base` worlds alone.
+"""Pretrain the bundled base model: a byte-level BPE tokenizer and a small Qwen2, trained only on `base` worlds.
 
     python -m r3rag_jax.pretrain --out r3rag_jax/world/base
 
@@ -20,8 +20,10 @@ from r3rag_jax.world.pretraining_loop import pretrain
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m r3rag_jax.pretrain", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to write")
-    parser.add_argument("--start", type=Path, help="go on from the base in this directory, in the last stage alone")
-    parser.add_argument("--steps", type=int, default=3000, help="updates of 4096 tokens")
+    parser.add_argument(
+        "--start", type=Path, help="continue from the base model in this directory, with the last curriculum stage only"
+    )
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer updates, of 4096 tokens each")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Write the page about a run, RUN_DIR/report.html: `python -m r3rag_jax.report RUN_DIR`."""
+"""Write the HTML report of a run to RUN_DIR/report.html: `python -m r3rag_jax.report RUN_DIR`."""
 
 from __future__ import annotations
 

@@ -28,13 +28,14 @@ from r3rag_jax.world.dataset import prepare_data
 
 
 def train_policy(c: Components, phase: str) -> bool:
+    """Run phase `sft` or `rl`; returns False if the run already has the phase's policy."""
     if c.run.policy(phase).exists():
         return False
     run_sft(c.config, c.sft_parts) if phase == "sft" else run_rl(c.config, c.rl_parts)
     return True
 
 
-# Name in `phases` -> the function that does the phase, and returns False where it was done before.
+# Name in `phases` -> function that runs the phase; it returns False if the phase was already finished.
 PHASES: dict[str, Callable[[Components], bool]] = {
     "index": lambda c: prepare_data(c.config, c.run, c.dataset.path_of("corpus"), c.index_dir, c.console),
     "sft": lambda c: train_policy(c, "sft"),
@@ -56,7 +57,7 @@ def run(config: Config, console: Console | None = None) -> Components:
     """Run all phases of the configuration; finished ones are skipped."""
     c, did_work = Components(config, config.run_directory, console), False
     say = c.console.print
-    plans, log = c.memory_plans, c.log  # what cannot work is refused before there is a directory
+    plans, log = c.memory_plans, c.log  # bad configurations fail before the run directory is created
     open_run(config)
     with log:
         for name in config.phases:

@@ -1,4 +1,4 @@
-"""The nouns of the project: what flows between rollout, rewards, learner and evaluation.
+"""The data types that pass between rollouts, rewards, training and evaluation.
 
 Shape legend (whole package): B rows, L tokens, S cache slots, D width, N query heads, K kv heads,
 H head dim, V vocabulary, P passages, T steps of one trajectory.
@@ -20,12 +20,12 @@ class Status(enum.IntEnum):
 
     ANSWERED = 0  # its last step holds a final answer
     NO_ANSWER = 1  # the step or token budget ran out before an answer
-    FORMAT_ERROR = 2  # its last step is not well formed, or longer than a step may be
+    FORMAT_ERROR = 2  # its last step is malformed or exceeded the token limit of a step
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question with every accepted answer; `metadata` holds e.g. type, composition, supporting_ids."""
+    """A question with all its accepted answers; `metadata` may hold type, composition, supporting_ids and more."""
 
     id: str
     question: str
@@ -40,7 +40,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """One retrievable piece of text. FlashRAG: `contents` = '"title"\\ntext'."""
+    """One document of the corpus. `contents` has FlashRAG's format: '"title"\\ntext'."""
 
     id: str
     contents: str
@@ -57,7 +57,7 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One reasoning step: an analysis followed by *either* a query (with what it brought) *or* an answer."""
+    """One reasoning step: an analysis, then *either* a query (with the passages retrieved for it) *or* an answer."""
 
     analysis: str
     query: str | None = None
@@ -75,40 +75,44 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a row is to continue."""
+    """A prompt to continue, and how to sample the continuation."""
 
-    ids: Sequence[int]  # at least one token
-    budget: int  # most tokens to sample
+    ids: Sequence[int]  # the prompt's tokens, at least one
+    budget: int  # maximum number of tokens to sample
     temperature: float = 0.0  # 0 = greedy
-    key: np.ndarray | None = None  # uint32 [2]; needed unless greedy
+    key: np.ndarray | None = None  # PRNG key, uint32 [2]; required unless greedy
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was sampled behind a context."""
+    """The tokens sampled as the continuation of a Context."""
 
-    ids: list[int]  # at least one; with the token that ended it, unless the budget did
-    logprobs: np.ndarray | None  # float32 [len(ids)], of the distribution sampled from; None = unknown
+    ids: list[int]  # at least one; includes the stop token, unless the budget ended the completion
+    logprobs: np.ndarray | None  # float32 [len(ids)], under the distribution sampled from; None = unknown
 
     @property
     def behaviour_logprobs(self) -> np.ndarray:
-        """float32 [len(ids)]; NaN where `logprobs` is unknown: such a token cannot be trained on."""
+        """float32 [len(ids)]; all NaN if `logprobs` is unknown, in which case RL cannot train on the tokens."""
         return np.full(len(self.ids), np.nan, np.float32) if self.logprobs is None else self.logprobs
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One training sequence. `tags`: one per trajectory; `steps`: one per step, or a tree of them (`prefix_tree.py`).
+    """One training sequence.
+
+    The protocol `tags` gives one per trajectory; `steps` gives one per step, or one prefix tree of several steps
+    (`training/prefix_tree.py`).
 
     Fields, all of length L:
-        ids: int32, tokens as the sampler saw them, never re-tokenised.
-        loss_mask: bool, True where the policy wrote the token; False for prompt and passages.
-        behaviour_logprobs: float32, at the sampling temperature; 0 where loss_mask is False; NaN where whoever
-            sampled did not tell them.
-        step_ids: int32, index of the step that the token belongs to; -1 where loss_mask is False.
-        positions: int32; None: 0, 1, 2, …
-        branch_ids: int32; a token sees those before it of branch 0 and of its own; None: all before it.
-    temperature: the sampling temperature (0 = greedy, trained at 1).
+        ids: int32, the sampler's own tokens, never re-tokenised.
+        loss_mask: bool, True where the policy sampled the token; False for prompt and passages.
+        behaviour_logprobs: float32, at the sampling temperature; 0 where loss_mask is False; NaN where the rollout
+            backend did not return them.
+        step_ids: int32, index of the step to which the token belongs; -1 where loss_mask is False.
+        positions: int32, for RoPE; None = 0, 1, 2, …
+        branch_ids: int32; a token attends to the tokens before it in branch 0 (the trunk) and in its own branch;
+            None = to all tokens before it.
+    temperature: the sampling temperature; 0 = greedy, which the loss treats as 1.
     """
 
     ids: np.ndarray
@@ -139,20 +143,20 @@ class Sample:
 
     @property
     def has_logprobs(self) -> bool:
-        """Whether RL can train on it: every sampled token has its log-probability."""
+        """Whether every sampled token has a behaviour log-probability, which RL requires."""
         return not np.isnan(self.behaviour_logprobs).any()
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """A whole attempt at a question: its steps, how it ended, and the sequences to train on."""
+    """One rollout on a question: its steps, why it ended, and its training sequences."""
 
     question: Question
     steps: tuple[Step, ...]
     status: Status
     samples: tuple[Sample, ...] = ()
     sample_index: int = 0  # which of the question's samples this is
-    num_tokens: int | None = None  # tokens that the model wrote; None: count them in the samples
+    num_tokens: int | None = None  # number of tokens the policy sampled; None = count them in `samples`
 
     @property
     def answer(self) -> str | None:
@@ -176,19 +180,19 @@ class Trajectory:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SFTBatch:
-    """Rows of packed sequences, padding at a row's end. All [B, L]."""
+    """Rows of packed sequences; padding is at the end of a row. All fields are [B, L]."""
 
     tokens: jax.Array  # int32
-    positions: jax.Array  # int32, restarts at 0 with each sequence
-    segment_ids: jax.Array  # int32, 1.. per sequence, 0 = padding
-    branch_ids: jax.Array | None  # int32, of trees (`prefix_tree.py`), 0 = trunk; None = there are no trees
-    loss_mask: jax.Array  # bool, True where the loss counts the prediction of tokens[t]
+    positions: jax.Array  # int32, restarts at 0 in each sequence
+    segment_ids: jax.Array  # int32, number of the sequence in its row, from 1; 0 = padding
+    branch_ids: jax.Array | None  # int32, in prefix trees (`training/prefix_tree.py`), 0 = trunk; None = no trees
+    loss_mask: jax.Array  # bool, True where the prediction of tokens[t] enters the loss
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainBatch(SFTBatch):
-    """What RL adds: a row holds samples of several trajectories one after the other. All [B, L]."""
+    """SFTBatch with the fields that RL adds; a row packs samples of several trajectories. All fields are [B, L]."""
 
     behaviour_logprobs: jax.Array  # float32
     temperature: jax.Array  # float32, sampling temperature of the token's trajectory (> 0)
@@ -197,16 +201,16 @@ class TrainBatch(SFTBatch):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrajectoryTable:
-    """The policy's tokens of an iteration by trajectory, in the order they were written.
+    """An RL iteration's policy tokens, one row per trajectory, in the order in which they were sampled.
 
-    N trajectories; T policy tokens of one, padded at the end; M batches of B rows of L tokens. Rewards, advantages and
-    returns are computed along its rows, which are the same for one sample per trajectory and for one per step, and
-    whatever batches the samples lie in. Trajectories that are left out of the batches have rows too: the others are
-    compared with them.
+    N trajectories of at most T policy tokens, padded at the end; M batches of B rows of L tokens. Rewards, advantages
+    and returns are computed along the table's rows. These do not depend on how trajectories are split into samples
+    (one each, or one per step) or on how samples are packed into batches. Trajectories excluded from the batches also
+    have rows, because they enter the baselines of their groups.
     """
 
-    indices: jax.Array  # int32 [N, T], into the M * B * L tokens of the batches; M * B * L for tokens in no batch
-    rewards: jax.Array  # float32 [N, T], on the last token of each step
+    indices: jax.Array  # int32 [N, T], into the M * B * L tokens of the batches; M * B * L if in no batch
+    rewards: jax.Array  # float32 [N, T], non-zero only on the last token of a step
     step_ids: jax.Array  # int32 [N, T], 0 where mask is False
-    mask: jax.Array  # bool [N, T], False behind the end of a trajectory
-    groups: jax.Array  # int32 [N], number of the question, in [0, N)
+    mask: jax.Array  # bool [N, T], False after the end of a trajectory
+    groups: jax.Array  # int32 [N], index of the trajectory's question, in [0, N)

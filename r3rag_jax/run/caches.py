@@ -9,12 +9,12 @@ import jax
 
 
 def use_compile_cache() -> None:
-    """Keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or the user's cache directory."""
+    """Turn on JAX's persistent compile cache, in $JAX_COMPILATION_CACHE_DIR or else in the user's cache directory."""
     directory = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(cache_directory("xla")))
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def cache_directory(name: str) -> Path:
-    """Of this package, for what can be made again, in the user's cache directory."""
+    """This package's directory `name` for reproducible files, under $XDG_CACHE_HOME or else ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "r3rag_jax" / name

@@ -1,1 +1,1 @@
-"""Text and token ids: tokenizer, chat templates, the two protocols, prompts, transcripts."""
+"""Text and token ids: tokenizer, chat templates, trajectory protocols, prompts, transcripts."""

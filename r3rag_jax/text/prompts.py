@@ -1,4 +1,4 @@
-"""Prompts of the baselines: plain text to continue for base models, an instruction with examples for chat models."""
+"""Prompts of the baselines: base models continue plain text; chat models get an instruction with examples."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ EXAMPLES = (
 
 
 def reading_prompt(question: str, passages: Sequence[Passage | str]) -> str:
-    """The baselines' prompt for a base model (closed book without passages, one-shot RAG with): plain reading."""
+    """The prompt for a base model: passages (none for the closed-book baseline), then the question, as plain text."""
     return f"{_listed(passages)}Question: {question}\nAnswer:"
 
 
 def instruction_prompt(question: str, passages: Sequence[Passage | str]) -> str:
-    """The baselines' last user message for a chat model, after `EXAMPLES`."""
+    """The last user message for a chat model; it follows the turns of `example_turns`."""
     given = f"Documents:\n{_listed(passages)}\n" if passages else ""
     return f"{given}{INSTRUCTION}\nQuestion: {question}"
 
 
 def example_turns(with_documents: bool) -> Turns:
-    """The chat turns before it: a small chat model needs to see how short an answer is, with documents or without."""
+    """Few-shot chat turns, with or without documents; they show a small chat model how short an answer is."""
     turns: Turns = []
     for document, question, answer in EXAMPLES:
         prompt = instruction_prompt(question, [document] if with_documents else [])
@@ -67,7 +67,7 @@ CHAIN_EXAMPLES = (
 
 
 def chain_reading_prompt(question: str, passages: Sequence[Passage | str], sentences: Sequence[str]) -> str:
-    """IRCoT's prompt for a base model: examples, then the question's passages and its chain of thought so far."""
+    """IRCoT's prompt for a base model: examples, then the question's passages and the chain of thought so far."""
     examples = "".join(
         f"{_chain_frame(asked, documents, thoughts)} {ANSWER_MARK} {answer}\n\n"
         for documents, asked, thoughts, answer in CHAIN_EXAMPLES
@@ -76,12 +76,12 @@ def chain_reading_prompt(question: str, passages: Sequence[Passage | str], sente
 
 
 def chain_instruction_prompt(question: str, passages: Sequence[Passage | str]) -> str:
-    """IRCoT's last user message for a chat model, after `chain_example_turns`; the reply begins with the chain."""
+    """IRCoT's last user message for a chat model, after `chain_example_turns`; the chain of thought opens the reply."""
     return f"Documents:\n{_listed(passages)}\n{CHAIN_INSTRUCTION}\nQuestion: {question}"
 
 
 def chain_example_turns() -> Turns:
-    """IRCoT's chat turns before it: whole chains of thought."""
+    """IRCoT's few-shot chat turns; each reply is a complete chain of thought with its answer."""
     turns: Turns = []
     for documents, question, sentences, answer in CHAIN_EXAMPLES:
         turns += [

@@ -1,10 +1,10 @@
-"""The two text protocols of a trajectory, `tags` and `steps`: how it is rendered, and the only parser.
+"""The two text protocols of a trajectory, `tags` and `steps`: rendering and parsing.
 
-`steps` is byte for byte what the published R3-RAG checkpoints read and write (arXiv 2505.23794):
-each step is a chat turn of its own and the history sits in the user message. `tags` is the paper's
-figure: one growing assistant turn in which documents are spliced after `</query>`.
+`steps` is byte for byte the format of the published R3-RAG checkpoints (arXiv 2505.23794): each step is an assistant
+turn of its own, and the user message holds the history. `tags` is the format in the paper's figure: one growing
+assistant turn, with documents inserted after `</query>`.
 
-A protocol works on text; `transcript.py` makes token ids of it.
+A protocol works on text; `transcript.py` converts the text to token ids.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TAGS = ("<think>", "</think>", "<query>", "</query>", "<doc>", "</doc>", "<answe
 
 
 class TextProtocol(Protocol):
-    """What the rollout, the cold start and the viewers need from a protocol."""
+    """The text format of a trajectory: renders steps and passages, and parses steps."""
 
     @property
     def name(self) -> str:
@@ -28,24 +28,24 @@ class TextProtocol(Protocol):
 
     @property
     def is_one_sequence(self) -> bool:
-        """True: documents are spliced into one sequence; False: each step is a new turn."""
+        """True: a trajectory is one sequence with inserted documents; False: each step is a chat turn of its own."""
         ...
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Special tokens that end a step, beside the end of turn."""
+        """Special tokens that end a step, in addition to the end of turn."""
         ...
 
     def render_step(self, step: Step, number: int) -> str:
-        """What the model writes as step `number` (from 1), without passages or end of turn."""
+        """The model's text of step `number` (from 1), without passages or end of turn."""
         ...
 
     def render_passages(self, passages: Sequence[str]) -> str:
-        """What is spliced in after a query; `passages` are contents, already cut to budget."""
+        """The text inserted after a query; `passages` are contents, already cut to the token budget."""
         ...
 
     def parse_step(self, text: str, number: int) -> Step:
-        """Read step `number` from model text; a malformed one has is_well_formed False."""
+        """Parse the model's text of step `number` (from 1); a malformed step has is_well_formed=False."""
         ...
 
 
@@ -56,8 +56,8 @@ def _malformed(text: str) -> Step:
 class TagsProtocol:
     """`<think>…</think><query>…</query><doc>…</doc>…<think>…</think><answer>…</answer>`.
 
-    A space follows each opening tag and precedes each closing one, so that words keep the token
-    they have inside a sentence. Passages are joined by newlines.
+    A space follows each opening tag and precedes each closing tag, so that a word next to a tag has the same token
+    as inside a sentence. Passages are joined by newlines.
     """
 
     name = "tags"
@@ -88,7 +88,7 @@ class TagsProtocol:
 
 
 class StepsProtocol:
-    """The published checkpoints' layout: `Step k:\\nThe problem analysis: …\\nThe retrieval query: …`."""
+    """The published checkpoints' format: `Step k:\\nThe problem analysis: …\\nThe retrieval query: …`."""
 
     name = "steps"
     is_one_sequence = False
@@ -105,30 +105,36 @@ class StepsProtocol:
         return "The retrieval documents: " + "\n".join(passages)
 
     def parse_step(self, text: str, number: int) -> Step:
-        """A well-formed step holds its own header exactly once, a non-empty analysis, and a query
-        or an answer: the first of the two counts, and the text up to its line's end is taken."""
+        """Parse a step, which must hold its own header exactly once, a non-empty analysis, and a query or an answer.
+
+        If both follow, the first one counts; its value ends with its line.
+        """
         header = f"Step {number}:"
         if text.count(header) != 1:
             return _malformed(text)
         body = text.partition(header)[2]
-        marks = [(body.find(mark), mark) for mark in (self._query, self._answer) if mark in body]
-        if self._analysis not in body or not marks:
+        labels = [(body.find(label), label) for label in (self._query, self._answer) if label in body]
+        if self._analysis not in body or not labels:
             return _malformed(text)
-        at, mark = min(marks)
-        analysis = body[:at].partition(self._analysis)[2].strip()
-        value = body[at + len(mark) :].strip().partition("\n")[0].strip()
+        start, label = min(labels)
+        analysis = body[:start].partition(self._analysis)[2].strip()
+        value = body[start + len(label) :].strip().partition("\n")[0].strip()
         if not analysis or not value:
             return _malformed(text)
-        return Step(analysis, query=value) if mark == self._query else Step(analysis, answer=value)
+        return Step(analysis, query=value) if label == self._query else Step(analysis, answer=value)
 
 
 def question_text(question: str | Question) -> str:
-    """The user's message, the same in both protocols."""
+    """The question as the user message states it, in both protocols."""
     return f"The question: {question.question if isinstance(question, Question) else question}"
 
 
 def make_protocol(name: str) -> TextProtocol:
-    """`tags` or `steps`. Raises ValueError for another name."""
+    """Return the protocol named `tags` or `steps`.
+
+    Raises:
+        ValueError: another name.
+    """
     protocols: dict[str, TextProtocol] = {"tags": TagsProtocol(), "steps": StepsProtocol()}
     if name not in protocols:
         raise ValueError(f"protocol must be one of {sorted(protocols)}; got {name!r}")

@@ -1,8 +1,7 @@
 """Tokenizer and chat template from Hugging Face files.
 
-Built on `tokenizers` and Jinja alone: importing `transformers` costs seconds at every start and
-pulls model code, while the files hold all there is to know. The template environment is the one
-transformers renders with.
+It needs only `tokenizers` and Jinja, since the files are self-contained; importing `transformers` would add seconds to
+every start. Templates are rendered with the same Jinja settings and functions as in transformers.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIALS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
-TEMPLATES = ("chatml", "llama3")  # of this package: what the published checkpoints were trained under
-CONTENT = "\x00content\x00"  # stands for a text that is encoded by itself while what surrounds it is rendered
+TEMPLATES = ("chatml", "llama3")  # bundled chat templates, with which the published checkpoints were trained
+CONTENT = "\x00content\x00"  # placeholder in a rendered template for a text that is encoded separately
 _SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -114,7 +113,7 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def end_of(self, strings: Sequence[str], ids: Sequence[int]) -> int:
-        """How many of the ids it takes to spell the first of the strings to its end; 0 where they spell none.
+        """Number of leading ids whose text completes the first occurrence of any of the strings; 0 if there is none.
 
         A string may begin and end within tokens: `.\\n` is one token in many vocabularies.
         """
@@ -126,7 +125,7 @@ class Tokenizer:
         return bisect.bisect_left(range(len(ids) + 1), True, key=spells) if spells(len(ids)) else 0
 
     def __contains__(self, token: str) -> bool:
-        """Whether one token is spelled so."""
+        """Whether the vocabulary has this exact token."""
         return self._backend.token_to_id(token) is not None
 
     def token_id(self, token: str) -> int:
@@ -141,7 +140,7 @@ class Tokenizer:
         return token_id
 
     def add_special_tokens(self, tokens: Sequence[str]) -> int:
-        """Make each string one special token; returns how many are new to the vocabulary."""
+        """Make each string a special token; returns the number of tokens added to the vocabulary."""
         self._plain = None
         added = [AddedToken(token, special=True, normalized=False) for token in tokens]
         return self._backend.add_special_tokens(added)
@@ -151,7 +150,7 @@ class Tokenizer:
 
         Args:
             messages: dictionaries with `role` and `content`.
-            add_generation_prompt: end with the opening of an assistant turn.
+            add_generation_prompt: whether to end with the opening of an assistant turn.
 
         Raises:
             ValueError: the files hold no template, or the template refuses the messages.
@@ -177,12 +176,12 @@ class Tokenizer:
         return self.encode(self.render_chat(messages, add_generation_prompt))
 
     def save(self, path: str | Path) -> None:
-        """Write the files that this class and transformers read, into directory `path`."""
+        """Write the tokenizer to directory `path`, in the files that this class and transformers read."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(path / TOKENIZER_FILE))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config}
-        # The list of added tokens repeats tokenizer.json and would hide the ones added since.
+        # added_tokens_decoder duplicates tokenizer.json and would hide tokens added by add_special_tokens.
         config.pop("added_tokens_decoder", None)
         if self._template_text is not None:
             config["chat_template"] = self._template_text
@@ -203,7 +202,7 @@ class Tokenizer:
         return value["content"] if isinstance(value, dict) else value
 
     def _find_template(self) -> str | None:
-        """Return the default chat template: of its own file, else of tokenizer_config.json."""
+        """Return the default chat template, from chat_template.jinja or else from tokenizer_config.json."""
         file = self._path / TEMPLATE_FILE
         if file.is_file():
             return file.read_text(encoding="utf-8")
@@ -215,7 +214,7 @@ class Tokenizer:
 
 
 def chat_frame(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]] = ()) -> tuple[list[int], list[int]]:
-    """What the chat template puts before and after a user's message that follows the given turns."""
+    """Ids that the chat template puts before and after a user message that follows `turns`: (prefix, suffix)."""
     prefix, _, suffix = tokenizer.render_chat([*turns, {"role": "user", "content": CONTENT}]).partition(CONTENT)
     return tokenizer.encode(prefix), tokenizer.encode(suffix)
 
@@ -224,7 +223,7 @@ def read_template(name: str) -> str:
     """Return the text of a chat template: one of TEMPLATES, or a Jinja file.
 
     Raises:
-        UserError: it is neither.
+        UserError: `name` is neither.
     """
     if name in TEMPLATES:
         return (files("r3rag_jax.text") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
@@ -235,7 +234,7 @@ def read_template(name: str) -> str:
 
 
 class _Generation(Extension):
-    """The block tag {% generation %}, which marks the assistant's text; renders its body."""
+    """The block tag {% generation %}, which templates put around the assistant's text; it renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 (declared by Jinja as a set of the class)
 

@@ -1,7 +1,7 @@
-"""Token ids of a growing trajectory in both protocols. Rollouts and the cold start assemble them by the same code.
+"""Token ids of a growing trajectory, in both protocols; rollouts and the cold start share this code.
 
-Tokens in, tokens out: steps keep the ids that the policy sampled. Only the question, the passages and the chat frame
-are encoded, each by itself.
+Steps keep the ids that the policy sampled and are never re-tokenised. Only the question, the passages and the chat
+template's text are encoded, each separately.
 
     tags    prompt | step 1 | passages | step 2 …                            one sequence per trajectory
     steps   prefix question [\\n step 1 \\n passages …] suffix | step k       one sequence per step
@@ -22,7 +22,7 @@ CACHED_PASSAGES = 1 << 14  # number of passages whose token ids are cached: some
 
 
 class Codec:
-    """Converts a protocol's text to token ids and back, with a tokenizer, its chat frame and a passage budget."""
+    """Converts a protocol's text to token ids and back; holds the tokenizer, the chat frame and the passage limit."""
 
     def __init__(self, tokenizer: Tokenizer, protocol: TextProtocol, passage_tokens: int):
         """`passage_tokens`: maximum number of tokens of a passage; longer ones are cut."""
@@ -34,21 +34,21 @@ class Codec:
         frame = protocol.render_passages([CONTENT])
         before, _, after = frame.partition(CONTENT)
         self._before_passages, self._after_passages = tokenizer.encode(before), tokenizer.encode(after)
-        # The same passages are found for many questions.
+        # The same passages are retrieved for many questions.
         self._content_ids = functools.lru_cache(CACHED_PASSAGES)(self._encode_contents)
 
     @property
     def ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Tokens that end a step which passages may follow, and the other tokens that end a step."""
+        """Stop tokens as (those after which passages may follow, all others)."""
         pauses = self.stop_ids if self.protocol.is_one_sequence else (self.eos_id,)
         return pauses, tuple(i for i in (self.eos_id,) if i not in pauses)
 
     def question_ids(self, question: str) -> list[int]:
-        """Return the user's message without its chat frame."""
+        """Return the ids of the user message that states the question, without the chat frame."""
         return self.tokenizer.encode(question_text(question), allow_special=False)
 
     def passage_ids(self, passages: Sequence[Passage]) -> list[int]:
-        """Return the passages as they stand in a context, each cut to the token budget."""
+        """Return the ids of the passages as inserted into a context, each cut to `passage_tokens`."""
         ids = [*self._before_passages]
         for number, passage in enumerate(passages):
             ids += self._newline if number else []
@@ -59,17 +59,17 @@ class Codec:
         return tuple(self.tokenizer.encode(contents, allow_special=False)[: self.passage_tokens])
 
     def step_ids(self, step: Step, number: int) -> list[int]:
-        """Return what a policy samples that writes this step, including the token that ends it."""
+        """Return the ids that a policy would sample to write this step, including the stop token."""
         ids = self.tokenizer.encode(self.protocol.render_step(step, number))
         return ids if self.protocol.is_one_sequence else [*ids, self.eos_id]
 
     def parse_step(self, ids: Sequence[int], number: int) -> Step:
-        """Return the step that sampled ids spell. An end of turn as the last token is not a part of the text."""
+        """Parse sampled ids into step `number` (from 1); a final end of turn is ignored."""
         ids = list(ids[:-1]) if len(ids) and ids[-1] == self.eos_id else list(ids)
         return self.protocol.parse_step(self.tokenizer.decode(ids), number)
 
     def joined_step(self, ids: Sequence[int]) -> list[int]:
-        """Return a step as the next user message of the protocol `steps` shows it."""
+        """Return a step's ids as they appear in the next user message of the protocol `steps`."""
         ids = [i for i in ids if i != self.eos_id]
         return [*self._newline, *ids, *self._newline]
 
@@ -79,7 +79,7 @@ class Transcript:
 
     def __init__(self, codec: Codec, question: str):
         self._codec = codec
-        self._history = codec.question_ids(question)  # protocol `steps`: the user's message so far
+        self._history = codec.question_ids(question)  # protocol `steps`: the user message so far
         self.context: list[int] = [*codec.prefix, *self._history, *codec.suffix]
         self._written: list[tuple[int, int, np.ndarray, list[int]]] = []  # start, end, logprobs, whole sequence
 
@@ -107,7 +107,7 @@ class Transcript:
             self._history = [*self._history, *self._codec.joined_step(ids)]
 
     def add_passages(self, passages: Sequence[Passage]) -> None:
-        """Append the passages found for the last query; then `context` is ready for the next step."""
+        """Append the passages retrieved for the last query; `context` is then the prompt of the next step."""
         ids = self._codec.passage_ids(passages)
         if self._codec.protocol.is_one_sequence:
             self.context = [*self.context, *ids]
@@ -116,7 +116,7 @@ class Transcript:
             self.context = [*self._codec.prefix, *self._history, *self._codec.suffix]
 
     def samples(self, temperature: float) -> tuple[Sample, ...]:
-        """Return the sequences to train on; they end with the last token that the policy wrote."""
+        """Return the training sequences; each ends with the last token that the policy wrote in it."""
         if not self._codec.protocol.is_one_sequence:
             return tuple(_sample([(start, end, logprobs, step)], sequence, temperature)
                          for step, (start, end, logprobs, sequence) in enumerate(self._written))  # fmt: skip
@@ -126,15 +126,15 @@ class Transcript:
 
 def _sample(spans: list[tuple[int, int, np.ndarray, int]], ids: list[int], temperature: float) -> Sample:
     step_ids = np.full(len(ids), -1, np.int32)
-    behaviour = np.zeros(len(ids), np.float32)
+    behaviour_logprobs = np.zeros(len(ids), np.float32)
     for start, end, logprobs, step in spans:
         step_ids[start:end] = step
-        behaviour[start:end] = logprobs
-    return Sample(np.asarray(ids, np.int32), step_ids >= 0, behaviour, step_ids, temperature)
+        behaviour_logprobs[start:end] = logprobs
+    return Sample(np.asarray(ids, np.int32), step_ids >= 0, behaviour_logprobs, step_ids, temperature)
 
 
 def teacher_samples(codec: Codec, trajectory: Trajectory) -> tuple[Sample, ...]:
-    """Return the training sequences of a teacher's trajectory: the ids that a policy samples which writes its steps."""
+    """Return a teacher trajectory's training sequences, as if a policy had sampled its steps."""
     transcript = Transcript(codec, trajectory.question.question)
     for number, step in enumerate(trajectory.steps, 1):
         transcript.write(codec.step_ids(step, number))
