@@ -1,1 +1,1 @@
-"""What people look at: rendering, the report page."""
+"""Rendering for people: trajectories, tables and learning curves, in the terminal and as HTML."""

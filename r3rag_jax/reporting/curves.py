@@ -12,25 +12,25 @@ from markupsafe import Markup
 
 from r3rag_jax.reporting.rendering import environment
 
-MAX_POINTS = 160  # points of a curve; longer logs are averaged over equal blocks of steps
+MAX_POINTS = 160  # maximum points per curve; longer logs are averaged over blocks of consecutive rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """What one plot shows: metrics of a phase on a common axis."""
+    """One plot: metrics of a phase on a common axis."""
 
     title: str
     unit: str
     curves: tuple[tuple[str, str], ...]  # (metric, its name in the legend)
-    scale: float = 1.0  # what the logged values are multiplied by
-    from_zero: bool = True  # whether the axis must hold 0
+    scale: float = 1.0  # factor applied to the logged values
+    from_zero: bool = True  # whether the value axis must include 0
 
 
 PLOTS = {
     "rl": (
         Plot("Reward", "mean reward of a trajectory", (("reward", "reward"),), from_zero=False),
         Plot(
-            "Parts of the reward",
+            "Reward components",
             "mean of a trajectory",
             (
                 ("reward_outcome", "right answer"),
@@ -41,10 +41,10 @@ PLOTS = {
             from_zero=False,
         ),
         Plot("Exact match", "% of questions", (("em", "rollouts"), ("dev_em", "dev, greedy")), 100),
-        Plot("Right, says the judge", "% of questions", (("acc", "rollouts"),), 100),
+        Plot("Accuracy according to the judge", "% of questions", (("acc", "rollouts"),), 100),
         Plot("Retrievals", "searches per question", (("mean_retrievals", "retrievals"),)),
         Plot(
-            "Attempts without an answer",
+            "Trajectories without an answer",
             "% of trajectories",
             (("no_answer_rate", "out of steps"), ("format_error_rate", "malformed step")),
             100,
@@ -52,7 +52,10 @@ PLOTS = {
         Plot(
             "Signs of a collapse",
             "%",
-            (("repeated_query_rate", "queries repeated"), ("equal_groups", "questions whose samples earned the same")),
+            (
+                ("repeated_query_rate", "queries repeated"),
+                ("equal_groups", "questions whose samples have equal rewards"),
+            ),
             100,
         ),
         Plot("Length", "sampled tokens per trajectory", (("trajectory_tokens", "tokens"),)),
@@ -60,7 +63,7 @@ PLOTS = {
         Plot("KL to the reference policy", "nats per token", (("kl", "KL"),)),
         Plot("Entropy", "nats per token", (("entropy", "entropy"),)),
         Plot("Clip fraction", "% of tokens", (("clip_fraction", "clipped"),), 100),
-        Plot("Move of the policy in an iteration", "nats per token", (("approx_kl", "approximate KL"),)),
+        Plot("Policy change in an iteration", "nats per token", (("approx_kl", "approximate KL"),)),
         Plot("Displacement", "mean log-ratio of better tokens", (("displacement", "displacement"),), from_zero=False),
         Plot("Critic", "explained variance", (("explained_variance", "explained"),), from_zero=False),
     ),
@@ -73,14 +76,14 @@ STEP_NAMES = {"rl": "RL iteration", "sft": "optimizer step"}
 
 
 class Curve(NamedTuple):
-    """One line: block means of the log and, where there are enough, their moving mean."""
+    """One line of a plot: block means of the logged values and, if there are enough, their moving mean."""
 
     name: str
     steps: list[float]
     values: list[float]
-    smooth: list[float]  # equals values when the curve is too short to smooth
-    block: int  # logged steps that a point is the mean of
-    num_broken: int  # values that are not finite
+    smooth: list[float]  # equals `values` if the curve is too short to smooth
+    block: int  # number of logged rows averaged in a point
+    num_broken: int  # number of values that are not finite
 
     @property
     def is_smoothed(self) -> bool:
@@ -88,7 +91,7 @@ class Curve(NamedTuple):
 
 
 def read_curve(rows: Sequence[dict[str, Any]], metric: str, name: str, scale: float = 1.0) -> Curve:
-    """The curve of a metric over `step`; rows without the metric are passed over."""
+    """The curve of a metric over `step`; rows without the metric are skipped."""
     points = [(row["step"], scale * row[metric]) for row in rows if row.get(metric) is not None]
     finite = [point for point in points if math.isfinite(point[1])]
     block = max(1, math.ceil(len(finite) / MAX_POINTS))
@@ -98,11 +101,10 @@ def read_curve(rows: Sequence[dict[str, Any]], metric: str, name: str, scale: fl
 
 
 def moving_mean(values: Sequence[float]) -> list[float]:
-    """Mean of the values near each one; fewer than 15 values stay unchanged.
+    """Centred moving mean; fewer than 15 values are returned unchanged.
 
-    Centred, so that a rise stands where it happened: a running average would show it late. The
-    window narrows towards the start, where curves are steep, and is cut off at the end, where they
-    are noisy.
+    A trailing mean would show a rise too late. The window narrows towards the start, where curves are steep, and is
+    cut off at the end, where curves are noisy.
     """
     reach = len(values) // 20 + 2 if len(values) >= 15 else 0
     return [_mean(values[i - min(i, reach) : i + min(i, reach) + 1]) for i in range(len(values))]
@@ -113,26 +115,26 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def nice_ticks(low: float, high: float, count: int, *, is_whole: bool = False) -> list[float]:
-    """About `count` numbers, 1, 2 or 5 times a power of ten apart, that enclose [low, high]."""
-    if high <= low:  # a constant: from 0 to 1, or half its size to both sides
+    """About `count` ticks whose spacing is 1, 2 or 5 times a power of ten and which enclose [low, high]."""
+    if high <= low:  # a constant curve: the axis extends by half the value on both sides, or from 0 to 1 for 0
         low, high = (low - abs(low) / 2, low + abs(low) / 2) if low else (0.0, 1.0)
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     width = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     width = max(1.0, width) if is_whole else width
-    slack = 1e-3  # of a tick, too little to see: -1e-9 needs no tick below 0
+    slack = 1e-3  # fraction of a tick, invisible: a value of -1e-9 needs no tick below 0
     first, last = math.floor(low / width + slack), math.ceil(high / width - slack)
-    return [place * width for place in range(first, last + 1)]
+    return [number * width for number in range(first, last + 1)]
 
 
 def tick_label(value: float, ticks: Sequence[float]) -> str:
-    """The value with as many decimals as the ticks are apart."""
+    """The value with the number of decimals that the spacing of the ticks needs."""
     decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     return f"{value:.1e}" if decimals > 4 and value else f"{value:,.{min(decimals, 4)}f}"
 
 
 class Frame:
-    """Places values in the drawing; the template holds everything else. Units: SVG pixels."""
+    """Converts steps and values to SVG pixels; the template draws everything else."""
 
     width, height = 420, 216
     left, right, top, bottom = 46, 410, 22, 180
@@ -157,7 +159,7 @@ class Frame:
         return "M" + "L".join(points)
 
     def bands(self, curves: Sequence[Curve]) -> list[tuple[float, float, float, str]]:
-        """For hovering: left edge, width, centre and text of a band around each step."""
+        """Vertical bands for tooltips, one per step: left edge, width, centre and text."""
         table: dict[float, list[str]] = {}
         for curve in curves:
             for step, value in zip(curve.steps, curve.values, strict=True):
@@ -181,7 +183,7 @@ class Frame:
 
 
 def draw(plot: Plot, rows: Sequence[dict[str, Any]], step_name: str) -> Markup | None:
-    """The plot as an HTML figure, or None when no row has one of its metrics."""
+    """The plot as an HTML figure; None if no row has one of its metrics."""
     read = [read_curve(rows, metric, name, plot.scale) for metric, name in plot.curves]
     curves = [curve for curve in read if curve.values]
     if not curves:

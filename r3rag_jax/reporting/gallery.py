@@ -1,4 +1,4 @@
-"""Trajectories that the report shows: chosen by rule, none by hand."""
+"""The trajectories that the report shows; all are chosen by a fixed rule."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from r3rag_jax.reporting.rendering import is_correct
 from r3rag_jax.reporting.run_files import Run
 from r3rag_jax.types import Trajectory
 
-COMPARED = ("r3rag", "cold_start")  # the gallery's system and the one beside it
+COMPARED = ("r3rag", "cold_start")  # the gallery's main system, and the one with which it is compared
 
 
 class Exhibit(NamedTuple):
-    """A trajectory of the gallery and, if there is one, the other system's on the same question."""
+    """A trajectory of the main system and, if there is one, the other system's on the same question."""
 
-    title: str  # which case it stands for
+    title: str  # one of CASES
     main: Trajectory
     other: Trajectory | None
-    num: int  # questions of this case
+    num: int  # number of questions with this case
 
 
 def gallery(run: Run) -> tuple[str, str, dict[str, list[Exhibit]]]:
-    """The gallery's systems and, per question type, the first trajectory of each case.
+    """Return (main system, other system or "", exhibits by question type).
 
-    Cases are right and wrong, with a second system their four combinations. The first of a case in
-    file order is shown: nothing is picked by hand. Without R3-RAG another system stands in.
+    The exhibits of a type are the first trajectory, in file order, of each case: right and wrong or, with a second
+    system, their four combinations. If the run has no trajectories of R3-RAG, another system is the main one.
     """
-    have = [system for system in (*COMPARED, *run.trajectories) if run.trajectories.get(system)]
-    if not have:
+    available = [system for system in (*COMPARED, *run.trajectories) if run.trajectories.get(system)]
+    if not available:
         return "", "", {}
-    main, other = have[0], COMPARED[1]
-    beside = {} if main == other else {t.question.id: t for t in run.trajectories.get(other, ())}
+    main, other = available[0], COMPARED[1]
+    others = {} if main == other else {t.question.id: t for t in run.trajectories.get(other, ())}
     cases: dict[str, dict[str, list[Trajectory]]] = {}
     for trajectory in run.trajectories[main]:
         of_type = cases.setdefault(str(trajectory.question.metadata.get("type", "all questions")), {})
-        of_type.setdefault(_case(trajectory, beside.get(trajectory.question.id)), []).append(trajectory)
+        of_type.setdefault(_case(trajectory, others.get(trajectory.question.id)), []).append(trajectory)
     exhibits = {
-        kind: [_exhibit(case, found[case], beside) for case in CASES if case in found] for kind, found in cases.items()
+        kind: [_exhibit(case, found[case], others) for case in CASES if case in found] for kind, found in cases.items()
     }
-    return main, other if beside else "", exhibits
+    return main, other if others else "", exhibits
 
 
-def _exhibit(case: str, found: Sequence[Trajectory], beside: dict[str, Trajectory]) -> Exhibit:
-    return Exhibit(case, found[0], beside.get(found[0].question.id), len(found))
+def _exhibit(case: str, found: Sequence[Trajectory], others: dict[str, Trajectory]) -> Exhibit:
+    return Exhibit(case, found[0], others.get(found[0].question.id), len(found))
 
 
 CASES = ("newly right", "right both times", "newly wrong", "wrong both times", "right", "wrong")
@@ -58,7 +58,7 @@ def _case(main: Trajectory, other: Trajectory | None) -> str:
 
 
 def milestones(run: Run) -> list[tuple[int, float, Trajectory]]:
-    """The first rollout kept of the first, the middle and the last RL iteration."""
+    """The first logged rollout of the first, middle and last RL iteration: (iteration, reward, trajectory)."""
     iterations = sorted({iteration for iteration, _, _ in run.rollouts})
     chosen = {iterations[i] for i in (0, len(iterations) // 2, -1)} if iterations else set()
     first = {iteration: (iteration, reward, t) for iteration, reward, t in reversed(run.rollouts)}

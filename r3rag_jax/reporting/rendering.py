@@ -1,8 +1,8 @@
-"""What people look at: a trajectory coloured by who wrote what, and tables of results.
+"""Renders trajectories, coloured by their author, and tables of results.
 
-Each comes twice, for a terminal (rich) and as an HTML fragment for the report and notebooks. Blues
-and violet are the policy's words, ochre the retriever's, red is what could not be parsed; every
-block is also named, so that nothing depends on colour alone.
+Both exist for a terminal (rich) and as HTML fragments for the report and notebooks. Text of the policy is blue or
+violet, passages are ochre, and malformed steps are red; every block also has a label, so that no information depends
+on colour alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from r3rag_jax.types import Passage, Status, Trajectory
 
 Eval = Mapping[str, Any]  # the content of eval/<system>.json
 
-# The terminal's own colours: its theme keeps them legible on light and on dark.
+# Named ANSI colours, which the terminal's theme keeps legible on light and dark backgrounds.
 STYLES = {
     "analysis": "bright_blue",
     "query": "cyan",
@@ -35,37 +35,37 @@ STYLES = {
     "unknown": "dim",
 }
 SUPPORT_MARK = "★"
-TERMINAL_PASSAGE = 300  # characters of a passage that a terminal shows
-HTML_PASSAGE = 260  # a longer passage is folded
+TERMINAL_PASSAGE = 300  # maximum characters of a passage in a terminal
+HTML_PASSAGE = 260  # in HTML, passages with more characters are collapsed
 Z_95 = 1.96  # standard normal quantile of a two-sided 95 % interval
 
-# metric of eval/<system>.json, column title, what it says, decimals, whether the largest is best
+# metric of eval/<system>.json, column title, description, decimals, whether the largest value is best
 Column = tuple[str, str, str, int, bool]
 COLUMNS: tuple[Column, ...] = (
     ("em", "EM", "exact match, %", 1, True),
     ("f1", "F1", "word overlap, %", 1, True),
-    ("cover_em", "cover-EM", "a gold answer stands in the answer, %", 1, True),
-    ("acc", "ACC", "exact match, or right says a judge, %", 1, True),
+    ("cover_em", "cover-EM", "the answer contains a gold answer, %", 1, True),
+    ("acc", "ACC", "exact match, or correct according to the judge, %", 1, True),
     ("retrievals", "retrievals", "searches per question", 2, False),
     ("support_found", "support", "supporting passages found, %", 1, True),
     ("tokens_per_correct", "tokens/correct", "tokens written per correct answer", 0, False),
     ("num", "n", "questions", 0, False),
 )
-OPTIONAL = ("acc",)  # shown where an evaluation has it
+OPTIONAL = ("acc",)  # columns shown only if an evaluation has the metric
 
 
 # ------------------------------------------------------------------------------------ trajectories
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended, judged by exact match."""
+    """How a trajectory ended; correctness is exact match."""
 
     kind: str  # right, wrong, none (no answer, or malformed), unknown (no gold answers to compare)
     label: str
 
 
 def outcome(trajectory: Trajectory) -> Outcome:
-    """Compares the answer with the gold answers after SQuAD normalisation."""
+    """Compare the answer with the gold answers, after SQuAD normalisation."""
     if trajectory.answer is None:
         is_format = trajectory.status == Status.FORMAT_ERROR
         return Outcome("none", "✗ malformed step" if is_format else "✗ no answer")
@@ -83,7 +83,7 @@ def is_correct(trajectory: Trajectory) -> bool:
 
 
 def facts(trajectory: Trajectory) -> list[str]:
-    """Short facts for a heading: gold answer, type, retrievals, evidence found."""
+    """Short facts for a heading: gold answers, question type, number of retrievals, supporting passages found."""
     question = trajectory.question
     result = []
     if question.golden_answers:
@@ -103,7 +103,7 @@ def is_supporting(passage: Passage, trajectory: Trajectory) -> bool:
 
 
 def visible(text: str) -> str:
-    """Text that shows as it is: control characters become their pictures (ESC -> ␛)."""
+    """Replace control characters by their Unicode pictures (ESC -> ␛), so that a terminal prints all of the text."""
     pictures = {code: 0x2400 + code for code in range(32) if code not in b"\n\t"} | {127: 0x2421}
     return text.translate(pictures).encode("utf-8", "replace").decode("utf-8")
 
@@ -114,7 +114,7 @@ def pretty(name: str) -> str:
 
 
 def print_trajectory(trajectory: Trajectory, console: Console) -> None:
-    """Prints question, steps, passages and answer, coloured by who wrote them, with a legend."""
+    """Print question, steps, passages and answer, coloured by author, with a legend."""
     result = outcome(trajectory)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(justify="right", no_wrap=True)
@@ -127,11 +127,11 @@ def print_trajectory(trajectory: Trajectory, console: Console) -> None:
         if not step.is_well_formed:
             _add(grid, "malformed", step.analysis)
             continue
-        for part in ("analysis", "query"):
-            if text := getattr(step, part):
-                _add(grid, part, text)
+        for kind in ("analysis", "query"):
+            if text := getattr(step, kind):
+                _add(grid, kind, text)
         for passage in step.passages:
-            _add(grid, "passage", _short(passage), mark=is_supporting(passage, trajectory))
+            _add(grid, "passage", _short(passage), is_marked=is_supporting(passage, trajectory))
         if step.query is not None and not step.passages:
             grid.add_row(Text("passage", STYLES["passage"]), Text("nothing new was found", "dim"))
         if step.answer is not None:
@@ -140,9 +140,9 @@ def print_trajectory(trajectory: Trajectory, console: Console) -> None:
     console.print(Text("\n").append_text(_legend()))
 
 
-def _add(grid: Table, part: str, text: str, *, mark: bool = False, weight: str = "") -> None:
-    style = weight + STYLES[part]
-    label = Text.assemble((f"{SUPPORT_MARK} " if mark else "", STYLES["right"]), (part, style))
+def _add(grid: Table, kind: str, text: str, *, is_marked: bool = False, weight: str = "") -> None:
+    style = weight + STYLES[kind]
+    label = Text.assemble((f"{SUPPORT_MARK} " if is_marked else "", STYLES["right"]), (kind, style))
     grid.add_row(label, Text(visible(text), style))
 
 
@@ -154,15 +154,15 @@ def _short(passage: Passage) -> str:
 
 def _legend() -> Text:
     legend = Text().append("policy ", "dim")
-    for part in ("analysis", "query", "answer"):
-        legend.append("■ ", STYLES[part]).append(f"{part}  ", "dim")
+    for kind in ("analysis", "query", "answer"):
+        legend.append("■ ", STYLES[kind]).append(f"{kind}  ", "dim")
     legend.append("  retriever ", "dim").append("■ ", STYLES["passage"]).append("passage  ", "dim")
     legend.append(f"{SUPPORT_MARK} ", STYLES["right"]).append("supporting  ", "dim")
     return legend.append("  ■ ", STYLES["malformed"]).append("malformed, verbatim", "dim")
 
 
 def trajectory_html(trajectory: Trajectory) -> str:
-    """The same as an HTML fragment with its own style and legend, for a notebook."""
+    """A trajectory as an HTML fragment with style and legend, for a notebook."""
     return environment().get_template("fragment.html.j2").render(trajectory=trajectory)
 
 
@@ -170,12 +170,12 @@ def trajectory_html(trajectory: Trajectory) -> str:
 
 
 class Cell(NamedTuple):
-    """One number of a table as text; percent and margin where it is a share of questions."""
+    """One number of a table as text; percent and margin are set if it is a share of questions."""
 
     text: str
     is_best: bool = False
     percent: float | None = None
-    margin: str = ""  # half the width of the 95 % interval
+    margin: str = ""  # half-width of the 95 % interval
 
 
 class Row(NamedTuple):
@@ -184,13 +184,13 @@ class Row(NamedTuple):
 
 
 def columns_of(evals: Sequence[Eval]) -> list[Column]:
-    """Those of COLUMNS that the table of these evaluations has."""
+    """The columns of the results table of these evaluations: COLUMNS without the optional ones that none has."""
     measured = {name for evaluation in evals for name in evaluation["groups"].get("all", {})}
     return [column for column in COLUMNS if column[0] not in OPTIONAL or column[0] in measured]
 
 
 def result_rows(evals: Sequence[Eval]) -> list[Row]:
-    """One row a system: the metrics of `columns_of` over all questions."""
+    """One row per system: the metrics of `columns_of` over all questions."""
     whole = [evaluation["groups"].get("all", {}) for evaluation in evals]
     columns = []
     for name, _, _, decimals, largest_is_best in columns_of(evals):
@@ -201,8 +201,8 @@ def result_rows(evals: Sequence[Eval]) -> list[Row]:
 
 
 def group_rows(evals: Sequence[Eval]) -> tuple[list[str], list[Row]]:
-    """Group titles with their number of questions, and EM of each system in each group."""
-    names = sorted({name: 0 for e in evals for name in e["groups"]}, key=_group_place)
+    """Titles of the groups with their numbers of questions, and rows with EM of each system in each group."""
+    names = sorted({name: 0 for e in evals for name in e["groups"]}, key=_group_order)
     titles, columns = [], []
     for name in names:
         groups = [evaluation["groups"].get(name, {}) for evaluation in evals]
@@ -212,8 +212,8 @@ def group_rows(evals: Sequence[Eval]) -> tuple[list[str], list[Row]]:
     return titles, _rows(evals, columns)
 
 
-def _group_place(name: str) -> int:
-    """All questions first, then types in the order they came, then unseen and seen compositions."""
+def _group_order(name: str) -> int:
+    """Sort key: all questions first, then the question types in file order, then unseen and seen compositions."""
     return {"all": 0, "unseen": 2, "seen": 3}.get(name, 1)
 
 
@@ -221,22 +221,22 @@ def _column(values: Sequence[float | None], decimals: int, largest_is_best: bool
     known = [value for value in values if value is not None]
     best = max(known) if largest_is_best and len(set(known)) > 1 else None
     cells = []
-    for place, value in enumerate(values):
+    for index, value in enumerate(values):
         if value is None:
             cells.append(Cell("—"))
             continue
-        margin = f"±{half_width(value, nums[place]):.1f}" if nums and nums[place] else ""
+        margin = f"±{half_width(value, nums[index]):.1f}" if nums and nums[index] else ""
         text = f"{value:,.{decimals}f}"
         cells.append(Cell(text, value == best, value if nums else None, margin))
     return cells
 
 
 def _rows(evals: Sequence[Eval], columns: Sequence[list[Cell]]) -> list[Row]:
-    return [Row(title_of(e), [column[place] for column in columns]) for place, e in enumerate(evals)]
+    return [Row(title_of(e), [column[index] for column in columns]) for index, e in enumerate(evals)]
 
 
 def half_width(percent: float, num: int) -> float:
-    """Half the width, in points, of the 95 % Agresti-Coull interval of a share of `num`."""
+    """Half-width, in percentage points, of the 95 % Agresti-Coull interval of a share of `num` questions."""
     num_shifted = num + Z_95**2
     share = (percent / 100 * num + Z_95**2 / 2) / num_shifted
     return 100 * Z_95 * math.sqrt(share * (1 - share) / num_shifted)
@@ -246,8 +246,8 @@ def not_comparable(evals: Sequence[Eval]) -> list[str]:
     """A sentence for each evaluation whose fingerprint differs from the first one's."""
     sentences = []
     for other in evals[1:]:
-        first, mark = evals[0].get("fingerprint", {}), other.get("fingerprint", {})
-        keys = sorted(key for key in {*first, *mark} if first.get(key) != mark.get(key))
+        first, second = evals[0].get("fingerprint", {}), other.get("fingerprint", {})
+        keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
         if keys:
             names = " is not comparable with ".join(map(title_of, (other, evals[0])))
             sentences.append(f"{names}: they differ in {', '.join(map(pretty, keys))}.")
@@ -265,7 +265,7 @@ def results_table(evals: Sequence[Eval]) -> Table:
 
 
 def groups_table(evals: Sequence[Eval]) -> Table:
-    """EM by group of questions, for a terminal; group sizes stand under the group's name."""
+    """EM by group of questions, for a terminal; the size of a group is under its name."""
     titles, rows = group_rows(evals)
     return _table("EM by group", titles, rows, None)
 
@@ -285,7 +285,7 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Row], caption: str
 
 
 def results_html(evals: Sequence[Eval]) -> str:
-    """Both tables as an HTML fragment with its own style, for a notebook."""
+    """Both tables as an HTML fragment with style, for a notebook."""
     return environment().get_template("tables.html.j2").render(evals=evals)
 
 
@@ -294,7 +294,7 @@ def results_html(evals: Sequence[Eval]) -> str:
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """The package's templates; everything that is put into them is escaped."""
+    """The Jinja environment of the package's templates; inserted text is escaped."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("r3rag_jax.reporting"),
         autoescape=True,

@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML file.
 
-It holds result tables, learning curves (SVG drawn by a template, no script), a gallery of trajectories and the
-configuration. Whatever a run does not have yet is named instead of shown.
+It holds result tables, learning curves (SVG from a template, no scripts), a gallery of trajectories and the
+configuration. For whatever the run lacks, it holds a sentence that says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def write_report(run_dir: Path | str) -> Path:
     """Write report.html into the run directory and return its path.
 
     Raises:
-        UserError: it is no run directory.
+        UserError: `run_dir` is not a run directory.
     """
     run = load_run(run_dir)
     plots = {phase: _draw_all(phase, run.metrics.get(phase, ())) for phase in PLOTS}
@@ -56,18 +56,18 @@ def _draw_all(phase: str, rows: Sequence[dict[str, Any]]) -> list[Markup]:
 
 
 def headline(evals: Sequence[dict[str, Any]]) -> str:
-    """The run in a sentence: EM of R3-RAG and its distance to the other systems."""
-    scores = {e["system"]: e["groups"]["all"]["em"] for e in evals if "all" in e["groups"]}
-    if "r3rag" not in scores:
+    """A sentence with EM of R3-RAG and its difference to each other system; "" without R3-RAG."""
+    exact_match = {e["system"]: e["groups"]["all"]["em"] for e in evals if "all" in e["groups"]}
+    if "r3rag" not in exact_match:
         return ""
     titles = {e["system"]: title_of(e) for e in evals}
     count = next(e["num_questions"] for e in evals if e["system"] == "r3rag")
     gaps = [
-        f"{scores['r3rag'] - scores[system]:+.1f} points against {titles[system]}"
+        f"{exact_match['r3rag'] - exact_match[system]:+.1f} points against {titles[system]}"
         for system in reversed(SYSTEMS)
-        if system in scores and system != "r3rag"
+        if system in exact_match and system != "r3rag"
     ]
-    sentence = f"{titles['r3rag']} answers {scores['r3rag']:.1f} % of {count:,} test questions exactly"
+    sentence = f"{titles['r3rag']} answers {exact_match['r3rag']:.1f} % of {count:,} test questions exactly"
     return f"{sentence}: {', '.join(gaps)}." if gaps else f"{sentence}."
 
 

@@ -1,4 +1,4 @@
-"""What a run directory holds so far, read for the report: metrics, evaluations, trajectories."""
+"""Reads the files of a run directory for the report: metrics, evaluations, trajectories."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from r3rag_jax.types import Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run directory holds so far."""
+    """The content of a run directory, finished or not."""
 
     name: str
-    config: str  # config.yaml as text, "" where missing
-    metrics: dict[str, list[dict[str, Any]]]  # phase -> rows of metrics.jsonl, by step
+    config: str  # text of config.yaml, "" if there is none
+    metrics: dict[str, list[dict[str, Any]]]  # phase -> rows of metrics.jsonl, sorted by step
     evals: list[dict[str, Any]]  # contents of eval/*.json, baselines first
     trajectories: dict[str, list[Trajectory]]  # system -> trajectories of its evaluation
     rollouts: list[tuple[int, float, Trajectory]]  # (RL iteration, reward, trajectory)
-    notices: tuple[str, ...]  # what could not be read
+    notices: tuple[str, ...]  # sentences about lines and files that could not be read
 
 
 def load_run(run_dir: Path | str) -> Run:
     """Read a run directory, finished or not.
 
     Raises:
-        UserError: it is no run directory.
+        UserError: `run_dir` is not a run directory.
     """
     run = RunDirectory(Path(run_dir))
     if not (run.config_file.is_file() or run.metrics_file.is_file()):
@@ -62,7 +62,7 @@ def load_run(run_dir: Path | str) -> Run:
 
 
 def _rows(path: Path, notices: list[str]) -> Iterable[dict[str, Any]]:
-    """The objects of a JSONL file, which may still be being written; a missing file has none."""
+    """The objects of a JSONL file, none if it is missing; invalid lines (a run may be writing one) become notices."""
     if not path.is_file():
         return
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
@@ -81,7 +81,7 @@ def _trajectories(path: Path, notices: list[str]) -> Iterable[tuple[dict[str, An
 
 
 def _evals(folder: Path, notices: list[str]) -> list[dict[str, Any]]:
-    order = {system: index for index, system in enumerate(SYSTEMS)}  # others follow
+    order = {system: index for index, system in enumerate(SYSTEMS)}  # systems that SYSTEMS lacks come last
     evals = []
     for path in sorted(folder.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem)):
         try:

@@ -1,4 +1,4 @@
-"""The index phase: the files that a run makes itself (the world's, refreshed trajectories), and the index."""
+"""The phase `index`: writes the data files that a run generates (world, refreshed trajectories), builds the index."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from r3rag_jax.retrieval.manifest import has_index, read_manifest
 from r3rag_jax.retrieval.refresh import refresh_retrieved
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.progress import bar_of_unknown_length
-from r3rag_jax.world.encyclopedia import Split, World, teach
+from r3rag_jax.world.encyclopedia import Split, World, teacher_steps
 
-QUESTION_SPLITS: tuple[Split, ...] = ("rl", "dev", "test")  # written before the index; the cold start's needs it
+QUESTION_SPLITS: tuple[Split, ...] = ("rl", "dev", "test")  # written before the index; split `sft` needs the index
 
 
 def prepare_data(config: Config, run: RunDirectory, corpus: Path, index_dir: Path, console: Console) -> bool:
-    """Write the files that the run makes itself, and build the index of `corpus`; False where that was done before.
+    """Write the data files that the run generates, and build the index of `corpus`; returns False if all exist.
 
-    Process 0 works, and all processes must call. An index that exists is not built again.
+    Process 0 does the work, but all processes must call. An existing index is kept.
 
     Raises:
-        UserError: the corpus or the teacher's trajectories are not well formed (names file and line), or the existing
-            index is of another corpus.
+        UserError: the corpus or the teacher's trajectories are malformed (the message names file and line), or the
+            existing index was built from another corpus.
     """
 
     def prepare() -> int | None:
@@ -50,7 +50,7 @@ def prepare_data(config: Config, run: RunDirectory, corpus: Path, index_dir: Pat
 
 
 def _own_files(config: Config, run: RunDirectory) -> list[Path]:
-    """The data files that a run writes itself; the cold start's is written last."""
+    """The data files that the run generates, in the order in which they are written."""
     if config.data.source == "world":
         return [run.data(name) for name in ("corpus", *QUESTION_SPLITS, "sft")]
     return [run.data("sft")] if config.data.refresh_retrieved else []
@@ -75,7 +75,7 @@ def _prepare(config: Config, run: RunDirectory, corpus: Path, index_dir: Path, c
 
 
 def _check_corpus(corpus: Path, index_dir: Path) -> None:
-    """Raise a UserError unless an existing index is of the passages of `corpus`."""
+    """Raise a UserError unless the existing index was built from the passages of `corpus`."""
     expected, found = corpus_fingerprint(iterate_passages(corpus)), read_manifest(index_dir).corpus
     if found != expected:
         raise UserError(
@@ -85,7 +85,7 @@ def _check_corpus(corpus: Path, index_dir: Path) -> None:
 
 
 def write_world(world: World, config: Config, run: RunDirectory) -> None:
-    """Write the passages, and the questions of every split but the cold start's."""
+    """Write the passages, and the questions of all splits except `sft`."""
     counts = {"rl": config.world.num_rl, "dev": config.world.num_dev, "test": config.world.num_test}
     write_jsonl(run.data("corpus"), map(passage_to_dict, world.passages))
     for split in QUESTION_SPLITS:
@@ -93,18 +93,18 @@ def write_world(world: World, config: Config, run: RunDirectory) -> None:
 
 
 def write_teacher(world: World, config: Config, retriever: Retriever, run: RunDirectory) -> None:
-    """Write the cold start's trajectories, with the passages that the retriever finds for each query.
+    """Write the teacher's trajectories for the cold start, with the passages retrieved for each query.
 
-    Passages about entities of the test and dev splits are left out: the policy must not have been trained on any.
+    Passages about entities of the test and dev splits are left out, so that the policy is never trained on them.
     """
     hidden = {id for id, split in world.split_of.items() if split in ("test", "dev")}
     k = config.retrieval.top_k
     rng = random.Random(f"teacher {world.seed}")
     rows = []
     for question in world.questions("sft", config.world.num_sft, with_trajectories=True):
-        steps = teach(
-            question, rng, waste=config.world.needless_retrievals, haste=config.world.lucky_guesses,
-            max_steps=config.rollout.max_steps,
+        steps = teacher_steps(
+            question, rng, needless_retrievals=config.world.needless_retrievals,
+            lucky_guesses=config.world.lucky_guesses, max_steps=config.rollout.max_steps,
         )  # fmt: skip
         queries = [step for step in steps if "query" in step]
         found = retriever.search([step["query"] for step in queries], 8 * k)

@@ -1,18 +1,17 @@
-"""A deterministic fictional encyclopedia with multi-hop questions over it: the embedded default data.
+"""A deterministic fictional encyclopedia with multi-hop questions about it: the bundled default data.
 
-`World.generate(seed, ...)` draws people, works, cities, companies and schools, links them by relations,
-writes each fact in one of several wordings into passages, and asks questions whose answer is a path
-through the relations. What makes it a fair test:
+`World.generate(seed, ...)` samples people, works, cities, companies and schools, links them by relations, writes each
+fact into a passage in one of several wordings, and generates questions that follow a path of relations. Train and test
+data are kept apart as follows:
 
-- Entities are dealt to the splits `sft`, `rl`, `dev`, `test` before they are linked, and links never
-  cross splits: nothing that a test question asks about, passes through or answers is in a training
-  question or a trajectory.
-- Of the questions of a world, compositions of relations in `UNSEEN` are asked in test alone; those in
-  `RL_ONLY` never have a trajectory. (The base model has read questions of all of them, in worlds of its own.)
-- Names are dealt by a hash to two realms: `base` names are used by the worlds on which the bundled
-  base model was pretrained, `user` names by every world a run sees. No entity is in both.
+- Entities are assigned to the splits `sft`, `rl`, `dev`, `test` before they are linked, and links never cross splits:
+  no entity in a test question, its answer or its intermediate hops occurs in a training question or trajectory.
+- Compositions of relations in `UNSEEN` occur only in test questions; those in `RL_ONLY` have no teacher trajectories.
+  (The base model was pretrained on questions of all compositions, in other worlds.)
+- A hash assigns each name to one of two realms: `base` for worlds that pretrain the bundled base model, `user` for
+  the worlds of runs. No entity is in both.
 
-Left out on purpose: yes/no questions (a coin flip scores 50) and passages longer than two sentences.
+Left out on purpose: yes/no questions (guessing gets half of them right) and passages longer than two sentences.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from r3rag_jax.world.vocabulary import (
     TITLE_NOUNS,
 )
 
-MAX_MISSES = 2000  # draws without a new question after which a split is taken to be exhausted
+MAX_MISSES = 2000  # consecutive attempts without a new question after which a split counts as exhausted
 Split = Literal["sft", "rl", "dev", "test"]
 Realm = Literal["user", "base"]
 Order = Literal["earlier", "later"]
 SHARES: dict[Split, float] = {"sft": 0.25, "rl": 0.45, "dev": 0.08, "test": 0.22}
-# Share of each question type: (type, number of relations in the chain).
+# Question type -> its share of the questions; the number after `bridge` counts the relations in the chain.
 TYPES = {
     "single": 0.15,
     "bridge2": 0.30,
@@ -56,12 +55,12 @@ TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-    """A directed relation: what it leads to, and how it is said and asked."""
+    """A directed relation from an entity to a tail (an entity or a year), and its wordings in phrases and questions."""
 
-    tail: str
-    phrases: tuple[str, ...]  # noun phrases, the first one is the teacher's
-    questions: tuple[str, ...]  # the first one is the teacher's query
-    in_year: str = ""  # where it leads to a year: what happened then
+    tail: str  # kind of the tail: person, city, year, …
+    phrases: tuple[str, ...]  # noun phrases for the tail; the teacher uses the first one
+    questions: tuple[str, ...]  # the teacher uses the first one as its query
+    in_year: str = ""  # if the tail is a year: a clause that says what happened in it
 
 
 RELATIONS: dict[str, Relation] = {
@@ -99,8 +98,8 @@ RELATIONS: dict[str, Relation] = {
                      ("Where is {x} based?", "In which city is {x} based?")),
 }  # fmt: skip
 
-# kind of entity -> passages: (relations told, wordings). A sentence opens with no name and no year: a word that opens
-# a line is other tokens than the same word within it.
+# Kind of entity -> its passages, each as (relations that the passage states, wordings). No sentence starts with a name
+# or a year, because a word at the start of a line has other tokens than inside the line.
 PASSAGES: dict[str, tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]] = {
     "novel": (
         (("author", "release"), ("The novel {x} by {author} came out in {release}.",
@@ -159,12 +158,12 @@ DISTRACTORS = {
 WORKS = ("novel", "film", "opera")
 CREATOR = {"novel": "author", "film": "director", "opera": "composer"}
 CREATORS = tuple(CREATOR.values())
-# Compositions (contiguous parts count) that are asked in test alone.
+# Pairs of consecutive relations that occur only in test questions, alone or inside a longer chain.
 UNSEEN = (
     ("composer", "spouse"), ("director", "school"), ("founder", "birthplace"), ("spouse", "birthyear"),
     ("birthplace", "mayor"), ("setting", "river"),
 )  # fmt: skip
-# Compositions without trajectories: the policy meets them first in RL.
+# Pairs of consecutive relations without teacher trajectories: the policy sees them first in RL.
 RL_ONLY = (
     ("author", "school"), ("composer", "birthplace"), ("founder", "school"), ("spouse", "birthplace"),
     ("publisher", "seat"), ("seat", "country"), ("school", "seat"),
@@ -173,7 +172,7 @@ RL_ONLY = (
 
 @dataclasses.dataclass(frozen=True)
 class Hop:
-    """One look-up of a question: entity -relation-> answer, told by a passage."""
+    """One hop of a question: entity -relation-> answer, and the passage that states it."""
 
     entity: str
     relation: str
@@ -181,24 +180,26 @@ class Hop:
     passage_id: str
 
     def fact(self) -> str:
-        """The fact in a sentence, a year also before whose it is: a comparison looks that up by the year."""
+        """The fact as a sentence; a year is followed by `in YEAR ENTITY …`, so that comparisons can find it by year."""
         in_year = f": {self.in_year()}" if RELATIONS[self.relation].in_year else ""
         return f"The{self.need().removeprefix('the')} is {self.answer}{in_year}."
 
     def in_year(self) -> str:
+        """What happened in the year that the hop leads to, e.g. `in 1912 X was born`."""
         return RELATIONS[self.relation].in_year.format(x=self.entity, year=self.answer)
 
     def need(self) -> str:
+        """The answer as a noun phrase that does not give it away, e.g. `the author of X`."""
         return RELATIONS[self.relation].phrases[0].format(x=self.entity)
 
 
 def realm_of(name: str) -> Realm:
-    """One name in four belongs to the worlds of the base model's pretraining."""
+    """The realm of a name; one name in four is in `base`, the realm of the base model's pretraining."""
     return "base" if zlib.crc32(name.encode()) % 4 == 0 else "user"
 
 
 class Names:
-    """Draws names that were not drawn before, of one realm."""
+    """Samples unused names of one realm."""
 
     def __init__(self, rng: random.Random, realm: Realm):
         self._rng, self._realm, self._used = rng, realm, set[str]()
@@ -237,16 +238,17 @@ class Names:
 
 @dataclasses.dataclass
 class Region:
-    """The part of a world that belongs to one split: entities, their facts, where each is told."""
+    """The entities of one split, their facts, and the passage that states each fact."""
 
-    entities: dict[str, list[str]]
-    facts: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
-    told_in: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)
+    entities: dict[str, list[str]]  # kind -> names
+    facts: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)  # (entity, relation) -> tail
+    passage_ids: dict[tuple[str, str], str] = dataclasses.field(default_factory=dict)  # (entity, relation) -> passage
 
     def hop(self, entity: str, relation: str) -> Hop:
-        return Hop(entity, relation, self.facts[entity, relation], self.told_in[entity, relation])
+        return Hop(entity, relation, self.facts[entity, relation], self.passage_ids[entity, relation])
 
     def chain(self, entity: str, relations: tuple[str, ...]) -> list[Hop]:
+        """The hops from an entity along the relations."""
         hops = []
         for relation in relations:
             hops.append(self.hop(entity, relation))
@@ -256,16 +258,16 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """Passages (shuffled), questions by split, and the regions they were drawn from."""
+    """Passages in random order, and the regions about which questions are asked, one per split."""
 
     passages: tuple[Passage, ...]
     regions: dict[Split, Region]
-    split_of: dict[str, Split]  # passage id -> the split whose entity it is about
+    split_of: dict[str, Split]  # passage id -> split of the entity that the passage is about
     seed: int
 
     @classmethod
     def generate(cls, seed: int, *, num_people: int = 600, realm: Realm = "user") -> World:
-        """Build the encyclopedia; the same arguments give the same world, bit for bit."""
+        """Generate a world; equal arguments give equal worlds."""
         rng = random.Random(f"world {seed} {num_people} {realm}")
         names = Names(rng, realm)
         regions: dict[Split, Region] = {}
@@ -281,17 +283,21 @@ class World:
             passages.append(Passage(str(number), f'"{name}"\n{text}'))
             split_of[str(number)] = owner[id(region)]
             for relation in relations:
-                region.told_in[name, relation] = str(number)
+                region.passage_ids[name, relation] = str(number)
         return cls(tuple(passages), regions, split_of, seed)
 
     def questions(self, split: Split, count: int, *, with_trajectories: bool = False) -> list[Question]:
-        """`count` different questions of a split; `with_trajectories` keeps to what a teacher covers."""
+        """`count` distinct questions of a split; `with_trajectories` excludes the compositions in `RL_ONLY`.
+
+        Raises:
+            UserError: the split has fewer questions.
+        """
         rng = random.Random(f"questions {self.seed} {split} {count}")
         allowed = _allowed(split, with_trajectories)
         region, seen = self.regions[split], set[str]()
         shares = {name: share for name, share in TYPES.items() if allowed[name]}
         questions: list[Question] = []
-        misses = 0  # in a row
+        misses = 0  # consecutive
         while len(questions) < count and misses < MAX_MISSES:
             misses += 1
             kind = rng.choices(list(shares), weights=list(shares.values()))[0]
@@ -309,7 +315,7 @@ class World:
 
 
 def _link(rng: random.Random, names: Names, num_people: int) -> Region:
-    """Draw the entities of a region and every fact about them."""
+    """Sample the entities of a region and all facts about them."""
     sizes = {"person": num_people, "novel": num_people // 4, "film": num_people // 4, "opera": num_people // 4,
              "company": max(4, num_people // 6), "school": max(4, num_people // 10),
              "city": max(6, num_people // 5), "country": 6, "river": max(4, num_people // 8)}  # fmt: skip
@@ -330,19 +336,19 @@ def _link(rng: random.Random, names: Names, num_people: int) -> Region:
     return region
 
 
-def tell(rng: random.Random, region: Region, kind: str, entity: str, about: int) -> tuple[str, tuple[str, ...]]:
-    """One wording of the entity's passage number `about` (see PASSAGES), and the relations it tells."""
-    relations, wordings = PASSAGES[kind][about]
+def passage_text(rng: random.Random, region: Region, kind: str, entity: str, index: int) -> tuple[str, tuple[str, ...]]:
+    """A random wording of the entity's passage PASSAGES[kind][index], and the relations that the passage states."""
+    relations, wordings = PASSAGES[kind][index]
     values = {relation: region.facts[entity, relation] for relation in relations}
     return rng.choice(wordings).format(x=entity, **values), relations
 
 
 def _write(rng: random.Random, region: Region) -> Iterator[tuple[str, str, Region, tuple[str, ...]]]:
-    """Passages of a region: (title, text, region, relations told: none for a distractor)."""
+    """Passages of a region as (title, text, region, relations stated); a distractor states none."""
     for kind, templates in PASSAGES.items():
         for name in region.entities[kind]:
-            for about in range(len(templates)):
-                text, relations = tell(rng, region, kind, name, about)
+            for index in range(len(templates)):
+                text, relations = passage_text(rng, region, kind, name, index)
                 yield name, text, region, relations
             distractors = DISTRACTORS.get("work" if kind in WORKS else kind, ())
             if distractors and rng.random() < 0.2:
@@ -351,7 +357,7 @@ def _write(rng: random.Random, region: Region) -> Iterator[tuple[str, str, Regio
 
 
 def _chains(length: int) -> list[tuple[str, tuple[str, ...]]]:
-    """All (kind of start, relations) of a length; people, cities … start a chain as works do."""
+    """All chains of `length` relations as (kind of the first entity, relations); any kind can be first."""
     relations_of = {kind: [r for rs, _ in passages for r in rs] for kind, passages in PASSAGES.items()}
     chains: list[tuple[str, tuple[str, ...]]]
     chains = [(kind, (relation,)) for kind, relations in relations_of.items() for relation in relations]
@@ -362,18 +368,18 @@ def _chains(length: int) -> list[tuple[str, tuple[str, ...]]]:
     return chains
 
 
-def _contains(path: tuple[str, ...], parts: tuple[tuple[str, str], ...]) -> bool:
-    return any(pair in parts for pair in itertools.pairwise(path))
+def _contains(path: tuple[str, ...], pairs: tuple[tuple[str, str], ...]) -> bool:
+    return any(pair in pairs for pair in itertools.pairwise(path))
 
 
 def _allowed(split: Split, with_trajectories: bool) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
-    """Question type -> compositions that the split may ask."""
+    """Question type -> compositions that questions of the split may have, as (kind of the first entity, path)."""
     options: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         "single": _chains(1),
         "bridge2": _chains(2),
         "bridge3": _chains(3),
     }
-    # Three hops start at a work or a company, as people ask; the rest would be near duplicates.
+    # Three-hop questions start at a work or a company; other starts would give near duplicates.
     options["bridge3"] = [(k, p) for k, p in options["bridge3"] if k in (*WORKS, "company")]
     options["comparison"] = [
         ("work", ("comparison", "release")),
@@ -388,6 +394,7 @@ def _allowed(split: Split, with_trajectories: bool) -> dict[str, list[tuple[str,
 def _ask(
     rng: random.Random, region: Region, kind: str, composition: tuple[str, tuple[str, ...]], id: str
 ) -> Question | None:
+    """A random question of a composition; None if its path visits an entity twice or the compared years are equal."""
     start, path = composition
     if path[0] in ("comparison", "bridge_comparison"):
         return _compare(rng, region, start, path, id)
@@ -404,7 +411,7 @@ def _ask(
 
 
 def _compare(rng: random.Random, region: Region, start: str, path: tuple[str, ...], id: str) -> Question | None:
-    """Two entities by year. The bridge's answer is a person whom the question does not name."""
+    """A question that compares two entities by year; in a bridge comparison, two people whom the question describes."""
     kinds = rng.choices(WORKS, k=2) if start == "work" else [start, start]
     pair = [rng.choice(region.entities[kind]) for kind in kinds]
     is_bridge = path[0] == "bridge_comparison"
@@ -421,13 +428,13 @@ def _compare(rng: random.Random, region: Region, start: str, path: tuple[str, ..
     is_first = rng.random() < 0.5
     answer = names[years.index(min(years) if is_first else max(years))]
     if is_bridge:
-        said = [rng.choice(RELATIONS[hop.relation].phrases).format(x=hop.entity) for hop in hops]
+        phrases = [rng.choice(RELATIONS[hop.relation].phrases).format(x=hop.entity) for hop in hops]
     else:
-        said = pair
+        phrases = pair
     if year == "release":
-        text = f"Which came out {'earlier' if is_first else 'later'}, {said[0]} or {said[1]}?"
+        text = f"Which came out {'earlier' if is_first else 'later'}, {phrases[0]} or {phrases[1]}?"
     else:
-        text = f"Who was born {'earlier' if is_first else 'later'}, {said[0]} or {said[1]}?"
+        text = f"Who was born {'earlier' if is_first else 'later'}, {phrases[0]} or {phrases[1]}?"
     return _question(id, text, answer, path[0], path, hops + last)
 
 
@@ -445,45 +452,52 @@ def _question(id: str, text: str, answer: str, kind: str, path: tuple[str, ...],
 
 
 def asked_order(question: str) -> Order:
-    """Whether a comparison asks for the earlier of its two years or for the later one."""
+    """Whether a comparison asks for the earlier or the later of its two years."""
     return "earlier" if " earlier," in question else "later"
 
 
 def in_order(asked: Order, first: Hop, second: Hop) -> str:
-    """Which of two years is the one asked for, and what happened in it."""
+    """A sentence that says which of two years is the earlier or later one, and what happened in it."""
     is_first = (int(first.answer) < int(second.answer)) == (asked == "earlier")
     chosen = first if is_first else second
     return f"{earlier_or_later(asked, int(first.answer), int(second.answer))}: {chosen.in_year()}."
 
 
 def earlier_or_later(asked: Order, first: int, second: int) -> str:
-    """Which of two years is the one asked for."""
+    """A clause that says which of two years is the earlier or later one."""
     return f"The {asked} of {first} and {second} is {(min if asked == 'earlier' else max)(first, second)}"
 
 
-def teach(
-    question: Question, rng: random.Random, *, waste: float, haste: float = 0.0, max_steps: int = 5
-) -> list[dict[str, Any]]:
+def teacher_steps(
+    question: Question, rng: random.Random, *, needless_retrievals: float, lucky_guesses: float = 0.0,
+    max_steps: int = 5,
+) -> list[dict[str, Any]]:  # fmt: skip
     """The teacher's steps for a question: {analysis, query, passage_ids} … {analysis, answer}.
 
-    A share `waste` of the trajectories holds one needless retrieval, as a real teacher's do: it asks
-    about another relation of an entity at hand, when the step budget allows. A share `haste` of the comparisons
-    ends one look-up early on a guess: those that were right by luck pass the rejection of wrong answers.
+    The answer is always correct; two flaws of real teachers are imitated.
+
+    Args:
+        needless_retrievals: probability of one superfluous query, about an entity already looked up; none is added
+            if it would exceed `max_steps`.
+        lucky_guesses: probability that a comparison omits its last retrieval and guesses; correct guesses survive
+            the rejection of wrong answers.
+        max_steps: maximum number of steps.
     """
     hops = [Hop(**hop) for hop in question.metadata["decomposition"]]
     is_comparison = question.metadata["type"].endswith("comparison")
-    is_hasty = is_comparison and rng.random() < haste
-    if is_hasty:
+    is_guess = is_comparison and rng.random() < lucky_guesses
+    if is_guess:
         hops = hops[:-1]
     steps: list[dict[str, Any]] = []
     known = ""
-    wasteful_at = rng.randrange(len(hops)) if len(hops) + 2 <= max_steps and rng.random() < waste else -1
+    is_needless = len(hops) + 2 <= max_steps and rng.random() < needless_retrievals
+    needless_index = rng.randrange(len(hops)) if is_needless else -1
     for number, hop in enumerate(hops):
         lead = f"{known} Now I need" if known else "I need"
         query = RELATIONS[hop.relation].questions[0].format(x=hop.entity)
         steps.append({"analysis": f"{lead} {hop.need()}.", "query": query, "passage_ids": [hop.passage_id]})
         known = hop.fact()
-        if number == wasteful_at:
+        if number == needless_index:
             query = f"What is known about {hop.entity}?"
             steps.append(
                 {
@@ -492,7 +506,7 @@ def teach(
                     "passage_ids": [],
                 }
             )
-    if is_comparison and not is_hasty:
+    if is_comparison and not is_guess:
         first, second = hops[-2:]
         known = f"{first.fact()} {second.fact()} {in_order(asked_order(question.question), first, second)}"
     steps.append({"analysis": known, "answer": question.golden_answers[0]})

@@ -1,6 +1,6 @@
-"""Pretraining of the bundled base: next-token prediction on `base` worlds.
+"""Pretraining of the bundled base model: next-token prediction on `base` worlds.
 
-Left out on purpose: resuming; this runs once per release.
+Left out on purpose: resuming, because pretraining runs once per release.
 """
 
 from __future__ import annotations
@@ -25,26 +25,27 @@ from r3rag_jax.training import optimizer
 from r3rag_jax.training.state import init_state
 from r3rag_jax.training.steps import make_sft_step
 from r3rag_jax.types import SFTBatch
-from r3rag_jax.world.pretraining_model import CONFIG, make_tokenizer, start_copying
+from r3rag_jax.world.pretraining_model import CONFIG, init_induction_heads, make_tokenizer
 from r3rag_jax.world.pretraining_rows import token_rows
 
 TOKENS_PER_STEP = 4096
-# Curriculum: (share of the steps at which the stage ends, tokens of a row, most passages of a document).
+# Curriculum stages: (fraction of all steps at which the stage ends, tokens per row, maximum passages per document).
 STAGES: tuple[tuple[float, int, int], ...] = ((0.1, 128, 1), (0.3, 256, 3), (1.0, 512, 9))
 
 
 def pretrain(out: Path, *, start: Path | None, num_steps: int, lr: float, seed: int) -> None:
-    """Train the base and write it to `out`, a Hugging Face directory, every 200 steps and at the end.
+    """Pretrain the base model and write it to the Hugging Face directory `out`, every 200 steps and at the end.
 
     Args:
-        start: a base to go on from, in the last stage alone; None: a new tokenizer and new weights.
-        num_steps: updates of TOKENS_PER_STEP tokens.
+        start: directory of a base model to continue from, with the last stage only; None = a new tokenizer and new
+            weights, and all stages.
+        num_steps: number of updates, of TOKENS_PER_STEP tokens each.
         lr: peak learning rate.
     """
     if start is None:
         tokenizer, stages = make_tokenizer(out), STAGES
         decoder = Decoder(CONFIG, rngs=nnx.Rngs(seed))
-        start_copying(decoder, seed)
+        init_induction_heads(decoder, seed)
     else:
         tokenizer, stages = Tokenizer(start), STAGES[-1:]
         decoder = load_decoder(start, dtype=jnp.float32)

@@ -1,4 +1,4 @@
-"""The bundled base before pretraining: a byte-level BPE tokenizer and a small Qwen2 that starts out copying."""
+"""The bundled base model before pretraining: a byte-level BPE tokenizer and a small Qwen2 with induction heads."""
 
 from __future__ import annotations
 
@@ -49,22 +49,24 @@ CONFIG = DecoderConfig.from_hf(
 )
 
 
-def start_copying(decoder: Decoder, seed: int) -> None:
-    """Start two heads as an induction circuit (arXiv 2209.11895), which so small a model is slow to find.
+def init_induction_heads(decoder: Decoder, seed: int) -> None:
+    """Initialize two heads as an induction circuit (arXiv 2209.11895), which so small a model is slow to learn.
 
-    What reading a passage takes most is to copy what once followed the words at hand. Head 0 of layer 0 looks
-    at the previous token: under RoPE its biases alone do that, for with q = a (1, 0) and k = a (cos f, sin f)
-    in the plane of frequency f the score of distance d is sum_f a^2 cos((d - 1) f), highest at d = 1. It writes that
-    token, seen through R, into the subspace of S. Head 0 of layer 1 searches for places whose *previous* token
-    is the token at hand, R x against S x, in planes that RoPE hardly turns, and copies the token it finds through T.
-    All heads of the later layers start out copying whatever they look at; where to look is theirs to learn.
+    Reading a passage mostly requires copying the token that followed an earlier occurrence of the current token. Head 0
+    of layer 0 attends to the previous token. Under RoPE its biases alone achieve this: with q = a (1, 0) and
+    k = a (cos f, sin f) in the plane of frequency f, the attention logit at distance d is sum_f a^2 cos((d - 1) f),
+    which is largest at d = 1. The head projects the previous token with R and writes the result into the subspace
+    spanned by S. Head 0 of layer 1 matches the query R x with the keys S x, so that it attends to tokens whose
+    *previous* token equals the current one; it uses only planes that RoPE rotates slowly. It copies the attended token
+    through T. All heads of later layers are initialized to copy the tokens to which they attend; their attention
+    patterns are left to training.
     """
     c = decoder.config
     D, H = c.hidden_size, c.head_dim
     frequencies = rope_frequencies(c)
     basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(D, D)))[0].astype(np.float32)
     R, S, T = basis[:, :H], basis[:, H : 2 * H], basis[:, 2 * H : 3 * H]
-    slow = np.tile(frequencies < 1e-2, 2).astype(np.float32)  # head dimensions of planes that keep still
+    slow = np.tile(frequencies < 1e-2, 2).astype(np.float32)  # 1 in head dimensions that RoPE rotates slowly
     flat = np.zeros_like(frequencies)
 
     def write(name: str, layer: int, value: np.ndarray) -> None:
@@ -74,7 +76,7 @@ def start_copying(decoder: Decoder, seed: int) -> None:
 
     for name in ("o_proj", "down_proj"):
         param = decoder.param(name)
-        param[...] = 0.2 * param[...]  # lest the circuit drowns in what the other heads write at random
+        param[...] = 0.2 * param[...]  # so that random outputs of other heads do not drown out the circuit
     write("q_proj", 0, np.zeros((D, H), np.float32))
     write("k_proj", 0, np.zeros((D, H), np.float32))
     write("q_bias", 0, 6 * np.concatenate([flat + 1, flat]))
@@ -88,18 +90,18 @@ def start_copying(decoder: Decoder, seed: int) -> None:
     G = c.num_heads // c.num_kv_heads
     for layer in range(2, c.num_layers):
         for head in range(c.num_heads):
-            part = basis[:, (head // G) * H : (head // G + 1) * H]
+            subspace = basis[:, (head // G) * H : (head // G + 1) * H]
             v_proj, o_proj = decoder.param("v_proj"), decoder.param("o_proj")
-            v_proj[...] = v_proj[...].at[layer, :, (head // G) * H : (head // G + 1) * H].set(part)
-            o_proj[...] = o_proj[...].at[layer, head * H : (head + 1) * H].set(0.5 * part.T)
+            v_proj[...] = v_proj[...].at[layer, :, (head // G) * H : (head // G + 1) * H].set(subspace)
+            o_proj[...] = o_proj[...].at[layer, head * H : (head + 1) * H].set(0.5 * subspace.T)
 
 
 def make_tokenizer(out: Path) -> Tokenizer:
     """Train a byte-level BPE tokenizer on `base` worlds and write its Hugging Face files.
 
-    Years, names and roots of places are written out often enough to become one token each, as common
-    numbers and names are in large vocabularies. The name of a place is cut behind its root, so that the names
-    of every world are made of the same pieces.
+    The training text repeats years, names and the roots of place names, so that each becomes one token, as common
+    numbers and names are in large vocabularies. The pre-tokenizer splits the name of a place after its root, so that
+    the names in all worlds consist of the same tokens.
     """
     worlds = ((make_world(number), random.Random(number)) for number in range(48))
     texts = ["".join(text for text, _ in document) for world in worlds for document in documents(*world, 9)]

@@ -1,7 +1,7 @@
-"""The words that the fictional encyclopedia draws its names from.
+"""The words from which the names in the fictional encyclopedia are composed.
 
-First and last names and the roots of places are each one token of the bundled tokenizer, and there are
-hundreds of them: a name rarely shares a token with another one on the same page.
+First names, last names and the roots of place names are each one token of the bundled tokenizer. There are hundreds of
+them, so that two names in the same context rarely share a token.
 """
 
 import itertools
@@ -13,7 +13,7 @@ _SYLLABLES = (
 
 
 def _spread(syllables: list[str], ends: list[str], count: int) -> tuple[str, ...]:
-    """`count` combinations, as different as can be: each syllable meets the ends in turn."""
+    """`count` distinct combinations of a syllable and an end, ordered so that neighbours share neither."""
     turns = itertools.cycle(range(len(ends)))
     order = [
         syllable + ends[(turn + shift) % len(ends)]

@@ -77,7 +77,9 @@ def test_a_judge_has_plots_where_it_was_asked(tmp_path):
     (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     html = write_report(run_dir).read_text(encoding="utf-8")
     assert html.count('<figure class="plot">') == 13
-    assert all(name in html for name in ("Right, says the judge", "failed judgements", "trajectories left out"))
+    assert all(
+        name in html for name in ("Accuracy according to the judge", "failed judgements", "trajectories left out")
+    )
 
 
 def test_what_guards_watch_has_plots(tmp_path):
@@ -87,7 +89,7 @@ def test_what_guards_watch_has_plots(tmp_path):
     rows = [row | (dict.fromkeys(names, 0.1) if row["phase"] == "rl" else {}) for row in rows]
     (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     html = write_report(run_dir).read_text(encoding="utf-8")
-    for title in ("Signs of a collapse", "Length", "Move of the policy in an iteration", "Displacement"):
+    for title in ("Signs of a collapse", "Length", "Policy change in an iteration", "Displacement"):
         assert f"<strong>{title}</strong>" in html
     assert "malformed step" in html and "queries repeated" in html
 

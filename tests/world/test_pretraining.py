@@ -9,7 +9,7 @@ import pytest
 from r3rag_jax.text.protocols import TAGS
 from r3rag_jax.types import Question
 from r3rag_jax.world.encyclopedia import Hop, World
-from r3rag_jax.world.pretraining import NUM_PAGES, SPLIT, documents, make_world
+from r3rag_jax.world.pretraining import NUM_DOCUMENTS, SPLIT, documents, make_world
 
 Parts = tuple[str, list[str]]  # what stands before the counted text, and the counted lines
 
@@ -21,7 +21,7 @@ def world() -> World:
 
 @pytest.fixture(scope="module")
 def questions(world: World) -> dict[str, Question]:
-    return {q.question: q for q in world.questions(SPLIT, 2 * NUM_PAGES)}
+    return {q.question: q for q in world.questions(SPLIT, 2 * NUM_DOCUMENTS)}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from r3rag_jax.retrieval.base import Hit
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.types import Question, Step
 from r3rag_jax.world.dataset import write_teacher
-from r3rag_jax.world.encyclopedia import PASSAGES, RELATIONS, RL_ONLY, SHARES, UNSEEN, World, realm_of, teach
+from r3rag_jax.world.encyclopedia import PASSAGES, RELATIONS, RL_ONLY, SHARES, UNSEEN, World, realm_of, teacher_steps
 
 SEEDS = (0, 1, 7)
 COUNTS = {"sft": 60, "rl": 100, "dev": 15, "test": 80}
@@ -75,7 +75,10 @@ def holds(question: Question, compositions: Iterable[tuple[str, str]]) -> bool:
 def digest(seed: int) -> str:
     world = World.generate(seed, num_people=40)
     parts = [(p.id, p.contents) for p in world.passages]
-    asked = [(q, teach(q, random.Random(1), waste=0.5)) for q in world.questions("sft", 10, with_trajectories=True)]
+    asked = [
+        (q, teacher_steps(q, random.Random(1), needless_retrievals=0.5))
+        for q in world.questions("sft", 10, with_trajectories=True)
+    ]
     return hashlib.sha256(repr((parts, asked)).encode()).hexdigest()
 
 
@@ -230,7 +233,7 @@ def test_the_teacher_reaches_the_answer_in_time(
 ) -> None:
     rng, wasted = random.Random(0), 0
     for question in questions["teacher"]:
-        steps = teach(question, rng, waste=waste)
+        steps = teacher_steps(question, rng, needless_retrievals=waste)
         parsed = [Step(s["analysis"], query=s.get("query"), answer=s.get("answer")) for s in steps]
         assert len(parsed) <= 5
         assert [step.answer for step in parsed] == [None] * (len(parsed) - 1) + [question.golden_answers[0]]
@@ -246,7 +249,10 @@ def test_the_teacher_reaches_the_answer_in_time(
 
 def test_a_hasty_teacher_guesses_comparisons_one_look_up_early(questions: dict[str, list[Question]]) -> None:
     for question in questions["teacher"]:
-        full, hasty = (teach(question, random.Random(0), waste=0.0, haste=haste) for haste in (0.0, 1.0))
+        full, hasty = (
+            teacher_steps(question, random.Random(0), needless_retrievals=0.0, lucky_guesses=haste)
+            for haste in (0.0, 1.0)
+        )
         is_comparison = question.metadata["type"].endswith("comparison")
         assert len(full) - len(hasty) == is_comparison
         assert hasty[-1]["answer"] == question.golden_answers[0]
@@ -257,7 +263,7 @@ def test_a_hasty_teacher_guesses_comparisons_one_look_up_early(questions: dict[s
 
 def test_the_teacher_states_what_it_found(questions: dict[str, list[Question]]) -> None:
     for question in questions["teacher"]:
-        steps = teach(question, random.Random(0), waste=0.0)
+        steps = teacher_steps(question, random.Random(0), needless_retrievals=0.0)
         for step, hop in zip(steps[1:], hops_of(question), strict=True):
             assert hop["answer"] in step["analysis"]
 
