@@ -19,7 +19,8 @@ from r3rag_jax.retrieval.manifest import has_index, read_manifest
 from r3rag_jax.retrieval.refresh import refresh_retrieved
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.progress import bar_of_unknown_length
-from r3rag_jax.world.encyclopedia import Split, World, teacher_steps
+from r3rag_jax.world.encyclopedia import Split, World
+from r3rag_jax.world.teacher import teacher_steps
 
 QUESTION_SPLITS: tuple[Split, ...] = ("rl", "dev", "test")  # written before the index; split `sft` needs the index
 

@@ -20,7 +20,8 @@ from r3rag_jax.retrieval.base import Hit
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.types import Question, Step
 from r3rag_jax.world.dataset import write_teacher
-from r3rag_jax.world.encyclopedia import PASSAGES, RELATIONS, RL_ONLY, SHARES, UNSEEN, World, realm_of, teacher_steps
+from r3rag_jax.world.encyclopedia import PASSAGES, RELATIONS, RL_ONLY, SHARES, UNSEEN, World, realm_of
+from r3rag_jax.world.teacher import teacher_steps
 
 SEEDS = (0, 1, 7)
 COUNTS = {"sft": 60, "rl": 100, "dev": 15, "test": 80}
