@@ -21,7 +21,7 @@ from r3rag_jax.sampler.cache.base import Extent, LayerCache
 from r3rag_jax.sampler.cache.kv_cache import KVCache
 from r3rag_jax.sampler.ops import XLA_ON_ONE_CPU, SamplerOps
 
-# Logical axes of every parameter by name; those that are not named are whole on each device.
+# Logical axes of each parameter by name. Parameters that are not listed are replicated.
 SPLIT_AXES: dict[str, tuple[str | None, ...]] = {
     "embed": ("vocab", "embed"),
     "qkv": ("kv_heads", "embed"),
@@ -37,29 +37,29 @@ WHOLE_AXES = {name: tuple(None if axis == "embed" else axis for axis in axes) fo
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CachedDecoder:
-    """Parameters of a decoder without adapters, each layer's apart and matrices in the compute dtype, [out, in].
+    """A decoder's parameters in the layout of the sampler: one dict per layer, matrices [out, in] in the compute dtype.
 
-    A decode loop over stacked layers slices, and that is to copy, every weight in every step: half its time on a CPU.
-    What reads the same input is one matrix, its rows in an order in which neighbours belong together, so that it can be
-    split over devices:
+    Adapters are merged. Layers are not stacked, because a decode loop would slice and so copy every weight at every
+    step, which takes half of the step's time on a CPU. Projections of the same input are fused into one matrix. Its
+    rows are ordered by kv head or hidden unit, so that a device's share of the rows is a set of whole heads or units:
 
-        qkv [K * (G + 2) * H, D]   of each kv head the query heads that read it, its key and its value
+        qkv [K * (G + 2) * H, D]   per kv head: the G query heads that read it, its key, its value
         qkv_bias [K * (G + 2) * H]
         o [D, N * H]
-        gate_up [F * 2, D]   of each hidden unit its gate and itself
+        gate_up [F * 2, D]   per hidden unit: its gate row, its up row
         down [D, F]
     """
 
     embed: jax.Array  # [V, D]
     layers: tuple[dict[str, jax.Array], ...]
     final_norm: jax.Array
-    lm_head: jax.Array | None  # [V, D]; None: the embeddings
+    lm_head: jax.Array | None  # [V, D]; None: tied to `embed`
     config: DecoderConfig = dataclasses.field(metadata={"static": True})
     ops: SamplerOps = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, decoder: Decoder, ops: SamplerOps = XLA_ON_ONE_CPU) -> CachedDecoder:
-        """The parameters of a decoder, as these operations read them."""
+        """Convert a decoder's parameters to the layout of the sampler; traceable under jit."""
         config, stacked = decoder.config, decoder.layer_params()
         return cls(
             embed=decoder.table().astype(decoder.dtype),
@@ -71,7 +71,7 @@ class CachedDecoder:
         )
 
     def shardings(self, mesh: Mesh, split: bool) -> CachedDecoder:
-        """Where each parameter goes: over `tensor`; with `split` over `fsdp` too, and each step gathers all of them."""
+        """Sharding of each parameter: over `tensor`, and with `split` over `fsdp` too (each step then gathers them)."""
         return tree_shardings(mesh, self, SPLIT_AXES if split else WHOLE_AXES)
 
     def extend(
@@ -82,14 +82,18 @@ class CachedDecoder:
         rows_B: jax.Array | None = None,
         extent: Extent | None = None,
     ) -> tuple[KVCache, jax.Array]:
-        """Append C tokens to every row, or to rows_B; returns the new cache and their hidden states [B, C, D].
+        """Append C tokens to B rows of the cache; returns the new cache and the hidden states [B, C, D].
 
-        Row b's tokens take positions starts_B[b] .. starts_B[b] + C - 1. Their keys and values are
-        written there; positions >= S are dropped. Each query sees the cache at positions <= its
-        own, so whatever lies beyond (an abandoned continuation, a padded tail) is never read
-        before it is overwritten. Out-of-range rows are not written;
-        their outputs are undefined.
-        `extent` is that of `LayerCache.attend`.
+        The tokens of row b take positions starts_B[b] .. starts_B[b] + C - 1. Their keys and values are written there;
+        positions >= S are dropped. A query sees the cache at positions up to its own, so entries beyond it (of an
+        abandoned continuation or of padding) are overwritten before they are read.
+
+        Args:
+            tokens_BC: int32.
+            starts_B: int32, position of each row's first token.
+            rows_B: int32, indices of the cache rows; None: all rows in order. Out-of-range rows are not written; their
+                outputs are undefined.
+            extent: see `LayerCache.attend`.
         """
         positions_BC = starts_B[:, None] + jnp.arange(tokens_BC.shape[1])
         cos, sin = rope_tables(self.config, positions_BC)
@@ -105,12 +109,12 @@ class CachedDecoder:
 
 
 def _layer(config: DecoderConfig, w: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A layer's parameters as `CachedDecoder` has them, of those of a `Decoder`."""
+    """Convert one layer's parameters from the layout of `Decoder` to that of `CachedDecoder`."""
 
     def interleaved(names: Iterable[str], groups: int) -> jax.Array:
-        """[..., out] of several -> [outs, ...], of each group of outputs those of the first, of the next ..."""
-        parts = [w[name].T.reshape(groups, -1, *w[name].shape[:-1]) for name in names]
-        return jnp.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])
+        """Fuse matrices [..., out] to [sum of outs, ...]: group 0 of each matrix in turn, then group 1 of each, ..."""
+        grouped = [w[name].T.reshape(groups, -1, *w[name].shape[:-1]) for name in names]
+        return jnp.concatenate(grouped, axis=1).reshape(-1, *grouped[0].shape[2:])
 
     layer = {name: value for name, value in w.items() if name.endswith("_norm")}
     if config.attention_bias:
@@ -123,7 +127,7 @@ def _layer(config: DecoderConfig, w: dict[str, jax.Array]) -> dict[str, jax.Arra
     }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # traced once, not for each layer; XLA inlines it
+@functools.partial(jax.jit, static_argnums=(0, 1))  # jitted so that it is traced once and not per layer; XLA inlines it
 def _extend_layer(
     config: DecoderConfig,
     ops: SamplerOps,

@@ -1,4 +1,4 @@
-"""A chat model on the sampler's engine; see `clients/chat.py` for what a judge needs of one."""
+"""A chat model that runs on the sampler's engine; it implements the `Chat` protocol of `clients/chat.py`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from r3rag_jax.sampler.stops import StopTokens
 from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
 from r3rag_jax.types import Context
 
-CHUNK = 32  # most tokens per row in one call on the device
+CHUNK = 32  # maximum tokens per row in one decode call
 
 
 class EngineChat:
-    """A model on the run's own devices, decoded greedily; its stop tokens end a reply."""
+    """A model on the run's own devices. It decodes greedily until a stop token or `max_tokens`."""
 
-    is_collective = True  # every process computes its share
+    is_collective = True  # all processes must call: each computes its own rows
 
     def __init__(
         self,
@@ -30,7 +30,14 @@ class EngineChat:
         stop_ids: Sequence[int],
         max_tokens: int,
     ):
-        """`model`: its name; `identity`: that of its weights, which replies depend on."""
+        """Serve `decoder` as a chat model.
+
+        Args:
+            model: the model's name, for messages.
+            identity: identifies the weights, so that cached replies of other weights are not reused.
+            stop_ids: tokens that end a reply.
+            max_tokens: longest reply; a longer one is an error.
+        """
         self._engine, self._decoder, self._tokenizer = engine, decoder, tokenizer
         self.model, self.identity = model, identity
         self._frame, self._max_tokens = chat_frame(tokenizer), max_tokens
@@ -46,14 +53,16 @@ class EngineChat:
         """See `Chat.reply_all`."""
         self._has_given_up = False
         prefix, suffix = self._frame
-        room = self._engine.max_length - self._max_tokens
+        max_prompt_tokens = self._engine.max_length - self._max_tokens
         indices, contexts = [], []
         for index, prompt in enumerate(prompts):
             ids = [*prefix, *self._tokenizer.encode(prompt, allow_special=False), *suffix]
-            if len(ids) > room:
+            if len(ids) > max_prompt_tokens:
                 yield (
                     index,
-                    UserError(f"a prompt may have {room} tokens (judge.local.max_length is short); got {len(ids)}"),
+                    UserError(
+                        f"a prompt may have {max_prompt_tokens} tokens (raise judge.local.max_length); got {len(ids)}"
+                    ),
                 )
                 continue
             indices.append(index)
@@ -65,10 +74,15 @@ class EngineChat:
             if ids[-1] in self._stop_ids:
                 yield indices[row], self._tokenizer.decode(ids[:-1], skip_special=True)
             else:
-                yield indices[row], UserError(f"{self.model} has not come to an end in {self._max_tokens} tokens")
+                yield (
+                    indices[row],
+                    UserError(
+                        f"the reply of {self.model} must end within {self._max_tokens} tokens; got no stop token"
+                    ),
+                )
             if self._has_given_up:
                 return
 
     def give_up(self) -> None:
-        """See `Chat.give_up`; replies that are not finished yield nothing."""
+        """See `Chat.give_up`; unfinished replies are dropped."""
         self._has_given_up = True

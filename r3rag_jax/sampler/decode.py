@@ -1,4 +1,4 @@
-"""The sampler's programs on the device: prefill, copies of rows, and the bounded decode loop."""
+"""The functions that the sampler jits: prefill, row copies, and the bounded decode loop."""
 
 from __future__ import annotations
 
@@ -18,28 +18,34 @@ from r3rag_jax.sampler.state import DecodeRows, DecodeState, RowStatus
 def prefill(
     decoder: CachedDecoder, cache: KVCache, rows_WR: jax.Array, tokens_WRC: jax.Array, starts_WR: jax.Array
 ) -> KVCache:
-    """Write keys and values of tokens_WRC at positions starts_WR + 0..C-1 of the given rows.
+    """Write the keys and values of C tokens per row; returns the new cache.
 
-    The cache's rows are split over W devices and rows_WR count from the first row of each, so that every device works
-    on its own rows. Rows beyond its last are not written.
+    The cache's rows are split over W devices, and every device prefills R rows of its own.
+
+    Args:
+        rows_WR: int32, row indices relative to the device's first row; out-of-range rows are not written.
+        tokens_WRC: int32; token c of a row takes position starts_WR + c.
+        starts_WR: int32, position of each row's first token.
     """
     ways, _, length = tokens_WRC.shape
     is_row = rows_WR < cache.num_rows // ways
     starts_WR = jnp.where(is_row, starts_WR, jnp.max(starts_WR, where=is_row, initial=0))
-    extent = Extent(jnp.min(starts_WR) + 1, jnp.max(starts_WR) + length)  # the same on all devices, for their loops
+    extent = Extent(
+        jnp.min(starts_WR) + 1, jnp.max(starts_WR) + length
+    )  # equal on all devices, so that their loops have equal lengths
     if ways == 1:
         return decoder.extend(cache, tokens_WRC[0], starts_WR[0], rows_WR[0], extent)[0]
-    apart = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[1:]), cache)
+    by_device = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[1:]), cache)
 
     def extend(cache: KVCache, tokens_RC: jax.Array, starts_R: jax.Array, rows_R: jax.Array) -> KVCache:
         return decoder.extend(cache, tokens_RC, starts_R, rows_R, extent)[0]
 
-    written = jax.vmap(extend)(apart, tokens_WRC, starts_WR, rows_WR)
+    written = jax.vmap(extend)(by_device, tokens_WRC, starts_WR, rows_WR)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
 
 
 def copy(cache: KVCache, sources_R: jax.Array, rows_R: jax.Array) -> KVCache:
-    """Copy keys and values from source rows to rows; rows >= B are not written."""
+    """Copy the keys and values of cache rows sources_R to rows_R (int32 [R]); rows >= B are not written."""
     return cache.put(rows_R, cache.take(sources_R))
 
 
@@ -55,15 +61,19 @@ def decode(
     truncation: Truncation,
     positions: int,
 ) -> DecodeState:
-    """Decode until `max_tokens` are sampled, no row is active, or `leave_at` rows have paused or ended.
+    """Decode R rows until `max_tokens` are sampled, no row is active, or `leave_at` rows have paused or ended.
 
-    A cache that is read in place is worked on where it lies; of another one a part is taken for the loop and put back.
+    If the cache is not read in place, the loop runs on a copy of the R rows and their first `positions` positions,
+    which is written back at the end.
 
     Args:
-        cache_rows: int32 [R], the rows of the cache to work on, ascending. rows: their control part.
-        max_tokens: at most T, the width of `rows.tokens`.
-        stop_ids: tokens that end a step, pauses included. pause_ids: those that hand control to the host.
-        positions: what active rows can reach; positions beyond are neither read nor written.
+        cache_rows: int32 [R], indices of the cache rows to decode, ascending.
+        rows: the decode state of these rows.
+        max_tokens: int32 [], at most T, the width of `rows.tokens`.
+        leave_at: int32 [], number of rows.
+        stop_ids: int32 [MAX_STOPS], tokens that end the decoding of a row, `pause_ids` included.
+        pause_ids: int32 [MAX_STOPS], tokens after which a row waits for the host (NEEDS_RETRIEVAL).
+        positions: number of leading positions that are read and written; it must cover every active row.
     """
     num_active = jnp.sum(rows.status == RowStatus.ACTIVE)
     is_in_place, taken = cache.is_read_in_place, None if len(cache_rows) == cache.num_rows else cache_rows
@@ -82,8 +92,8 @@ def decode(
         token, logprob = sample(logits, rows, truncation, decoder.ops.target.can_branch)
         return number + 1, DecodeState(cache, append(rows, number, token, logprob, stop_ids, pause_ids))
 
-    part = cache if is_in_place else cache.take(taken, positions)
-    state: DecodeState = jax.lax.while_loop(is_going, step, (jnp.int32(0), DecodeState(part, rows)))[1]
+    window = cache if is_in_place else cache.take(taken, positions)
+    state: DecodeState = jax.lax.while_loop(is_going, step, (jnp.int32(0), DecodeState(window, rows)))[1]
     return state if is_in_place else DecodeState(cache.put(taken, state.cache), state.rows)
 
 
@@ -95,9 +105,13 @@ def append(
     stop_ids: jax.Array,
     pause_ids: jax.Array,
 ) -> DecodeRows:
-    """Record the token that every active row has sampled in step `number` of the call, and update its status.
+    """Record the token that each active row sampled in step `number` of the decode call, and update its status.
 
-    A row that is active has been so since the call began: its tokens of the call fill the columns up to `number`.
+    A row that is active now was active in all earlier steps of the call, so its token goes to column `number`.
+
+    Args:
+        number: int32 []. token: int32 [R]. logprob: float32 [R]. Values of inactive rows are ignored.
+        stop_ids, pause_ids: see `decode`.
     """
     active = rows.status == RowStatus.ACTIVE
     budgets = rows.budgets - active

@@ -1,4 +1,4 @@
-"""The distribution that a policy's logits stand for: one definition for the sampler and for the trainer."""
+"""The distribution that tokens are sampled from, as a function of the logits; shared by the sampler and the trainer."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from jax import lax
 
 from r3rag_jax.config import RolloutConfig
 
-CANDIDATES = 128  # most likely tokens among which a nucleus is looked for before all of the vocabulary is
+CANDIDATES = 128  # top-p searches this many of the most likely tokens before it searches the whole vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class Truncation:
-    """Which tokens are never sampled; a static argument. What all three of the rules keep is kept.
+    """Rules that exclude unlikely tokens from sampling; a token must pass all three. Static in jitted functions.
 
-    A small policy, or a warm one, has thousands of tokens that are never right and together are sampled all the time;
-    each of them ends a trajectory, and a policy gradient is mostly about them.
+    Without truncation a small policy, or one at a high temperature, often samples from the long tail of unlikely
+    tokens. Each of these tokens spoils its trajectory, and they would dominate the policy gradient.
     """
 
-    min_p: float = 0.0  # keep what has at least this share of the largest probability (arXiv 2407.01082)
-    top_k: int = 0  # keep so many of the most likely; 0 = all
-    top_p: float = 1.0  # keep the fewest of these, most likely first, that hold this share (arXiv 1904.09751)
+    min_p: float = 0.0  # keep tokens with at least min_p times the largest probability (arXiv 2407.01082)
+    top_k: int = 0  # keep the k most likely tokens; 0 = all
+    top_p: float = 1.0  # of these keep the smallest set with this probability mass (arXiv 1904.09751)
 
     @classmethod
     def of(cls, config: RolloutConfig) -> Truncation:
@@ -42,19 +42,20 @@ def truncate(
     *,
     can_branch: bool = True,
 ) -> jax.Array:
-    """Logits [..., V] over the temperature, with those of tokens that `how` leaves out at -inf.
+    """Return logits / temperature, [..., V], with -inf for the tokens that `how` excludes.
 
-    The share of `top_p` is of what `top_k` keeps, as in transformers and vLLM. Every rule keeps the logits above some
-    cut, so tokens of equal logits (rows of new tokens may be the same) are kept or left out together, in any order.
-    Costs a maximum for min-p, the CANDIDATES (or k) largest for the others, nothing where all is kept.
+    The mass of `top_p` is relative to the tokens that `top_k` keeps, as in transformers and vLLM. Every rule keeps the
+    logits from a threshold on, so tokens with equal logits are kept or excluded together.
 
-    Cuts are values of the logits as they came. A quotient by the temperature is computed anew wherever XLA fuses it,
-    in other roundings: a cut among those lost the k-th token at a temperature of 1.4, in the sampler alone.
+    Thresholds are compared with the logits before the division by the temperature. XLA recomputes the quotient in each
+    fusion with different rounding, so that a threshold on quotients could exclude the k-th token.
 
     Args:
+        logits: float32 [..., V].
         temperature: float [...], > 0.
-        target: int [...], kept in any case: a token sampled before an update may have fallen below since.
-        can_branch: whether the devices may branch, see `Target.can_branch`; if not, top-p sorts the vocabulary.
+        target: int [...], a token that is always kept: after an update of the policy, a token that was sampled before
+            it may lie below the threshold.
+        can_branch: see `Target.can_branch`; if False, top-p sorts the whole vocabulary.
     """
     temperature = temperature[..., None]
     top_k = how.top_k if how.top_k < logits.shape[-1] else 0
@@ -75,7 +76,7 @@ def truncate(
 def _cut(
     logits: jax.Array, largest: jax.Array, temperature: jax.Array, top_k: int, top_p: float, can_branch: bool
 ) -> jax.Array:
-    """The smallest logit that top-k and top-p keep, [..., 1], as `largest` and `temperature` are."""
+    """The smallest logit that top-k and top-p keep, [..., 1]; `largest` and `temperature` are [..., 1] too."""
 
     def weights_of(some: jax.Array) -> jax.Array:
         return jnp.where(some >= cut, jnp.exp((some - largest) / temperature), 0.0)
@@ -84,7 +85,7 @@ def _cut(
     num_candidates = min(V, max(CANDIDATES, top_k)) if can_branch else V
     candidates = lax.top_k(logits, num_candidates)[0]
     cut = jnp.full_like(largest, -jnp.inf)
-    if top_k:  # a minimum, not a slice: XLA joins slices, and does not see a top-k any more but a sort (30 x the time)
+    if top_k:  # a masked minimum: with a slice XLA turns the top-k into a full sort (30 x the time)
         is_kept = jnp.arange(num_candidates) < top_k
         cut = jnp.min(jnp.where(is_kept, candidates, jnp.inf), axis=-1, keepdims=True)
     if top_p == 1:
@@ -94,7 +95,7 @@ def _cut(
     sums = jnp.cumsum(weights_of(candidates), axis=-1)
     found = jnp.take_along_axis(candidates, jnp.argmax(sums >= wanted, axis=-1, keepdims=True), axis=-1)
     has_found = sums[..., -1:] >= wanted
-    if top_k or num_candidates == V:  # behind the candidates come at most tokens that are as likely as the last
+    if top_k or num_candidates == V:  # all kept tokens are among the candidates, or tie with the last
         return jnp.where(has_found, found, cut)
     return lax.cond(
         jnp.all(has_found), lambda: found, lambda: jnp.where(has_found, found, _search(logits, weights, wanted))
@@ -102,28 +103,29 @@ def _cut(
 
 
 def _search(logits: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The largest cut above which there is the wanted weight, by bisection over float32's bits: exact, without a sort.
+    """Largest threshold [..., 1] such that the weights of the logits >= it sum to at least `wanted` [..., 1].
 
-    32 passes over the vocabulary; a sort of 49,152 logits takes 16 x as long on a CPU.
+    Bisection over the bits of float32 makes the result exact without a sort. It takes 32 passes over the vocabulary; on
+    a CPU a sort of 49,152 logits takes 16 x as long.
     """
-    places = _place(logits)
+    ordered = _ordered_int(logits)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # enough weight from `low` on, too little from `high` on
+        low, high = bounds  # logits >= low have enough weight, logits >= high do not
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
-        is_enough = jnp.sum(jnp.where(places >= middle, weights, 0.0), axis=-1, keepdims=True) >= wanted
+        is_enough = jnp.sum(jnp.where(ordered >= middle, weights, 0.0), axis=-1, keepdims=True) >= wanted
         return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle)
 
-    bounds = jnp.min(places, axis=-1, keepdims=True), jnp.max(places, axis=-1, keepdims=True) + 1
+    bounds = jnp.min(ordered, axis=-1, keepdims=True), jnp.max(ordered, axis=-1, keepdims=True) + 1
     low, _ = lax.fori_loop(0, 32, halve, bounds)
     return lax.bitcast_convert_type(_flip(low), jnp.float32)
 
 
-def _place(x: jax.Array) -> jax.Array:
-    """int32 in the order of the float32 it comes from."""
+def _ordered_int(x: jax.Array) -> jax.Array:
+    """Map float32 to int32 such that integers compare like the floats."""
     return _flip(lax.bitcast_convert_type(x, jnp.int32))
 
 
 def _flip(bits: jax.Array) -> jax.Array:
-    """Reverse the order of negative floats, which that of their bits is not; its own inverse."""
+    """Invert the low 31 bits of negative numbers: their bit patterns then ascend with the float. Its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -1,11 +1,11 @@
 """The sampler: slots with a KV cache, chunked prefill, bounded decode that pauses at retrieval calls.
 
-The cache always holds keys and values of a row's tokens[: length - 1]; a decode step feeds the last token and samples
-the next. So a prefill never needs logits, and appending passages to a paused row prefills the passages alone:
-`set_context` keeps the longest common prefix of old and new ids.
+The cache holds the keys and values of a row's tokens[: length - 1]; a decode step feeds the last token and samples the
+next. So prefill computes no logits. `set_context` keeps the longest common prefix of a row's old and new ids: when
+passages are appended to a paused row, only the passages are prefilled.
 
-Recorded log-probabilities are those of the distribution sampled from, at the row's temperature and truncated; training
-forms the same one.
+Recorded log-probabilities are those of the sampling distribution, after temperature and truncation. Training computes
+log-probabilities under the same distribution.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from r3rag_jax.types import Context
 
 
 class Engine:
-    """A fixed number of slots over one model. The policy that `load` returns is passed with each call, never held."""
+    """Generates tokens in a fixed number of slots. It holds no weights: callers pass a loaded decoder to each call."""
 
     def __init__(
         self,
@@ -59,13 +59,17 @@ class Engine:
         shard_weights: bool = False,
         ops: SamplerOps | None = None,
     ):
-        """A sampler of `slots` rows of `max_length` tokens.
+        """Allocate the cache and jit the engine's programs.
 
         Args:
-            decode_chunk: most tokens of a row in one call on the device.
-            dtype: of keys and values.
-            shard_weights: see `CachedDecoder.shardings`.
-            ops: None: the fastest for the mesh's devices.
+            graphdef: static half of the `Decoder` whose parameters `load` takes.
+            slots: number of rows.
+            max_length: tokens per row, context included.
+            decode_chunk: maximum tokens per row in one device call.
+            truncation: tokens that are excluded from sampling.
+            dtype: of the cached keys and values.
+            shard_weights: `split` of `CachedDecoder.shardings`.
+            ops: None: the fastest operations for the mesh's devices.
         """
         ops = SamplerOps.of(mesh) if ops is None else ops
         self.mesh, self.slots, self.max_length = mesh, slots, max_length
@@ -95,13 +99,13 @@ class Engine:
         self._prefill = jax.jit(programs.prefill, donate_argnums=1, out_shardings=self._shardings.cache)
         self._copy = jax.jit(programs.copy, donate_argnums=0, out_shardings=self._shardings.cache)
         self._needs_warm_up = not ops.target.is_cpu
-        self.num_prefilled = 0  # tokens, padding not counted
+        self.num_prefilled = 0  # tokens, without padding
         self.num_sampled = 0
 
     def load(self, params: Any) -> CachedDecoder:
-        """A copy of the parameters as the engine reads them; `params` may be donated afterwards.
+        """Copy parameters (a state of `graphdef`) to the layout of the engine; `params` may be donated afterwards.
 
-        On an accelerator, where each program takes seconds to compile, the first call compiles all of them.
+        On an accelerator the first call also compiles every program of the engine, see `warm_up`.
         """
         decoder = self._load(params)
         if self._needs_warm_up:
@@ -109,7 +113,7 @@ class Engine:
         return decoder
 
     def warm_up(self, decoder: CachedDecoder) -> None:
-        """Compile every program of this engine, at most 19 (15 on an accelerator), in threads."""
+        """Compile every program of the engine in parallel threads: at most 19, or 15 on an accelerator."""
         nothing = np.zeros(self.slots, np.int32)
         calls = [functools.partial(self._copy.lower, self._cache, nothing, nothing)]
         for chunk in self._plan.empty_chunks():
@@ -119,18 +123,23 @@ class Engine:
             args = self._decode_args(np.arange(window.rows, dtype=np.int32), 0, 1, NO_STOPS)
             calls.append(functools.partial(self._decode.lower, decoder, self._cache, *args, positions=window.positions))
         with ThreadPoolExecutor(len(calls)) as pool:
-            list(pool.map(lambda lower: lower().compile(), calls))  # jit finds them in its cache
+            list(
+                pool.map(lambda lower: lower().compile(), calls)
+            )  # later calls of the jitted functions hit jit's cache
         self._needs_warm_up = False
 
     def reset(self) -> None:
-        """Forget all rows; needed when the parameters change, which makes the cache stale."""
+        """Empty all rows. Call it whenever the parameters change: the cached keys and values are stale then."""
         self.rows = Rows.empty(self.slots, self.max_length)
 
     def set_context(self, decoder: CachedDecoder, contexts: Mapping[int, Context]) -> None:
-        """Give rows new contexts and make them ACTIVE; only what the cache lacks is prefilled.
+        """Set the contexts of rows (row -> context) and make them ACTIVE; tokens that are already cached are kept.
 
-        Where several rows begin with the same context, as the samples of a question do, one of them is prefilled and
-        its keys and values are copied on the device.
+        If several rows get the same context, as the samples of one question do, one of them is prefilled and its keys
+        and values are copied to the others on the device.
+
+        Raises:
+            ValueError: a context is empty or leaves no space for a token.
         """
         missing: list[Missing] = []
         first: dict[tuple[int, ...], int] = {}  # context -> the row that is prefilled with it
@@ -153,11 +162,13 @@ class Engine:
             self.num_prefilled += num_tokens
         if copies:
             sources, targets = np.zeros(self.slots, np.int32), np.full(self.slots, self.slots, np.int32)
-            sources[: len(copies)], targets[: len(copies)] = np.transpose(copies)  # the rest is out of range
+            sources[: len(copies)], targets[: len(copies)] = np.transpose(
+                copies
+            )  # unused targets are out of range: not written
             self._cache = self._copy(self._cache, sources, targets)
 
     def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int, stops: StopTokens = NO_STOPS) -> None:
-        """Sample up to `max_tokens` per active row; returns as soon as `leave_at` rows have paused or ended."""
+        """Sample up to `max_tokens` per active row; returns early once `leave_at` rows have paused or ended."""
         active = self.find(RowStatus.ACTIVE)
         before, num_active = self.rows.lengths.copy(), len(active)
         while active and max_tokens > 0 and num_active - len(active) < leave_at:
@@ -167,15 +178,15 @@ class Engine:
         self.num_sampled += int((self.rows.lengths - before).sum())
 
     def release(self, row: int) -> None:
-        """Free a slot; its cache stays for a context with a common prefix."""
+        """Mark a slot as EMPTY. Its cache is kept and reused if the next context has a common prefix."""
         self.rows.status[row] = RowStatus.EMPTY
 
     def find(self, *status: RowStatus) -> list[int]:
-        """The rows with one of these statuses."""
+        """Indices of the rows with one of these statuses, ascending."""
         return np.flatnonzero(np.isin(self.rows.status, status)).tolist()
 
     def _start(self, row: int, context: Context) -> None:
-        """Write a context into the host's rows."""
+        """Set the host-side state of a row from a context."""
         rows, length = self.rows, len(context.ids)
         rows.tokens[row, :length] = context.ids
         rows.lengths[row] = self._starts[row] = length
@@ -193,7 +204,7 @@ class Engine:
     def _decode_once(
         self, decoder: CachedDecoder, active: Sequence[int], max_tokens: int, leave_at: int, stops: StopTokens
     ) -> None:
-        """One call on the device, in the cheapest window that holds the active rows."""
+        """Run one device call in the cheapest window for the active rows, filled up with inactive rows."""
         reach = int(np.max(self.rows.lengths[active] + np.minimum(max_tokens, self.rows.budgets[active])))
         window = next(w for w in self._windows if w.rows >= len(active) and w.positions >= reach)
         others = np.setdiff1d(np.arange(self.slots), active)[: window.rows - len(active)]
@@ -206,12 +217,12 @@ class Engine:
             self._stop_at_strings(active, stops.end_of)
 
     def _decode_args(self, rows: np.ndarray, max_tokens: int, leave_at: int, stops: StopTokens) -> tuple[Any, ...]:
-        """The arguments of `decode.decode` after the cache, but for the positions."""
+        """The arguments of `decode.decode` from `cache_rows` to `pause_ids`."""
         control = device_put_global(self.rows.decode_rows(rows, self._decode_chunk), self._shardings.rows)
         return rows, control, np.int32(max_tokens), np.int32(leave_at), stops.all_ids, stops.padded_pause_ids
 
     def _stop_at_strings(self, rows: Sequence[int], end_of: EndOf) -> None:
-        """End rows whose sampled text holds a stop string; what they have sampled after it is given back."""
+        """End the rows whose sampled text contains a stop string, and drop the tokens after it."""
         for row in rows:
             start, end = int(self._starts[row]), int(self.rows.lengths[row])
             if num_kept := end_of(self.rows.tokens[row, start:end].tolist()):
@@ -229,9 +240,13 @@ def complete_all(
     chunk: int,
     leave_at: int,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield (index of a context, its sampled ids) as rows end; an ended row's slot is refilled at once.
+    """Complete all contexts; yields (context index, sampled ids) in the order in which rows end or pause.
 
-    `chunk` and `leave_at` are those of `Engine.decode`.
+    A finished row's slot is refilled with the next context.
+
+    Args:
+        chunk: `max_tokens` of each `Engine.decode` call.
+        leave_at: see `Engine.decode`.
     """
     engine.reset()
     waiting, busy = list(range(len(contexts)))[::-1], dict[int, int]()

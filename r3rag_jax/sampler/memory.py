@@ -1,7 +1,7 @@
-"""What a phase keeps on each device, counted before anything is allocated.
+"""Estimates the memory of a phase per device before anything is allocated.
 
-Counted is what lives as long as the phase: parameters, optimizer, reference, the sampler's cache. What a step needs for
-itself (gradients, activations, logits) comes on top and is the compiler's to say.
+The estimate counts the arrays that live as long as the phase: parameters, optimizer state, reference policy, KV cache.
+It does not count the temporaries of a step (gradients, activations, logits), whose size depends on the compiler.
 """
 
 from __future__ import annotations
@@ -29,53 +29,65 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one device."""
+    """Estimated memory of one device, in bytes."""
 
-    parts: dict[str, int]  # what there is beside the cache
-    slots: int  # rows of the sampler over all devices; 0 = no sampler
-    ways: int  # devices that rows are split over
-    slot: int  # keys and values of one row, and the part of them that a decode call works on
-    limit: int | None  # what the device has; None = it does not say
-
-    @property
-    def cache(self) -> int:
-        """Of the rows that a device holds."""
-        return self.slot * self.slots // self.ways
+    array_bytes: dict[str, int]  # bytes of everything except the KV cache, by name
+    num_slots: int  # number of sampler rows over all devices; 0 = no sampler
+    num_shards: int  # number of devices that the rows are split over
+    slot_bytes: int  # cache bytes per row, including its share of the copy that a decode call makes
+    device_bytes: int | None  # memory of the device; None = unknown
 
     @property
-    def total(self) -> int:
-        return sum(self.parts.values()) + self.cache
+    def cache_bytes(self) -> int:
+        """KV-cache bytes of the rows on one device."""
+        return self.slot_bytes * self.num_slots // self.num_shards
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.array_bytes.values()) + self.cache_bytes
 
     def check(self) -> None:
-        """Raises UserError where the plan is larger than the device, naming the most slots that fit."""
-        if self.limit is None or self.total <= self.limit:
+        """Check that the plan fits the device.
+
+        Raises:
+            UserError: it does not; the message gives the largest number of slots that fits.
+        """
+        if self.device_bytes is None or self.total_bytes <= self.device_bytes:
             return
-        fit = (self.limit - sum(self.parts.values())) // self.slot * self.ways if self.slots else 0
+        free = self.device_bytes - sum(self.array_bytes.values())
+        fit = free // self.slot_bytes * self.num_shards if self.num_slots else 0
+        memory = f"{self.device_bytes / GIB:.2f} GiB of memory"
         raise UserError(
-            f"rollout.slots must be at most {fit} for {self.limit / GIB:.2f} GiB of memory; got {self.slots} ({self})"
+            f"rollout.slots must be at most {fit} for {memory}; got {self.num_slots} ({self})"
             if fit > 0
-            else f"what is trained must fit into {self.limit / GIB:.2f} GiB of memory per device; got {self}"
+            else f"what is trained must fit into {memory} per device; got {self}"
         )
 
     def __str__(self) -> str:
-        parts = [f"{name} {size / GIB:.2f}" for name, size in self.parts.items()]
-        if self.slots:
-            parts.append(f"cache of {self.slots} slots {self.cache / GIB:.2f}")
-        of = "" if self.limit is None else f" of {self.limit / GIB:.2f}"
-        return f"{' + '.join(parts)} = {self.total / GIB:.2f}{of} GiB per device"
+        terms = [f"{name} {size / GIB:.2f}" for name, size in self.array_bytes.items()]
+        if self.num_slots:
+            terms.append(f"cache of {self.num_slots} slots {self.cache_bytes / GIB:.2f}")
+        limit = "" if self.device_bytes is None else f" of {self.device_bytes / GIB:.2f}"
+        return f"{' + '.join(terms)} = {self.total_bytes / GIB:.2f}{limit} GiB per device"
 
 
 def plan(
     mesh: Mesh,
-    parts: dict[str, int],
+    array_bytes: dict[str, int],
     decoder: DecoderConfig | None = None,
     *,
     slots: int = 0,
     max_length: int = 0,
     dtype: Any = None,
 ) -> MemoryPlan:
-    """The plan of a phase: `parts` as `bytes_per_device` counts them, and the cache of such an `Engine`."""
-    slot, ways = 0, batch_ways(mesh, slots)
+    """Estimate the memory of a phase.
+
+    Args:
+        array_bytes: name -> bytes per device, see `bytes_per_device`.
+        decoder: model of the phase's `Engine`; None: the phase has no sampler.
+        slots, max_length, dtype: of that `Engine`.
+    """
+    slot_bytes, num_shards = 0, batch_ways(mesh, slots)
     if decoder is not None:
         cache_of = functools.partial(KVCache.init, decoder, dtype=dtype, ops=SamplerOps.of(mesh))
         whole = jax.eval_shape(functools.partial(cache_of, slots, padded(max_length)))
@@ -83,21 +95,21 @@ def plan(
         copied = max((window.rows * window.positions for window in taken), default=0)
         positions = padded(max_length) + -(-copied // slots)
         one = jax.eval_shape(functools.partial(cache_of, 1, positions))
-        slot = bytes_per_device(one, one.shardings(mesh))
-    return MemoryPlan(parts, slots if decoder is not None else 0, ways, slot, device_memory(mesh))
+        slot_bytes = bytes_per_device(one, one.shardings(mesh))
+    num_slots = slots if decoder is not None else 0
+    return MemoryPlan(array_bytes, num_slots, num_shards, slot_bytes, device_memory(mesh))
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
-    """Of the largest share that a device gets; `tree` holds shapes and types, or arrays."""
-    leaves, places = jax.tree.leaves(tree), jax.tree.leaves(shardings)
+    """Bytes of a pytree on one device under a pytree of shardings; leaves are arrays or `jax.ShapeDtypeStruct`s."""
     return sum(
-        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, place in zip(leaves, places, strict=True)
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
     )
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that a device of this process has; on the host's CPU what is available now, shared by the devices."""
+    """Memory of one device of this process in bytes; None if unknown. CPU devices share the host's available memory."""
     device = mesh.local_devices[0]
     if device.platform == "cpu":
         available = _available()
@@ -106,11 +118,12 @@ def device_memory(mesh: Mesh) -> int | None:
 
 
 def _available() -> int | None:
+    """Available memory of the host in bytes; None if the system does not report it."""
     meminfo = Path("/proc/meminfo")
     for line in meminfo.read_text().splitlines() if meminfo.is_file() else ():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
-    try:  # all there is, where the system does not tell what is left
+    try:  # total memory where MemAvailable is not reported
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None

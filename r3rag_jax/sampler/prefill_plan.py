@@ -1,4 +1,4 @@
-"""How the rows that lack keys and values are packed into prefill calls of few shapes."""
+"""Packs uncached tokens into prefill calls of a few fixed shapes, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from r3rag_jax.parallel.target import Target
 
 
 class PrefillShapes(NamedTuple):
-    """Sizes of the prefill calls that are compiled, in tokens."""
+    """Sizes of the compiled prefill calls, in tokens."""
 
-    lengths: tuple[int, ...]  # of one row's chunk
-    totals: tuple[int, ...]  # of all rows on a device
+    lengths: tuple[int, ...]  # chunk lengths per row, ascending
+    totals: tuple[int, ...]  # maximum tokens per device and call, padding included
 
 
 CPU_SHAPES = PrefillShapes(lengths=(32, 48, 64, 96, 128), totals=(128, 512))
@@ -23,7 +23,7 @@ ACCELERATOR_SHAPES = PrefillShapes(lengths=(32, 128, 512), totals=(512, 4096))
 
 
 class Missing(NamedTuple):
-    """A row whose cache lacks keys and values of ids[start : len(ids) - 1]."""
+    """A row whose cache lacks the keys and values of ids[start : len(ids) - 1]."""
 
     row: int
     ids: Sequence[int]
@@ -35,27 +35,27 @@ class Missing(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The arguments of a prefill call; W devices, R rows on each, C tokens of each."""
+    """The arguments of a prefill call: W devices, R rows per device, C tokens per row."""
 
-    rows: np.ndarray  # int32 [W, R], counted from a device's first row; out of range: not written
-    tokens: np.ndarray  # int32 [W, R, C]
-    starts: np.ndarray  # int32 [W, R]
+    rows: np.ndarray  # int32 [W, R], relative to the device's first row; out-of-range rows are not written
+    tokens: np.ndarray  # int32 [W, R, C], right-padded
+    starts: np.ndarray  # int32 [W, R], position of the first token
 
 
 class PrefillPlan:
-    """Cuts what is missing into chunks; every device prefills its own rows."""
+    """Cuts uncached tokens into chunks; every device prefills its own rows."""
 
     def __init__(self, target: Target, slots: int, ways: int):
-        """`ways`: devices that the rows are split over."""
+        """`ways`: number of devices that the `slots` rows are split over."""
         self._ways, self._rows_per_device = ways, slots // ways
         self._shapes = CPU_SHAPES if target.is_cpu else ACCELERATOR_SHAPES
 
     def empty_chunks(self) -> list[Chunk]:
-        """A chunk of each shape that calls can have, which writes nothing."""
+        """One chunk of every shape that `next_chunk` can return, with out-of-range rows only."""
         return [self._empty(size, length) for length in self._shapes.lengths for size in self._num_rows(length)]
 
     def next_chunk(self, missing: Sequence[Missing]) -> tuple[Chunk, list[Missing], int]:
-        """A chunk of the rows that lack most; returns it, what is missing after it, and its number of tokens."""
+        """Pack the rows that lack the most tokens; returns the chunk, what is missing after it, and its token count."""
         missing = sorted(missing, key=lambda one: -one.num_tokens)
         longest, lengths = missing[0].num_tokens, self._shapes.lengths
         length = next((length for length in lengths if length >= longest), lengths[-1])
@@ -79,10 +79,10 @@ class PrefillPlan:
         return chunk, left, num_tokens
 
     def _empty(self, size: int, length: int) -> Chunk:
-        """A chunk of out-of-range rows."""
+        """A chunk with `size` out-of-range rows per device and `length` tokens per row."""
         rows = np.tile(self._rows_per_device + np.arange(size, dtype=np.int32), (self._ways, 1))
         return Chunk(rows, np.zeros((*rows.shape, length), np.int32), np.zeros(rows.shape, np.int32))
 
     def _num_rows(self, length: int) -> list[int]:
-        """How many rows of each device a call with this length of chunk can have, ascending."""
+        """The possible numbers of rows per device in a call with this chunk length, ascending."""
         return sorted({min(self._rows_per_device, total // length) for total in self._shapes.totals})

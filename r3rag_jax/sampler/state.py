@@ -1,4 +1,4 @@
-"""The decode state: what the host keeps of every row, and the pytree of one call on the device."""
+"""The decode state: `Rows` on the host, and the pytrees that one device call reads and writes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from r3rag_jax.sampler.cache.kv_cache import KVCache
 
 
 class RowStatus(enum.IntEnum):
-    """What a slot is doing."""
+    """Status of a slot."""
 
-    EMPTY = 0  # free: the host has read what it sampled and may set a context
-    ACTIVE = 1  # being decoded
-    NEEDS_RETRIEVAL = 2  # paused at a token that hands control to the host
-    DONE = 3  # sampled a stop token, or ran out of budget
+    EMPTY = 0  # free: the host may set a new context
+    ACTIVE = 1  # is being decoded
+    NEEDS_RETRIEVAL = 2  # paused after a pause token: the host continues or ends it
+    DONE = 3  # ended: a stop token or stop string, or no budget left
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """All rows on the host, which rewrites the arrays in place."""
+    """State of all rows on the host; the arrays are updated in place."""
 
     tokens: np.ndarray  # int32 [B, S], ids of the row, right-padded
-    lengths: np.ndarray  # int32 [B], tokens known; the cache holds at least tokens[: length - 1]
+    lengths: np.ndarray  # int32 [B], number of tokens; the cache holds at least tokens[: length - 1]
     status: np.ndarray  # int32 [B], RowStatus
     budgets: np.ndarray  # int32 [B], tokens that may still be sampled
-    keys: np.ndarray  # uint32 [B, 2], the row's own PRNG key, folded with the position
+    keys: np.ndarray  # uint32 [B, 2], PRNG key of the row; each step folds in the position
     temperature: np.ndarray  # float32 [B], 0 = greedy
-    logprobs: np.ndarray  # float32 [B, S], of sampled tokens, under the distribution sampled from
+    logprobs: np.ndarray  # float32 [B, S], of sampled tokens under the sampling distribution; else undefined
 
     @classmethod
     def empty(cls, num_rows: int, max_length: int) -> Rows:
@@ -46,7 +46,7 @@ class Rows:
         )
 
     def decode_rows(self, rows: np.ndarray, max_tokens: int) -> DecodeRows:
-        """The control part of some rows (int32 [R]) for a call that samples at most `max_tokens` (T) each."""
+        """The state of rows (int32 [R]) for a device call that samples at most `max_tokens` (T) per row."""
         return DecodeRows(
             last_tokens=self.tokens[rows, self.lengths[rows] - 1],
             lengths=self.lengths[rows],
@@ -59,7 +59,7 @@ class Rows:
         )
 
     def update(self, rows: np.ndarray, decoded: DecodeRows) -> None:
-        """Take over what a call has sampled for some rows."""
+        """Copy the results of a device call on rows (int32 [R]) into this state."""
         for i, row in enumerate(rows):
             start, end = int(self.lengths[row]), int(decoded.lengths[i])
             self.tokens[row, start:end] = decoded.tokens[i, : end - start]
@@ -71,22 +71,22 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeRows:
-    """The control part of a decode call, R rows: small, since it crosses between host and device with every call."""
+    """State of R rows in a decode call, without the cache: it moves between host and device in every call."""
 
-    last_tokens: Any  # int32 [R], the token that the next step feeds
+    last_tokens: Any  # int32 [R], the input token of the next step
     lengths: Any  # int32 [R]
     status: Any  # int32 [R], RowStatus
     budgets: Any  # int32 [R]
     keys: Any  # uint32 [R, 2]
     temperature: Any  # float32 [R]
     tokens: Any  # int32 [R, T], sampled in this call, right-padded
-    logprobs: Any  # float32 [R, T], of these
+    logprobs: Any  # float32 [R, T], of `tokens`
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Everything a decode call reads and writes."""
+    """The carry of the decode loop and the result of a decode call."""
 
     cache: KVCache
     rows: DecodeRows

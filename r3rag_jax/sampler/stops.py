@@ -1,4 +1,4 @@
-"""What ends the decoding of a row before its budget does."""
+"""Stop conditions of a row besides its token budget."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-MAX_STOPS = 16  # stop tokens of a decode call; a fixed number, so that other tokens need no other program
+MAX_STOPS = 16  # the arrays of stop tokens have this fixed size, so that other tokens need no recompilation
 
+# Maps the sampled ids of a row to the number of ids up to and including the first stop string, or 0.
 EndOf = Callable[[Sequence[int]], int]
 
 
 @dataclasses.dataclass(frozen=True)
 class StopTokens:
-    """What ends the rows of a decode call. Another one needs no new compilation."""
+    """Stop tokens and stop strings of a decode call; a change needs no recompilation."""
 
     pause_ids: Sequence[int] = ()  # tokens that end a row with NEEDS_RETRIEVAL
     stop_ids: Sequence[int] = ()  # tokens that end a row with DONE
-    # Of the ids that a row has sampled, the number up to and including the first stop string, or 0. It is called
-    # between calls on the device; what a row has sampled after the string is dropped, and the row is DONE.
+    # Finds stop strings; None: there are none. It runs on the host between device calls. The tokens after a stop string
+    # are dropped, and the row is DONE.
     end_of: EndOf | None = None
 
     def __post_init__(self) -> None:

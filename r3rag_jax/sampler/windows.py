@@ -1,4 +1,4 @@
-"""Which part of the cache a decode call works on: a step takes time by the rows and positions that it can see."""
+"""Decode windows: the numbers of rows and positions a decode call is compiled for. A smaller window is faster."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from r3rag_jax.parallel.shardings import batch_ways
 from r3rag_jax.sampler.cache.base import padded
 from r3rag_jax.sampler.cache.kv_cache import KVCache
 
-POSITION_SHARES = (8, 4, 2, 1)  # a window holds one over this of the positions ...
-ROW_SHARES = (4, 2)  # ... and of the rows, where it does not hold all
-MIN_POSITIONS = 64
+POSITION_SHARES = (8, 4, 2, 1)  # windows cover 1/8, 1/4, 1/2 or all of the positions ...
+ROW_SHARES = (4, 2)  # ... and 1/4, 1/2 or all of the rows
+MIN_POSITIONS = 64  # smallest window
 
 
 class Window(NamedTuple):
-    """The size of a decode call."""
+    """Number of cache rows and of leading positions that a decode call reads and writes."""
 
     rows: int
     positions: int
 
 
 def windows(cache: KVCache, mesh: Mesh, max_length: int) -> list[Window]:
-    """The windows that decode calls are compiled for, cheapest first; the last one is the whole cache.
+    """The windows to compile decode calls for, cheapest first; the last one is the whole cache.
 
-    They hold all rows with as many positions as the longest row needs, or fewer rows with many positions: the rows left
-    at the end of a rollout. A cache that is read in place always offers all positions, and also three quarters of the
-    rows, for when the others wait for a search. Where rows are split over devices a window holds all rows: fewer would
-    have to move between devices.
+    Windows with all rows have any share of the positions. Windows with fewer rows have many positions: they serve the
+    last, long rows of a rollout. For a cache that is read in place, every window has all positions, and there is one
+    with three quarters of the rows, for the time in which the other rows wait for a search. If rows are split over
+    devices, every window has all rows, because a subset would have to move between devices.
     """
     slots, is_in_place = cache.num_rows, cache.is_read_in_place
     shares = (1,) if is_in_place else POSITION_SHARES

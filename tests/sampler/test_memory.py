@@ -41,7 +41,7 @@ def test_the_plan_is_what_the_engine_allocates(slots, dtype):
     engine = Engine(graphdef, CONFIG, mesh, slots=slots, max_length=64, dtype=jnp.dtype(dtype))
     part = max((rows * positions for rows, positions in engine._windows[:-1]), default=0)  # that a call works on
     assert (part == 0) == (slots != 3)  # 64 positions are too few for a part of them, rows over eight devices stay
-    assert planned.cache == planned.total == held(engine._cache) / 64 * (64 + math.ceil(part / slots))
+    assert planned.cache_bytes == planned.total_bytes == held(engine._cache) / 64 * (64 + math.ceil(part / slots))
 
 
 def test_decoding_peaks_within_a_tenth_of_the_plan():
@@ -67,7 +67,7 @@ def test_decoding_peaks_within_a_tenth_of_the_plan():
         counted = engine._decode.lower(*arguments, positions=positions).compile().memory_analysis()
         held = counted.argument_size_in_bytes + counted.output_size_in_bytes - counted.alias_size_in_bytes
         peaks.append(held + counted.temp_size_in_bytes)
-    assert max(peaks) == pytest.approx(planned.total, rel=0.1)
+    assert max(peaks) == pytest.approx(planned.total_bytes, rel=0.1)
 
 
 def test_a_bfloat16_cache_under_float32_compute():
@@ -86,17 +86,19 @@ def test_a_bfloat16_cache_under_float32_compute():
 
 @pytest.mark.parametrize("ways", [1, 4])
 def test_a_plan_that_does_not_fit_names_the_most_slots_that_do(ways):
-    planned = MemoryPlan({"weights": 1000}, slots=64, ways=ways, slot=100, limit=1000 + 100 * 64 // ways)
+    planned = MemoryPlan(
+        {"weights": 1000}, num_slots=64, num_shards=ways, slot_bytes=100, device_bytes=1000 + 100 * 64 // ways
+    )
     planned.check()
-    tight = dataclasses.replace(planned, limit=1000 + 250)
+    tight = dataclasses.replace(planned, device_bytes=1000 + 250)
     with pytest.raises(UserError, match=f"rollout.slots must be at most {2 * ways} for .* got 64"):
         tight.check()
-    dataclasses.replace(tight, slots=2 * ways).check()
+    dataclasses.replace(tight, num_slots=2 * ways).check()
     with pytest.raises(UserError):
-        dataclasses.replace(tight, slots=3 * ways).check()
+        dataclasses.replace(tight, num_slots=3 * ways).check()
     with pytest.raises(UserError, match="what is trained must fit"):
-        dataclasses.replace(tight, limit=900).check()
-    dataclasses.replace(tight, limit=None).check()  # a device that does not say
+        dataclasses.replace(tight, device_bytes=900).check()
+    dataclasses.replace(tight, device_bytes=None).check()  # a device that does not say
 
 
 def test_the_host_says_what_it_has(monkeypatch):

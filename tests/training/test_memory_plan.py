@@ -30,11 +30,13 @@ def test_planned_memory_is_what_the_trainer_holds(base: Path, tmp_path: Path, ra
         shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]
         return sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
 
-    assert planned.parts["reference"] == held(rl._ref_params)
-    assert planned.parts["trained"] == held(rl.progress.state.params)
-    assert planned.parts["optimizer"] == held(rl.progress.state.opt_state)
-    assert planned.parts.get("merged", 0) == (held(rl.policy_params) if rank else 0)
-    assert planned.parts["policy of rollouts"] == held(components.engine_backends(lambda: rl.policy_params)._policy)
+    assert planned.array_bytes["reference"] == held(rl._ref_params)
+    assert planned.array_bytes["trained"] == held(rl.progress.state.params)
+    assert planned.array_bytes["optimizer"] == held(rl.progress.state.opt_state)
+    assert planned.array_bytes.get("merged", 0) == (held(rl.policy_params) if rank else 0)
+    assert planned.array_bytes["policy of rollouts"] == held(
+        components.engine_backends(lambda: rl.policy_params)._policy
+    )
 
 
 def test_more_slots_than_memory_are_refused_before_anything_runs(

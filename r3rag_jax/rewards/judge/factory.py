@@ -118,7 +118,7 @@ def judge_memory(config: JudgeConfig, mesh: Mesh) -> dict[str, int]:
     cache = plan(
         mesh, {}, model_config, slots=config.local.slots, max_length=config.local.max_length,
         dtype=default_kv_dtype(dtype, model_config, mesh),
-    ).cache  # fmt: skip
+    ).cache_bytes  # fmt: skip
     return {"judge": sum(dtype.itemsize * math.prod(shape) for shape in shapes), "judge's cache": cache}
 
 

@@ -1,1 +1,1 @@
-"""The KV cache: one class per layout, behind one factory."""
+"""The KV cache: one class per memory layout, chosen by `kv_cache.make_layer_cache`."""

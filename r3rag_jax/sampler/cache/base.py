@@ -1,7 +1,7 @@
-"""What every layout of a layer's cache has in common.
+"""The interface of a layer's KV cache, and what its memory layouts share.
 
 Shapes: B rows, C new tokens, S positions of the cache, N query heads, K kv heads (N = K * G), H head dim,
-T positions of a block of keys.
+T positions per block of keys.
 """
 
 from __future__ import annotations
@@ -15,41 +15,42 @@ import jax
 
 from r3rag_jax.sampler.kernels.cpu.build import KEY_BLOCK
 
-KEYS_AXIS = 4  # axis of a key's position within its block
+KEYS_AXIS = 4  # axis of `LayerCache.k` with the position inside a block
 
 
 class Extent(NamedTuple):
-    """Which positions several tokens see, int32 []: every token those below `common`, none those from `reach` on."""
+    """Bounds on the positions that a set of tokens sees: all tokens see positions < common, none sees any >= reach."""
 
-    common: jax.Array
-    reach: jax.Array
+    common: jax.Array  # int32 []
+    reach: jax.Array  # int32 []
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCache(abc.ABC):
     """Keys and values of one layer; position s of a row belongs to its token s.
 
-    Keys are stored transposed, in blocks of T positions, so that both matmuls of a decode step run along contiguous
-    memory: on a CPU, T = 32 takes a quarter of the time of [B, S, K, H]. Elsewhere T = S.
+    Keys are stored transposed, in blocks of T positions, so that both matmuls of a decode step read contiguous memory.
+    On a CPU with T = 32 they take a quarter of the time that a layout [B, S, K, H] takes. On other devices T = S.
     """
 
     k: jax.Array  # [B, K, S / T, H, T]
     v: jax.Array  # [B, K, S, H]
-    k_scale: jax.Array | None = None  # int8 only: float32 [B, K, S], a scale per key
-    v_scale: jax.Array | None = None
+    k_scale: jax.Array | None = None  # int8 only: float32 [B, K, S], one scale per key
+    v_scale: jax.Array | None = None  # int8 only: float32 [B, K, S], one scale per value
 
     @property
     @abc.abstractmethod
     def is_read_in_place(self) -> bool:
-        """Whether attention reads just the positions that a row sees, so that a smaller copy is no cheaper."""
+        """Whether attention reads only what each row sees, so that decoding on a smaller copy saves nothing."""
 
     @abc.abstractmethod
     def write(
         self, k_BCKH: jax.Array, v_BCKH: jax.Array, positions_BC: jax.Array, rows_B: jax.Array | None = None
     ) -> Self:
-        """Write keys and values at their positions, of all rows or of rows_B.
+        """Write keys and values at their positions; returns the new cache.
 
-        Positions >= S and rows >= B of the cache are not written.
+        rows_B (int32) are indices of the cache rows; None: all rows in order. Positions >= S and out-of-range rows are
+        not written.
         """
 
     @abc.abstractmethod
@@ -60,22 +61,29 @@ class LayerCache(abc.ABC):
         rows_B: jax.Array | None = None,
         extent: Extent | None = None,
     ) -> jax.Array:
-        """Attend to positions up to each query's own, of all rows or of rows_B; [B, C, N, H] of the queries' dtype.
+        """Attend causally: each query sees the positions of its row up to its own.
 
-        `extent` bounds what is read; None: the extent of positions_BC.
+        Args:
+            q_BCNH: queries.
+            positions_BC: int32, positions of the queries.
+            rows_B: int32, indices of the cache rows; None: all rows in order.
+            extent: bounds of the positions to read; None: derived from positions_BC.
+
+        Returns:
+            [B, C, N, H] in the queries' dtype.
         """
 
     def take(self, rows: jax.Array | None, slots: int | None = None) -> Self:
         """See `KVCache.take`."""
 
         def cut(x: jax.Array, axis: int) -> jax.Array:
-            part = x if slots is None else cut_positions(x, axis, 0, slots)
-            return part if rows is None else part.at[rows].get(mode="clip")
+            taken = x if slots is None else cut_positions(x, axis, 0, slots)
+            return taken if rows is None else taken.at[rows].get(mode="clip")
 
         return self._map(cut)
 
     def _map(self, function: Callable[..., jax.Array], *others: Any) -> Self:
-        """Apply a function to each array, the axis of its positions, and the arrays of the same name in others."""
+        """Replace each array by function(array, axis of its positions, arrays of the same name in `others`)."""
         names = {"k": KEYS_AXIS, "v": 2}
         names |= {} if self.k_scale is None else {"k_scale": 2, "v_scale": 2}
         arrays = {
@@ -86,12 +94,12 @@ class LayerCache(abc.ABC):
 
 
 def padded(slots: int) -> int:
-    """The fewest positions, at least `slots`, that make whole blocks of keys."""
+    """`slots` rounded up to a multiple of KEY_BLOCK."""
     return -(-slots // KEY_BLOCK) * KEY_BLOCK
 
 
 def cut_positions(x: jax.Array, axis: int, start: jax.Array | int, size: int) -> jax.Array:
-    """Positions start .. start + size; whole blocks where keys lie in several."""
+    """Slice positions start .. start + size; of keys in several blocks, start and size must be multiples of T."""
     if axis == KEYS_AXIS and x.shape[2] > 1:
         block, axis = x.shape[KEYS_AXIS], 2
         start, size = start // block, size // block

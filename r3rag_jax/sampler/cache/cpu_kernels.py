@@ -1,4 +1,4 @@
-"""The cache as the CPU kernels read and write it, in place."""
+"""The KV cache layout of the CPU kernels, which read and write it in place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from r3rag_jax.sampler.kernels.cpu.kernels import CPUKernels
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelLayerCache(LayerCache):
-    """Float32 or bfloat16 keys and values, keys in blocks of KEY_BLOCK positions."""
+    """A float32 or bfloat16 cache with keys in blocks of KEY_BLOCK positions."""
 
     kernels: CPUKernels = dataclasses.field(metadata={"static": True})
 
@@ -37,6 +37,6 @@ class KernelLayerCache(LayerCache):
         rows_B: jax.Array | None = None,
         extent: Extent | None = None,
     ) -> jax.Array:
-        """See `LayerCache.attend`; each row is read up to its own last position, whatever the extent."""
+        """See `LayerCache.attend`. `extent` is not used: the kernel reads each row up to its last query's position."""
         rows_B = jnp.arange(len(q_BCNH)) if rows_B is None else rows_B
         return self.kernels.attend(q_BCNH, self.k, self.v, positions_BC, rows_B)

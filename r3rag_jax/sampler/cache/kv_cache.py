@@ -27,7 +27,7 @@ def default_kv_dtype(compute: jax.typing.DTypeLike, config: DecoderConfig, mesh:
 def make_layer_cache(
     config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike, ops: SamplerOps
 ) -> LayerCache:
-    """Zeros for `batch` rows of `slots` positions of one layer, in the layout that is fastest on these devices."""
+    """A zero cache of one layer, `batch` rows of `slots` positions, in the fastest layout for the devices of `ops`."""
     K, H = config.num_kv_heads, config.head_dim
     is_blocked = ops.target.is_cpu and slots % KEY_BLOCK == 0
     T = KEY_BLOCK if is_blocked else slots
@@ -37,7 +37,7 @@ def make_layer_cache(
     cache = XLALayerCache(k=k, v=v, blocks=CPU_BLOCKS if ops.target.is_cpu else ACCELERATOR_BLOCKS)
     if jnp.dtype(dtype) != jnp.int8:
         return cache
-    # Two buffers: a donated pytree may not hold one array twice.
+    # Two separate buffers: a donated pytree must not contain the same array twice.
     return dataclasses.replace(cache, k_scale=jnp.zeros((batch, K, slots)), v_scale=jnp.zeros((batch, K, slots)))
 
 
@@ -57,17 +57,17 @@ class KVCache:
         dtype: jax.typing.DTypeLike,
         ops: SamplerOps = XLA_ON_ONE_CPU,
     ) -> KVCache:
-        """Return zeros for `batch` rows of `slots` positions."""
+        """A zero cache for `batch` rows of `slots` positions."""
         return cls(tuple(make_layer_cache(config, batch, slots, dtype, ops) for _ in range(config.num_layers)))
 
     def shardings(self, mesh: Mesh) -> KVCache:
-        """Rows over (data, fsdp), kv heads over tensor, where they divide."""
+        """Shardings of all arrays: rows over (data, fsdp), kv heads over tensor; replicated if they do not divide."""
         rest = lambda leaf: ("batch", "kv_heads") + (None,) * (leaf.ndim - 2)  # noqa: E731
         return jax.tree.map(lambda x: NamedSharding(mesh, partition_spec(mesh, rest(x), x.shape)), self)
 
     @property
     def num_rows(self) -> int:
-        """B."""
+        """B, the number of rows."""
         return self.layers[0].v.shape[0]
 
     @property
@@ -77,19 +77,24 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """S, the number of positions a row can hold."""
+        """S, the number of positions per row."""
         return self.layers[0].v.shape[2]
 
     def take(self, rows: jax.Array | None, slots: int | None = None) -> KVCache:
-        """The first `slots` positions (whole blocks of keys; None: all) of rows (int32 [R]; None: all, in order)."""
+        """Copy a part of the cache.
+
+        Args:
+            rows: int32 [R], row indices; None: all rows in order.
+            slots: number of leading positions, a multiple of KEY_BLOCK; None: all.
+        """
         return KVCache(tuple(layer.take(rows, slots) for layer in self.layers))
 
     def put(self, rows: jax.Array | None, sub: KVCache) -> KVCache:
-        """Write back what `take` gave of the same rows; rows >= B are not written."""
+        """Write `sub`, a result of `take` for the same rows, back into the cache; rows >= B are not written."""
 
-        def write(whole: jax.Array, part: jax.Array) -> jax.Array:
+        def write(whole: jax.Array, update: jax.Array) -> jax.Array:
             if rows is None:
-                return jax.lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
-            return whole.at[rows, :, *map(slice, part.shape[2:])].set(part, mode="drop")
+                return jax.lax.dynamic_update_slice(whole, update, (0,) * whole.ndim)
+            return whole.at[rows, :, *map(slice, update.shape[2:])].set(update, mode="drop")
 
         return jax.tree.map(write, self, sub)

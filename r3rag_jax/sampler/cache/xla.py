@@ -1,4 +1,4 @@
-"""The cache on XLA's own operations: any device, any dtype, int8 included."""
+"""The KV cache with XLA operations, for any device and for float or int8 dtypes."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ import jax.numpy as jnp
 
 from r3rag_jax.sampler.cache.base import KEYS_AXIS, Extent, LayerCache, cut_positions
 
-MIN_BFLOAT16_ROWS = 16  # rows of a product from which a CPU is faster in bfloat16 (3 are slower, 384 are faster)
+MIN_BFLOAT16_ROWS = 16  # from this number of rows on, a bfloat16 matmul on a CPU is not converted to float32
 
 
 class AttendBlocks(NamedTuple):
-    """Positions that several tokens attend to at once."""
+    """Block sizes, in positions, of attention from several tokens to the cache."""
 
-    common: int  # of those that all of the tokens see
-    others: int
+    common: int  # for positions that all tokens see
+    others: int  # for the remaining positions, which need a mask
 
 
 CPU_BLOCKS = AttendBlocks(common=512, others=128)
-ACCELERATOR_BLOCKS = AttendBlocks(common=512, others=512)  # a loop waits for the host in every round
+ACCELERATOR_BLOCKS = AttendBlocks(
+    common=512, others=512
+)  # each iteration of a loop synchronises with the host, so blocks are large
 
 
 class SoftmaxSums(NamedTuple):
-    """A softmax-weighted sum under way (arXiv 1805.02867)."""
+    """Running state of an online softmax (arXiv 1805.02867); R = G * C query rows per kv head."""
 
-    largest: jax.Array  # [B, K, R], the largest score so far
-    total: jax.Array  # [B, K, R], sum of the weights relative to it
-    out: jax.Array  # [B, K, R, H], weighted sum of the values
+    largest: jax.Array  # [B, K, R], largest score so far
+    total: jax.Array  # [B, K, R], sum of the weights exp((score - largest) / sqrt(H))
+    out: jax.Array  # [B, K, R, H], sum of the values times these weights
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XLALayerCache(LayerCache):
-    """Keys and values of one layer; in int8 each key and each value has a scale of its own."""
+    """Keys and values of one layer; in int8 every key and every value vector has its own scale."""
 
     blocks: AttendBlocks = dataclasses.field(default=CPU_BLOCKS, metadata={"static": True})
 
@@ -56,7 +58,7 @@ class XLALayerCache(LayerCache):
             new, block = new.astype(to.dtype), to.shape[axis]
 
             def at(positions: jax.Array) -> tuple[Any, ...]:
-                """Indices after the row's; keys have two, whose axes come first in what they select."""
+                """Indices after the row's. Keys have two index arrays (block, offset); these axes lead the result."""
                 whole = slice(None)
                 if axis == KEYS_AXIS:
                     return whole, positions // block, whole, positions % block
@@ -69,7 +71,7 @@ class XLALayerCache(LayerCache):
                 new = new if axis == KEYS_AXIS else jnp.moveaxis(new, 0, axis - 1)
                 return to.at[at(at_C)].set(new, mode="drop", unique_indices=True)
 
-            return jax.vmap(write_row)(to, new, positions_BC)  # by vmap, so that each device writes its own rows
+            return jax.vmap(write_row)(to, new, positions_BC)  # vmap, so that each device writes its own rows
 
         return self._map(written, new)
 
@@ -82,11 +84,12 @@ class XLALayerCache(LayerCache):
     ) -> jax.Array:
         """See `LayerCache.attend`.
 
-        A single token reads whole rows at once, in the cache's dtype. Several tokens read block by block, in their own
-        dtype, and no block behind the extent; a block behind a row's last position adds exactly nothing to it.
+        A single token per row reads all positions at once, in the cache's dtype. Several tokens read block by block, in
+        their own dtype, up to `extent.reach`. Masked positions have weight 0, so blocks beyond a row's last position do
+        not change its result.
 
-        The G query heads of a kv head and the C tokens are laid out as rows R of one matmul, so that the cache is read
-        once; XLA's CPU backend takes 5 times as long for an einsum over all the axes (a decode step of 64 rows).
+        The G query heads of a kv head and the C tokens form the R rows of one matmul, so that the cache is read once.
+        XLA's CPU backend takes 5 times as long for an einsum over all axes (a decode step of 64 rows).
         """
         B, C, N, H = q_BCNH.shape
         K, S = self.v.shape[1:3]
@@ -117,7 +120,7 @@ class XLALayerCache(LayerCache):
         *,
         is_common: bool,
     ) -> SoftmaxSums:
-        """Add the blocks of `span` = (start, end, size of a block), one after the other."""
+        """Add the positions of `span` = (start, end, block size) to the online softmax, block by block."""
         start, end, size = span
 
         def add(i: jax.Array, sums: SoftmaxSums) -> SoftmaxSums:
@@ -136,17 +139,17 @@ class XLALayerCache(LayerCache):
         *,
         is_common: bool,
     ) -> SoftmaxSums:
-        """Add the positions start .. start + size; with `is_common` every token sees all of them."""
+        """Add positions start .. start + size to the online softmax; `is_common`: every token sees them, so no mask."""
         (B, K, R, H), C, S = q_BKRH.shape, positions_BC.shape[1], self.v.shape[2]
         dtype = self.k.dtype if C == 1 and self.k_scale is None else q_BKRH.dtype
-        whole = jnp.minimum(start, S - size)  # the last block begins early enough to be whole ...
-        block = self._block(whole, size, rows_B)
+        first = jnp.minimum(start, S - size)  # the last block is shifted back to end at S ...
+        block = self._block(first, size, rows_B)
         scores = _scores(q_BKRH.astype(dtype), block.k.astype(dtype), by_block=C == 1)
         if block.k_scale is not None:
             scores = scores * block.k_scale[:, :, None]
         if not is_common:
-            at = whole + jnp.arange(size)
-            is_seen = (at >= start) & (at <= positions_BC[:, :, None])  # ... and adds no position twice
+            at = first + jnp.arange(size)
+            is_seen = (at >= start) & (at <= positions_BC[:, :, None])  # ... so positions before `start` are masked
             scores = jnp.where(is_seen[:, None, None], scores.reshape(B, K, R // C, C, size), -jnp.inf)
             scores = scores.reshape(B, K, R, size)
         largest = jnp.maximum(sums.largest, jnp.max(scores, axis=-1))
@@ -159,7 +162,7 @@ class XLALayerCache(LayerCache):
         return SoftmaxSums(largest, total, out)
 
     def _block(self, start: jax.Array, size: int, rows_B: jax.Array | None) -> XLALayerCache:
-        """Some positions of all rows or of rows_B."""
+        """Copy positions start .. start + size of all rows or of rows_B."""
 
         def cut(x: jax.Array, axis: int) -> jax.Array:
             x = cut_positions(x, axis, start, size)
@@ -169,30 +172,31 @@ class XLALayerCache(LayerCache):
 
 
 def _scores(q_BKRH: jax.Array, k: jax.Array, by_block: bool) -> jax.Array:
-    """Multiply queries with keys [B, K, blocks, H, T] to float32 [B, K, R, blocks * T], block by block if asked."""
+    """Dot products with keys [B, K, blocks, H, T], float32 [B, K, R, blocks * T]; `by_block`: a matmul per block."""
     B, K, blocks, H, T = k.shape
     if not by_block or blocks == 1:
         return _matmul32(q_BKRH, jnp.swapaxes(k, 2, 3).reshape(B, K, H, blocks * T))
-    # Multiplied by the identity because a product's factor is materialised: else XLA recomputes the queries per block.
+    # XLA would recompute the queries for every block. It materialises the result of a matmul, so multiply by 1.
     q_BKRH = _matmul32(q_BKRH, jnp.broadcast_to(jnp.eye(H, dtype=k.dtype), (B, K, H, H))).astype(k.dtype)
     q = jnp.broadcast_to(q_BKRH[:, :, None], (B, K, blocks, *q_BKRH.shape[2:]))
     scores = jnp.swapaxes(_matmul32(q, k), 2, 3)
-    return jax.lax.optimization_barrier(scores.reshape(B, K, -1, blocks * T))  # transposed once, not by each reader
+    # The barrier makes XLA transpose once and not in each consumer.
+    return jax.lax.optimization_barrier(scores.reshape(B, K, -1, blocks * T))
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return x [..., H] as int8 and its scale, float32 [...]: the largest of each H becomes 127; zeros stay zeros."""
+    """Quantize [..., H] to int8 with one float32 scale per vector, [...]; the largest magnitude becomes 127."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis=-1) / 127
     return jnp.round(x / jnp.where(scale > 0, scale, 1.0)[..., None]).astype(jnp.int8), scale
 
 
 def _matmul32(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Multiply [..., R, C] by [..., C, Z] of one dtype to float32 [..., R, Z].
+    """Multiply [..., R, C] by [..., C, Z] of the same dtype to float32 [..., R, Z].
 
-    XLA's CPU backend (jaxlib 0.10.2) cannot run a bfloat16 product of two batch dimensions with a float32 result
-    ("Unsupported element type for DotThunk"). There the batch dimensions are flattened, or, for few rows, where that is
-    slower than float32, the factors are widened.
+    XLA's CPU backend (jaxlib 0.10.2) cannot run a bfloat16 matmul with two batch dimensions and a float32 result
+    ("Unsupported element type for DotThunk"). On CPUs the batch dimensions are flattened; matmuls of few rows, for
+    which that is slower, are computed in float32.
     """
 
     def native(x: jax.Array, y: jax.Array) -> jax.Array:

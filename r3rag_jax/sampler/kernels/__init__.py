@@ -1,1 +1,1 @@
-"""Kernels of the sampler."""
+"""Hand-written kernels of the sampler, one folder per platform."""

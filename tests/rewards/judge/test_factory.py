@@ -101,7 +101,7 @@ def test_a_local_judge(judge_dir: Path, tmp_path: Path) -> None:
     verdicts = short.ask([inquire(short, *pair) for pair in REPLIES])
     assert np.isnan(verdicts.values).all()  # cut off: "Hm." has an end in time, the others have none
     failures = [json.loads(line)["failure"] for line in (tmp_path / "short").read_text().splitlines()]
-    assert sum("has not come to an end in 5 tokens" in failure for failure in failures) == 2
+    assert sum("must end within 5 tokens" in failure for failure in failures) == 2
 
 
 def test_a_local_judge_of_another_training_is_another_judge(judge_dir: Path, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_components_plan_and_open_a_local_judge(judge_dir: Path, base: Path, tmp
                 "judge.local.slots": 8, "judge.local.max_length": 1024, "judge.max_tokens": 8}  # fmt: skip
     config = tiny_run.config(tmp_path, base, **{name.replace(".", "__"): value for name, value in settings.items()})
     components = Components(config, config.run_directory, console=Console(quiet=True))
-    planned = {phase: plans[0].parts for phase, plans in components.memory_plans.items()}
+    planned = {phase: plans[0].array_bytes for phase, plans in components.memory_plans.items()}
     expected = judge_memory(config.judge, components.mesh)
     assert expected.items() <= planned["rl"].items()
     assert not expected.keys() & {*planned["sft"], *planned["eval"]}

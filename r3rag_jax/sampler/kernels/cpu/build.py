@@ -1,7 +1,7 @@
 """Compiles `kernels.cc` for this machine at first use and registers its operations with XLA.
 
-The compiler is the one that $CXX names, or c++, g++ or clang++; the shared library is kept in the user's cache
-directory. `CXX=` (empty) switches the kernels off.
+The compiler is $CXX if it is set, else the first of c++, g++ and clang++ that exists. The shared library is cached in
+the user's cache directory. `CXX=` (empty) disables the kernels.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SOURCE = Path(__file__).with_name("kernels.cc")
 COMPILERS = ("c++", "g++", "clang++")
 OPTIONS = ("-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=fast", "-fPIC", "-shared")
 OPERATIONS = ("attend", "write_new", "multiply")
-KEY_BLOCK = 32  # positions of a block of keys in the cache
-PRODUCT_MULTIPLE = 32  # the inner size of a product is a multiple of it
-HEAD_MULTIPLE = 16  # the head dimension is a multiple of it
+KEY_BLOCK = 32  # positions per block of cached keys
+PRODUCT_MULTIPLE = 32  # the inner dimension of `multiply` must be a multiple of this
+HEAD_MULTIPLE = 16  # the head dimension must be a multiple of this
 SIZES = {"KEY_BLOCK": KEY_BLOCK, "PRODUCT_MULTIPLE": PRODUCT_MULTIPLE, "HEAD_MULTIPLE": HEAD_MULTIPLE}
 
 
 def operation_name(operation: str, build: str) -> str:
-    """XLA's name of a build's operation."""
+    """The name under which an operation of a build is registered with XLA."""
     return f"r3rag_{operation}_{build}"
 
 
@@ -42,7 +42,7 @@ def operation_name(operation: str, build: str) -> str:
 def build_name() -> str | None:
     """Compile the kernels and register them with XLA; returns the build's name.
 
-    None where there is no compiler, or it fails, which warns.
+    Returns None if there is no compiler, or, with a RuntimeWarning, if it fails.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -58,7 +58,7 @@ def build_name() -> str | None:
     return path.stem
 
 
-@functools.cache  # a name is registered once
+@functools.cache  # XLA accepts each name only once
 def _register(path: Path) -> None:
     library = ctypes.CDLL(str(path))
     for operation in OPERATIONS:
@@ -68,7 +68,7 @@ def _register(path: Path) -> None:
 
 
 def find_compiler() -> list[str] | None:
-    """The words of the compiler's command; None where there is none, or `CXX=` asks for none."""
+    """The compiler's command line as a list of words; None if no compiler is found or CXX is empty."""
     named = os.environ.get("CXX")
     if named is not None:
         return shlex.split(named) or None
@@ -76,7 +76,7 @@ def find_compiler() -> list[str] | None:
 
 
 def _compiled(compiler: Sequence[str]) -> Path:
-    """The shared library for this source, compiler, machine and jaxlib, compiled unless the cache directory has it."""
+    """Path of the shared library for this source, compiler, machine and jaxlib; compiled if it is not cached."""
     native = "-mcpu=native" if host.machine() in ("arm64", "aarch64") else "-march=native"
     sizes = [f"-D{name}={value}" for name, value in SIZES.items()]
     command = [*compiler, *OPTIONS, *sizes, native, "-isystem", jax.ffi.include_dir()]
@@ -86,7 +86,7 @@ def _compiled(compiler: Sequence[str]) -> Path:
     path = folder / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:32]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # another process may compile the same
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # other processes may compile the same library
             out = Path(scratch) / path.name
             subprocess.run([*command, str(SOURCE), "-o", str(out)], check=True, capture_output=True, text=True)
             out.replace(path)
@@ -94,7 +94,7 @@ def _compiled(compiler: Sequence[str]) -> Path:
 
 
 def _machine() -> str:
-    """What the compiler's `native` depends on: the CPU's features."""
+    """The CPU's features, on which -march=native depends."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ()
     return next((line for line in lines if line.startswith(("flags", "Features"))), host.platform() + host.processor())

@@ -1,6 +1,7 @@
-// What XLA's CPU backend does slowly and a sampler does most: attention to a cache, writing into it, products with weights.
+// CPU kernels for the sampler: attention over the KV cache, cache updates, and matmuls with the weights. They dominate
+// a decode step, and XLA's CPU backend is slow at all three.
 //
-// Compiled for the machine it runs on by build.py; kernels.py documents what goes in and comes out.
+// build.py compiles this file for the machine that it runs on; kernels.py documents the arguments and results.
 
 #include <algorithm>
 #include <atomic>
@@ -25,7 +26,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kSums = 24;  // numbers of a vector; vectors that are summed up into at once
+constexpr int kLanes = 16, kSums = 24;  // floats per vector; vector accumulators per inner loop
 #elif defined(__AVX__)
 constexpr int kLanes = 8, kSums = 12;
 #else
@@ -37,8 +38,8 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
-// Into the second level of cache, what memory that is read in its order will need soon.
-inline void fetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 8192, 0, 2); }
+// Prefetches into the L2 cache, 8 KiB ahead of a sequential read at `at`.
+inline void prefetch(const void* at) { __builtin_prefetch(static_cast<const char*>(at) + 8192, 0, 2); }
 
 template <class V>
 inline V loaded(const void* from) {
@@ -53,7 +54,7 @@ inline V same_bits(X x) {
   return loaded<V>(&x);
 }
 
-// kLanes numbers, in float32.
+// Loads kLanes elements as float32.
 inline Vec load(const float* from) { return loaded<Vec>(from); }
 
 inline Vec load(const uint16_t* from) {  // bfloat16
@@ -62,13 +63,13 @@ inline Vec load(const uint16_t* from) {  // bfloat16
 
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
 
-inline void store(uint16_t* to, Vec x) {  // rounded to bfloat16, to the nearest even one
+inline void store(uint16_t* to, Vec x) {  // rounded to bfloat16, ties to even
   const Bits bits = same_bits<Bits>(x);
   const Halves halves = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves);
   std::memcpy(to, &halves, sizeof halves);
 }
 
-inline Vec all(float x) { return x - Vec{}; }
+inline Vec broadcast(float x) { return x - Vec{}; }
 
 inline Vec larger(Vec x, Vec y) { return x > y ? x : y; }
 
@@ -84,15 +85,15 @@ inline float sum_of(Vec x) {
   return sum;
 }
 
-// 2^x for x <= 0, 0 below -126; the relative error is below 3e-7.
+// 2^x for x <= 0, and 0 for x < -126; the relative error is below 3e-7.
 inline Vec exp2_of(Vec x) {
-  const Vec least = all(-126.0f);
+  const Vec least = broadcast(-126.0f);
   const auto is_zero = x < least;
   x = is_zero ? least : x;
-  const Vec magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec rounded = x + magic;
   const Vec f = x - (rounded - magic);  // in [-1/2, 1/2]
-  Vec y = all(1.5403530e-4f);
+  Vec y = broadcast(1.5403530e-4f);
   y = y * f + 1.3333558e-3f;
   y = y * f + 9.6181291e-3f;
   y = y * f + 5.5504109e-2f;
@@ -103,14 +104,14 @@ inline Vec exp2_of(Vec x) {
   return is_zero ? Vec{} : y;
 }
 
-// Calls work(0) .. work(count - 1), each once, on the pool's threads and this one; returns when all are done.
+// Calls work(0) .. work(count - 1) once each, on the pool's threads and on this one. Returns when all calls are done.
 template <class Work>
-void share(ffi::ThreadPool& pool, int64_t count, const Work& work) {
+void parallel_for(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   struct State {
     std::atomic<int64_t> next{0}, done{0};
   };
   auto state = std::make_shared<State>();
-  // A thread that comes too late finds nothing to do, and `work`, which is gone by then, is not touched.
+  // A task that starts after this function returned finds next >= count, so it does not touch `work`, which is gone.
   auto run = [state, count, &work] {
     for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
       work(i);
@@ -122,22 +123,23 @@ void share(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   while (state->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
 }
 
-// What run(T{}) gives for the type that holds such numbers.
+// Returns run(T{}) for the C++ type T of a dtype; bfloat16 is held as uint16_t.
 template <class Run>
-ffi::Error of_type(ffi::DataType type, const Run& run) {
+ffi::Error with_dtype(ffi::DataType type, const Run& run) {
   if (type == ffi::F32) return run(float{});
   if (type == ffi::BF16) return run(uint16_t{});
-  return ffi::Error::InvalidArgument("numbers must be float32 or bfloat16");
+  return ffi::Error::InvalidArgument("elements must be float32 or bfloat16");
 }
 
 template <class T>
-const T* numbers(const ffi::AnyBuffer& of) {
-  return static_cast<const T*>(of.untyped_data());
+const T* elements(const ffi::AnyBuffer& buffer) {
+  return static_cast<const T*>(buffer.untyped_data());
 }
 
-// ---- Factors --------------------------------------------------------------------------------------------------------
+// ---- Factors of a dot product ---------------------------------------------------------------------------------------
 
-// Two bfloat16, whose products with two others are added to a float32; some machines have an instruction for that.
+// Two bfloat16 factors. A dot product adds a.first * b.first + a.second * b.second to a float32, which AVX512-BF16 does
+// in one instruction.
 struct Pair {
   uint16_t first, second;
 };
@@ -148,11 +150,11 @@ constexpr bool kHasPairs = true;
 constexpr bool kHasPairs = false;
 #endif
 
-inline Vec factors(const float* from) { return load(from); }  // kLanes of them
+inline Vec factors(const float* from) { return load(from); }  // loads kLanes factors
 inline Vec factors(const uint16_t* from) { return load(from); }
 inline Bits factors(const Pair* from) { return loaded<Bits>(from); }
 
-inline Vec factor(const float* from) { return all(*from); }  // one, in all lanes
+inline Vec factor(const float* from) { return broadcast(*from); }  // broadcasts one factor to all lanes
 inline Bits factor(const Pair* from) { return loaded<uint32_t>(from) - Bits{}; }
 
 inline void add_products(Vec& sum, Vec x, Vec y) { sum += x * y; }
@@ -166,7 +168,7 @@ inline void add_products(Vec& sum, Bits x, Bits y) {
 #endif
 }
 
-// Of two rows of `count` numbers the pairs of those that lie beside each other.
+// Zips two rows of `count` elements: to[i] = {firsts[i], seconds[i]}.
 inline void make_pairs(const uint16_t* firsts, const uint16_t* seconds, int64_t count, Pair* to) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const Bits low = __builtin_convertvector(loaded<Halves>(firsts + i), Bits);
@@ -179,16 +181,16 @@ inline void make_pairs(const uint16_t* firsts, const uint16_t* seconds, int64_t 
 // ---- Attention ------------------------------------------------------------------------------------------------------
 
 constexpr int kKeyBlock = KEY_BLOCK;  // build.py defines it
-constexpr int kSpan = 128;     // positions that are scored before their values are summed up
-constexpr int kTile = 6;       // queries that read keys together
-constexpr int kTask = 48;      // queries of a task; whole tiles
-constexpr float kNothing = -std::numeric_limits<float>::infinity();
+constexpr int kSpan = 128;     // positions per step of the online softmax
+constexpr int kTile = 6;       // queries that share each load of a key
+constexpr int kTask = 48;      // queries per task of the thread pool; a multiple of kTile
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 struct Sizes {
-  int64_t B, C, N, K, H, S, num_rows;  // as in cache.py; of q the rows B, of the cache num_rows
+  int64_t B, C, N, K, H, S, num_rows;  // as in cache/base.py; q has B rows, the cache num_rows
 };
 
-// What keys of a type are multiplied by, and how many of those make a row of `count` numbers.
+// The type of the queries that keys of type Key are multiplied by, and the number of factors in `count` elements.
 template <class Key>
 using Query = std::conditional_t<std::is_same_v<Key, Pair>, Pair, float>;
 
@@ -197,33 +199,34 @@ constexpr int64_t factors_of(int64_t count) {
   return std::is_same_v<Key, Pair> ? count / 2 : count;
 }
 
-// The keys and values of a span of positions, start .. start + count.
+// The keys and values at positions start .. start + count.
 template <class Key, class Value>
 struct Span {
-  const Key* k;    // blocks [factors of H, kKeyBlock]
+  const Key* k;    // blocks [number of factors in H, kKeyBlock]
   const Value* v;  // [count, H]
   int64_t start;
   int count;
 };
 
-// Queries and what is known of them so far: weights are relative to 2^largest.
+// Queries with the running state of their online softmax: weights are 2^(score - largest).
 template <class Key>
 struct Queries {
-  const Query<Key>* q;  // [num, factors of H]
-  const int32_t* seen;  // the last position that each sees
-  float* largest;
-  float* total;  // of weights
-  float* out;    // [num, H], of weighted values
+  const Query<Key>* q;  // [num, number of factors in H]
+  const int32_t* last_seen;  // [num], the last position that each query sees
+  float* largest;            // [num], largest score so far
+  float* total;              // [num], sum of the weights
+  float* out;                // [num, H], sum of weight * value
 };
 
-// Products of M queries with the keys of `count` positions, and of some more in the last block, times `scale`.
+// Writes scores [M, kSpan]: dot products of M queries with the keys of `count` positions, times `scale`. The last
+// vectors may extend beyond `count` into the rest of the block.
 template <int M, class Key>
 inline void score(const Query<Key>* q, const Key* k, int64_t num_factors, int count, float scale, float* scores) {
   for (int at = 0; at < count; at += 2 * kLanes) {
     const Key* column = k + at / kKeyBlock * num_factors * kKeyBlock + at % kKeyBlock;
     Vec sums[M][2] = {};
     for (int64_t h = 0; h < num_factors; ++h) {
-      fetch(column + h * kKeyBlock);
+      prefetch(column + h * kKeyBlock);
       const auto k0 = factors(column + h * kKeyBlock), k1 = factors(column + h * kKeyBlock + kLanes);
       for (int m = 0; m < M; ++m) {
         const auto each = factor(q + m * num_factors + h);
@@ -236,13 +239,14 @@ inline void score(const Query<Key>* q, const Key* k, int64_t num_factors, int co
   }
 }
 
-// Weights of `scored` scores of one query, whole vectors of them; new positions may make all weights before smaller.
+// One step of the online softmax of one query: replaces `scored` scores, a multiple of kLanes, by weights. If the
+// largest score grows, the total and the output so far are rescaled.
 inline void weigh(float* scores, int scored, int64_t H, float& largest, float& total, float* out) {
   Vec most = load(scores);
   for (int s = kLanes; s < scored; s += kLanes) most = larger(most, load(scores + s));
   const float before = largest;
   largest = std::max(before, largest_of(most));
-  if (largest == kNothing) {
+  if (largest == kMinusInfinity) {
     std::memset(scores, 0, scored * sizeof *scores);
     return;
   }
@@ -260,13 +264,14 @@ inline void weigh(float* scores, int scored, int64_t H, float& largest, float& t
   total += sum_of(sum);
 }
 
+// Adds the weighted values of `count` positions to Vecs vectors of the outputs of M queries.
 template <int M, int Vecs, class Value>
 inline void add_values(const float* weights, const Value* v, int64_t H, int count, float* out) {
   Vec sums[M][Vecs];
   for (int m = 0; m < M; ++m)
     for (int i = 0; i < Vecs; ++i) sums[m][i] = load(out + m * H + i * kLanes);
   for (int s = 0; s < count; ++s) {
-    fetch(v + s * H);
+    prefetch(v + s * H);
     Vec value[Vecs];
     for (int i = 0; i < Vecs; ++i) value[i] = load(v + s * H + i * kLanes);
     for (int m = 0; m < M; ++m)
@@ -276,19 +281,20 @@ inline void add_values(const float* weights, const Value* v, int64_t H, int coun
     for (int i = 0; i < Vecs; ++i) store(out + m * H + i * kLanes, sums[m][i]);
 }
 
+// Attends from M queries to a span of positions.
 template <int M, class Key, class Value>
 void attend_span(const Queries<Key>& of, const Span<Key, Value>& span, int64_t H) {
   alignas(64) float weights[M * kSpan];
-  const int64_t reach = *std::max_element(of.seen, of.seen + M) + 1 - span.start;
+  const int64_t reach = *std::max_element(of.last_seen, of.last_seen + M) + 1 - span.start;
   if (reach <= 0) return;
   const int count = std::min<int64_t>(reach, span.count);
   const int scored = (count + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
-  const float scale = 1.44269504f / std::sqrt(static_cast<float>(H));  // powers of 2 are cheaper than those of e
+  const float scale = 1.44269504f / std::sqrt(static_cast<float>(H));  // log2(e) / sqrt(H): 2^x is cheaper than e^x
   score<M>(of.q, span.k, factors_of<Key>(H), count, scale, weights);
   for (int m = 0; m < M; ++m) {
     float* mine = weights + m * kSpan;
-    const int64_t end = std::clamp<int64_t>(of.seen[m] + 1 - span.start, 0, count);
-    std::fill(mine + end, mine + scored, kNothing);
+    const int64_t end = std::clamp<int64_t>(of.last_seen[m] + 1 - span.start, 0, count);
+    std::fill(mine + end, mine + scored, kMinusInfinity);
     weigh(mine, scored, H, of.largest[m], of.total[m], of.out + m * H);
   }
   int64_t h = 0;
@@ -296,10 +302,12 @@ void attend_span(const Queries<Key>& of, const Span<Key, Value>& span, int64_t H
   if (h < H) add_values<M, 1>(weights, span.v + h, H, count, of.out + h);
 }
 
+// Attends from `num` queries to a span of positions, kTile queries at a time.
 template <class Key, class Value>
 void attend_tiles(int num, const Queries<Key>& of, const Span<Key, Value>& span, int64_t H) {
   for (int i = 0; i < num; i += kTile) {
-    const Queries<Key> tile{of.q + i * factors_of<Key>(H), of.seen + i, of.largest + i, of.total + i, of.out + i * H};
+    const Queries<Key> tile{of.q + i * factors_of<Key>(H), of.last_seen + i, of.largest + i, of.total + i,
+                            of.out + i * H};
     switch (std::min(kTile, num - i)) {
       case 1: attend_span<1>(tile, span, H); break;
       case 2: attend_span<2>(tile, span, H); break;
@@ -312,28 +320,29 @@ void attend_tiles(int num, const Queries<Key>& of, const Span<Key, Value>& span,
 }
 
 template <class From, class To>
-inline void copy(const From* from, int64_t count, To* to) {  // in another type
+inline void copy(const From* from, int64_t count, To* to) {  // converts the type
   for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
 }
 
-// Of row b the queries first .. first + kTask of those that read a head: of every token all of the head's.
+// Attends from queries first .. first + kTask of row b and one kv head, where query i is head i % G of token i / G.
 template <class Q, class T>
 void attend_task(const Sizes& z, const Q* q, const T* k, const T* v, const int32_t* positions, int64_t b, int64_t row,
                  int64_t head, int64_t first, Q* out) {
   const int64_t H = z.H, G = z.N / z.K;
   const int num = std::min<int64_t>(kTask, z.C * G - first);
-  auto place = [&](int i) { return ((b * z.C + (first + i) / G) * z.N + head * G + (first + i) % G) * H; };
+  auto query_offset = [&](int i) { return ((b * z.C + (first + i) / G) * z.N + head * G + (first + i) % G) * H; };
   if (row < 0 || row >= z.num_rows) {
-    for (int i = 0; i < num; ++i) std::fill_n(out + place(i), H, Q{});
+    for (int i = 0; i < num; ++i) std::fill_n(out + query_offset(i), H, Q{});
     return;
   }
-  thread_local std::vector<float> space;  // queries, sums of values, a span's keys and values in another form
+  thread_local std::vector<float> space;  // queries, outputs, and one span's converted keys and values
   space.resize(2 * (kTask + kSpan) * H);
-  float *queries = space.data(), *sums = queries + kTask * H, *other_k = sums + kTask * H, *other_v = other_k + kSpan * H;
+  float *queries = space.data(), *sums = queries + kTask * H;
+  float *other_k = sums + kTask * H, *other_v = other_k + kSpan * H;
   float largest[kTask], total[kTask];
   int32_t seen[kTask];
   for (int i = 0; i < num; ++i) {
-    largest[i] = kNothing;
+    largest[i] = kMinusInfinity;
     total[i] = 0;
     seen[i] = positions[b * z.C + (first + i) / G];
   }
@@ -341,24 +350,24 @@ void attend_task(const Sizes& z, const Q* q, const T* k, const T* v, const int32
   const int64_t reach = std::min<int64_t>(*std::max_element(seen, seen + num) + 1, z.S);
   k += (row * z.K + head) * z.S * H;
   v += (row * z.K + head) * z.S * H;
-  auto attend = [&](auto key, auto form) {  // to spans in a form of such keys
+  auto attend = [&](auto key, auto convert) {  // over all spans, which `convert` turns into keys of key's type
     using Key = decltype(key);
-    using Number = std::conditional_t<std::is_same_v<Key, Pair>, uint16_t, float>;
-    auto* numbers = reinterpret_cast<Number*>(queries);
-    for (int i = 0; i < num; ++i) copy(q + place(i), H, numbers + i * H);
-    const Queries<Key> of{reinterpret_cast<Query<Key>*>(numbers), seen, largest, total, sums};
+    using Element = std::conditional_t<std::is_same_v<Key, Pair>, uint16_t, float>;
+    auto* typed_queries = reinterpret_cast<Element*>(queries);
+    for (int i = 0; i < num; ++i) copy(q + query_offset(i), H, typed_queries + i * H);
+    const Queries<Key> of{reinterpret_cast<Query<Key>*>(typed_queries), seen, largest, total, sums};
     for (int64_t start = 0; start < reach; start += kSpan) {
       const int count = std::min<int64_t>(kSpan, reach - start);
-      attend_tiles(num, of, form(Span<T, T>{k + start * H, v + start * H, start, count}), H);
+      attend_tiles(num, of, convert(Span<T, T>{k + start * H, v + start * H, start, count}), H);
     }
   };
   if (std::is_same_v<T, float> || num <= kTile) {
     attend(T{}, [](const Span<T, T>& span) { return span; });
-  } else if constexpr (std::is_same_v<T, uint16_t>) {  // read by several tiles: once in the form that they take
+  } else if constexpr (std::is_same_v<T, uint16_t>) {  // several tiles read the span: convert it once
     constexpr bool in_pairs = kHasPairs && std::is_same_v<Q, uint16_t>;
     using Key = std::conditional_t<in_pairs, Pair, float>;
     attend(Key{}, [&](const Span<T, T>& span) {
-      const int64_t rows = (span.count + kKeyBlock - 1) / kKeyBlock * H;  // of kKeyBlock numbers
+      const int64_t rows = (span.count + kKeyBlock - 1) / kKeyBlock * H;  // of kKeyBlock elements
       auto* keys = reinterpret_cast<Key*>(other_k);
       if constexpr (in_pairs)
         for (int64_t i = 0; i < rows; i += 2)
@@ -370,7 +379,7 @@ void attend_task(const Sizes& z, const Q* q, const T* k, const T* v, const int32
     });
   }
   for (int i = 0; i < num; ++i)
-    for (int64_t h = 0; h < H; h += kLanes) store(out + place(i) + h, load(sums + i * H + h) / total[i]);
+    for (int64_t h = 0; h < H; h += kLanes) store(out + query_offset(i) + h, load(sums + i * H + h) / total[i]);
 }
 
 ffi::Error run_attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
@@ -381,13 +390,13 @@ ffi::Error run_attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, 
       q.element_type() != out->element_type())
     return ffi::Error::InvalidArgument("attend: keys must lie in blocks of 32, heads be a multiple of 16 wide");
   const int64_t tasks = (z.C * z.N / z.K + kTask - 1) / kTask;
-  return of_type(q.element_type(), [&](auto query) {
-    return of_type(k.element_type(), [&](auto key) {
+  return with_dtype(q.element_type(), [&](auto query) {
+    return with_dtype(k.element_type(), [&](auto key) {
       using Q = decltype(query);
       using T = decltype(key);
-      share(pool, z.B * z.K * tasks, [&](int64_t i) {
+      parallel_for(pool, z.B * z.K * tasks, [&](int64_t i) {
         const int64_t b = i / (z.K * tasks), head = i / tasks % z.K, first = i % tasks * kTask;
-        attend_task(z, numbers<Q>(q), numbers<T>(k), numbers<T>(v), positions.typed_data(), b, rows.typed_data()[b],
+        attend_task(z, elements<Q>(q), elements<T>(k), elements<T>(v), positions.typed_data(), b, rows.typed_data()[b],
                     head, first, static_cast<Q*>(out->untyped_data()));
       });
       return ffi::Error::Success();
@@ -397,6 +406,7 @@ ffi::Error run_attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, 
 
 // ---- New keys and values --------------------------------------------------------------------------------------------
 
+// Writes the C new keys and values of row b and one kv head to cache row `row`.
 template <class T>
 void write_head(const Sizes& z, const T* new_k, const T* new_v, const int32_t* positions, int64_t b, int64_t row,
                 int64_t head, T* k, T* v) {
@@ -411,7 +421,7 @@ void write_head(const Sizes& z, const T* new_k, const T* new_v, const int32_t* p
   }
 }
 
-// `k` and `v` are the cache's own memory, as XLA was told: what it held is there, but for what is written now.
+// kernels.py aliases the results `k` and `v` to the cache, so they already hold it; only the new entries are written.
 ffi::Error run_write(ffi::ThreadPool pool, ffi::AnyBuffer new_k, ffi::AnyBuffer new_v, ffi::Buffer<ffi::S32> positions,
                      ffi::Buffer<ffi::S32> rows, ffi::AnyBuffer, ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer> k,
                      ffi::Result<ffi::AnyBuffer> v) {
@@ -419,12 +429,12 @@ ffi::Error run_write(ffi::ThreadPool pool, ffi::AnyBuffer new_k, ffi::AnyBuffer 
   const Sizes z{of_new[0], of_new[1], 0, of_v[1], of_v[3], of_v[2], of_v[0]};
   if (k->dimensions()[4] != kKeyBlock || new_k.element_type() != k->element_type())
     return ffi::Error::InvalidArgument("write: keys must lie in blocks of 32, and be of the cache's type");
-  return of_type(k->element_type(), [&](auto type) {
+  return with_dtype(k->element_type(), [&](auto type) {
     using T = decltype(type);
-    share(pool, z.B * z.K, [&](int64_t i) {
+    parallel_for(pool, z.B * z.K, [&](int64_t i) {
       const int64_t b = i / z.K, row = rows.typed_data()[b];
       if (row < 0 || row >= z.num_rows) return;
-      write_head(z, numbers<T>(new_k), numbers<T>(new_v), positions.typed_data(), b, row, i % z.K,
+      write_head(z, elements<T>(new_k), elements<T>(new_v), positions.typed_data(), b, row, i % z.K,
                  static_cast<T*>(k->untyped_data()), static_cast<T*>(v->untyped_data()));
     });
     return ffi::Error::Success();
@@ -433,9 +443,10 @@ ffi::Error run_write(ffi::ThreadPool pool, ffi::AnyBuffer new_k, ffi::AnyBuffer 
 
 // ---- Products with the rows of a matrix -----------------------------------------------------------------------------
 
-constexpr int64_t kTaskBytes = 1 << 15;  // of the matrix
-constexpr int kFewRows = 8;              // of x, with which the rows of the matrix are multiplied as they lie
+constexpr int64_t kTaskBytes = 1 << 15;  // bytes of the matrix per task of the thread pool
+constexpr int kFewRows = 8;              // up to this number of rows, x is not transposed
 
+// Interleaves one half (0 or 1) of a and b in groups of C lanes: a0 b0 a1 b1 ...
 template <int C, int Half, class V, int... I>
 inline V interleaved(V a, V b, std::integer_sequence<int, I...>) {
 #define LANE(i) ((i) % (2 * C) < C ? 0 : kLanes) + (i) / (2 * C) * C + (i) % C + Half * kLanes / 2
@@ -447,9 +458,9 @@ inline V interleaved(V a, V b, std::integer_sequence<int, I...>) {
 #undef LANE
 }
 
-// kLanes vectors, turned: lane j of vector i becomes lane i of vector j.
+// Transposes kLanes vectors in place: lane j of vector i becomes lane i of vector j.
 template <class V>
-inline void turn(V* x) {
+inline void transpose(V* x) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
   for (int c = 1; c < kLanes; c *= 2) {
     V y[kLanes];
@@ -461,8 +472,9 @@ inline void turn(V* x) {
   }
 }
 
-// Of kLanes vectors the sum of each one's lanes. With C = 1, 2, 4 .. lanes of that many of them lie beside each other:
-// of two such vectors the lower halves, C lanes of one and of the other in turn, are added to the upper halves.
+// Returns a vector whose lane i is the sum of the lanes of x[i], for kLanes vectors. At level C = 1, 2, 4, .. every
+// vector holds partial sums of C inputs, in groups of C lanes. Two vectors are merged by adding their interleaved lower
+// halves to their interleaved upper halves.
 template <int C = 1>
 inline Vec sums_of(Vec* x) {
   if constexpr (C == kLanes) {
@@ -475,7 +487,7 @@ inline Vec sums_of(Vec* x) {
   }
 }
 
-// x [num_x, in] times w [num_w, in], numbers of factors, to [num_x, num_w] with rows of `out`.
+// A matmul x [num_x, in] @ w.T, w [num_w, in], into `to` [num_x, num_w] with row stride `out`; `in` counts factors.
 template <class T>
 struct Product {
   const T* x;
@@ -487,7 +499,7 @@ struct Product {
   int64_t out;
 };
 
-// Of O rows of w and R rows of x, O * R = kLanes.
+// Multiplies R rows of x with O rows of w, where O * R = kLanes.
 template <int O, int R, class T>
 void multiply_tile(const Product<T>& of) {
   const T *xs[R], *ws[O];
@@ -496,7 +508,7 @@ void multiply_tile(const Product<T>& of) {
   Vec sums[O * R] = {};
   for (int64_t i = 0; i < of.in; i += kLanes)
     for (int o = 0; o < O; ++o) {
-      fetch(ws[o] + i);
+      prefetch(ws[o] + i);
       for (int r = 0; r < R; ++r) add_products(sums[o * R + r], factors(xs[r] + i), factors(ws[o] + i));
     }
   const Vec all_sums = sums_of(sums);
@@ -504,7 +516,7 @@ void multiply_tile(const Product<T>& of) {
     for (int r = 0; r < std::min<int64_t>(R, of.num_x); ++r) of.to[r * of.out + o] = all_sums[o * R + r];
 }
 
-// Of up to kFewRows rows of x.
+// Multiplies up to kFewRows rows of x.
 template <class T>
 void multiply_few(const Product<T>& of) {
   auto each = [&](int rows, int wide, auto tile) {
@@ -524,35 +536,35 @@ void multiply_few(const Product<T>& of) {
     each(kMost, kLanes / kMost, multiply_tile<kLanes / kMost, kMost, T>);
 }
 
-constexpr int64_t kGroup = 2;  // vectors of rows of x that are multiplied together
+constexpr int64_t kGroup = 2;  // vectors of rows of x per inner loop
 
 template <class T>
 using VecOf = decltype(factors(static_cast<const T*>(nullptr)));
 
-// Of many rows of x, each in a lane, the factors: of each group of n <= kGroup vectors of rows [in, n].
+// Transposes x so that each row occupies one lane: for each group of n <= kGroup vectors of rows, vectors [in, n].
 template <class T>
-std::vector<VecOf<T>> turned_rows(const T* x, int64_t num_x, int64_t in) {
+std::vector<VecOf<T>> transposed_rows(const T* x, int64_t num_x, int64_t in) {
   const int64_t num_vecs = (num_x + kLanes - 1) / kLanes;
-  std::vector<VecOf<T>> turned(num_vecs * in);
+  std::vector<VecOf<T>> transposed(num_vecs * in);
   for (int64_t v = 0; v < num_vecs; ++v) {
     const int64_t group = v / kGroup * kGroup, n = std::min(kGroup, num_vecs - group);
     for (int64_t i = 0; i < in; i += kLanes) {
       VecOf<T> block[kLanes];
       for (int r = 0; r < kLanes; ++r) block[r] = factors(x + std::min(v * kLanes + r, num_x - 1) * in + i);
-      turn(block);
-      for (int j = 0; j < kLanes; ++j) turned[group * in + (i + j) * n + v - group] = block[j];
+      transpose(block);
+      for (int j = 0; j < kLanes; ++j) transposed[group * in + (i + j) * n + v - group] = block[j];
     }
   }
-  return turned;
+  return transposed;
 }
 
-// Of O rows of w and a group of N vectors: products [O, N] at `to`.
+// Multiplies a group of N vectors of rows of x with O rows of w into vectors `to` [O, N], with row stride `stride`.
 template <int O, int N, class T>
-inline void multiply_turned(const VecOf<T>* x, const T* w, int64_t in, Vec* to, int64_t stride) {
-  constexpr int kLine = 16;  // factors
+inline void multiply_transposed(const VecOf<T>* x, const T* w, int64_t in, Vec* to, int64_t stride) {
+  constexpr int kLine = 16;  // factors per cache line
   Vec sums[O][N] = {};
   for (int64_t start = 0; start < in; start += kLine) {
-    for (int o = 0; o < O; ++o) fetch(w + o * in + start);
+    for (int o = 0; o < O; ++o) prefetch(w + o * in + start);
     for (int64_t i = start; i < start + kLine; ++i, x += N)
 #pragma GCC unroll 16
       for (int o = 0; o < O; ++o) {
@@ -565,21 +577,23 @@ inline void multiply_turned(const VecOf<T>* x, const T* w, int64_t in, Vec* to, 
     for (int n = 0; n < N; ++n) to[o * stride + n] = sums[o][n];
 }
 
+// The largest power of two that is at most `most`, and at least 1.
 constexpr int power_of_two(int most) { return most < 2 ? 1 : 2 * power_of_two(most / 2); }
 
+// Multiplies a group of N vectors of rows of x with all rows of w.
 template <int N, class T>
 void multiply_group(const VecOf<T>* x, const T* w, int64_t num_w, int64_t in, Vec* to, int64_t stride) {
-  constexpr int O = power_of_two(std::min(kSums / N, kLanes));  // a task's rows are whole tiles
+  constexpr int O = power_of_two(std::min(kSums / N, kLanes));  // rows of w per inner loop
   int64_t o = 0;
-  for (; o + O <= num_w; o += O) multiply_turned<O, N>(x, w + o * in, in, to + o * stride, stride);
-  for (; o < num_w; ++o) multiply_turned<1, N>(x, w + o * in, in, to + o * stride, stride);
+  for (; o + O <= num_w; o += O) multiply_transposed<O, N>(x, w + o * in, in, to + o * stride, stride);
+  for (; o < num_w; ++o) multiply_transposed<1, N>(x, w + o * in, in, to + o * stride, stride);
 }
 
-// Of more rows of x, which are `turned_rows`.
+// Multiplies more than kFewRows rows of x, which `transposed_rows` has transposed.
 template <class T>
 void multiply_many(const VecOf<T>* x, const Product<T>& of) {
   const int64_t num_vecs = (of.num_x + kLanes - 1) / kLanes;
-  thread_local std::vector<Vec> products;  // [num_w and what is missing of a block, num_vecs]
+  thread_local std::vector<Vec> products;  // [num_w rounded up to kLanes, num_vecs]
   products.resize((of.num_w + kLanes - 1) / kLanes * kLanes * num_vecs);
   for (int64_t v = 0; v < num_vecs; v += kGroup) {
     auto multiply = num_vecs - v >= kGroup ? multiply_group<kGroup, T> : multiply_group<1, T>;
@@ -589,36 +603,38 @@ void multiply_many(const VecOf<T>* x, const Product<T>& of) {
     for (int64_t v = 0; v < num_vecs; ++v) {
       Vec block[kLanes];
       for (int i = 0; i < kLanes; ++i) block[i] = products[(o + i) * num_vecs + v];
-      turn(block);
+      transpose(block);
       const int64_t num = std::min<int64_t>(kLanes, of.num_w - o);
       for (int64_t r = v * kLanes; r < std::min(of.num_x, (v + 1) * kLanes); ++r)
         std::memcpy(of.to + r * of.out + o, &block[r - v * kLanes], num * sizeof(float));
     }
 }
 
+// Splits the rows of w into tasks for the thread pool.
 template <class T>
 void multiply_all(ffi::ThreadPool& pool, const Product<T>& of) {
   const int64_t rows = std::max<int64_t>(kTaskBytes / (of.in * sizeof(T)) / kLanes, 1) * kLanes;
-  std::vector<VecOf<T>> turned;
-  if (of.num_x > kFewRows) turned = turned_rows(of.x, of.num_x, of.in);
-  share(pool, (of.num_w + rows - 1) / rows, [&](int64_t i) {
+  std::vector<VecOf<T>> transposed;
+  if (of.num_x > kFewRows) transposed = transposed_rows(of.x, of.num_x, of.in);
+  parallel_for(pool, (of.num_w + rows - 1) / rows, [&](int64_t i) {
     const int64_t o = i * rows;
-    const Product<T> part{of.x,  of.num_x,  of.w + o * of.in, std::min(rows, of.num_w - o),
+    const Product<T> task{of.x,  of.num_x,  of.w + o * of.in, std::min(rows, of.num_w - o),
                           of.in, of.to + o, of.out};
     if (of.num_x > kFewRows)
-      multiply_many(turned.data(), part);
+      multiply_many(transposed.data(), task);
     else
-      multiply_few(part);
+      multiply_few(task);
   });
 }
 
 ffi::Error run_multiply(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> to) {
   const int64_t num_x = x.dimensions()[0], in = x.dimensions()[1], out = w.dimensions()[0];
-  if (x.element_type() != w.element_type() || in % PRODUCT_MULTIPLE) return ffi::Error::InvalidArgument("multiply: unsupported");
-  return of_type(x.element_type(), [&](auto type) {
+  if (x.element_type() != w.element_type() || in % PRODUCT_MULTIPLE)
+    return ffi::Error::InvalidArgument("multiply: x and w must have one type, and an inner size divisible by 32");
+  return with_dtype(x.element_type(), [&](auto type) {
     using T = std::conditional_t<std::is_same_v<decltype(type), uint16_t>, Pair, float>;
     const int64_t num_factors = in * sizeof(type) / sizeof(T);
-    multiply_all(pool, Product<T>{numbers<T>(x), num_x, numbers<T>(w), out, num_factors, to->typed_data(), out});
+    multiply_all(pool, Product<T>{elements<T>(x), num_x, elements<T>(w), out, num_factors, to->typed_data(), out});
     return ffi::Error::Success();
   });
 }
