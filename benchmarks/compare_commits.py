@@ -1,16 +1,17 @@
-"""Prove that a restructure changes no number: train the same small runs with two commits and compare byte for byte.
+"""Check that a refactoring changes no result: train small runs with two commits and compare their files.
 
     python benchmarks/compare_commits.py OLD NEW [--cases tags ppo_lora] [--keep DIR] [--old-runs DIR/old]
 
 OLD and NEW are commits of this repository; `.` is its working tree with all uncommitted changes. Each commit is checked
-out into a temporary worktree and trains every case with `python -m r3rag_jax.train`, as its users do, in processes of
-its own on CPU devices; the two commits share this interpreter, but no compilation cache. The script then compares
-`metrics.jsonl` (without the keys that depend on time), `trajectories/*.jsonl`, `eval/*.json` (without `fingerprint`)
-and every `policy/**/*.safetensors`. It prints a table with the first difference of each, and exits with status 1 if
-there is a difference or a training fails. The cases use the original name of each configuration key; RENAMED lists the
-later names, and `--help` of a commit tells which one it has. `--keep DIR` keeps the runs in DIR/old and DIR/new, and
-the compilation caches. `--old-runs DIR/old` reuses kept runs of OLD, provided that commit, settings, libraries and
-processor are the same. With nothing compiled, a case takes one to two minutes per commit on 2 cores.
+out into a temporary worktree and trains every case with `python -m r3rag_jax.train`, in separate processes on CPU
+devices; the two commits share this interpreter, but no compilation cache. The script then compares `metrics.jsonl`
+(without the keys that depend on time), `trajectories/*.jsonl`, `eval/*.json` (without `fingerprint`) and every
+`policy/**/*.safetensors`. It prints a table with the first difference of each, and exits with status 1 if there is a
+difference or a training fails. The cases use the original name of each configuration key; RENAMED lists the later
+names, of which the script uses the one that `--help` of the commit lists. `--keep DIR` keeps the runs in DIR/old and
+DIR/new, and the compilation caches. `--old-runs DIR/old` reuses kept runs of OLD, provided that commit, settings,
+libraries and processor are the same. With an empty compilation cache, a case takes one to two minutes per commit on 2
+cores.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ WORKING_TREE = "."
 TRAIN = "r3rag_jax.train"
 FILES = ("metrics.jsonl", "trajectories/*.jsonl", "eval/*.json", "policy/**/*.safetensors")
 MAX_SHOWN = 40  # characters of a value in the table
-LIMIT_S = 1800  # longest training
+LIMIT_S = 1800  # maximum seconds of a training
 CPUINFO = Path("/proc/cpuinfo")
 
-# Settings of all cases. The runs are small, but the cold start is long enough that the policy then retrieves, answers
-# some questions correctly and makes mistakes.
+# Settings of all cases. The runs are small, but the cold start is long enough for a policy that retrieves and whose
+# answers are sometimes right and sometimes wrong.
 SMALL: dict[str, Any] = {
     "world.num_people": 80, "world.num_sft": 100, "world.num_rl": 40, "world.num_dev": 4, "world.num_test": 8,
     "world.waste": 0.1, "world.haste": 0.1, "retrieval.dim": 512,
@@ -62,9 +63,9 @@ SMALL: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A training that both commits run."""
+    """A training run that is compared between the commits."""
 
-    settings: dict[str, Any]  # added to SMALL, or replacing its values
+    settings: dict[str, Any]  # override those of SMALL
     num_processes: int = 1
     num_devices: int = 1  # CPU devices per process
 
@@ -85,13 +86,13 @@ CASES = {
         "rl.algorithm": "ppo", "rl.critic": "separate", "rl.critic_lr": 1e-3, "rl.lam": 0.95, "rl.value_coef": 0.5,
         "rl.value_clip": 0.3, "rl.whiten_rewards": True,
     }),
-    # Rollouts overlap with an update only where no checkpoint and no evaluation comes between them.
+    # Rollouts overlap with an update only if no checkpoint and no evaluation comes between them.
     "async_rollouts": Case({
         "rl.ahead": True, "rollout.search_turns": 2, "rl.algorithm": "reinforce++", "rl.iterations": 4,
         "rl.eval_every": 4, "rl.checkpoint_every": 4,
     }),
-    # One axis of the mesh takes all devices: with two, collectives of XLA's CPU runtime can deadlock between processes,
-    # where those inside a loop over layers and those outside it are not launched in the same order by every device.
+    # A single mesh axis holds all devices. With two axes, collectives of XLA's CPU runtime can deadlock between
+    # processes, because devices may launch those inside and outside the loop over layers in different orders.
     "two_processes": Case({
         "mesh.fsdp": 4, "world.num_test": 2, "eval.systems": ["cold_start", "r3rag"],
         "sft.epochs": 4, "rollout.max_steps": 3, "rl.iterations": 2,
@@ -127,15 +128,16 @@ SHIFTED = {"rl.max_resamples": -1}  # `rl.draws` also counted the first round of
 
 
 def help_keys(text: str) -> set[str]:
-    """The dotted keys that `--help` lists, each first on an indented line; names of sections are left out."""
+    """The dotted keys that `--help` lists, each at the start of an indented line; names of sections are left out."""
     words = set(re.findall(r"^ +([a-z]\w*(?:\.[a-z]\w*)+)(?= |$)", text, re.MULTILINE))
     return {word for word in words if not any(other.startswith(f"{word}.") for other in words)}
 
 
 def translate(settings: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
-    """Settings with each key under the name that `keys` has.
+    """Rename the settings to the names in `keys`.
 
-    Raises ValueError: `keys` has no name of a key.
+    Raises:
+        ValueError: `keys` has none of the names of a setting.
     """
     translated = {}
     for first, value in settings.items():
@@ -150,7 +152,7 @@ def translate(settings: Mapping[str, Any], keys: set[str]) -> dict[str, Any]:
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested sections: {"rl.lr": 1} -> {"rl": {"lr": 1}}."""
+    """Convert dotted keys to nested sections: {"rl.lr": 1} -> {"rl": {"lr": 1}}."""
     tree: dict[str, Any] = {}
     for name, value in settings.items():
         *sections, key = name.split(".")
@@ -170,15 +172,15 @@ def is_time_dependent(key: str) -> bool:
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:
-    """Where two JSON values differ first, in the order of keys, and how; None if they are equal to the last bit."""
+    """The first difference of two JSON values in key order, as `path: old -> new`; None if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [(f"{path}.{key}" if path else key, old.get(key, _MISSING), new.get(key, _MISSING)) for key in
                  [*old, *(key for key in new if key not in old)]]  # fmt: skip
     elif isinstance(old, list) and isinstance(new, list):
         longest = max(len(old), len(new))
         padded = [[*values, *[_MISSING] * (longest - len(values))] for values in (old, new)]
-        pairs = [(f"{path}[{place}]", *values) for place, values in enumerate(zip(*padded, strict=True))]
-    else:  # repr tells 0.0 from -0.0 and 1 from 1.0, and takes nan for nan
+        pairs = [(f"{path}[{index}]", *values) for index, values in enumerate(zip(*padded, strict=True))]
+    else:  # reprs differ for 0.0 and -0.0 and for 1 and 1.0, and are equal for two nan
         return None if repr(old) == repr(new) else f"{path or 'value'}: {_shown(old)} -> {_shown(new)}"
     found = (first_difference(one, two, name) for name, one, two in pairs)
     return next((difference for difference in found if difference is not None), None)
@@ -200,7 +202,7 @@ def _shown(value: Any) -> str:
 def compare_lines(old: str, new: str, *, ignores_time: bool = False) -> str | None:
     """The first difference of two JSONL texts as `line N, key: old -> new`.
 
-    With `ignores_time`, parsed lines are compared without the keys that depend on time; otherwise bytes are compared.
+    With `ignores_time`, the comparison is of parsed lines without time-dependent keys; otherwise it is of bytes.
     """
     if old == new:
         return None
@@ -220,7 +222,7 @@ def compare_lines(old: str, new: str, *, ignores_time: bool = False) -> str | No
 
 
 def compare_evaluations(old: str, new: str) -> str | None:
-    """The first difference of two evaluations, except `fingerprint`."""
+    """The first difference of two evaluations (JSON texts), except in `fingerprint`."""
     rows = [json.loads(text) for text in (old, new)]
     for row in rows:
         row.pop("fingerprint", None)
@@ -228,14 +230,14 @@ def compare_evaluations(old: str, new: str) -> str | None:
 
 
 def compare_tensors(old: bytes, new: bytes) -> str | None:
-    """The first tensor, or else the first part of the header, in which two safetensors files differ."""
+    """The first tensor in which two safetensors files differ, or else the first difference of their headers."""
     if old == new:
         return None
     (old_header, old_body), (new_header, new_body) = _split_tensors(old), _split_tensors(new)
     for name, one in old_header.items():
         two = new_header.get(name)
         if name == "__metadata__" or two is None or one["dtype"] != two["dtype"] or one["shape"] != two["shape"]:
-            continue  # no tensor, or none to compare with: the comparison of the headers reports it
+            continue  # not a tensor, or not comparable; the comparison of headers below reports it
         array, other = old_body[slice(*one["data_offsets"])], new_body[slice(*two["data_offsets"])]
         if array != other:
             num_values = math.prod(one["shape"])
@@ -244,21 +246,21 @@ def compare_tensors(old: bytes, new: bytes) -> str | None:
 
 
 def _split_tensors(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and data of a safetensors file, whose first eight bytes are the header's length."""
+    """Split a safetensors file into header and data; its first eight bytes are the length of the header."""
     (length,) = struct.unpack_from("<Q", content)
     return json.loads(content[8 : 8 + length]), content[8 + length :]
 
 
 def _count_differing(old: bytes, new: bytes, num_values: int) -> int:
     size = len(old) // num_values
-    return sum(old[at : at + size] != new[at : at + size] for at in range(0, len(old), size))
+    return sum(old[start : start + size] != new[start : start + size] for start in range(0, len(old), size))
 
 
 def compare_files(pattern: str, old: Path, new: Path) -> str | None:
     """The first difference of two files that both match `pattern`, one of FILES."""
     if pattern.endswith(".safetensors"):
         return compare_tensors(old.read_bytes(), new.read_bytes())
-    # Decoded by hand: text mode would take \r\n for \n.
+    # Bytes are decoded here, because text mode would convert \r\n to \n.
     texts = [path.read_bytes().decode() for path in (old, new)]
     if pattern.endswith(".json"):
         return compare_evaluations(*texts)
@@ -266,9 +268,9 @@ def compare_files(pattern: str, old: Path, new: Path) -> str | None:
 
 
 def compare_runs(old: Path, new: Path) -> dict[str, str | None]:
-    """Each of FILES -> None, or the name of a file and its first difference.
+    """Compare two run directories: each pattern of FILES -> None, or the name of a file and its first difference.
 
-    A file that only one run has is a difference, as is a pattern that no file of either matches.
+    It is also a difference if only one run has a file, or if neither run has a file that matches a pattern.
     """
     return {pattern: _compare_pattern(pattern, old, new) for pattern in FILES}
 
@@ -290,7 +292,7 @@ def _compare_pattern(pattern: str, old: Path, new: Path) -> str | None:
 
 
 class TrainingError(Exception):
-    """A training process failed or took too long."""
+    """A training process, or its `--help`, failed or took too long."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,14 +302,16 @@ class Side:
     name: str  # old or new
     commit: str  # full hash, or WORKING_TREE
     tree: Path  # the checkout
-    runs: Path  # a directory per case
-    cache: Path  # compiled programs and kernels
+    runs: Path  # holds one directory per case
+    cache: Path  # caches of XLA programs and of compiled kernels
 
     def environment(self, num_devices: int = 1) -> dict[str, str]:
-        """Environment variables of a training: the shell's, without JAX's and XLA's, and with this side's paths."""
+        """Environment variables of a training: the shell's without those of JAX and XLA, plus this side's paths."""
         env = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
         devices = f"--xla_force_host_platform_device_count={num_devices}"
-        timeout = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # 40 by default: too few on a busy machine
+        timeout = (
+            "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # the default, 40, is too short on a busy machine
+        )
         return env | {
             "PYTHONPATH": str(self.tree),
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -322,7 +326,8 @@ class Side:
 def keys_of(side: Side) -> set[str]:
     """The configuration keys of a commit.
 
-    Raises TrainingError: its `--help` fails.
+    Raises:
+        TrainingError: `--help` of the commit fails.
     """
     shown = subprocess.run([sys.executable, "-m", TRAIN, "--help"], env=side.environment(), cwd=side.cache,
                                capture_output=True, text=True)  # fmt: skip
@@ -332,7 +337,7 @@ def keys_of(side: Side) -> set[str]:
 
 
 def train(side: Side, name: str) -> None:
-    """Train a case from scratch in `side.runs / name`: recipe, `run`, output of each process, and `record.json`.
+    """Train a case from scratch in `side.runs / name`, which then holds the recipe, `run`, outputs and `record.json`.
 
     Raises:
         TrainingError: the training or `--help` failed, or the training took longer than LIMIT_S.
@@ -356,7 +361,7 @@ def train(side: Side, name: str) -> None:
             process = subprocess.Popen([*command, *overrides], env=side.environment(case.num_devices), cwd=directory,
                                        stdout=output, stderr=subprocess.STDOUT)  # fmt: skip
             stack.callback(process.wait)
-            stack.callback(process.kill)  # callbacks run in the opposite order
+            stack.callback(process.kill)  # callbacks run in reverse order: kill, then wait
             processes.append(process)
         wait(processes, directory)
     (directory / "record.json").write_text(json.dumps(record(side.commit, name), indent=2) + "\n")
@@ -365,8 +370,9 @@ def train(side: Side, name: str) -> None:
 def wait(processes: Sequence[subprocess.Popen[bytes]], directory: Path) -> None:
     """Return when all processes have ended with status 0.
 
-    Raises TrainingError: a process ended with another status (the others may then wait for it forever), or they took
-      longer than LIMIT_S.
+    Raises:
+        TrainingError: a process ended with another status (the others may then wait for it forever), or they took
+            longer than LIMIT_S.
     """
     deadline = time.monotonic() + LIMIT_S
     while True:
@@ -382,13 +388,14 @@ def wait(processes: Sequence[subprocess.Popen[bytes]], directory: Path) -> None:
 
 
 def free_port() -> int:
+    """A TCP port of localhost that is free at this moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def record(commit: str, name: str) -> dict[str, Any]:
-    """Everything that the numbers of a run depend on."""
+    """Everything on which the results of a run depend."""
     case = CASES[name]
     libraries = ("jax", "jaxlib", "flax", "optax", "numpy", "faiss-cpu", "tokenizers")
     models = re.findall(r"^model name\s*: (.*)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else []
@@ -405,7 +412,11 @@ def record(commit: str, name: str) -> dict[str, Any]:
 
 
 def check_record(runs: Path, commit: str, name: str) -> None:
-    """Raises ValueError: `runs` has no finished run of the case, or its record differs from the present one."""
+    """Check that `runs` holds a finished run of the case that can stand in for a new one.
+
+    Raises:
+        ValueError: there is none, or its record differs from `record(commit, name)`.
+    """
     path = runs / name / "record.json"
     if not path.is_file():
         raise ValueError(f"--old-runs must hold a finished run of each case; got no {path}")
@@ -424,7 +435,7 @@ def git(*arguments: str) -> str:
 
 @contextlib.contextmanager
 def open_side(name: str, commit: str, worktrees: Path, kept: Path) -> Iterator[Side]:
-    """Check a commit out into a worktree, which is removed at the end; the working tree is used as it is."""
+    """Check out a commit into a worktree, which is removed at the end; WORKING_TREE is used in place."""
     tree, cache = worktrees / name, kept / "compiled" / f"{name}-{commit[:12].replace(WORKING_TREE, 'working_tree')}"
     cache.mkdir(parents=True, exist_ok=True)
     if commit == WORKING_TREE:
@@ -438,7 +449,7 @@ def open_side(name: str, commit: str, worktrees: Path, kept: Path) -> Iterator[S
 
 
 def compare_case(name: str, old: Side | Path, new: Side) -> dict[str, str | None]:
-    """Train a case with both commits (`old` may instead be a directory of finished runs) and compare the runs."""
+    """Train a case with both commits and compare the runs; a path `old` is a directory of finished runs."""
     for side in (old, new):
         if isinstance(side, Side):
             started = time.monotonic()

@@ -1,17 +1,16 @@
-"""Generation against transformers and Tunix: the same weights, prompts and machine, in turn, in one run.
+"""Generation compared with transformers or Tunix, with the same weights and prompts, in one process.
 
     python benchmarks/generation.py MODEL [--batches 1 8 32] [--rounds 3]     (needs torch)
     python benchmarks/generation.py MODEL --peer tunix                        (needs google-tunix; Llama and SmolLM2)
 
-On a GPU both engines use it: XLA_PYTHON_CLIENT_MEM_FRACTION=.4 leaves PyTorch its part.
+On a GPU both engines use it: XLA_PYTHON_CLIENT_MEM_FRACTION=.4 leaves memory for PyTorch.
 
-MODEL is a Hugging Face directory or package:NAME. Greedy, prompts of random tokens. Every figure is the median of the
-rounds, in which all engines take their turn; the ratio is of medians of one run. "decode" is the time behind the
-first token, taken as a whole run less one that generates a single token.
+MODEL is a Hugging Face directory or package:NAME. Decoding is greedy; prompts are random tokens. Every round runs all
+engines in turn; figures are medians over the rounds, and ratios are quotients of medians. "decode" is the time after
+the first token: the time of the whole generation minus the time of generating a single token.
 
-Two limits stand beside ours, both measured here and now: what one read of the weights and of the cache takes at the
-memory's bandwidth, and what the multiplications take at the speed of a large matmul. A decode step takes at least
-the longer of the two.
+"limit" is a lower bound for the time of a decode step: the longer of reading the weights and the KV cache once at the
+memory's bandwidth, and of the step's operations at the speed of a large matmul. The script measures both speeds.
 """
 
 from __future__ import annotations
@@ -45,7 +44,8 @@ from r3rag_jax.types import Context
 Generate = Callable[[np.ndarray, int], None]  # (prompts [B, L], new tokens)
 
 
-def ours(path: Path, mesh: Mesh, dtype: str, batch: int, length: int) -> Generate:
+def this_package(path: Path, mesh: Mesh, dtype: str, batch: int, length: int) -> Generate:
+    """This package's engine with `batch` slots of `length` tokens."""
     decoder = load_decoder(path, dtype=dtype)
     (graphdef, params), kv_dtype = nnx.split(decoder), default_kv_dtype(dtype, decoder.config, mesh)
     engine = Engine(graphdef, decoder.config, mesh, slots=batch, max_length=length, decode_chunk=length, dtype=kv_dtype)
@@ -62,6 +62,7 @@ def ours(path: Path, mesh: Mesh, dtype: str, batch: int, length: int) -> Generat
 
 
 def transformers(path: Path, dtype: str) -> Generate:
+    """`generate` of transformers, on the same kind of device."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +82,7 @@ def transformers(path: Path, dtype: str) -> Generate:
 
 
 class _Ids:
-    """Tunix tokenizes by itself: a prompt is its ids in digits, without 0; no id ends a row."""
+    """A tokenizer for Tunix, whose sampler takes text: a text is its token ids in decimal; no id is a stop token."""
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
@@ -92,32 +93,32 @@ class _Ids:
     def pad_id(self) -> int:
         return 0
 
-    bos_id = pad_id  # 0: it puts none before the prompt
+    bos_id = pad_id  # with id 0, Tunix puts no BOS token before the prompt
 
     def eos_id(self) -> int:
         return -1
 
 
 def tunix(path: Path, dtype: str) -> Generate:
-    """Its Llama has a rotary base of its own: the tokens are others where the model's differs, the work is the same."""
+    """Tunix's sampler. Its Llama fixes the RoPE base, so its tokens may differ from ours, but the work is the same."""
     from tunix.generate.sampler import CacheConfig, Sampler
     from tunix.models.llama3.model import ModelConfig
     from tunix.models.llama3.params import create_model_from_safe_tensors
 
-    of = load_config(path)
+    own = load_config(path)
     config = ModelConfig(
-        num_layers=of.num_layers, vocab_size=of.vocab_size, embed_dim=of.hidden_size, hidden_dim=of.ffn_size,
-        num_heads=of.num_heads, head_dim=of.head_dim, num_kv_heads=of.num_kv_heads, rope_theta=int(of.rope_theta),
-        norm_eps=of.norm_eps, weight_tying=of.tie_embeddings,
+        num_layers=own.num_layers, vocab_size=own.vocab_size, embed_dim=own.hidden_size, hidden_dim=own.ffn_size,
+        num_heads=own.num_heads, head_dim=own.head_dim, num_kv_heads=own.num_kv_heads, rope_theta=int(own.rope_theta),
+        norm_eps=own.norm_eps, weight_tying=own.tie_embeddings,
     )  # fmt: skip
     model = create_model_from_safe_tensors(str(path), config, dtype=jnp.dtype(dtype))
-    samplers: dict[int, Sampler] = {}  # by the length of their cache
+    samplers: dict[int, Sampler] = {}  # by the number of tokens in the cache
 
     def generate(prompts: np.ndarray, new_tokens: int) -> None:
         batch, length = prompts.shape
         size = length + new_tokens
         if size not in samplers:
-            samplers[size] = Sampler(model, _Ids(), CacheConfig(size, of.num_layers, of.num_kv_heads, of.head_dim))
+            samplers[size] = Sampler(model, _Ids(), CacheConfig(size, own.num_layers, own.num_kv_heads, own.head_dim))
         texts = [" ".join(map(str, ids)) for ids in prompts]
         out = samplers[size](texts, new_tokens, max_prompt_length=length)
         if [len(ids) for ids in out.tokens] != [new_tokens] * batch:
@@ -136,7 +137,12 @@ def seconds(call: Callable[..., Any], *args: Any) -> float:
 
 
 def step_limit(config: DecoderConfig, dtype: str, batch: int, length: float, bandwidth: float, flops: float) -> float:
-    """Seconds that a decode step of `batch` rows with `length` cached tokens takes at least."""
+    """Lower bound for the seconds of a decode step of `batch` rows with `length` cached tokens each.
+
+    Args:
+        bandwidth: bytes per second.
+        flops: FLOP/s.
+    """
     shapes = param_shapes(config)
     weights = sum(int(np.prod(shape)) for name, shape in shapes.items() if name != "embed" or config.tie_embeddings)
     cached = 2 * batch * length * config.num_layers * config.num_kv_heads * config.head_dim
@@ -150,24 +156,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--peer", choices=PEERS, default="transformers")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=128, help="generated tokens")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of both engines")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens per prompt")
+    parser.add_argument("--new", type=int, default=128, help="generated tokens per row")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes of both engines")
     args = parser.parse_args(argv)
     use_compile_cache()
     path, mesh = model_path(args.model), make_mesh(MeshConfig())
     config, rng = load_config(path), np.random.default_rng(0)
     peers = {dtype: PEERS[args.peer](path, dtype) for dtype in args.dtypes}
     bandwidth, flops = read_bandwidth(), {dtype: matmul_flops(dtype) for dtype in args.dtypes}
-    table = Table("batch", "engine", "tokens/s", "decode: ms a step", "limit: ms", "share of the limit")
+    table = Table("batch", "engine", "tokens/s", "decode: ms per step", "limit: ms", "share of the limit")
     for batch in args.batches:
         engines = {(args.peer, dtype): peer for dtype, peer in peers.items()}
         engines |= {
-            ("r3rag_jax", dtype): ours(path, mesh, dtype, batch, args.prompt + args.new + 1) for dtype in args.dtypes
+            ("r3rag_jax", dtype): this_package(path, mesh, dtype, batch, args.prompt + args.new + 1)
+            for dtype in args.dtypes
         }
         prompts = rng.integers(1, config.vocab_size, (batch, args.prompt))
-        for generate in engines.values():  # compilations
+        for generate in engines.values():  # compiles
             generate(prompts, args.new)
             generate(prompts, 1)
         whole: dict[tuple[str, str], list[float]] = {name: [] for name in engines}

@@ -1,15 +1,15 @@
-"""Peak host memory of importing a checkpoint: how much more than the imported arrays themselves.
+"""Peak host memory of importing a checkpoint, beyond the size of the imported arrays.
 
     python benchmarks/import_memory.py [--gigabytes 2] [--devices 8]
 
-Writes a llama of random bfloat16 numbers, in several safetensors files, to a temporary directory, and imports it
-over forced host devices in a fresh process (Linux: memory is read from /proc).
+The script writes a Llama with random bfloat16 weights to several safetensors files in a temporary directory, and
+imports it on forced host devices in a new process. It reads memory from /proc, and therefore needs Linux.
 
-On CPU devices the arrays live in host memory, so the process must grow by their size; what it grows by beyond that is
-what a host with accelerators would need. Anonymous memory alone is counted (RssAnon, sampled every millisecond from
-outside, so that no lock of the importing process hides a peak): the pages of the mapped files are the kernel's
-cache, which it takes back whenever memory is short; they are printed apart. The size of the arrays is that of
-their shards, a replicated norm counted once for each device. "Before" is taken when the devices have started.
+On CPU devices the arrays are in host memory, so the process must grow by their size. Any growth beyond that is the host
+memory that an import to accelerators would need. Only anonymous memory (RssAnon) is counted. The parent process samples
+it every millisecond, so that no lock in the importing process can hide a peak. Pages of mapped files are printed
+separately, because the kernel can drop them when memory is short. The size of the arrays is the sum of their shards: a
+replicated array counts once per device. The baseline is taken after the devices have started.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ MB = 1e6
 NUM_FILES = 4
 
 
-def shape_of(gigabytes: float) -> DecoderConfig:
-    """A llama of about this many 10^9 bytes in bfloat16: as many layers of width 2048 as fit, at least one."""
+def config_of_size(gigabytes: float) -> DecoderConfig:
+    """A Llama of about `gigabytes` * 10^9 bytes in bfloat16; it has layers of width 2048, at least one."""
 
     def build(num_layers: int) -> DecoderConfig:
         return DecoderConfig(
@@ -55,11 +55,12 @@ def shape_of(gigabytes: float) -> DecoderConfig:
 
 
 def num_bytes(config: DecoderConfig) -> int:
+    """Bytes of the model's weights in bfloat16."""
     return sum(2 * math.prod(shape) for shape in param_shapes(config).values())
 
 
 def write_checkpoint(config: DecoderConfig, path: Path) -> None:
-    """Random normal numbers in the directory's files, made one tensor at a time."""
+    """Write a model with random normal weights, generated one tensor at a time."""
     tensors, rng = hf_tensors(config), np.random.default_rng(0)
 
     def draw(name: str) -> np.ndarray:
@@ -69,7 +70,7 @@ def write_checkpoint(config: DecoderConfig, path: Path) -> None:
 
 
 def memory(pid: int | str = "self") -> dict[str, int]:
-    """Bytes of a process by their names in /proc; empty when it has ended."""
+    """The sizes in /proc/PID/status in bytes, by name; empty if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -80,7 +81,7 @@ def memory(pid: int | str = "self") -> dict[str, int]:
 
 
 def measure(path: Path) -> None:
-    """Import over all devices and print, as JSON, bytes before, of the arrays, and of the largest slice."""
+    """Import a model on all devices; prints bytes as JSON: before the import, of all shards, of the largest shard."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=jax.device_count() // 2, tensor=2))
     shapes = param_shapes(load_config(path))
     shardings = {n: NamedSharding(mesh, partition_spec(mesh, PARAM_AXES[n], shape)) for n, shape in shapes.items()}
@@ -88,22 +89,33 @@ def measure(path: Path) -> None:
     before, started = memory()["RssAnon"], time.time()
     decoder = load_decoder(path, dtype="bfloat16", shardings=shardings)
     seconds = time.time() - started
-    shards = [part.data.nbytes for leaf in jax.tree.leaves(nnx.state(decoder)) for part in leaf.addressable_shards]
-    said = {"before": before, "arrays": sum(shards), "slice": max(shards), "mapped": memory()["RssFile"], "s": seconds}
-    print(json.dumps(said))
+    shards = [shard.data.nbytes for leaf in jax.tree.leaves(nnx.state(decoder)) for shard in leaf.addressable_shards]
+    result = {
+        "before": before,
+        "arrays": sum(shards),
+        "slice": max(shards),
+        "mapped": memory()["RssFile"],
+        "s": seconds,
+    }
+    print(json.dumps(result))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint, 10^9 bytes")
-    parser.add_argument("--devices", type=int, default=8, help="forced host devices; even")
-    parser.add_argument("--measure", type=Path, metavar="DIR", help="what the fresh process does: import DIR")
+    parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint in 10^9 bytes")
+    parser.add_argument("--devices", type=int, default=8, help="number of forced host devices, even")
+    parser.add_argument(
+        "--measure",
+        type=Path,
+        metavar="DIR",
+        help="import DIR in this process; the script starts itself with this flag",
+    )
     args = parser.parse_args()
     if args.measure is not None:
         measure(args.measure)
         return
     with tempfile.TemporaryDirectory() as directory:
-        config = shape_of(args.gigabytes)
+        config = config_of_size(args.gigabytes)
         write_checkpoint(config, Path(directory))
         print(
             f"checkpoint   {num_bytes(config) / MB:8.0f} MB in {len(list(Path(directory).glob('*.safetensors')))} files"
@@ -119,13 +131,13 @@ def main() -> None:
             time.sleep(1e-3)
         answer = child.communicate()[0]
     if child.returncode:
-        sys.exit(child.returncode)  # it has said why
-    said = json.loads(answer)
-    print(f"arrays       {said['arrays'] / MB:8.0f} MB on {args.devices} devices, read in {said['s']:.1f} s")
-    print(f"largest slice{said['slice'] / MB:8.0f} MB")
-    print(f"peak         {(peak - said['before']) / MB:8.0f} MB more than before the import")
-    print(f"overhead     {(peak - said['before'] - said['arrays']) / MB:8.0f} MB beyond the arrays")
-    print(f"(file cache  {said['mapped'] / MB:8.0f} MB mapped at the end)")
+        sys.exit(child.returncode)  # the child has printed its error
+    result = json.loads(answer)
+    print(f"arrays       {result['arrays'] / MB:8.0f} MB on {args.devices} devices, read in {result['s']:.1f} s")
+    print(f"largest slice{result['slice'] / MB:8.0f} MB")
+    print(f"peak         {(peak - result['before']) / MB:8.0f} MB more than before the import")
+    print(f"overhead     {(peak - result['before'] - result['arrays']) / MB:8.0f} MB beyond the arrays")
+    print(f"(file cache  {result['mapped'] / MB:8.0f} MB mapped at the end)")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""Rollouts against slower ways to do them: the same policy, questions and machine, in turn, in one run.
+"""Rollouts compared with slower schedules, with the same policy and questions, in one process.
 
-    python benchmarks/rollouts.py steps MODEL [--dtypes float32 bfloat16]     trajectories of five steps, four ways
+    python benchmarks/rollouts.py steps MODEL [--dtypes float32 bfloat16]     trajectories with random prompts
     python benchmarks/rollouts.py run RUN [--latencies 5 50 500]             a run's own questions, e.g. runs/quickstart
-    python benchmarks/rollouts.py run RUN --model MODEL                      the same lengths, written by MODEL
+    python benchmarks/rollouts.py run RUN --model MODEL                      the same lengths, sampled from MODEL
 
-`steps`: every row writes 80 tokens and is given 300, five times over, and then writes 20, whatever they are (MODEL is
-a Hugging Face directory or package:NAME). The cache kept is compared with prefilling the whole history at every step,
-with one question at a time, and with both, as the released code does it. In float32 the tokens must be the same.
-`--singles` takes a part of the rows (of `run`: trajectories) one at a time, and as much longer as there are more.
+`steps`: in each of five steps, every row samples 80 tokens and appends 300 given ones; at the end it samples 20 more.
+MODEL is a Hugging Face directory or package:NAME. Keeping the KV cache between steps is compared with prefilling the
+whole context at every step, with running one row at a time, and with both, as in the released R3-RAG code. In float32
+all variants must sample the same tokens. `--singles N` runs only N rows (for `run`: trajectories) one at a time, and
+scales the time to all of them.
 
-`run`: the policy of a finished run answers test questions, sampled at temperature 1. Slots that are refilled at once
-are compared with lockstep, in which a batch waits for its slowest row (and with one that leaves out, as our calls do,
-rows that wait from a call's start, once a quarter, half or three quarters do), and with one question at a time; then
-each search is made so many milliseconds slower, as one of a server is, and rows that wait while the others write
-(`rollout.search_overlap`) are compared with everybody waiting (0) and with one question at a time. With `--model`,
-another model writes as many tokens in each step as that policy did, whatever they are, searches for the same queries
-and is given the same passages.
+`run`: the policy of a finished run answers test questions at temperature 1. Refilling a slot as soon as its trajectory
+ends is compared with lockstep, in which a batch waits for its slowest row, and with one question at a time. Lockstep is
+measured in two forms: computing all rows in every step, and dropping waiting rows from the computation once a quarter,
+half or three quarters of the rows wait at the start of a decode call. Then a sleep of `--latencies` milliseconds makes
+every search as slow as a remote server's. Overlapping searches with decoding (`rollout.search_overlap`) is compared
+with no overlap (0) and with one question at a time. With `--model`, MODEL replays the policy's trajectories: it samples
+as many tokens in each step, and gets the same queries and passages.
 
-Every figure is the median of the rounds, in which all ways take their turn; a ratio is of two medians of one run.
+Every round runs all variants in turn; figures are medians over the rounds, and ratios are quotients of medians.
 """
 
 from __future__ import annotations
@@ -57,14 +58,15 @@ from r3rag_jax.sampler.stops import NO_STOPS, StopTokens
 from r3rag_jax.text.transcript import Codec, Transcript
 from r3rag_jax.types import Completion, Context, Step, Trajectory
 
-WRITTEN, GIVEN, STEPS, ANSWER = 80, 300, 5, 20  # tokens, tokens, how often, and tokens in the end
+# Tokens that a row samples in a step, tokens that are then appended, number of steps, and tokens sampled at the end.
+WRITTEN, GIVEN, STEPS, ANSWER = 80, 300, 5, 20
 
 
 # ------------------------------------------------------------------------------------------ steps
 
 
 class Steps:
-    """Rows of random prompts that write and are given tokens in turn."""
+    """Rows with random prompts, which alternate between sampling tokens and appending given ones."""
 
     def __init__(self, path: Path, dtype: str, batch: int, prompt: int):
         decoder = load_decoder(path, dtype=dtype)
@@ -78,19 +80,21 @@ class Steps:
         self.prefill_s = 0.0
 
     def engine(self, slots: int) -> Engine:
-        made = Engine(self.graphdef, self.config, self.mesh, slots=slots, max_length=self.max_length, dtype=self.dtype)
-        self.policy = made.load(self.params)  # the same for all
-        return made
+        engine = Engine(
+            self.graphdef, self.config, self.mesh, slots=slots, max_length=self.max_length, dtype=self.dtype
+        )
+        self.policy = engine.load(self.params)  # all engines share the policy
+        return engine
 
-    def play(self, engine: Engine, rows: Sequence[int], keep: bool) -> list[list[int]]:
-        """The ids of the rows in the end; the cache is kept between steps, or not."""
+    def run(self, engine: Engine, rows: Sequence[int], keep_cache: bool) -> list[list[int]]:
+        """Return the final token ids of the rows; sets `prefill_s`. The KV cache is kept between steps, or dropped."""
         engine.reset()
         contexts = {slot: list(self.prompts[row]) for slot, row in enumerate(rows)}
         self.prefill_s = 0.0
         for step in range(STEPS + 1):
             num = WRITTEN if step < STEPS else ANSWER
             start = time.perf_counter()
-            if not keep:
+            if not keep_cache:
                 engine.reset()
             engine.set_context(self.policy, {slot: Context(ids, num) for slot, ids in contexts.items()})
             jax.block_until_ready(engine._cache)
@@ -106,36 +110,36 @@ class Steps:
 def steps(
     console: Console, model: str, dtypes: Sequence[str], batch: int, singles: int, prompt: int, rounds: int
 ) -> None:
-    title = f"{batch} rows, {STEPS} x ({WRITTEN} written + {GIVEN} given) + {ANSWER} written"
-    table = Table("", "way", "s", "ratio", "of it prefill, s", "ratio", title=title)
+    title = f"{batch} rows, {STEPS} x ({WRITTEN} sampled + {GIVEN} given) + {ANSWER} sampled"
+    table = Table("", "variant", "s", "ratio", "prefill, s", "ratio", title=title)
     for dtype in dtypes:
         work = Steps(model_path(model), dtype, batch, prompt)
         engines = {"": work.engine(batch), f"one at a time ({singles} of the rows), ": work.engine(1)}
         written: dict[str, list[list[int]]] = {}
         prefills: dict[str, list[float]] = {}
 
-        def play(name: str, engine: Engine, keep: bool, num_rows: int) -> None:
+        def measure(name: str, engine: Engine, keep_cache: bool, num_rows: int) -> None:
             written[name], taken = [], 0.0  # noqa: B023
             for start in range(0, num_rows, engine.slots):
-                written[name] += work.play(engine, range(start, start + engine.slots), keep)  # noqa: B023
+                written[name] += work.run(engine, range(start, start + engine.slots), keep_cache)  # noqa: B023
                 taken += work.prefill_s  # noqa: B023
             prefills.setdefault(name, []).append(taken)  # noqa: B023
 
-        ways, shares = {}, {}
-        for number, engine in engines.items():
+        variants, shares = {}, {}
+        for rows, engine in engines.items():
             num_rows = batch if engine.slots == batch else singles
-            for how in ("cache kept", "prefilled anew"):
-                name = f"{number}{how}"
-                ways[name] = functools.partial(play, name, engine, how == "cache kept", num_rows)
+            for cache in ("cache kept", "whole context prefilled"):
+                name = f"{rows}{cache}"
+                variants[name] = functools.partial(measure, name, engine, cache == "cache kept", num_rows)
                 shares[name] = batch / num_rows
-                play(name, engine, how == "cache kept", engine.slots)  # compiles
+                measure(name, engine, cache == "cache kept", engine.slots)  # compiles
         prefills.clear()
-        seconds = {name: taken * shares[name] for name, taken in medians(ways, rounds, is_compiled=True).items()}
+        seconds = {name: taken * shares[name] for name, taken in medians(variants, rounds, is_compiled=True).items()}
         if dtype == "float32" and not all(ids == written["cache kept"][: len(ids)] for ids in written.values()):
-            raise RuntimeError("the tokens must be the same in float32")
+            raise RuntimeError("all variants must sample the same tokens in float32")
         prefill = {name: statistics.median(taken) * shares[name] for name, taken in prefills.items()}
         for name, taken in seconds.items():
-            ratios = [f"{of[name] / of['cache kept']:.2f}" for of in (seconds, prefill)]
+            ratios = [f"{times[name] / times['cache kept']:.2f}" for times in (seconds, prefill)]
             table.add_row(dtype, name, f"{taken:.1f}", ratios[0], f"{prefill[name]:.1f}", ratios[1])
         table.add_section()
     console.print(table)
@@ -144,17 +148,17 @@ def steps(
 # -------------------------------------------------------------------------------------------- run
 
 
-class LeftOut(Engine):
-    """In lockstep, decoding until the last row of the batch waits; calls leave out rows that wait from their start."""
+class DroppingLockstep(Engine):
+    """Lockstep: a decode call ends when all rows wait; rows that wait at its start may be left out of it."""
 
     def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int, stops: StopTokens = NO_STOPS) -> None:
         super().decode(decoder, self.max_length, self.slots, stops)
 
 
-class Lockstep(LeftOut):
-    """In lockstep, with the whole batch in every step, as `generate` of transformers does it.
+class Lockstep(DroppingLockstep):
+    """Lockstep that computes all rows in every step, like `generate` of transformers.
 
-    Where the cache is read in place the whole batch is multiplied, and what waits is not attended to.
+    If the attention reads the cache in place, waiting rows take part in the matmuls, but not in attention.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -164,7 +168,7 @@ class Lockstep(LeftOut):
 
 @dataclasses.dataclass
 class Slow:
-    """A retriever that takes so much longer."""
+    """A retriever whose searches take `seconds` longer."""
 
     inner: Retriever
     seconds: float
@@ -175,7 +179,7 @@ class Slow:
 
 
 class ReplayEnv:
-    """Each step is as long as in a trajectory that was rolled out, asks the same and is given the same."""
+    """Replays a trajectory: each step samples as many tokens, and has the same query and passages."""
 
     def __init__(self, request: RolloutRequest, codec: Codec, trajectory: Trajectory):
         self._request, self._trajectory = request, trajectory
@@ -207,69 +211,72 @@ class ReplayEnv:
 def run(console: Console, args: argparse.Namespace) -> None:
     path, slots = args.run, args.slots
     config = load_config(path / "config.yaml", ["phases=index"])
-    session = Components(config, path, console=console)
-    params = session.policy.load(session.run.policy("rl" if session.run.policy("rl").exists() else "sft"))
-    questions = session.dataset.questions("test")[: args.questions]
+    components = Components(config, path, console=console)
+    params = components.policy.load(components.run.policy("rl" if components.run.policy("rl").exists() else "sft"))
+    questions = components.dataset.questions("test")[: args.questions]
     requests = [RolloutRequest(question, i, temperature=1.0) for i in range(args.samples) for question in questions]
-    graphdef, decoder_config, dtype = session.policy.graphdef, session.policy.decoder_config, session.kv_dtype
-    env_factory = session.search_env
+    graphdef, decoder_config, dtype = components.policy.graphdef, components.policy.decoder_config, components.kv_dtype
+    env_factory = components.search_env
 
     def engine(kind: type[Engine], slots: int = slots) -> Engine:
         return kind(
-            graphdef, decoder_config, session.mesh, slots=slots, max_length=config.rollout.max_length,
+            graphdef, decoder_config, components.mesh, slots=slots, max_length=config.rollout.max_length,
             truncation=Truncation.of(config.rollout), dtype=dtype,
         )  # fmt: skip
 
-    def roll_out(
+    def trajectories_of(
         engine: Engine,
         policy: CachedDecoder,
         requests: Sequence[RolloutRequest],
         latency_ms: float = 0.0,
         overlap: int = 0,
     ) -> list[Trajectory]:
-        backend = EngineBackend(engine, policy, session.policy.tokenizer, decode_chunk=config.rollout.decode_chunk)
-        retriever = Slow(session.retriever, latency_ms / 1e3) if latency_ms else session.retriever
+        backend = EngineBackend(engine, policy, components.policy.tokenizer, decode_chunk=config.rollout.decode_chunk)
+        retriever = Slow(components.retriever, latency_ms / 1e3) if latency_ms else components.retriever
         return rollout(backend, env_factory, retriever, requests, search_overlap=overlap)
 
     if args.model:
         own = engine(Engine)
-        trajectories = roll_out(own, own.load(params), requests)
-        by_request = {(each.question.id, each.sample_index): each for each in trajectories}
+        by_request = {(t.question.id, t.sample_index): t for t in trajectories_of(own, own.load(params), requests)}
 
         def replay(request: RolloutRequest) -> ReplayEnv:
-            return ReplayEnv(request, session.codec, by_request[request.question.id, request.sample_index])
+            return ReplayEnv(request, components.codec, by_request[request.question.id, request.sample_index])
 
         env_factory = EnvFactory(replay, StopRule())
         decoder = load_decoder(model_path(args.model), dtype=args.dtype)
         (graphdef, params), decoder_config = nnx.split(decoder), decoder.config
-        dtype = default_kv_dtype(args.dtype, decoder_config, session.mesh)
+        dtype = default_kv_dtype(args.dtype, decoder_config, components.mesh)
     ours, single = engine(Engine), engine(Engine, 1)
     policy = ours.load(params)
 
     def in_lockstep(engine: Engine) -> None:
         for start in range(0, len(requests), slots):
-            roll_out(engine, policy, requests[start : start + slots])
+            trajectories_of(engine, policy, requests[start : start + slots])
 
     singles = requests[: args.singles]
     one_at_a_time = f"one at a time ({len(singles)} of them)"
-    ways: dict[str, Callable[[], Any]] = {
-        "slots refilled at once": functools.partial(roll_out, ours, policy, requests),
+    variants: dict[str, Callable[[], Any]] = {
+        "slots refilled at once": functools.partial(trajectories_of, ours, policy, requests),
         "lockstep": functools.partial(in_lockstep, engine(Lockstep)),
-        "lockstep, rows that wait left out": functools.partial(in_lockstep, engine(LeftOut)),
-        one_at_a_time: functools.partial(roll_out, single, policy, singles),
+        "lockstep, waiting rows left out": functools.partial(in_lockstep, engine(DroppingLockstep)),
+        one_at_a_time: functools.partial(trajectories_of, single, policy, singles),
     }
     for latency in args.latencies:
         for overlap in args.turns:
             name = f"{latency:g} ms, search_overlap={overlap}"
-            ways[name] = functools.partial(roll_out, ours, policy, requests, latency, overlap)
-        ways[f"{latency:g} ms, {one_at_a_time}"] = functools.partial(roll_out, single, policy, singles, latency)
-    seconds = medians(ways, args.rounds)
-    for name in ways:
+            variants[name] = functools.partial(trajectories_of, ours, policy, requests, latency, overlap)
+        variants[f"{latency:g} ms, {one_at_a_time}"] = functools.partial(
+            trajectories_of, single, policy, singles, latency
+        )
+    seconds = medians(variants, args.rounds)
+    for name in variants:
         if name.endswith(one_at_a_time):
             seconds[name] *= len(requests) / len(singles)
     ours_s = seconds["slots refilled at once"]
     title = f"{len(requests)} trajectories of {path}" + (f", {args.model} in {args.dtype}" if args.model else "")
-    table = Table("way", "s", "trajectories/s", "speed, of slots refilled at once", title=f"{title}, {slots} slots")
+    table = Table(
+        "variant", "s", "trajectories/s", "speed relative to slots refilled at once", title=f"{title}, {slots} slots"
+    )
     for name, taken in seconds.items():
         table.add_row(name, f"{taken:.2f}", f"{len(requests) / taken:.1f}", f"{ours_s / taken:.2f}")
     console.print(table)
@@ -282,20 +289,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps_of.add_argument("model", metavar="MODEL")
     steps_of.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     steps_of.add_argument("--batch", type=int, default=8, help="rows")
-    steps_of.add_argument("--singles", type=int, help="of them, how many are played one at a time (default: all)")
-    steps_of.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    steps_of.add_argument("--singles", type=int, help="number of rows to run one at a time (default: all)")
+    steps_of.add_argument("--prompt", type=int, default=64, help="tokens per prompt")
     run_of = commands.add_parser("run")
     run_of.add_argument("run", metavar="RUN", type=Path)
-    run_of.add_argument("--model", metavar="MODEL", help="writes in the policy's place")
-    run_of.add_argument("--dtype", default="bfloat16", help="of MODEL")
+    run_of.add_argument("--model", metavar="MODEL", help="a model that replays the policy's trajectories")
+    run_of.add_argument("--dtype", default="bfloat16", help="dtype of MODEL")
     run_of.add_argument("--questions", type=int, default=200)
-    run_of.add_argument("--samples", type=int, default=1, help="trajectories of each question")
-    run_of.add_argument("--singles", type=int, help="how many trajectories are played one at a time (default: all)")
+    run_of.add_argument("--samples", type=int, default=1, help="trajectories per question")
+    run_of.add_argument("--singles", type=int, help="number of trajectories to run one at a time (default: all)")
     run_of.add_argument("--slots", type=int, default=64)
-    run_of.add_argument("--latencies", type=float, nargs="*", default=[5.0, 50.0, 500.0], help="milliseconds")
-    run_of.add_argument("--turns", type=int, nargs="*", default=[0, 1, 8], help="each as rollout.search_overlap")
+    run_of.add_argument(
+        "--latencies", type=float, nargs="*", default=[5.0, 50.0, 500.0], help="milliseconds added to a search"
+    )
+    run_of.add_argument("--turns", type=int, nargs="*", default=[0, 1, 8], help="values of rollout.search_overlap")
     for command in (steps_of, run_of):
-        command.add_argument("--rounds", type=int, default=3)
+        command.add_argument("--rounds", type=int, default=3, help="measured rounds")
     args = parser.parse_args(argv)
     use_compile_cache()
     console = Console()

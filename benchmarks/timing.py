@@ -1,4 +1,4 @@
-"""How the benchmarks take times, and what a machine can do at most."""
+"""Timing for the benchmarks, and the peak speed and memory bandwidth of the machine."""
 
 from __future__ import annotations
 
@@ -12,27 +12,30 @@ import jax.numpy as jnp
 
 
 def medians(
-    ways: dict[str, Callable[[], Any]], rounds: int, settle: bool = False, is_compiled: bool = False
+    variants: dict[str, Callable[[], Any]], rounds: int, warm_up: bool = False, is_compiled: bool = False
 ) -> dict[str, float]:
-    """Seconds of each way; the first call of each, which compiles, is not counted, unless `is_compiled`.
+    """Median seconds of each variant. Each round calls all variants in turn.
 
-    With `settle` every turn begins with a call that is not counted: it maps again the gigabytes of memory that the
-    other ways' turns gave back, which nobody who runs one way alone pays for.
+    Args:
+        rounds: number of measured rounds.
+        warm_up: whether each measured call follows an unmeasured one, which maps again the memory that the process
+            returned to the system while other variants ran. A process that runs one variant has no such cost.
+        is_compiled: whether the variants are already compiled; otherwise, an unmeasured round comes first.
     """
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(1 if is_compiled else 0, rounds + 1):
-        for name, way in ways.items():
-            if settle and number > 0:
-                way()
+        for name, variant in variants.items():
+            if warm_up and number > 0:
+                variant()
             start = time.perf_counter()
-            way()
+            variant()
             if number > 0:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def matmul_flops(dtype: str) -> float:
-    """Multiply-adds, counted as two, a second, of a matmul large enough to be bound by them."""
+    """FLOP/s of a compute-bound matmul; a multiply-add counts as two operations."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     x, y = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in range(2))
     multiply = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
@@ -40,22 +43,23 @@ def matmul_flops(dtype: str) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second of summing an array that no cache holds."""
+    """Bytes per second when summing an array larger than the caches."""
     array = jnp.ones(2**28, jnp.float32)
     total = jax.jit(jnp.sum)
     return array.nbytes / _best(lambda: total(array).block_until_ready())
 
 
-def _best(way: Callable[[], Any], rounds: int = 10) -> float:
-    way()
+def _best(call: Callable[[], Any], rounds: int = 10) -> float:
+    """Seconds of the fastest of `rounds` calls, after an unmeasured one that compiles."""
+    call()
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
-        way()
+        call()
         times.append(time.perf_counter() - start)
     return min(times)
 
 
 def torch_device() -> str:
-    """Where PyTorch runs beside us: on the same kind of device."""
+    """The device for PyTorch: a GPU if JAX uses one, otherwise the CPU."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"

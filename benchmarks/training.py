@@ -1,21 +1,22 @@
-"""Training against other ways to do it: the same weights, data and machine, in turn, in one run.
+"""Training compared with PyTorch and with simpler implementations, with the same weights and data, in one process.
 
-    python benchmarks/training.py sft MODEL [--rows 8 --length 512]     an update, against PyTorch (needs torch)
-    python benchmarks/training.py ppo MODEL [--rows 8 --length 512]     the same of policy and critic
-    python benchmarks/training.py trees MODEL [--retrievals 4]          `steps`: one tree against a sample per step
-    python benchmarks/training.py arrays                                rewards and GAE, against loops (needs torch)
+    python benchmarks/training.py sft MODEL [--rows 8 --length 512]     an SFT update and PyTorch's (needs torch)
+    python benchmarks/training.py ppo MODEL [--rows 8 --length 512]     an update of policy and critic and PyTorch's
+    python benchmarks/training.py trees MODEL [--retrievals 4]          prefix trees and one sample per step
+    python benchmarks/training.py arrays                                rewards and GAE, and loops (needs torch)
 
-MODEL is a Hugging Face directory, package:NAME or bundled. Every figure is the median of the rounds, in which all ways
-take their turn, behind a first one that compiles; a ratio is of two medians of one run. In `sft` and `ppo` each turn
-is two updates, of which the second is counted: the first maps memory that the other side gave back.
+MODEL is a Hugging Face directory, package:NAME or bundled. The first round compiles and is not measured. Every round
+runs all variants in turn; figures are medians over the rounds, and ratios are quotients of medians. In `sft` and `ppo`
+each variant does two updates per round, of which the second is measured: the first maps memory again that the process
+returned to the system while the other variants ran.
 
-`sft` is AdamW on full rows of random tokens, all of them learnt, with attention that PyTorch chooses; `ppo` is a
-clipped update of a policy and of a separate critic, advantages given. Both sides must come to the same loss. The limit
-is what the 6 N operations of a token (N parameters, the embedding counted once, as the output layer) and those of
-attention take at the speed of a large matmul, measured here and now: the share of it is the model FLOP utilization.
-`trees` packs the same trajectories both ways, to the same loss, and updates on all rows.
+`sft` is AdamW on full rows of random tokens, all in the loss; PyTorch chooses its attention implementation. `ppo` is a
+clipped update of a policy and a separate critic, with given advantages. Both frameworks must compute the same loss.
+"limit" is the time of 6 N operations per token (N parameters, the embedding counted only as the output layer) and of
+attention, at the speed of a large matmul, which the script measures; "share of the limit" is the model FLOP
+utilization. `trees` packs the same trajectories with and without shared prefixes, and updates on all rows.
 
-On a GPU both sides use it: XLA_PYTHON_CLIENT_MEM_FRACTION=.5 leaves PyTorch its part.
+On a GPU both frameworks use it: XLA_PYTHON_CLIENT_MEM_FRACTION=.5 leaves memory for PyTorch.
 """
 
 from __future__ import annotations
@@ -57,14 +58,15 @@ GIB = 2**30
 
 
 def path_of(model: str) -> Path:
+    """The model's directory; `bundled` is this package's base model."""
     return Path(str(files("r3rag_jax") / "world" / "base")) if model == "bundled" else model_path(model)
 
 
 class Ours:
-    """A jitted update over a mesh of all devices."""
+    """This package's jitted update, on a mesh of all devices."""
 
     def __init__(self, mesh: Mesh, state: Any, step: Any, *rest: Any):
-        """`step` takes the state, what is put on the mesh for a batch, and `rest`."""
+        """`step` is called with the state, a batch on the mesh, and `rest`."""
         self.mesh, self.state, self._step, self._rest = mesh, state, step, rest
 
     @classmethod
@@ -76,12 +78,12 @@ class Ours:
 
     @classmethod
     def ppo(cls, model: str, settings: ModelConfig) -> Ours:
-        """Of a policy and of a critic."""
+        """A PPO update of a policy and a separate critic."""
         policy, config = read(model, settings), RLConfig(lr=1e-5, critic=CriticConfig(lr=1e-5), kl=KLConfig(coef=0.0))
-        parts = {"policy": nnx.split(policy), "critic": nnx.split(new_critic(policy, "separate"))}
-        graphdefs = {name: graphdef for name, (graphdef, _) in parts.items()}
+        models = {"policy": nnx.split(policy), "critic": nnx.split(new_critic(policy, "separate"))}
+        graphdefs = {name: graphdef for name, (graphdef, _) in models.items()}
         mesh, tx = make_mesh(MeshConfig()), optimizer.rl_optimizer(config)
-        state = init_state(mesh, {name: params for name, (_, params) in parts.items()}, tx)
+        state = init_state(mesh, {name: params for name, (_, params) in models.items()}, tx)
         return cls(mesh, state, make_rl_step(mesh, graphdefs, tx, settings, config, state), 1.0)
 
     def step(self, *batch: Any) -> float:
@@ -89,7 +91,7 @@ class Ours:
         return float(metrics["loss"])
 
     def temporaries(self, *batch: Any) -> int:
-        """Bytes that the compiled step takes beside its arguments and results."""
+        """Bytes of temporary buffers of the compiled step."""
         lowered = self._step.lower(self.state, *device_put_batch(self.mesh, batch), *self._rest)
         return int(lowered.compile().memory_analysis().temp_size_in_bytes)
 
@@ -105,7 +107,7 @@ def read(model: str, settings: ModelConfig) -> Decoder:
 
 @dataclasses.dataclass(frozen=True)
 class PPOWork:
-    """Full rows of random tokens and what PPO knows of each, [B, L]; the first token of a row is not trained."""
+    """Full rows of random tokens, and PPO's inputs per token; all [B, L]. A row's first token is not in the loss."""
 
     tokens: np.ndarray
     old_logprobs: np.ndarray
@@ -126,7 +128,7 @@ class PPOWork:
 
 
 def plain_rows(tokens: np.ndarray) -> SFTBatch:
-    """One segment a row, all of it learnt."""
+    """One segment per row; all tokens but the first are in the loss."""
     ones = np.ones_like(tokens)
     return SFTBatch(
         tokens, np.cumsum(ones, axis=1, dtype=np.int32) - 1, ones, None, np.arange(tokens.shape[1]) > 0 * ones
@@ -134,7 +136,7 @@ def plain_rows(tokens: np.ndarray) -> SFTBatch:
 
 
 class PyTorch:
-    """The same updates in PyTorch and transformers, in eager mode, with AdamW on float32 masters under autocast."""
+    """The same updates in eager PyTorch with transformers: AdamW on float32 weights, forward pass under autocast."""
 
     def __init__(self, model: str, dtype: str, ppo: bool = False):
         import torch
@@ -181,10 +183,10 @@ class PyTorch:
 
     def _update(self, loss: Any) -> float:
         loss.backward()
-        for one in self.optimizers:
-            self.torch.nn.utils.clip_grad_norm_(one.param_groups[0]["params"], 1.0)
-            one.step()
-            one.zero_grad(set_to_none=True)
+        for adamw in self.optimizers:
+            self.torch.nn.utils.clip_grad_norm_(adamw.param_groups[0]["params"], 1.0)
+            adamw.step()
+            adamw.zero_grad(set_to_none=True)
         return loss.item()
 
 
@@ -192,8 +194,11 @@ def updates(
     console: Console, kind: str, model: str, rows: int, length: int, dtypes: Sequence[str], settings: ModelConfig,
     rounds: int,
 ) -> None:  # fmt: skip
-    """SFT or PPO updates, ours and PyTorch's, in turn."""
-    rng, table = np.random.default_rng(0), Table("way", "s", "tokens/s", "TFLOP/s", "share of the limit", "temporaries")
+    """Compare SFT or PPO updates (`kind`) with PyTorch's, on rows of `length` tokens."""
+    rng, table = (
+        np.random.default_rng(0),
+        Table("variant", "s", "tokens/s", "TFLOP/s", "share of the limit", "temporaries"),
+    )
     config = load_config(path_of(model))
     tokens = rng.integers(0, config.vocab_size, (rows, length)).astype(np.int32)
     work = PPOWork.random(tokens, rng)
@@ -203,12 +208,12 @@ def updates(
     operations = rows * length * (6 * num + attended)
     if kind == "ppo":
         operations += rows * length * (6 * (num - num_head) + attended)
-    ways: dict[str, Callable[[], Any]] = {}
-    notes: dict[str, tuple[float, str]] = {}
-    first: dict[str, float] = {}
+    variants: dict[str, Callable[[], Any]] = {}
+    notes: dict[str, tuple[float, str]] = {}  # variant -> (limit in seconds, temporary memory)
+    first_losses: dict[str, float] = {}
 
-    def way(name: str, step: Callable[[], float]) -> None:
-        ways[name] = lambda: first.setdefault(name, step()) if name not in first else step()
+    def add_variant(name: str, step: Callable[[], float]) -> None:
+        variants[name] = lambda: first_losses.setdefault(name, step()) if name not in first_losses else step()
 
     batch: tuple[Any, ...]
     for dtype in dtypes:
@@ -218,14 +223,16 @@ def updates(
             ours, batch, theirs = Ours.sft(model, chosen), (plain_rows(tokens),), functools.partial(peer.sft, tokens)
         else:
             ours, batch, theirs = Ours.ppo(model, chosen), work.batch(), functools.partial(peer.ppo, work)
-        taken = ours.temporaries(*batch)
-        way(f"ours, {dtype}", functools.partial(ours.step, *batch))
-        way(f"PyTorch, {dtype}", theirs)
-        notes[f"ours, {dtype}"], notes[f"PyTorch, {dtype}"] = (limit, f"{taken / GIB:.2f} GiB"), (limit, "")
-    seconds = medians(ways, rounds, settle=True)
+        temporaries = ours.temporaries(*batch)
+        add_variant(f"ours, {dtype}", functools.partial(ours.step, *batch))
+        add_variant(f"PyTorch, {dtype}", theirs)
+        notes[f"ours, {dtype}"], notes[f"PyTorch, {dtype}"] = (limit, f"{temporaries / GIB:.2f} GiB"), (limit, "")
+    seconds = medians(variants, rounds, warm_up=True)
     for dtype in dtypes:
-        bound = 1e-3 if dtype == "float32" else 3e-2
-        np.testing.assert_allclose(first[f"ours, {dtype}"], first[f"PyTorch, {dtype}"], rtol=bound, err_msg=dtype)
+        tolerance = 1e-3 if dtype == "float32" else 3e-2
+        np.testing.assert_allclose(
+            first_losses[f"ours, {dtype}"], first_losses[f"PyTorch, {dtype}"], rtol=tolerance, err_msg=dtype
+        )
     for name, taken_s in seconds.items():
         limit, memory = notes[name]
         table.add_row(
@@ -241,8 +248,8 @@ def updates(
 
 
 def trajectories(vocab_size: int, count: int, retrievals: int, written: int, passages: int) -> list[Trajectory]:
-    """Of random tokens, in the layout of `steps`: each step's prompt holds the question, steps and passages so far."""
-    rng, made = np.random.default_rng(0), []
+    """Random trajectories in the layout of the protocol `steps`: a step's prompt holds all that precedes it."""
+    rng, result = np.random.default_rng(0), []
     draw = lambda num: rng.integers(0, vocab_size, num).tolist()  # noqa: E731
     frame, close = draw(8), draw(6)
     for number in range(count):
@@ -255,32 +262,33 @@ def trajectories(vocab_size: int, count: int, retrievals: int, written: int, pas
             samples.append(Sample(np.asarray([*prompt, *ids], np.int32), step_ids >= 0, logprobs, step_ids))
             history += [*ids, *draw(passages)]
         steps = tuple(Step("", query="") for _ in samples)
-        made.append(Trajectory(Question(str(number), "", ("",)), steps, Status.NO_ANSWER, tuple(samples)))
-    return made
+        result.append(Trajectory(Question(str(number), "", ("",)), steps, Status.NO_ANSWER, tuple(samples)))
+    return result
 
 
 def trees(console: Console, model: str, retrievals: int, count: int, row_length: int, rounds: int) -> None:
+    """Compare SFT updates on prefix trees with updates on one sample per step, for `count` trajectories."""
     ours, vocab_size = Ours.sft(model, ModelConfig()), load_config(path_of(model)).vocab_size
-    played = trajectories(vocab_size, count, retrievals, written=48, passages=200)
-    shared = [share_prefixes(t.samples, row_length) for t in played]
-    ways: dict[str, Callable[[], Any]] = {}
+    unshared = trajectories(vocab_size, count, retrievals, written=48, passages=200)
+    shared = [share_prefixes(t.samples, row_length) for t in unshared]
+    variants: dict[str, Callable[[], Any]] = {}
     sizes, losses = {}, {}
-    for name, made in (
-        ("a sample per step", played),
-        ("trees", [Trajectory(t.question, t.steps, t.status, s) for t, s in zip(played, shared, strict=True)]),
+    for name, packable in (
+        ("a sample per step", unshared),
+        ("trees", [Trajectory(t.question, t.steps, t.status, s) for t, s in zip(unshared, shared, strict=True)]),
     ):
-        samples = [sample for trajectory in made for sample in trajectory.samples]
+        samples = [sample for trajectory in packable for sample in trajectory.samples]
         packed, _ = minibatches(samples, row_length=row_length, batch_rows=2, rng=np.random.default_rng(0))
         batches = [SFTBatch(b.tokens, b.positions, b.segment_ids, b.branch_ids, b.loss_mask) for b in packed]
-        sizes[name] = sum(len(sample) for t in made for sample in t.samples), len(batches)
+        sizes[name] = sum(len(sample) for t in packable for sample in t.samples), len(batches)
 
         def update(name: str = name, batches: list[SFTBatch] = batches) -> None:
             losses[name] = [ours.step(batch) for batch in batches]
 
-        ways[name] = update
-    seconds = medians(ways, rounds)
+        variants[name] = update
+    seconds = medians(variants, rounds)
     table = Table(
-        "way", "tokens", "batches", "s", title=f"{count} trajectories of {retrievals} retrievals and an answer"
+        "variant", "tokens", "batches", "s", title=f"{count} trajectories of {retrievals} retrievals and an answer"
     )
     for name, taken in seconds.items():
         table.add_row(name, str(sizes[name][0]), str(sizes[name][1]), f"{taken:.2f}")
@@ -293,6 +301,7 @@ def trees(console: Console, model: str, retrievals: int, count: int, row_length:
 
 
 def arrays(console: Console, rounds: int) -> None:
+    """Compare jitted rewards and GAE with a Python loop over texts and a PyTorch loop over tokens."""
     import torch
 
     rng = np.random.default_rng(0)
@@ -332,7 +341,7 @@ def arrays(console: Console, rounds: int) -> None:
 
 
 def plain(prediction: str, golds: Sequence[str]) -> tuple[float, float]:
-    """Exact match and F1 as scripts write them."""
+    """Exact match and F1 of one prediction, in plain Python."""
     em, best, words = 0.0, 0.0, normalize_answer(prediction).split()
     for gold in golds:
         expected = normalize_answer(gold).split()
@@ -343,7 +352,7 @@ def plain(prediction: str, golds: Sequence[str]) -> tuple[float, float]:
 
 
 def torch_gae(rewards: Any, values: Any, discounts: Any) -> Any:
-    """A loop over tokens, as trainers in PyTorch have it."""
+    """GAE as a loop over tokens, as in PyTorch trainers."""
     import torch
 
     advantages, last = torch.zeros_like(rewards), torch.zeros(rewards.shape[0])
@@ -367,13 +376,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument("--micro-tokens", type=int, default=0, help="as model.micro_tokens")
         command.add_argument("--attention", default="xla", help="as model.attention")
     trees_of = commands.add_parser("trees")
-    trees_of.add_argument("--retrievals", type=int, default=4, help="of a trajectory, behind which it answers")
+    trees_of.add_argument("--retrievals", type=int, default=4, help="retrievals of a trajectory before its answer")
     trees_of.add_argument("--trajectories", type=int, default=8)
     trees_of.add_argument("--row-length", type=int, default=2048, help="tokens")
     for command in (*update_of.values(), trees_of):
         command.add_argument("model", metavar="MODEL")
     for command in (*update_of.values(), trees_of, commands.add_parser("arrays")):
-        command.add_argument("--rounds", type=int, default=3)
+        command.add_argument("--rounds", type=int, default=3, help="measured rounds")
     args = parser.parse_args(argv)
     use_compile_cache()
     console = Console()

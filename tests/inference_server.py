@@ -27,13 +27,13 @@ class EngineReply:
     openai    no ids, no log-probabilities, no name of the end, and the text lacks it
     """
 
-    def __init__(self, session: Components, policy: Any, dialect: str = "vllm"):
-        self.session, self.policy, self.dialect = session, policy, dialect
+    def __init__(self, components: Components, policy: Any, dialect: str = "vllm"):
+        self.components, self.policy, self.dialect = components, policy, dialect
         self.written: dict[Asked, Written] = {}
         self._lock, self._waiting = threading.Lock(), set[Asked]()
 
     def __call__(self, body: dict[str, Any]) -> Reply:
-        tokenizer = self.session.policy.tokenizer
+        tokenizer = self.components.policy.tokenizer
         assert (body["model"], body["temperature"]) == (MODEL, 0.0)
         prompt = body["prompt"]
         prompt = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -47,7 +47,7 @@ class EngineReply:
         return 200, self.render(*self.written[asked], stops)
 
     def _generate(self, stops: tuple[int, ...]) -> None:
-        engine = self.session.engine
+        engine = self.components.engine
         batch = [asked for asked in list(self._waiting) if asked[2] == stops][: engine.slots]
         engine.reset()
         engine.set_context(self.policy, {row: Context(ids, budget) for row, (ids, budget, _) in enumerate(batch)})
@@ -60,7 +60,7 @@ class EngineReply:
             self._waiting.discard(asked)
 
     def render(self, ids: list[int], logprobs: list[float], stops: set[int]) -> dict[str, Any]:
-        tokenizer, eos = self.session.policy.tokenizer, self.session.policy.tokenizer.eos_id
+        tokenizer, eos = self.components.policy.tokenizer, self.components.policy.tokenizer.eos_id
         has_ended = ids[-1] in {*stops, eos}
         finish, name = ("stop", tokenizer.decode(ids[-1:])) if has_ended else ("length", None)
         whole, trimmed = tokenizer.decode(ids), tokenizer.decode(ids[:-1] if has_ended else ids)

@@ -53,22 +53,22 @@ needs_devices = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight 
 @needs_devices
 @pytest.mark.parametrize("protocol", ["tags", "steps"])
 def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Callable[[str], Path]) -> None:
-    session = tiny_run.open_components(finished(protocol))
-    params = session.policy.load(session.run.policy("rl"))
+    components = tiny_run.open_components(finished(protocol))
+    params = components.policy.load(components.run.policy("rl"))
     jobs = [
         RolloutRequest(question)
-        for question in [*session.dataset.questions("rl")[:4], *session.dataset.questions("test")]
+        for question in [*components.dataset.questions("rl")[:4], *components.dataset.questions("test")]
     ]
-    local = rollout(session.engine_backends(lambda: params), session.search_env, session.retriever, jobs)
+    local = rollout(components.engine_backends(lambda: params), components.search_env, components.retriever, jobs)
     assert sum(t.num_retrievals for t in local) > 3  # so that passages are in the contexts
-    reply = EngineReply(session, session.engine.load(params))
+    reply = EngineReply(components, components.engine.load(params))
     for dialect in ("vllm", "tokens", "llama", "sglang", "openai"):
         reply.dialect = dialect  # what is written is kept: one greedy generation for all
         plain = ["rollout.server.extra_fields=false", "rollout.server.prompt_format=text"]
         plain = plain if dialect == "openai" else []
         with serve(reply) as endpoint:
-            client = tiny_run.open_components(session.run.path, f"rollout.server.url={endpoint.url}", *plain)
-            client.retriever = session.retriever
+            client = tiny_run.open_components(components.run.path, f"rollout.server.url={endpoint.url}", *plain)
+            client.retriever = components.retriever
             heard: list[Trajectory] = []
             backend = client.backends(lambda: None)
             served = rollout(backend, client.search_env, client.retriever, jobs, on_done=heard.append)
@@ -79,7 +79,7 @@ def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Ca
                 assert theirs.steps[:-1] == mine.steps[:-1]  # which token ended a malformed step they do not tell
                 continue
             if dialect == "openai" and not all(
-                is_as_encoded(session.policy.tokenizer, sample) for sample in mine.samples
+                is_as_encoded(components.policy.tokenizer, sample) for sample in mine.samples
             ):
                 continue  # text alone: another split into tokens, so another context
             assert theirs.steps == mine.steps, dialect
@@ -100,17 +100,17 @@ def is_as_encoded(tokenizer: Tokenizer, sample: Sample) -> bool:
 @needs_devices
 def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path], tmp_path: Path) -> None:
     run_dir = shutil.copytree(finished("tags"), tmp_path / "run")
-    session = tiny_run.open_components(run_dir)
-    params = session.policy.load(session.run.policy("rl"))
+    components = tiny_run.open_components(run_dir)
+    params = components.policy.load(components.run.policy("rl"))
     assert evaluate.main(["--checkpoint", str(run_dir), "--name", "local"]) == 0
-    with serve(EngineReply(session, session.engine.load(params))) as endpoint:
+    with serve(EngineReply(components, components.engine.load(params))) as endpoint:
         served = f"rollout.server.url={endpoint.url}"
         assert evaluate.main(["--checkpoint", str(run_dir), "--name", "served", served]) == 0
         client = tiny_run.open_components(run_dir, served)
-        oneshot_rag = BASELINES["oneshot_rag"](session.config, session.policy.tokenizer)
+        oneshot_rag = BASELINES["oneshot_rag"](components.config, components.policy.tokenizer)
         backend = client.backends(lambda: None)
-        requests = [RolloutRequest(question) for question in session.dataset.questions("test")]
-        lines = rollout(backend, oneshot_rag, session.retriever, requests)
+        requests = [RolloutRequest(question) for question in components.dataset.questions("test")]
+        trajectories = rollout(backend, oneshot_rag, components.retriever, requests)
         copy = shutil.copytree(run_dir, tmp_path / "copy")
         shutil.rmtree(copy / "policy")  # a server has its own
         settings = [f"run_dir={copy}", "phases=index,eval", "eval.systems=r3rag", served]
@@ -123,8 +123,8 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
     assert rows["served"] == rows["local"]
     marks = {name: json.loads((run_dir / "eval" / f"{name}.json").read_text())["fingerprint"] for name in rows}
     assert marks["served"] == marks["local"] | {"server": endpoint.url}
-    own = rollout(session.engine_backends(lambda: params), oneshot_rag, session.retriever, requests)
-    assert [(t.steps, t.status, t.num_policy_tokens) for t in lines] == [
+    own = rollout(components.engine_backends(lambda: params), oneshot_rag, components.retriever, requests)
+    assert [(t.steps, t.status, t.num_policy_tokens) for t in trajectories] == [
         (t.steps, t.status, t.num_policy_tokens) for t in own
     ]
 

@@ -35,12 +35,12 @@ TEMPERATURES = (0.0, 0.7, 1.0)
 
 @pytest.fixture(scope="module", params=["tags", "steps"])
 def trained(request: pytest.FixtureRequest, finished: Callable[[str], Path]) -> tuple[Components, Any]:
-    session = tiny_run.open_components(finished(request.param))
-    return session, session.policy.load(session.run.policy("rl"))
+    components = tiny_run.open_components(finished(request.param))
+    return components, components.policy.load(components.run.policy("rl"))
 
 
-def requests_of(session: Components, count: int) -> list[RolloutRequest]:
-    questions = session.dataset.questions("test")[:count]
+def requests_of(components: Components, count: int) -> list[RolloutRequest]:
+    questions = components.dataset.questions("test")[:count]
     return [RolloutRequest(question, i, t, seed=5) for i, t in enumerate(TEMPERATURES) for question in questions]
 
 
@@ -56,8 +56,8 @@ class Slow:
         return self.inner.search(queries, k)
 
 
-def play(
-    session: Components,
+def sample_trajectories(
+    components: Components,
     params: Any,
     requests: Sequence[RolloutRequest],
     slots: int = 8,
@@ -66,35 +66,35 @@ def play(
     **options: Any,
 ) -> list[Trajectory]:
     """Trajectories by an engine of `slots`."""
-    config = session.config.rollout.replace(slots=slots, **options)
-    engine = engine_of(session, config, is_alone)
-    return run(session, engine, engine.load(jax.device_get(params)), requests, config, retriever)
+    config = components.config.rollout.replace(slots=slots, **options)
+    engine = engine_of(components, config, is_alone)
+    return run(components, engine, engine.load(jax.device_get(params)), requests, config, retriever)
 
 
-def engine_of(session: Components, config: RolloutConfig, is_alone: bool = False) -> Engine:
+def engine_of(components: Components, config: RolloutConfig, is_alone: bool = False) -> Engine:
     """On all devices, or on one alone, which decodes fewer rows when fewer are left."""
     shape = {"slots": config.slots, "max_length": config.max_length}
-    mesh = make_sampler_mesh(MeshConfig(sampler_devices=1), session.mesh) if is_alone else session.mesh
-    return Engine(session.policy.graphdef, session.policy.decoder_config, mesh, **shape)
+    mesh = make_sampler_mesh(MeshConfig(sampler_devices=1), components.mesh) if is_alone else components.mesh
+    return Engine(components.policy.graphdef, components.policy.decoder_config, mesh, **shape)
 
 
 def run(
-    session: Components,
+    components: Components,
     engine: Engine,
     policy: Any,
     requests: Sequence[RolloutRequest],
     config: RolloutConfig,
     retriever: Retriever | None = None,
 ) -> list[Trajectory]:
-    backend = EngineBackend(engine, policy, session.policy.tokenizer, decode_chunk=config.decode_chunk)
-    env_factory = search_env_factory(session.codec, config, top_k=session.config.retrieval.top_k, max_passages=10)
+    backend = EngineBackend(engine, policy, components.policy.tokenizer, decode_chunk=config.decode_chunk)
+    env_factory = search_env_factory(components.codec, config, top_k=components.config.retrieval.top_k, max_passages=10)
     overlap = config.search_overlap
-    return rollout(backend, env_factory, retriever or session.retriever, requests, search_overlap=overlap)
+    return rollout(backend, env_factory, retriever or components.retriever, requests, search_overlap=overlap)
 
 
-def naive(session: Components, params: Any, request: RolloutRequest) -> list[tuple[list[int], list[float]]]:
+def naive(components: Components, params: Any, request: RolloutRequest) -> list[tuple[list[int], list[float]]]:
     """Ids and log-probabilities of each step: a full forward per token, one search per step, no cache, no batch."""
-    config, codec, model = session.config.rollout, session.codec, nnx.merge(session.policy.graphdef, params)
+    config, codec, model = components.config.rollout, components.codec, nnx.merge(components.policy.graphdef, params)
     forward = _forward(model, config.max_length)
     transcript, written, seen = Transcript(codec, request.question.question), [], set[str]()
     for number in range(config.max_steps):
@@ -112,8 +112,8 @@ def naive(session: Components, params: Any, request: RolloutRequest) -> list[tup
         step = codec.parse_step(ids, number + 1)
         if ids[-1] not in {codec.eos_id, *codec.stop_ids} or not step.is_well_formed or step.answer is not None:
             break
-        [hits] = session.retriever.search([step.query or ""], session.config.retrieval.top_k + len(seen))
-        passages = select_passages(hits, seen, session.config.retrieval.top_k, max_passages=10)
+        [hits] = components.retriever.search([step.query or ""], components.config.retrieval.top_k + len(seen))
+        passages = select_passages(hits, seen, components.config.retrieval.top_k, max_passages=10)
         seen |= {passage.id for passage in passages}
         transcript.add_passages(passages)
         if len(transcript.context) >= config.max_length - 1:
@@ -141,30 +141,32 @@ def _draw(logits: np.ndarray, request: RolloutRequest, step: int, position: int)
 
 
 def test_a_trajectory_is_that_of_a_naive_loop(trained: tuple[Components, Any]) -> None:
-    session, params = trained
-    requests = requests_of(session, 3)
-    played = play(session, params, requests)
-    assert sum(t.num_retrievals for t in played) > 3  # so that passages are in the contexts
-    for request, trajectory in zip(requests, played, strict=True):
-        written = naive(session, params, request)
+    components, params = trained
+    requests = requests_of(components, 3)
+    trajectories = sample_trajectories(components, params, requests)
+    assert sum(t.num_retrievals for t in trajectories) > 3  # so that passages are in the contexts
+    for request, trajectory in zip(requests, trajectories, strict=True):
+        written = naive(components, params, request)
         assert len(written) == len(trajectory.steps)
         for number, (ids, logprobs) in enumerate(written):
-            sample = trajectory.samples[0 if session.codec.protocol.is_one_sequence else number]
-            mine = sample.loss_mask & (sample.step_ids == number if session.codec.protocol.is_one_sequence else True)
+            sample = trajectory.samples[0 if components.codec.protocol.is_one_sequence else number]
+            mine = sample.loss_mask & (sample.step_ids == number if components.codec.protocol.is_one_sequence else True)
             assert sample.ids[mine].tolist() == ids
             np.testing.assert_allclose(sample.behaviour_logprobs[mine], logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
 def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Components, Any]) -> None:
-    session, params = trained
-    requests = requests_of(session, 4)
-    plain = play(session, params, requests)
+    components, params = trained
+    requests = requests_of(components, 4)
+    plain = sample_trajectories(components, params, requests)
     order = np.random.default_rng(0).permutation(len(requests)).tolist()
-    slow, shuffled = Slow(session.retriever), [requests[i] for i in order]
+    slow, shuffled = Slow(components.retriever), [requests[i] for i in order]
     ways = (8, 1, slow, False), (3, 0, None, False), (3, 2, slow, False), (8, 0, None, True)
     for slots, turns, retriever, is_alone in ways:
-        others = play(session, params, shuffled, slots, retriever, is_alone, search_overlap=turns, decode_chunk=7)
+        others = sample_trajectories(
+            components, params, shuffled, slots, retriever, is_alone, search_overlap=turns, decode_chunk=7
+        )
         for i, other in zip(order, others, strict=True):
             assert other.steps == plain[i].steps and other.status == plain[i].status
             for one, sample in zip(plain[i].samples, other.samples, strict=True):
@@ -174,11 +176,11 @@ def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Components,
 
 @pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
 def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Components, Any]) -> None:
-    session, params = trained
-    requests = requests_of(session, 4)
+    components, params = trained
+    requests = requests_of(components, 4)
     fast, slow = (
-        play(session, params, requests, 4, retriever, search_overlap=1)
-        for retriever in (session.retriever, Slow(session.retriever))
+        sample_trajectories(components, params, requests, 4, retriever, search_overlap=1)
+        for retriever in (components.retriever, Slow(components.retriever))
     )
     for one, other in zip(fast, slow, strict=True):
         for a, b in zip(one.samples, other.samples, strict=True):
@@ -190,16 +192,18 @@ def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Components, Any]) ->
 @pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
 def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Components, Any], is_alone: bool) -> None:
     """Two hundred trajectories of all lengths, groups and temperatures, some slots full and some not."""
-    session, params = trained
-    config = session.config.rollout.replace(slots=16)
-    engine = engine_of(session, config, is_alone)
+    components, params = trained
+    config = components.config.rollout.replace(slots=16)
+    engine = engine_of(components, config, is_alone)
     policy = engine.load(jax.device_get(params))
     engine.warm_up(policy)
-    run(session, engine, policy, requests_of(session, 1)[:1], config)  # what else is compiled once, outside of it
+    run(components, engine, policy, requests_of(components, 1)[:1], config)  # what else is compiled once, outside of it
     before = num_compiled()
-    questions = [dataclasses.replace(q, id=f"{q.id}-{i}") for i in range(50) for q in session.dataset.questions("test")]
+    questions = [
+        dataclasses.replace(q, id=f"{q.id}-{i}") for i in range(50) for q in components.dataset.questions("test")
+    ]
     assert len(questions) == 200
     requests = [RolloutRequest(q, i % 4, TEMPERATURES[i % 3]) for i, q in enumerate(questions)]
-    played = run(session, engine, policy, requests, config)
+    trajectories = run(components, engine, policy, requests, config)
     assert num_compiled() == before
-    assert len({len(sample) for t in played for sample in t.samples}) > 10
+    assert len({len(sample) for t in trajectories for sample in t.samples}) > 10

@@ -189,7 +189,7 @@ def directory(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def session(directory: Path, chat_template: str, run_dir: Path) -> Components:
+def open_components(directory: Path, chat_template: str, run_dir: Path) -> Components:
     return Components(
         Config(
             model=ModelConfig(path=str(directory), chat_template=chat_template),
@@ -201,7 +201,7 @@ def session(directory: Path, chat_template: str, run_dir: Path) -> Components:
 
 
 def test_the_cold_start_trains_on_the_published_text(model: str, directory: Path, tmp_path: Path) -> None:
-    codec = session(directory, TEMPLATE[model], tmp_path).codec
+    codec = open_components(directory, TEMPLATE[model], tmp_path).codec
     trajectory = Trajectory(Question("q", QUESTION, ("no American",)), STEPS, Status.ANSWERED)
     samples = teacher_samples(codec, trajectory)
     assert [codec.tokenizer.decode(sample.ids) for sample in samples] == list(PUBLISHED[model])
@@ -212,7 +212,7 @@ def test_the_cold_start_trains_on_the_published_text(model: str, directory: Path
 
 
 def test_a_rollout_reads_the_published_prompts_and_its_steps_back(model: str, directory: Path, tmp_path: Path) -> None:
-    codec = session(directory, TEMPLATE[model], tmp_path).codec
+    codec = open_components(directory, TEMPLATE[model], tmp_path).codec
     steps, transcript = make_protocol("steps"), Transcript(codec, QUESTION)
     for number, (step, text) in enumerate(zip(STEPS, PUBLISHED[model], strict=True), 1):
         prompt = codec.tokenizer.decode(transcript.context)
@@ -240,12 +240,12 @@ BRIEF = {
 
 
 def test_the_models_own_templates_say_something_else(model: str, directory: Path, tmp_path: Path) -> None:
-    tokenizer = session(directory, "", tmp_path).policy.tokenizer
+    tokenizer = open_components(directory, "", tmp_path).policy.tokenizer
     assert tokenizer.render_chat([{"role": "user", "content": "Hi"}]) == OWN[model]
 
 
 def test_a_system_turn_that_is_given_stays(model: str, directory: Path, tmp_path: Path) -> None:
-    tokenizer = session(directory, TEMPLATE[model], tmp_path).policy.tokenizer
+    tokenizer = open_components(directory, TEMPLATE[model], tmp_path).policy.tokenizer
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert tokenizer.render_chat(messages, add_generation_prompt=False) == BRIEF[model]
 
@@ -253,7 +253,7 @@ def test_a_system_turn_that_is_given_stays(model: str, directory: Path, tmp_path
 def test_an_exported_policy_keeps_the_template_it_was_trained_under(
     model: str, directory: Path, tmp_path: Path
 ) -> None:
-    chosen = session(directory, TEMPLATE[model], tmp_path).policy.tokenizer
+    chosen = open_components(directory, TEMPLATE[model], tmp_path).policy.tokenizer
     chosen.save(tmp_path / "out")
     messages = [{"role": "user", "content": QUESTION}]
     want = chosen.render_chat(messages)
@@ -265,7 +265,7 @@ def test_an_exported_policy_keeps_the_template_it_was_trained_under(
 
 def test_a_template_of_ones_own(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
-    own = session(directory, str(tmp_path / "own.jinja"), tmp_path).policy.tokenizer
+    own = open_components(directory, str(tmp_path / "own.jinja"), tmp_path).policy.tokenizer
     assert own.render_chat([{"role": "user", "content": "Hi"}]) == "[Hi]"
     with pytest.raises(UserError, match=r"model\.chat_template must be chatml, llama3 or a Jinja file; got chatlm$"):
         read_template("chatlm")
