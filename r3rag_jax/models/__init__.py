@@ -1,1 +1,1 @@
-"""Models: the decoder, text encoders, LoRA, and Hugging Face files in and out."""
+"""Models: the decoder, text encoders, LoRA, and reading and writing Hugging Face files."""

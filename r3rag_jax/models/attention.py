@@ -1,4 +1,4 @@
-"""Causal grouped-query attention for training shapes, by named implementation.
+"""Causal grouped-query attention over whole sequences, for training; several implementations, chosen by name.
 
 Shapes: B rows, L tokens, N query heads, K kv heads (N = K * G), H head dim.
 """
@@ -19,10 +19,10 @@ from r3rag_jax.parallel.shardings import partition_spec
 from r3rag_jax.parallel.target import ONE_CPU, Target
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
-PLATFORMS = {"cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # xla: any
-QUERY_CHUNK = 128  # of xla
-SAVED = "attention"  # of xla: what its backward pass needs besides q, k and v, for policies of `jax.checkpoint`
-LANES, MAX_BLOCK = 128, 512  # of splash: a block is a multiple of the first and at most the second, in tokens
+PLATFORMS = {"cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # "xla" runs on any platform
+QUERY_CHUNK = 128  # queries that "xla" attends from at a time
+SAVED = "attention"  # `checkpoint_name` of what "xla" saves besides q, k and v
+LANES, MAX_BLOCK = 128, 512  # a block of "splash" is a multiple of LANES and at most MAX_BLOCK, in tokens
 
 
 def attention(
@@ -35,24 +35,24 @@ def attention(
     implementation: str = "xla",
     target: Target = ONE_CPU,
 ) -> jax.Array:
-    """Attend causally, inside segments of equal id when they are given; returns [B, L, N, H].
+    """Causal attention within segments and branches; returns [B, L, N, H].
 
-    out[i] = sum_j softmax_j(q[i] . k[j] / sqrt(H)) v[j], j over what token i sees (arXiv 1706.03762).
+    out[i] = sum_j softmax_j(q[i] . k[j] / sqrt(H)) v[j], where j runs over the tokens that i sees (arXiv 1706.03762).
 
-    The implementations give the same numbers within stated bounds: the Euclidean norm of the difference to "xla",
-    relative to its norm, is at most 1e-2 in bfloat16 and 2e-6 in float32 (with matmuls in full precision), of the
-    output and of the gradients of q, k and v each. The partitioner splits "xla" and "cudnn" over a mesh; "splash" is
-    mapped over the target's mesh by hand.
+    For the output and for each of the gradients of q, k and v, the relative L2 difference of any implementation to
+    "xla" is at most 1e-2 in bfloat16 and 2e-6 in float32 (with full-precision matmuls). XLA's partitioner shards "xla"
+    and "cudnn" over a mesh; "splash" runs under `shard_map`.
 
     Args:
         q_BLNH: queries. k_BLKH, v_BLKH: keys and values; query head n reads kv head n // G.
-        segment_ids_BL: int32; token i sees token j when j <= i and both have one id. A token
-            always sees itself, so padding (id 0, seen by padding alone) yields finite numbers.
-        branch_ids_BL: int32; and j's branch is 0 or i's (`prefix_tree.py`). Not with "splash".
+        segment_ids_BL: int32; token i sees token j only if j <= i and their ids are equal. Padding has id 0. Every
+            token sees itself, so outputs of padding are finite. None: one segment.
+        branch_ids_BL: int32; token i sees token j only if j's branch is 0 or equals i's (`training/prefix_tree.py`).
+            None: no branches. Not supported by "splash".
         implementation: "xla" (any device), "cudnn" (NVIDIA; bfloat16 or float16; H a multiple of 8, at most 128, or
-            256 from Hopper on; an even L where there are segment ids) or "splash" (TPU; on CPU the kernel is
-            interpreted, slowly).
-        target: the devices that this is compiled for.
+            256 from Hopper on; an even L if there are segment ids) or "splash" (TPU; CPUs interpret the kernel, which
+            is slow).
+        target: the devices to compile for.
 
     Raises:
         ValueError: the implementation is unknown.
@@ -64,7 +64,7 @@ def attention(
         known = " or ".join(PLATFORMS[implementation])
         raise UserError(f"attention {implementation!r} must run on {known}; got {target.platform}")
     if implementation == "splash" and branch_ids_BL is not None:
-        raise UserError("attention 'splash' must have no branch_ids: its kernel knows equal segments alone")
+        raise UserError("attention 'splash' must have no branch_ids, since its kernel masks by segment only")
     if implementation == "splash":
         return _splash(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, target)
     if implementation == "cudnn":
@@ -77,7 +77,7 @@ def attention(
 def _visible(
     segment_ids_BL: jax.Array | None, branch_ids_BL: jax.Array | None, start: int, end: int
 ) -> jax.Array | None:
-    """bool [B, end - start, end], whether a query from `start` on may see a key, but for causality; None: all."""
+    """Segment and branch mask of queries start .. end and keys 0 .. end, bool [B, end - start, end]; None: all True."""
     mask = None
     if segment_ids_BL is not None:
         mask = segment_ids_BL[:, start:end, None] == segment_ids_BL[:, None, :end]
@@ -91,9 +91,9 @@ def _visible(
 def _splash(
     q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, segment_ids_BL: jax.Array | None, target: Target
 ) -> jax.Array:
-    """Run the kernel on each device's rows and heads: the partitioner splits no kernel, so `shard_map` does.
+    """Run the kernel under `shard_map` on each device's rows and heads, since XLA cannot partition a kernel.
 
-    Where the tensor axis does not divide K, each of its devices computes all heads.
+    If K is not divisible by the tensor axis, every device of that axis computes all heads.
     """
     kernel = functools.partial(_splash_kernel, interpret=target.is_cpu)
     mesh = target.mesh
@@ -107,9 +107,9 @@ def _splash(
 def _splash_kernel(
     q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, segment_ids_BL: jax.Array | None, *, interpret: bool
 ) -> jax.Array:
-    """Flash attention that skips the blocks above the diagonal, on one device; `jax.experimental.pallas.ops.tpu`.
+    """Flash attention on one device (`jax.experimental.pallas.ops.tpu`); it skips the blocks above the diagonal.
 
-    Rows are padded at their end to whole blocks of one size: no token sees what comes after it.
+    Rows are right-padded to a multiple of the block size. Causality keeps the padding invisible to tokens.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Pallas takes a while to import
 
@@ -121,7 +121,7 @@ def _splash_kernel(
     def by_head(x_BLNH: jax.Array) -> jax.Array:
         return jnp.pad(jnp.swapaxes(x_BLNH, 1, 2), ((0, 0), (0, 0), (0, missing), (0, 0)))
 
-    # The kernel does not scale. 128**-0.5 has no exact bfloat16: that would shift every score the same way.
+    # The kernel does not scale the scores. Scale in float32: 128**-0.5 rounded to bfloat16 would bias every score.
     q = (by_head(q_BLNH).astype(jnp.float32) * H**-0.5).astype(q_BLNH.dtype)
     segments = None
     if segment_ids_BL is not None:
@@ -154,10 +154,10 @@ def _chunked(
     segment_ids_BL: jax.Array | None,
     branch_ids_BL: jax.Array | None,
 ) -> jax.Array:
-    """Exact attention, QUERY_CHUNK queries at a time against the keys up to theirs.
+    """Exact attention from QUERY_CHUNK queries at a time to the keys up to the last of these queries.
 
-    The masked half above the diagonal is skipped. Only the log of the weights' sum is kept; the backward pass
-    recomputes the weights from it (arXiv 2205.14135).
+    Keys above the diagonal blocks are skipped. The forward pass saves the log-sum-exp of the scores instead of the
+    weights, and the backward pass recomputes the weights from it (arXiv 2205.14135).
     """
     return _chunked_forward(target, q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL)[0]
 
@@ -190,7 +190,7 @@ def _chunked_backward(
     q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL, out, lse = saved
     K = k_BLKH.shape[2]
     q, k, v, grad = _by_head(q_BLNH, K), _by_head(k_BLKH), _by_head(v_BLKH), _by_head(grad_BLNH, K)
-    # d weights . weights, summed over keys, is d out . out
+    # The sum over keys of grad_weights * weights equals the sum over H of grad * out.
     inner = jnp.sum(grad.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     grad_qs, grad_k, grad_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for start, end in _query_chunks(q_BLNH):
@@ -216,7 +216,7 @@ def _query_chunks(q_BLNH: jax.Array) -> list[tuple[int, int]]:
 
 
 def _by_head(x: jax.Array, num_kv_heads: int | None = None) -> jax.Array:
-    """[B, L, K, H] -> [B, K, L, H]; queries, with their kv heads named, [B, L, N, H] -> [B, K, G, L, H]."""
+    """[B, L, K, H] -> [B, K, L, H]; with `num_kv_heads`, for queries, [B, L, N, H] -> [B, K, G, L, H]."""
     if num_kv_heads is None:
         return jnp.swapaxes(x, 1, 2)
     B, L, N, H = x.shape
@@ -236,7 +236,7 @@ def _scores(
     start: int,
     target: Target,
 ) -> jax.Array:
-    """float32 [B, K, G, queries, keys], -inf where a query does not see a key."""
+    """Scaled scores of queries from `start` on, float32 [B, K, G, queries, keys]; -inf where a key is masked."""
     end = k.shape[2]
     mask = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
     visible = _visible(segment_ids_BL, branch_ids_BL, start, end)
@@ -244,7 +244,7 @@ def _scores(
     return jnp.where(mask[:, None, None], _products(q, k, target) * q.shape[-1] ** -0.5, -jnp.inf)
 
 
-# The heads that read one kv head are rows of one matmul: XLA's CPU einsum over five axes is several times slower.
+# The G query heads of a kv head form the rows of one matmul. XLA's CPU einsum over five axes is several times slower.
 
 
 def _products(x: jax.Array, y: jax.Array, target: Target) -> jax.Array:
@@ -262,7 +262,7 @@ def _weighted(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _sum_over_queries(weights: jax.Array, x: jax.Array, target: Target) -> jax.Array:
-    """[B, K, G, q, m] with [B, K, G, q, H] -> [B, K, m, H], over queries and the heads of a kv head."""
+    """[B, K, G, q, m] with [B, K, G, q, H] -> [B, K, m, H], summed over queries q and the heads G of a kv head."""
     B, K, G, rows, keys = weights.shape
     flat = jnp.matmul(
         transpose_copy(weights.reshape(B * K, G * rows, keys), target),

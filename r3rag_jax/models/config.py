@@ -11,7 +11,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-# Where a config.json leaves these out, transformers fills in the value of the model family.
+# Defaults of transformers for fields that a config.json omits.
 _DEFAULT_NORM_EPS = 1e-6
 _DEFAULT_ROPE_THETA = 10_000.0
 _DEFAULT_MAX_POSITIONS = {"llama": 2048, "qwen2": 32_768, "qwen3": 32_768}
@@ -22,14 +22,14 @@ class RopeScaling:
     """The four numbers of Llama-3.1's rotary scaling, under their Hugging Face names."""
 
     factor: float  # low frequencies are divided by it
-    low_freq_factor: float  # fewer turns than this over the original context: a low frequency
-    high_freq_factor: float  # more turns than this: a high frequency, kept as it is
+    low_freq_factor: float  # frequencies with fewer rotations over the original context are low
+    high_freq_factor: float  # frequencies with more rotations over the original context are high: unchanged
     original_max_position_embeddings: int  # context length before scaling, in tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Every number that fixes the shape and the arithmetic of a decoder."""
+    """Hyperparameters of a decoder: its shapes and architecture options."""
 
     vocab_size: int  # rows of the embedding table (may exceed the tokenizer's entries)
     hidden_size: int  # D, width of the residual stream
@@ -44,8 +44,8 @@ class DecoderConfig:
     attention_bias: bool = False  # q, k, v projections carry a bias (Qwen2)
     qk_norm: bool = False  # RMSNorm on each q and k head before RoPE (Qwen3)
     tie_embeddings: bool = False  # the output layer is the embedding table
-    max_positions: int = 2048  # longest sequence the model was made for, in tokens
-    model_type: str = "llama"  # llama, qwen2 or qwen3: names the tensors of the HF files
+    max_positions: int = 2048  # longest sequence that the model supports, in tokens
+    model_type: str = "llama"  # llama, qwen2 or qwen3; the `model_type` of config.json
 
     def __post_init__(self) -> None:
         """Check the relations between the fields.
@@ -67,11 +67,10 @@ class DecoderConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> DecoderConfig:
         """Read the dictionary of a Hugging Face `config.json`.
 
-        Both spellings of RoPE are read: `rope_theta` + `rope_scaling`, and the `rope_parameters`
-        of transformers 5.
+        RoPE may be given as `rope_theta` and `rope_scaling`, or as the `rope_parameters` of transformers 5.
 
         Raises:
-            ValueError: the file asks for something this decoder does not compute, or lacks a size.
+            ValueError: a size is missing, or a value is not supported by this decoder (the message names the field).
         """
         model_type = hf.get("model_type")
         if model_type not in ARCHITECTURES:
@@ -104,7 +103,7 @@ class DecoderConfig:
         )
 
     def to_hf(self, torch_dtype: str = "float32") -> dict[str, Any]:
-        """Return the `config.json` dictionary that transformers 4 and 5 read as this very model."""
+        """Return the `config.json` dictionary from which transformers 4 and 5 build the same model."""
         scaling = None
         if self.rope_scaling is not None:
             scaling = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
@@ -134,7 +133,7 @@ class DecoderConfig:
 
 
 def _refuse_unsupported(hf: Mapping[str, Any], model_type: str) -> None:
-    """Raise ValueError by name when the config asks for arithmetic that the decoder lacks."""
+    """Raise a ValueError that names the field if the config uses a feature that the decoder does not support."""
     act = hf.get("hidden_act", "silu")
     if act != "silu":
         raise ValueError(f"hidden_act must be 'silu'; got {act!r}")
@@ -144,13 +143,13 @@ def _refuse_unsupported(hf: Mapping[str, Any], model_type: str) -> None:
     if layer_types:
         raise ValueError(f"layer_types must all be 'full_attention'; got {sorted(layer_types)}")
     for key in ("mlp_bias", "attention_bias"):
-        # Llama and Qwen3 checkpoints of this kind also bias the output projection.
+        # In Llama and Qwen3 attention_bias also adds a bias to the output projection, which the decoder lacks.
         if hf.get(key):
             raise ValueError(f"{key} must be false for model_type {model_type!r}; got true")
 
 
 def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Return (rope_theta, llama3 scaling or None) from either spelling."""
+    """Return (rope_theta, llama3 scaling or None) from `rope_parameters` or `rope_scaling`."""
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or _DEFAULT_ROPE_THETA
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -2,7 +2,7 @@
 
 Shapes: B rows, L tokens, D width, N query heads, K kv heads, G = N / K, H head dim, F feed-forward width, V vocab,
 Ly layers. Left out on purpose: dropout, sliding windows, biases on the output projection (no supported checkpoint
-has them). The forward behind a cache is in `cached_decoder.py`.
+has them). The forward with a KV cache is in `sampler/cached_decoder.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ PARAM_AXES: dict[str, tuple[str | None, ...]] = {
     "final_norm": (None,),
     "lm_head": ("embed", "vocab"),
 }
-# Adapters (lora.py): what is added to rows of some tokens; of a projection [in, out], a [in, rank] and b [rank, out].
+# Adapters of lora.py: *_rows [T, D] are added to the rows of T tokens; *_a [in, rank] and *_b [rank, out] belong to a
+# projection [in, out].
 PARAM_AXES |= {"embed_rows": (None, "embed"), "head_rows": (None, "embed")}
 PARAM_AXES |= {f"{name}_a": (*axes[:2], None) for name, axes in PARAM_AXES.items() if name.endswith("_proj")}
 PARAM_AXES |= {f"{name}_b": (axes[0], None, axes[2]) for name, axes in PARAM_AXES.items() if name.endswith("_proj")}
@@ -58,7 +59,7 @@ _REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 
 
 def param_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter this config has, by name; layer stacks lead with Ly."""
+    """Return name -> shape of every parameter; stacked layer parameters have a leading axis Ly."""
     Ly, D, F, H, V = (
         config.num_layers,
         config.hidden_size,
@@ -90,7 +91,7 @@ def param_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def param_shardings(mesh: Mesh, config: DecoderConfig) -> dict[str, NamedSharding]:
-    """Where each parameter of a decoder goes, by name."""
+    """Return name -> sharding of every parameter of a decoder."""
     return {
         name: NamedSharding(mesh, partition_spec(mesh, PARAM_AXES[name], shape))
         for name, shape in param_shapes(config).items()
@@ -108,8 +109,8 @@ class Layers(nnx.Module):
 class Decoder(nnx.Module):
     """A pre-norm decoder: RoPE, grouped-query attention, gated SiLU feed-forward."""
 
-    embed_rows: nnx.Param  # of an adapter, see lora.py
-    head_rows: nnx.Param
+    embed_rows: nnx.Param  # [T, D], set by `lora.attach`
+    head_rows: nnx.Param  # [T, D], set by `lora.attach`
 
     def __init__(
         self,
@@ -120,15 +121,17 @@ class Decoder(nnx.Module):
         dtype: jax.typing.DTypeLike = jnp.float32,
         attention_implementation: str = "xla",
     ):
-        """Draw parameters: normal with variance 1 / fan-in, norms one, biases zero.
+        """Initialise parameters: normal with variance 1 / fan-in, norm scales one, biases zero.
 
-        What writes to the residual stream is smaller by sqrt(2 Ly), so that depth does not add up. (Not the
-        fixed 0.02 of large models: at width 128 attention then starts uniform, and learns to copy late.)
+        Projections that write to the residual stream are smaller by sqrt(2 Ly), so that its variance does not grow with
+        depth. (A fixed standard deviation of 0.02, common for large models, gives nearly uniform attention at width
+        128, and the model learns late to copy.)
 
         Args:
-            rngs: its `params` stream is used. param_dtype: of the stored parameters. dtype: of
-                matmul inputs; norms, softmax and matmul accumulation are float32.
-            attention_implementation: for the training forward; see attention.py.
+            rngs: its `params` stream is used.
+            param_dtype: of the stored parameters.
+            dtype: of matmul inputs; norms, softmax and matmul accumulation are float32.
+            attention_implementation: see `attention.attention`.
 
         Raises:
             ValueError: the attention implementation is unknown.
@@ -140,8 +143,8 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.attention_implementation = attention_implementation
-        self.adapter_scale = 0.0  # factor of the adapters of lora.py, where there are any
-        self.adapter_tokens: tuple[int, ...] = ()  # tokens whose embeddings have an adapter
+        self.adapter_scale = 0.0  # alpha / rank of the adapters, set by `lora.attach`
+        self.adapter_tokens: tuple[int, ...] = ()  # token ids of `embed_rows` and `head_rows`
 
         def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
             if name.endswith("_norm"):
@@ -174,14 +177,11 @@ class Decoder(nnx.Module):
         """Return the hidden states after the final norm, [B, L, D] of the compute dtype.
 
         Args:
-            tokens_BL, positions_BL: int32; positions feed RoPE only, causality follows the order
-                in the row.
-            segment_ids_BL: int32; tokens see earlier tokens of their own id. Padding has id 0.
-                None: one segment.
-            branch_ids_BL: int32; of these, only tokens of branch 0 and of their own. None: no branches.
-            remat: "none", "full" (recompute everything but layer inputs) or "dots" (keep matmul
-                outputs, those of attention as a whole).
-            target: the devices that this is compiled for.
+            tokens_BL, positions_BL: int32; positions are used by RoPE only, causality follows the order in the row.
+            segment_ids_BL, branch_ids_BL: int32, what a token sees; see `attention.attention`.
+            remat: "none", "full" (save only the layer inputs) or "dots" (save the outputs of projections and of
+                attention).
+            target: the devices to compile for.
 
         Raises:
             ValueError: `remat` is unknown.
@@ -191,7 +191,7 @@ class Decoder(nnx.Module):
         cos, sin = rope_tables(self.config, positions_BL)
 
         def body(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-            w = self._prepared(w)  # inside the loop: before it, all layers' parameters would be copied
+            w = self._prepared(w)  # inside the scan, so that only one layer's cast copy exists at a time
             q, k, v = qkv(self.config, w, x, cos, sin, target)
             out = attention(
                 q, k, v, segment_ids_BL, branch_ids_BL, implementation=self.attention_implementation, target=target
@@ -210,7 +210,7 @@ class Decoder(nnx.Module):
         return jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
 
     def output_weight(self) -> jax.Array:
-        """Return the output layer in the compute dtype: [D, V], or the embeddings [V, D] where they are tied."""
+        """Return the output layer in the compute dtype: [D, V], or the embeddings [V, D] if they are tied."""
         if self.config.tie_embeddings:
             return self.table().astype(self.dtype)
         weight = self.param("lm_head")[...]
@@ -219,26 +219,26 @@ class Decoder(nnx.Module):
         return weight.astype(self.dtype)
 
     def param(self, name: str) -> nnx.Param:
-        """Return a parameter by its name in PARAM_AXES, whether stacked or not."""
+        """Return the parameter with this name in PARAM_AXES, from the layer stack or the model itself."""
         owner = self.layers if PARAM_AXES[name][0] == "layers" else self
         return getattr(owner, name)
 
     def table(self) -> jax.Array:
-        """Return the embeddings [V, D], those of tokens with an adapter moved by it."""
+        """Return the embeddings [V, D], with `embed_rows` added to the rows of `adapter_tokens`."""
         table = self.param("embed")[...]
         if not self.adapter_tokens:
             return table
         return table.at[jnp.asarray(self.adapter_tokens)].add(self.embed_rows[...].astype(table.dtype))
 
     def layer_params(self) -> dict[str, jax.Array]:
-        """Return the stacked layer parameters by name, matmul inputs in the compute dtype, adapters scaled."""
+        """Return name -> stacked layer parameter, cast to the compute dtype except norms; adapters are scaled."""
         return self._prepared(self._stacked())
 
     def _stacked(self) -> dict[str, jax.Array]:
         return {name: param[...] for name, param in vars(self.layers).items() if isinstance(param, nnx.Param)}
 
     def _prepared(self, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Of one layer or of all."""
+        """Cast and scale the parameters of one layer or of a stack of layers."""
 
         def one(name: str, value: jax.Array) -> jax.Array:
             if name.endswith("_norm"):
@@ -251,7 +251,7 @@ class Decoder(nnx.Module):
 def qkv(
     config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array, target: Target
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return queries [B, L, N, H], keys and values [B, L, K, H] of a layer's parameters `w`, RoPE applied."""
+    """Return queries [B, L, N, H], keys and values [B, L, K, H] of a layer with parameters `w`, after RoPE."""
     h = rms_norm(x, w["input_norm"], config.norm_eps, target)
 
     def heads(name: str, num: int) -> jax.Array:
@@ -273,7 +273,7 @@ def norm_and_rope(
     sin: jax.Array,
     target: Target,
 ) -> tuple[jax.Array, jax.Array]:
-    """Normalise queries and keys where the model does so (Qwen3), then apply RoPE."""
+    """Apply RMSNorm to each head of q and k if the model has it (Qwen3), then RoPE."""
     if config.qk_norm:
         q = rms_norm(q, w["q_norm"], config.norm_eps, target)
         k = rms_norm(k, w["k_norm"], config.norm_eps, target)
@@ -283,7 +283,7 @@ def norm_and_rope(
 def finish_layer(
     config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array, out: jax.Array, target: Target
 ) -> jax.Array:
-    """Add attention output [B, L, N, H] and feed-forward to the residual stream [B, L, D]."""
+    """Add the projected attention output [B, L, N, H] and the feed-forward layer to the residual stream [B, L, D]."""
     x = x + _project(w, "o_proj", out.reshape(*out.shape[:-2], -1), target)
     h = rms_norm(x, w["post_norm"], config.norm_eps, target)
     gated = jax.nn.silu(_project(w, "gate_proj", h, target)) * _project(w, "up_proj", h, target)
@@ -291,7 +291,7 @@ def finish_layer(
 
 
 def _project(w: dict[str, jax.Array], name: str, x: jax.Array, target: Target) -> jax.Array:
-    """Multiply by a projection of the layer and, where it has one, add its adapter's share."""
+    """Multiply by a projection of the layer, with its adapter if there is one."""
     if f"{name}_a" not in w:
         return matmul(x, w[name], target)
     return adapted_matmul(x, w[name], w[f"{name}_a"], w[f"{name}_b"], target)
@@ -300,16 +300,16 @@ def _project(w: dict[str, jax.Array], name: str, x: jax.Array, target: Target) -
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, target: Target) -> jax.Array:
     """Return x / sqrt(mean(x^2) + eps) * scale in float32, last axis (arXiv:1910.07467).
 
-    On several devices the backward pass is autodiff's, as in `matmul`.
+    On one device it has a custom backward pass; on several devices it uses autodiff, see `matmul.matmul`.
     """
     return _rms_norm(x, scale, eps) if target.is_one_device else _normalized(x, scale, eps)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm whose backward sums, over tokens and over the width, are products with vectors.
+    """RMSNorm with a backward pass that computes its sums over tokens and over the width as matrix-vector products.
 
-    XLA's CPU backend takes some fifteen times as long for the sums that autodiff writes, a tenth of a training step.
+    On XLA's CPU backend the sums of autodiff take fifteen times as long, which is a tenth of a training step.
     """
     return _normalized(x, scale, eps)
 
@@ -343,7 +343,7 @@ _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rope_frequencies(config: DecoderConfig) -> np.ndarray:
-    """Return the float32 [H / 2] rotary frequencies theta^(-2i/H), with llama3 scaling if asked.
+    """Return the float32 [H / 2] rotary frequencies theta^(-2i/H), with llama3 scaling if the config has it.
 
     Llama-3.1 divides the low frequencies (wavelength > original / low_freq_factor) by `factor`,
     keeps the high ones (wavelength < original / high_freq_factor) and blends linearly in between.
@@ -359,12 +359,12 @@ def rope_frequencies(config: DecoderConfig) -> np.ndarray:
 
 
 def rope_tables(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return float32 cos and sin [..., 1, H / 2] of each position's angles (arXiv:2104.09864)."""
+    """Return cos and sin of the RoPE angles of positions [...], float32 [..., 1, H / 2] (arXiv:2104.09864)."""
     angles = positions[..., None, None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the pairs (x[i], x[i + H/2]) of [..., heads, H], the layout of Hugging Face files."""
+    """Apply RoPE to x [..., heads, H]: rotate the pairs (x[i], x[i + H/2]), as Hugging Face models do."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

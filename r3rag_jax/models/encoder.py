@@ -2,7 +2,7 @@
 
 Shapes: B rows, L tokens, D width, N heads, H = D / N, F feed-forward width, V vocab, P positions, T token
 types, Ly layers. Left out on purpose: dropout, text pairs (every token has type 0), the pooler and the
-heads of pre-training, none of which embeddings use.
+pre-training heads. Embeddings need none of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from r3rag_jax.models.hf.tensor_files import TensorFiles, check_tensors, read_co
 
 POOLINGS = ("mean", "cls")
 
-# Our parameter name -> Hugging Face name; {i} is the layer. The matrices, `*_proj`, are transposed.
+# Our parameter name -> Hugging Face name, where {i} is the layer. The files hold `*_proj` transposed, as [out, in].
 HF_NAMES = {
     "word_embed": "embeddings.word_embeddings.weight",
     "position_embed": "embeddings.position_embeddings.weight",
@@ -46,10 +46,13 @@ HF_NAMES = {
     "ffn_norm_bias": "encoder.layer.{i}.output.LayerNorm.bias",
 }
 _LAYER_PARAMS = tuple(name for name, hf_name in HF_NAMES.items() if "{i}" in hf_name)
-_OLD_NAMES = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}  # as converted from TensorFlow
-_PREFIX = "bert."  # models with a head (BertForMaskedLM, …) name the encoder's tensors so
-_IGNORED = ("pooler.", "embeddings.position_ids")  # beginnings of names that embeddings do not use
-# What this encoder computes; transformers fills in the same where a config.json is silent.
+_OLD_NAMES = {
+    "LayerNorm.weight": "LayerNorm.gamma",
+    "LayerNorm.bias": "LayerNorm.beta",
+}  # names in files converted from TensorFlow
+_PREFIX = "bert."  # name prefix of the encoder's tensors in models with a head (BertForMaskedLM, …)
+_IGNORED = ("pooler.", "embeddings.position_ids")  # name prefixes of tensors that are not read
+# The only supported values of these config.json fields; they are also the defaults of transformers.
 _ONLY = {
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
@@ -60,7 +63,7 @@ _ONLY = {
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """Every number that fixes the shape and the arithmetic of an encoder."""
+    """Hyperparameters of an encoder."""
 
     vocab_size: int  # V, rows of the embedding table
     hidden_size: int  # D, width of the residual stream and of the embeddings
@@ -88,7 +91,7 @@ class BertConfig:
         """Read the dictionary of a Hugging Face `config.json`.
 
         Raises:
-            ValueError: the file asks for something this encoder does not compute, or lacks a size.
+            ValueError: a size is missing, or a value is not supported by this encoder (the message names the field).
         """
         if hf.get("model_type") != "bert":
             raise ValueError(f"model_type must be 'bert'; got {hf.get('model_type')!r}")
@@ -114,7 +117,7 @@ class BertConfig:
 
 
 def param_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter by name; layer stacks lead with Ly."""
+    """Return name -> shape of every parameter; stacked layer parameters have a leading axis Ly."""
     Ly, D, F = config.num_layers, config.hidden_size, config.ffn_size
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(HF_NAMES, (D,)) | dict.fromkeys(_LAYER_PARAMS, (Ly, D))
     shapes |= dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (Ly, D, D))
@@ -129,14 +132,15 @@ def param_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Bert(nnx.Module):
-    """A post-norm encoder: learnt positions, attention in both directions, gelu feed-forward."""
+    """A post-norm encoder: learned position embeddings, bidirectional attention, GELU feed-forward."""
 
     def __init__(self, config: BertConfig, params: Mapping[str, jax.Array], *, dtype: jax.typing.DTypeLike):
-        """Hold the parameters of `param_shapes(config)`, by name.
+        """Build an encoder from its parameters.
 
         Args:
-            dtype: of matmul inputs; norms, softmax and accumulation are float32. With float32, products
-                are too on devices that would round their inputs by default (TPU, TF32 of NVIDIA).
+            params: name -> array, with the names and shapes of `param_shapes(config)`.
+            dtype: of matmul inputs; norms, softmax and accumulation are float32. float32 matmuls run at full
+                precision, also on devices that round their inputs by default (TPU, TF32 on NVIDIA).
         """
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -146,11 +150,12 @@ class Bert(nnx.Module):
     def __call__(self, tokens_BL: jax.Array, mask_BL: jax.Array) -> jax.Array:
         """Return the hidden states of the last layer, [B, L, D] of the compute dtype.
 
-        A text's states do not depend on where in its row its tokens lie: positions count kept tokens.
+        Positions count the kept tokens of a row, so the states of a text do not depend on where padding is.
 
         Args:
-            tokens_BL: int32 ids. mask_BL: bool, True = keep; wherever the padding lies, it is not seen
-                and its own states are finite and without meaning.
+            tokens_BL: int32 ids.
+            mask_BL: bool, True = keep. Padding may be anywhere: it is not attended to, and its states are finite but
+                undefined.
         """
         positions_BL = jnp.maximum(jnp.cumsum(mask_BL, axis=1) - 1, 0)
         x = self.param("word_embed")[tokens_BL] + self.param("type_embed")[0]
@@ -168,7 +173,7 @@ class Bert(nnx.Module):
         return getattr(self, name)[...]
 
     def _layer(self, w: dict[str, jax.Array], x: jax.Array, mask_BL: jax.Array) -> jax.Array:
-        """One layer, [B, L, D] -> [B, L, D]: attention and feed-forward, each added and then normalised."""
+        """One layer, [B, L, D] -> [B, L, D]: attention, add and norm, feed-forward, add and norm."""
         eps = self.config.norm_eps
         q, k, v = (self._dense(x, w[f"{name}_proj"], w[f"{name}_bias"]).astype(self.dtype) for name in "qkv")
         out = self._dense(self._attend(q, k, v, mask_BL), w["o_proj"], w["o_bias"])
@@ -178,13 +183,13 @@ class Bert(nnx.Module):
         return layer_norm(x + out, w["ffn_norm_scale"], w["ffn_norm_bias"], eps).astype(self.dtype)
 
     def _attend(self, q_BLD: jax.Array, k_BLD: jax.Array, v_BLD: jax.Array, mask_BL: jax.Array) -> jax.Array:
-        """Let every token read the kept ones of its row; returns [B, L, D]."""
+        """Attention from every token to the kept tokens of its row; returns [B, L, D]."""
         B, L, D = q_BLD.shape
         N, H = self.config.num_heads, D // self.config.num_heads
-        # One batch axis: XLA's CPU backend cannot multiply bfloat16 over two of them into float32.
+        # One batch axis: XLA's CPU backend cannot run a bfloat16 matmul with two batch axes and a float32 result.
         q, k, v = (x.reshape(B, L, N, H).swapaxes(1, 2).reshape(B * N, L, H) for x in (q_BLD, k_BLD, v_BLD))
         scores = self._matmul(q, k.swapaxes(1, 2)).reshape(B, N, L, L) * H**-0.5
-        # Not -inf, which would turn a row without any kept token into NaN.
+        # Not -inf, with which a row without kept tokens would become NaN.
         scores = jnp.where(mask_BL[:, None, None, :], scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(self.dtype)
         out = self._matmul(weights.reshape(B * N, L, L), v).astype(self.dtype)
@@ -195,7 +200,7 @@ class Bert(nnx.Module):
         return self._matmul(x, w.astype(self.dtype)) + bias.astype(jnp.float32)
 
     def _matmul(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Multiply arrays of the compute dtype into float32."""
+        """x @ y in float32 for arrays of the compute dtype."""
         precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
         return jnp.matmul(x, y, precision=precision, preferred_element_type=jnp.float32)
 
@@ -235,18 +240,18 @@ def load_config(path: str | Path) -> BertConfig:
 
     Raises:
         FileNotFoundError: the directory has no config.json.
-        ValueError: the model is not one this encoder computes (the message names the field).
+        ValueError: the model is not supported by this encoder (the message names the field).
     """
     return read_config(path, BertConfig.from_hf)
 
 
 def load_encoder(path: str | Path, *, dtype: jax.typing.DTypeLike = jnp.float32) -> Bert:
-    """Read an encoder from a Hugging Face directory to the default device.
+    """Load an encoder from a Hugging Face directory to the default device.
 
     Args:
         path: holds config.json and model.safetensors, or model.safetensors.index.json with its shards.
-            Tensors may be named as of a BertModel or, with `bert.` before, as of a model with a head,
-            which is not read; norms by weight and bias or, as in older exports, gamma and beta.
+            Tensor names are those of BertModel, or of a model with a head, which have the prefix `bert.`;
+            the head is not read. Norms may be named weight and bias, or gamma and beta as in older exports.
         dtype: of the matrices and of matmul inputs; embeddings, norms and biases are float32.
 
     Raises:

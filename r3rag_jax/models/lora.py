@@ -19,14 +19,14 @@ from r3rag_jax.config import PROJECTIONS, LoraConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
 from r3rag_jax.parallel.shardings import tree_shardings
 
-ROWS = ("embed_rows", "head_rows")
+ROWS = ("embed_rows", "head_rows")  # adapters of single tokens
 ADAPTERS = frozenset(f"{name}_{side}" for name in PROJECTIONS for side in "ab") | {*ROWS}
 FROZEN = frozenset(PARAM_AXES) - ADAPTERS  # names of the decoder parameters that are frozen when there are adapters
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainableSplit:
-    """A module as three pytrees: its structure, the parameters that are trained, and those that are not."""
+    """A module split by `nnx.split` into its graphdef, its trained parameters and its frozen parameters."""
 
     graphdef: Any
     params: Any
@@ -34,14 +34,14 @@ class TrainableSplit:
 
 
 def split_trainable(module: nnx.Module, config: LoraConfig) -> TrainableSplit:
-    """Split a module: with adapters, the decoder's own parameters are frozen; adapters and heads are trained."""
+    """Split a module. With LoRA the decoder's own parameters are frozen; adapters and a value head are trained."""
     if config.rank == 0:
         return TrainableSplit(*nnx.split(module))
     return TrainableSplit(*nnx.split(module, lambda path, _: str(path[-1]) not in FROZEN, ...))
 
 
 def join(graphdef: Any, params: Any, frozen: Any = None) -> Any:
-    """The module of a `TrainableSplit`'s fields."""
+    """Merge the fields of a `TrainableSplit` into a module."""
     return nnx.merge(graphdef, params) if frozen is None else nnx.merge(graphdef, params, frozen)
 
 
@@ -82,7 +82,9 @@ def merge(graphdef: Any, params: Any, frozen: Any = None) -> Any:
     W + alpha / rank A B is computed in float32 and rounded to the dtype of W; "…_rows" are added as in the decoder.
     Without adapters, `params` are returned.
     """
-    decoder = nnx.clone(join(graphdef, params, frozen))  # whose variables are those of `params` and `frozen`
+    decoder = nnx.clone(
+        join(graphdef, params, frozen)
+    )  # a clone, as `join` may share the variables of `params` and `frozen`
     for name in PROJECTIONS:
         if not hasattr(decoder.layers, f"{name}_a"):
             continue

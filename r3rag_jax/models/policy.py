@@ -1,4 +1,4 @@
-"""The language model that is trained: which directory it starts from, and its parameters in and out."""
+"""The trained language model: its base checkpoint, and creating, loading and saving its parameters."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from r3rag_jax.text.tokenizer import Tokenizer, read_template
 
 
 class Policy:
-    """Architecture and tokenizer of `model.path`, and what makes, loads and saves parameters for it.
+    """Architecture and tokenizer of `model.path`; creates, loads and saves parameters for it.
 
-    It holds no parameters itself: callers own them, as `nnx.State` pytrees on the mesh.
+    A `Policy` holds no parameters. Callers own them as `nnx.State` pytrees on the mesh.
     """
 
     def __init__(
         self, config: ModelConfig, lora: LoraConfig, mesh: Mesh, *, seed: int, trained_tokens: Sequence[str] = ()
     ):
-        """`trained_tokens`: special tokens whose embeddings are trained beside adapters."""
+        """`trained_tokens`: special tokens whose embeddings are trained together with LoRA adapters."""
         self._config, self._lora, self._mesh, self._seed = config, lora, mesh, seed
         self._trained_tokens = trained_tokens
 
     @functools.cached_property
     def base_path(self) -> Path:
-        """The Hugging Face directory that the policy starts from.
+        """The Hugging Face directory of the base checkpoint.
 
         Raises:
-            ConfigError: `model.path` is no such directory.
+            ConfigError: `model.path` is not a Hugging Face directory.
         """
         if self._config.path == "bundled":
             return Path(str(files("r3rag_jax") / "world" / "base"))
@@ -65,16 +65,16 @@ class Policy:
 
     @functools.cached_property
     def graphdef(self) -> Any:
-        """The static half of the decoder, without adapters."""
+        """The nnx graphdef of the decoder without adapters."""
         return nnx.split(nnx.eval_shape(self.new_decoder))[0]
 
     @property
     def param_dtype(self) -> Any:
-        """Dtype of the decoder's parameters: float32, or the compute dtype where only adapters are trained."""
+        """Dtype of the decoder's parameters: float32, or the compute dtype if LoRA freezes them."""
         return jnp.dtype(self._config.dtype if self._lora.rank else "float32")
 
     def new_decoder(self) -> Decoder:
-        """A decoder with random parameters, drawn from the run's seed."""
+        """A decoder with random parameters from the run's seed."""
         return Decoder(
             self.decoder_config,
             rngs=nnx.Rngs(self._seed),
@@ -84,22 +84,22 @@ class Policy:
         )
 
     def param_shapes(self) -> Any:
-        """Shapes and dtypes of the decoder's parameters, as a pytree like them."""
+        """The decoder's parameters as a pytree of `jax.ShapeDtypeStruct`s."""
         return nnx.split(nnx.eval_shape(self.new_decoder))[1]
 
     def param_shardings(self, mesh: Mesh) -> Any:
-        """Where the decoder's parameters lie on a mesh."""
+        """The shardings of the decoder's parameters on a mesh."""
         return tree_shardings(mesh, self.param_shapes(), PARAM_AXES)
 
     def base_params(self) -> Any:
-        """The parameters that training starts from: those of `base_path`, or random ones (`model.init`)."""
+        """The initial parameters: those of `base_path`, or random ones if `model.init` is "random"."""
         if self._config.init == "random":
             build: Callable[[], Any] = lambda: nnx.split(self.new_decoder())[1]  # noqa: E731
             return jax.jit(build, out_shardings=self.param_shardings(self._mesh))()
         return self.load(self.base_path)
 
     def load(self, path: Path) -> Any:
-        """The parameters of a Hugging Face directory, on the mesh.
+        """Load the parameters of a Hugging Face directory to the mesh.
 
         Raises:
             UserError: a file is missing or damaged.
@@ -115,9 +115,10 @@ class Policy:
         return nnx.split(decoder)[1]
 
     def save(self, path: Path, params: Any) -> None:
-        """Write parameters in float32 as a Hugging Face directory, a matrix at a time.
+        """Write parameters in float32 as a Hugging Face directory, one matrix at a time.
 
-        The directory appears only when it is complete. All processes must call this.
+        All processes must call this. The files are written to a temporary directory, which is renamed to `path` when it
+        is complete.
         """
         partial = path.with_name(f".{path.name}.partial")
         with reading(self.base_path):
@@ -129,9 +130,9 @@ class Policy:
         barrier(f"policy {path.name}")
 
     def trainable(self, params: Any) -> TrainableSplit:
-        """The decoder with these parameters, split into what is trained and what is frozen.
+        """The decoder with these parameters, split into trained and frozen parameters.
 
-        With `lora.rank` above 0 it has new adapters, and those alone (with the rows of `trained_tokens`) are trained.
+        With `lora.rank` > 0 the decoder gets new adapters, and only these and the rows of `trained_tokens` are trained.
         """
         ids = [self.tokenizer.token_id(token) for token in self._trained_tokens]
         decoder = attach(nnx.merge(self.graphdef, params), self._lora, self._mesh, self._seed, ids)

@@ -1,1 +1,1 @@
-"""Devices and processes: the mesh, the sharding rules, start-up and broadcasts."""
+"""Devices and processes: device mesh, sharding rules, start-up and broadcasts."""

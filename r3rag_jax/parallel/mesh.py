@@ -14,16 +14,16 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh (data, fsdp, tensor) over all devices of all processes but the sampler's own, with Auto axes.
+    """Make the training mesh: all devices of all processes except those reserved for the sampler, with Auto axes.
 
     Raises:
-        UserError: the sizes do not multiply to the number of devices.
+        UserError: the product of the axis sizes is not the number of devices.
     """
     devices = jax.devices()[: jax.device_count() - config.sampler_devices]
     num_devices = len(devices)
     if num_devices < 1:
         raise UserError(
-            f"mesh.sampler_devices must leave one of the {jax.device_count()} devices; got {config.sampler_devices}"
+            f"mesh.sampler_devices must leave one or more of {jax.device_count()} devices; got {config.sampler_devices}"
         )
     rest = config.fsdp * config.tensor
     data = num_devices // rest if config.data == -1 else config.data
@@ -36,7 +36,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def make_sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
-    """Where rollouts run: on devices of their own, each with all the weights, or on `mesh` like everything else."""
+    """Make the mesh for rollouts: the last `sampler_devices` devices, each with all weights, or `mesh` if that is 0."""
     num_devices = config.sampler_devices
     return _mesh((num_devices, 1, 1), jax.devices()[-num_devices:]) if num_devices else mesh
 

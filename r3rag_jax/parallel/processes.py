@@ -1,4 +1,4 @@
-"""Several processes: start-up, barrier, broadcast from process 0."""
+"""Multi-process runs: start-up, barrier, and broadcasts from process 0."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from r3rag_jax.errors import UserError
 
 
 def start_distributed(config: MeshConfig) -> None:
-    """Join the other processes; to be called once, before any device is touched.
+    """Initialise `jax.distributed`; call it once, before the first use of a device.
 
-    TPU pods and Slurm tell the coordinator by themselves; elsewhere the config names it.
+    On TPU pods and under Slurm JAX finds the coordinator itself; elsewhere the config must give its address.
     """
     if not config.distributed:
         return
@@ -32,27 +32,27 @@ def start_distributed(config: MeshConfig) -> None:
         jax.distributed.initialize()
 
 
-_WAIT_S = 60.0  # of one request to the coordination service, which is repeated until the time limit
-_num_broadcasts: collections.Counter[str] = collections.Counter()  # of each name
+_WAIT_S = 60.0  # timeout of one request to the coordination service; requests repeat until the time limit
+_num_broadcasts: collections.Counter[str] = collections.Counter()  # name -> number of broadcasts
 _lock = threading.Lock()
 
 
 def broadcast_json(value: Any, name: str, *, timeout_s: float = math.inf) -> Any:
-    """Returns the `value` of process 0 on every process; all of them must call.
+    """Return the `value` of process 0 on every process; all processes must call this.
 
-    The value travels through the coordination service of `jax.distributed`, not through the devices. So calls may be
-    made in a thread while another one runs device programs, which collectives must not: they would be launched in
-    another order on each process.
+    The value is sent through the coordination service of `jax.distributed`, not through the devices. So this may be
+    called in one thread while another thread runs device programs. A collective on the devices may not: the processes
+    could launch it in different orders.
 
     Args:
-        value: anything that JSON can hold, floats exactly; ignored on all processes but 0.
-        name: matches the calls of the processes: the n-th call with a name returns the value of the n-th one with this
-            name on process 0. Calls with different names may come in any order.
-        timeout_s: longest time to wait for process 0, in seconds. If process 0 dies, the coordination service ends the
-            others in any case.
+        value: a JSON value; floats are preserved exactly. It is ignored on processes other than 0.
+        name: identifies the broadcast. The n-th call with a name returns the value of process 0's n-th call with that
+            name. Calls with different names may happen in any order.
+        timeout_s: maximum time to wait for process 0, in seconds. If process 0 dies, the coordination service
+            terminates the other processes.
 
     Raises:
-        TimeoutError: process 0 did not call in time.
+        TimeoutError: process 0 did not send its value in time.
     """
     if jax.process_count() == 1:
         return value
@@ -65,7 +65,7 @@ def broadcast_json(value: Any, name: str, *, timeout_s: float = math.inf) -> Any
         return value
     content = _wait_for(client, f"{key}/value", timeout_s)
     if client.key_value_increment(f"{key}/readers", 1) == jax.process_count() - 1:
-        client.key_value_delete(f"{key}/")  # everybody has read it
+        client.key_value_delete(f"{key}/")  # all processes have read it
     return json.loads(content)
 
 
@@ -83,15 +83,15 @@ def _wait_for(client: Any, key: str, timeout_s: float) -> bytes:
 def on_process_0(
     compute: Callable[[], Any], name: str, *, error_type: type[Exception] = UserError, timeout_s: float = math.inf
 ) -> Any:
-    """Runs `compute` on process 0 and returns its result, a JSON value, on every process; all of them must call.
+    """Run `compute` on process 0 and return its result, a JSON value, on every process; all processes must call this.
 
     Args:
-        compute: called on process 0 alone.
-        name, timeout_s: as for `broadcast_json`.
-        error_type: what the other processes raise when `compute` fails.
+        compute: called on process 0 only.
+        name, timeout_s: see `broadcast_json`.
+        error_type: the exception that the other processes raise if `compute` fails.
 
     Raises:
-        Exception: on process 0 whatever `compute` raises; on the others `error_type`, with the same message.
+        Exception: on process 0 the exception of `compute`; on the others `error_type` with the same message.
     """
     if jax.process_index() != 0:
         reply = broadcast_json(None, name, timeout_s=timeout_s)
@@ -107,13 +107,13 @@ def on_process_0(
 
 
 def from_process_0(compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """The float32 array that `compute` returns on process 0, on every process; see `on_process_0`."""
+    """Run `compute` on process 0 and return its array, as float32, on every process; see `on_process_0`."""
     if jax.process_count() == 1:
         return compute()
     return np.asarray(on_process_0(lambda: compute().tolist(), "array"), np.float32)
 
 
 def barrier(name: str) -> None:
-    """Wait for the other processes."""
+    """Block until all processes have called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

@@ -1,4 +1,4 @@
-"""Devices: the mesh, the one table from logical axes to mesh axes, and distributed start-up."""
+"""Shardings: the rule table from logical axes to mesh axes, and copying host arrays to a mesh."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
-# The one rule table. A logical axis that does not divide by its mesh axes is replicated.
+# Logical axis -> mesh axes. A dimension whose size is not divisible by its mesh axes is replicated.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),  # rows of a training batch, slots of the sampler
     "embed": ("fsdp",),
@@ -24,7 +24,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def partition_spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
-    """Mesh axes of an array whose dimensions have the given logical axes."""
+    """The PartitionSpec of an array; `axes` holds the logical axis of each dimension (None: replicated)."""
     entries = []
     for axis, size in zip(axes, shape, strict=True):
         mesh_axes = RULES[axis] if axis is not None else ()
@@ -34,10 +34,13 @@ def partition_spec(mesh: Mesh | AbstractMesh, axes: tuple[str | None, ...], shap
 
 
 def tree_shardings(mesh: Mesh, tree: Any, param_axes: dict[str, tuple[str | None, ...]]) -> Any:
-    """NamedSharding of every leaf of a state, by the name of the parameter in its path.
+    """Return the NamedSharding of every leaf of a state, looked up by the parameter name in the leaf's path.
 
-    Optimizer moments carry the path of their parameter, so they are sharded alike; leaves without
-    a parameter's name (counters, keys, heads) are replicated.
+    The paths of optimizer moments contain their parameter's name, so moments are sharded like parameters. Leaves
+    without a known name (counters, keys, value heads) are replicated.
+
+    Args:
+        param_axes: parameter name -> logical axes.
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -55,19 +58,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_ways(mesh: Mesh, num_rows: int) -> int:
-    """Devices that the rows of a batch are split over: 1, each with all of them, where they do not divide."""
+    """Number of devices that the rows of a batch are split over; 1 (replicated) if they do not divide evenly."""
     ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     return ways if num_rows % ways == 0 else 1
 
 
 def batch_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Rows over (data, fsdp); everything behind the first dimension is whole on each device."""
+    """Shardings of a batch: the first dimension of each leaf is split over (data, fsdp), the others are replicated."""
     rest = lambda leaf: ("batch",) + (None,) * (leaf.ndim - 1)  # noqa: E731
     return jax.tree.map(lambda x: NamedSharding(mesh, partition_spec(mesh, rest(x), x.shape)), tree)
 
 
 def device_put_global(tree: Any, shardings: Any) -> Any:
-    """Host arrays, equal in every process, to global arrays with these shardings."""
+    """Copy host arrays, which must be equal in all processes, to global arrays with these shardings."""
 
     def one(x: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable:
@@ -79,5 +82,5 @@ def device_put_global(tree: Any, shardings: Any) -> Any:
 
 
 def device_put_batch(mesh: Mesh, tree: Any) -> Any:
-    """A host batch, equal in every process, to the devices."""
+    """Copy a host batch, which must be equal in all processes, to a mesh with its rows split over (data, fsdp)."""
     return device_put_global(tree, batch_shardings(mesh, tree))

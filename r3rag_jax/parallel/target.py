@@ -1,4 +1,4 @@
-"""What a program is compiled for: decided once from a mesh, then handed down as a static argument."""
+"""`Target`: the platform and mesh that a program is compiled for; a static argument of jitted functions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Platform = Literal["cpu", "gpu", "tpu"]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The devices of a program, as far as its form depends on them; hashable, so jitted functions take it as static.
+    """Platform and mesh shape of the devices that run a program, which choose its implementation; hashable.
 
-    A mesh may be of devices that this process does not have: a TPU pod's, compiled for on a CPU.
+    The mesh may contain devices that this process does not have, e.g. when a CPU compiles a program for a TPU pod.
     """
 
     platform: Platform = "cpu"
@@ -22,7 +22,7 @@ class Target:
 
     @classmethod
     def of(cls, mesh: Mesh) -> Target:
-        """The target of everything that runs on `mesh`."""
+        """The target for programs that run on `mesh`."""
         return cls(mesh.devices.flat[0].platform, mesh.abstract_mesh)
 
     @property
@@ -35,10 +35,10 @@ class Target:
 
     @property
     def can_branch(self) -> bool:
-        """Whether loops and conditionals may hold collectives.
+        """Whether loops and conditionals may contain collectives.
 
-        On several CPU devices they may not: the runtime orders collectives by their launch, and a loop counts as
-        launched with its first iteration. Devices that order them differently wait for each other for ever.
+        On several CPU devices they may not. The runtime orders collectives by launch, and it counts all collectives of
+        a loop as launched in the first iteration, so devices may order them differently and deadlock.
         """
         return not self.is_cpu or self.is_one_device
 

@@ -78,8 +78,8 @@ def _cut(
 ) -> jax.Array:
     """The smallest logit that top-k and top-p keep, [..., 1]; `largest` and `temperature` are [..., 1] too."""
 
-    def weights_of(some: jax.Array) -> jax.Array:
-        return jnp.where(some >= cut, jnp.exp((some - largest) / temperature), 0.0)
+    def weights_of(logits: jax.Array) -> jax.Array:
+        return jnp.where(logits >= cut, jnp.exp((logits - largest) / temperature), 0.0)
 
     V = logits.shape[-1]
     num_candidates = min(V, max(CANDIDATES, top_k)) if can_branch else V

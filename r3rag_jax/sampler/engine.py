@@ -87,14 +87,14 @@ class Engine:
             return jax.lax.with_sharding_constraint(decoder, decoder.shardings(mesh, shard_weights))
 
         self._load = jax.jit(load)
-        whole = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
+        replicated_rows = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
         self._plan = PrefillPlan(ops.target, slots, batch_ways(mesh, slots))
         self._windows = windows(cache, mesh, max_length)
         self._decode = jax.jit(
             functools.partial(programs.decode, truncation=truncation),
             static_argnames="positions",
             donate_argnums=1,  # the cache; the rows come back replicated, in another layout
-            out_shardings=DecodeState(cache=self._shardings.cache, rows=whole),
+            out_shardings=DecodeState(cache=self._shardings.cache, rows=replicated_rows),
         )
         self._prefill = jax.jit(programs.prefill, donate_argnums=1, out_shardings=self._shardings.cache)
         self._copy = jax.jit(programs.copy, donate_argnums=0, out_shardings=self._shardings.cache)

@@ -90,12 +90,13 @@ def plan(
     slot_bytes, num_shards = 0, batch_ways(mesh, slots)
     if decoder is not None:
         cache_of = functools.partial(KVCache.init, decoder, dtype=dtype, ops=SamplerOps.of(mesh))
-        whole = jax.eval_shape(functools.partial(cache_of, slots, padded(max_length)))
-        taken = [] if whole.is_read_in_place else windows(whole, mesh, max_length)[:-1]
-        copied = max((window.rows * window.positions for window in taken), default=0)
+        cache = jax.eval_shape(functools.partial(cache_of, slots, padded(max_length)))
+        # A decode call copies its window of the cache, unless it is read in place or the window is all of it.
+        copied_windows = [] if cache.is_read_in_place else windows(cache, mesh, max_length)[:-1]
+        copied = max((window.rows * window.positions for window in copied_windows), default=0)
         positions = padded(max_length) + -(-copied // slots)
-        one = jax.eval_shape(functools.partial(cache_of, 1, positions))
-        slot_bytes = bytes_per_device(one, one.shardings(mesh))
+        one_row = jax.eval_shape(functools.partial(cache_of, 1, positions))
+        slot_bytes = bytes_per_device(one_row, one_row.shardings(mesh))
     num_slots = slots if decoder is not None else 0
     return MemoryPlan(array_bytes, num_slots, num_shards, slot_bytes, device_memory(mesh))
 

@@ -1,1 +1,1 @@
-"""Hugging Face files: reading and writing configurations and weights."""
+"""Reading and writing models in Hugging Face directories, and reading GGUF files."""

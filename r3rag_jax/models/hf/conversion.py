@@ -1,4 +1,4 @@
-"""A model on its way from one Hugging Face directory to another: tensors pass one at a time, tags are added."""
+"""Conversion of a model to a Hugging Face directory, one tensor at a time; optionally adds the protocol's tags."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.text.protocols import TAGS
 from r3rag_jax.text.tokenizer import Tokenizer
 
-POLICY_PHASES = ("rl", "sft")  # phases of a run that leave a policy, best first
+POLICY_PHASES = ("rl", "sft")  # phases of a run that save a policy, in the order of preference
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model to convert: what it is, and a function that reads its tensors."""
+    """A model to convert: configuration, tokenizer, and a function that reads one tensor."""
 
     config: DecoderConfig
     tokenizer: Tokenizer
-    generation: dict[str, Any]  # of generation_config.json
-    dtype: str  # what is written unless asked otherwise: "bfloat16" if every tensor is, else "float32"
-    tensor: Callable[[str], np.ndarray]  # by Hugging Face name, in the layout of the files
+    generation: dict[str, Any]  # contents of generation_config.json
+    dtype: str  # default dtype of the output: "bfloat16" if every tensor has it, else "float32"
+    tensor: Callable[[str], np.ndarray]  # Hugging Face name -> array, in the layout of the files
 
 
 def find_model(source: Path) -> Path:
-    """The Hugging Face directory or the file that SOURCE means.
+    """Resolve SOURCE to a Hugging Face directory or a file; a run directory gives its best policy.
 
     Raises:
-        UserError: it is neither of them, nor a run with a policy.
+        UserError: SOURCE is neither a Hugging Face directory, nor a file, nor a run directory with a policy.
     """
     candidates = [source, *(RunDirectory(source).policy(phase) for phase in POLICY_PHASES)]
     for path in candidates:
@@ -58,8 +58,8 @@ def find_model(source: Path) -> Path:
 
 
 def export(source: Source, out: Path, dtype: str) -> None:
-    """Write weights, configurations and tokenizer; the directory appears only when it is complete."""
-    out = out.absolute()  # "." has no name
+    """Write weights, configurations and tokenizer to a temporary directory, which is then renamed to `out`."""
+    out = out.absolute()  # Path(".") has an empty name
     partial = out.with_name(f".{out.name}.partial")
     write_model(partial, source.config, source.tensor, dtype=dtype, generation=source.generation)
     source.tokenizer.save(partial)
@@ -68,11 +68,11 @@ def export(source: Source, out: Path, dtype: str) -> None:
 
 @contextlib.contextmanager
 def open_directory(path: Path) -> Iterator[Source]:
-    """A Hugging Face directory; its tensors are checked now and read when asked for.
+    """Open a Hugging Face directory. Names and shapes of the tensors are checked at once, data is read on demand.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file or a tensor is wrong or missing, by name.
+        ValueError: a file is invalid, or a tensor is invalid or missing (the message names it).
     """
     config, tokenizer = load_config(path), Tokenizer(path)
     tensors = hf_tensors(config)
@@ -86,11 +86,11 @@ def open_directory(path: Path) -> Iterator[Source]:
 
 
 def add_tags(source: Source) -> Source:
-    """The same model with TAGS as special tokens, which start as the mean of their words' embeddings.
+    """Return the same model with TAGS as special tokens.
 
-    `<query>` starts as the tokens of "query", `</query>` as those of "/query", lest a tag and its end are
-    one. Rows of the table that no token uses yet are used first, and others appended; so with the output layer's
-    rows where it is not the same table. Tokens that are in the vocabulary already keep their rows.
+    The embedding of a new tag is the mean of the embeddings of its text: `<query>` of the tokens of "query", `</query>`
+    of those of "/query", so that the two differ. An untied output layer gets rows in the same way. New tokens use the
+    unused rows of the embedding table first, then appended rows. Tags that are in the vocabulary keep their rows.
     """
     tokenizer = source.tokenizer
     words = {tag: tokenizer.encode(tag[1:-1], allow_special=False) for tag in TAGS if tag not in tokenizer}

@@ -1,4 +1,4 @@
-"""Decoders in Hugging Face directories: `config.json` with one or several safetensors files, in and out."""
+"""Loads and saves decoders in Hugging Face directories: `config.json` and one or several safetensors files."""
 
 from __future__ import annotations
 
@@ -30,10 +30,13 @@ from r3rag_jax.models.hf.tensor_files import (
 )
 
 GENERATION_FILE = "generation_config.json"
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # of generation_config.json; config.json repeats them
+TOKEN_IDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)  # fields of generation_config.json that config.json repeats
 
-# Our parameter name -> Hugging Face name; {i} is the layer. Every two-dimensional layer tensor is
-# transposed.
+# Our parameter name -> Hugging Face name, where {i} is the layer.
 HF_NAMES = {
     "embed": "model.embed_tokens.weight",
     "input_norm": "model.layers.{i}.input_layernorm.weight",
@@ -53,32 +56,33 @@ HF_NAMES = {
     "final_norm": "model.norm.weight",
     "lm_head": "lm_head.weight",
 }
+# Parameters that the files hold transposed, as [out, in].
 _TRANSPOSED = frozenset(name for name in HF_NAMES if name.endswith("_proj")) | {"lm_head"}
-# Tensors that older exports carry and that hold nothing a config does not say.
+# Suffixes of tensors in older exports that are derived from the config; they are not read.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
 class HFTensor(NamedTuple):
-    """One tensor of the files: what it holds of our parameters."""
+    """A tensor of the files and the parameter, or the layer of a stacked parameter, that it holds."""
 
-    param: str  # name in param_shapes
-    layer: int | None  # of a stacked parameter
+    param: str  # name in `param_shapes`
+    layer: int | None  # index into a stacked parameter; None: not stacked
     shape: Shape  # in the file
 
 
 def hf_tensors(config: DecoderConfig) -> dict[str, HFTensor]:
-    """Return every tensor of a decoder by its Hugging Face name: the embeddings, layer by layer, the head."""
+    """Return Hugging Face name -> tensor of a decoder, in the order embeddings, layers, final norm and head."""
     tensors: dict[str, HFTensor] = {}
     for name, shape in param_shapes(config).items():
         shapes = tensor_shapes(HF_NAMES[name], shape, transposed=name in _TRANSPOSED)
         for i, (hf_name, one) in enumerate(shapes.items()):
             tensors[hf_name] = HFTensor(name, i if "{i}" in HF_NAMES[name] else None, one)
 
-    def place(item: tuple[str, HFTensor]) -> int:
+    def layer_order(item: tuple[str, HFTensor]) -> int:
         _, tensor = item
         return tensor.layer if tensor.layer is not None else -1 if tensor.param == "embed" else config.num_layers
 
-    return dict(sorted(tensors.items(), key=place))
+    return dict(sorted(tensors.items(), key=layer_order))
 
 
 def load_config(path: str | Path) -> DecoderConfig:
@@ -86,7 +90,7 @@ def load_config(path: str | Path) -> DecoderConfig:
 
     Raises:
         FileNotFoundError: the directory has no config.json.
-        ValueError: the model is not one this package computes (the message names the field).
+        ValueError: the model is not supported (the message names the field).
     """
     return read_config(path, DecoderConfig.from_hf)
 
@@ -99,14 +103,14 @@ def load_decoder(
     shardings: Mapping[str, jax.sharding.Sharding] | Callable[[str], Any] | None = None,
     attention_implementation: str = "xla",
 ) -> Decoder:
-    """Read a decoder from a Hugging Face directory, slice by slice (see `read_param`).
+    """Load a decoder from a Hugging Face directory, one slice at a time (see `read_param`).
 
     Args:
         path: holds config.json and model.safetensors, or model.safetensors.index.json with its
             shards.
         dtype: compute dtype. param_dtype: of the stored parameters; `dtype` when None.
-        shardings: parameter name -> sharding, as a mapping or a function. With a sharding, each
-            device's slice alone is read for it; None puts everything on the default device.
+        shardings: parameter name -> sharding, as a mapping or a function. Each process reads only the
+            slices of its devices. None: everything goes to the default device.
         attention_implementation: see attention.py.
 
     Raises:
@@ -139,7 +143,7 @@ def load_decoder(
 
 
 def check_decoder(config: DecoderConfig, files: TensorFiles) -> None:
-    """Compare the tensors of the files with the ones the config asks for, before any number is read.
+    """Check names, shapes and dtypes of the tensors in the files against the config, without reading data.
 
     Raises:
         FileNotFoundError: a shard named by the index is missing.
@@ -148,12 +152,12 @@ def check_decoder(config: DecoderConfig, files: TensorFiles) -> None:
     expected = {hf_name: tensor.shape for hf_name, tensor in hf_tensors(config).items()}
     found = {name for name in files.file_of if not name.endswith(_IGNORED_SUFFIXES)}
     if config.tie_embeddings:
-        found.discard(HF_NAMES["lm_head"])  # some exports repeat the tied table
+        found.discard(HF_NAMES["lm_head"])  # some exports store the tied table twice
     check_tensors(files, expected, found, f"a {config.model_type} with {config.num_layers} layers")
 
 
 def load_generation(path: str | Path) -> dict[str, Any]:
-    """Read `generation_config.json` of a Hugging Face directory; empty when it has none.
+    """Read `generation_config.json` of a Hugging Face directory; returns {} if there is none.
 
     Raises:
         ValueError: the file is not a JSON object.
@@ -175,12 +179,10 @@ def save_decoder(
     generation: Mapping[str, Any] | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write a decoder as `write_model` does, from parameters on the devices of one or of several processes.
+    """Write a decoder, whose parameters may be sharded over several processes, to a Hugging Face directory.
 
-    One matrix of one layer is gathered at a time. Of several processes all must call; process 0 writes,
-    and only its return says that the files are there.
-
-    Args, Raises: see `write_model`.
+    One matrix of one layer is gathered at a time. All processes must call this. Process 0 writes, and the files are
+    complete when it returns. See `write_model` for arguments and errors.
     """
     tensors = hf_tensors(decoder.config)
     numpy_dtype = write_dtype(dtype)[1]
@@ -201,7 +203,7 @@ def save_decoder(
 
 @functools.partial(jax.jit, static_argnames=("transposed", "dtype"))
 def _matrix(value: jax.Array, layer: int | None, *, transposed: bool, dtype: Any) -> jax.Array:
-    """Return a parameter, or one layer of a stack, in the layout of the files."""
+    """Return a parameter, or one layer of a stacked one, in the layout and dtype of the files."""
     matrix = value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
     return (matrix.T if transposed else matrix).astype(dtype)
 
@@ -216,17 +218,17 @@ def write_model(
     max_file_bytes: int = MAX_FILE_BYTES,
     is_writer: bool = True,
 ) -> None:
-    """Write weights, config.json and generation_config.json, as transformers reads them, into directory `path`.
+    """Write weights, config.json and generation_config.json to directory `path`, as transformers reads them.
 
     Args:
-        tensor: Hugging Face name -> array in the layout of the files; asked for one at a time.
+        tensor: Hugging Face name -> array in the layout of the files; called for one tensor at a time.
         dtype: "bfloat16" or "float32".
-        generation: what generation_config.json says; None or empty writes none.
-        max_file_bytes: of weights in one file.
+        generation: contents of generation_config.json; None or empty: the file is not written.
+        max_file_bytes: maximum bytes of weights per file.
         is_writer: see `write_tensors`.
 
     Raises:
-        ValueError: the dtype is another.
+        ValueError: `dtype` is neither of them.
     """
     hf, path, generation = config.to_hf(torch_dtype=dtype), Path(path), dict(generation or {})
     hf |= {key: generation[key] for key in TOKEN_IDS if key in generation}

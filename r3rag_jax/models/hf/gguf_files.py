@@ -1,4 +1,4 @@
-"""GGUF files, read with transformers."""
+"""Reads GGUF files with transformers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ GGUF_NEEDS = ("torch", "transformers", "gguf", "accelerate")
 
 @contextlib.contextmanager
 def open_gguf(path: Path, dtype: str | None) -> Iterator[Source]:
-    """A GGUF file, dequantized whole into `dtype` (float32 when None) by transformers.
+    """Open a GGUF file; transformers dequantizes the whole model to `dtype` (None: float32).
 
-    The tensors are taken from the model's state, as transformers refuses to save a model that was quantized.
+    Tensors are read from the model's state dict, because transformers does not save models that were quantized.
 
     Raises:
-        UserError: the file is no GGUF, or a library is not installed.
-        ValueError: the model is not one this package computes, or the file lacks a tensor.
+        UserError: the file is not a GGUF file, or a library is not installed.
+        ValueError: the model is not supported, or the file lacks a tensor.
     """
     with path.open("rb") as file:
         if file.read(4) != GGUF_MAGIC:
@@ -43,31 +43,31 @@ def open_gguf(path: Path, dtype: str | None) -> Iterator[Source]:
             f"{path} is read with {', '.join(GGUF_NEEDS)}; {error}: pip install 'r3rag_jax[gguf]'"
         ) from error
     dtype = dtype or "float32"
-    # By itself in a directory: transformers would also read another model's files that lie beside it.
+    # transformers would also read other files next to the GGUF file, so give it a directory of its own.
     with tempfile.TemporaryDirectory() as directory, _quiet(transformers):
         (Path(directory) / "model.gguf").symlink_to(path.resolve())
-        place: dict[str, Any] = {"pretrained_model_name_or_path": directory, "gguf_file": "model.gguf"}
-        config = DecoderConfig.from_hf(transformers.AutoConfig.from_pretrained(**place).to_dict())
+        location: dict[str, Any] = {"pretrained_model_name_or_path": directory, "gguf_file": "model.gguf"}
+        config = DecoderConfig.from_hf(transformers.AutoConfig.from_pretrained(**location).to_dict())
         config = _with_rope_factors(config, gguf.GGUFReader(path))
-        model, said = transformers.AutoModelForCausalLM.from_pretrained(
-            **place, dtype=getattr(torch, dtype), output_loading_info=True
+        model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
+            **location, dtype=getattr(torch, dtype), output_loading_info=True
         )
-        transformers.AutoTokenizer.from_pretrained(**place).save_pretrained(directory)
+        transformers.AutoTokenizer.from_pretrained(**location).save_pretrained(directory)
         tokenizer = Tokenizer(directory)
-    for what in ("missing", "mismatched", "unexpected"):
-        if names := sorted(map(str, said[f"{what}_keys"])):  # transformers draws what is missing at random
-            raise ValueError(f"the tensors must be those of a {config.model_type}; {what}: {names[0]}")
+    for kind in ("missing", "mismatched", "unexpected"):
+        if names := sorted(map(str, loading_info[f"{kind}_keys"])):  # transformers initialises missing ones randomly
+            raise ValueError(f"the tensors must be those of a {config.model_type}; {kind}: {names[0]}")
     state = model.state_dict()
     yield Source(config, tokenizer, tokenizer.generation_ids(), dtype, lambda name: state[name].float().numpy())
 
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No bars and warnings; whatever transformers raises over a file, of any type, becomes a ValueError."""
+    """Silence progress bars and warnings of transformers; convert all of its exceptions to ValueErrors."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # for the bar that minds neither
+        with contextlib.redirect_stderr(io.StringIO()):  # one progress bar ignores both settings
             yield
     except ValueError:
         raise
@@ -76,15 +76,15 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def _with_rope_factors(config: DecoderConfig, reader: Any) -> DecoderConfig:
-    """The configuration with the rotary scaling of Llama 3.1, which GGUF keeps as a tensor and transformers drops.
+    """Add the RoPE scaling of Llama 3.1, which GGUF stores as a tensor that transformers ignores.
 
     Raises:
-        ValueError: the tensor holds another scaling.
+        ValueError: the tensor is not the scaling of Llama 3.1.
     """
     factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
     if factors is None:
         return config
-    # All Llama 3.1, 3.2 and 3.3 have these three numbers; `factor` is 8 or 32.
+    # Llama 3.1, 3.2 and 3.3 share the three constants; `factor` is 8 or 32.
     scaling = RopeScaling(float(factors.max()), 1.0, 4.0, original_max_position_embeddings=8192)
     scaled = dataclasses.replace(config, rope_scaling=scaling)
     want = rope_frequencies(config) / factors

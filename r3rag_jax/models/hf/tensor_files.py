@@ -1,8 +1,7 @@
-"""Hugging Face directories as models read and write them: `config.json` and the tensors of safetensors files.
+"""Reads and writes `config.json` and safetensors files of Hugging Face directories.
 
-Hugging Face stores one [out, in] matrix per layer; our models keep [Ly, in, out] stacks. A stack is read
-slice by slice, one for each device, and written matrix by matrix: beside the arrays themselves a host holds
-one of those at a time, and no host ever holds a model.
+Hugging Face stores one [out, in] matrix per layer; our models keep [Ly, in, out] stacks. A stack is read one device
+slice at a time and written one matrix at a time, so that a host never holds a second copy of the model.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_FILE_BYTES = 5_000_000_000  # of tensors in one file, as in the directories of the hub
-# What safetensors calls the number types that a model is read from, and those that it is written in.
+MAX_FILE_BYTES = 5_000_000_000  # maximum bytes of tensors per file, as on the Hugging Face hub
+# Supported dtypes of tensors to read, and dtypes to write: name -> (name in safetensors, numpy dtype).
 READ_DTYPES = ("BF16", "F16", "F32", "F64")
 WRITE_DTYPES: dict[str, tuple[str, Any]] = {"bfloat16": ("BF16", ml_dtypes.bfloat16), "float32": ("F32", np.float32)}
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -36,7 +35,7 @@ T = TypeVar("T")
 
 
 def read_json(file: Path) -> Any:
-    """Return what a JSON file holds; ValueError, naming the file, when it is none."""
+    """Parse a JSON file; raises a ValueError that names the file if it is not JSON."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -44,11 +43,11 @@ def read_json(file: Path) -> Any:
 
 
 def read_config(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
-    """Return what `parse` makes of the dictionary in a directory's `config.json`.
+    """Read a directory's `config.json` and return `parse` of its dictionary.
 
     Raises:
         FileNotFoundError: the directory has no config.json.
-        ValueError: the file is not JSON, or `parse` refuses it (the message names file and field).
+        ValueError: the file is not JSON, or `parse` raised a ValueError; the message names the file.
     """
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
@@ -63,15 +62,15 @@ def read_config(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
 
 
 class TensorFiles:
-    """The tensors of a Hugging Face directory by name, in one safetensors file or in shards."""
+    """The tensors of a Hugging Face directory by name, from one safetensors file or several shards."""
 
     def __init__(self, path: str | Path):
-        """Find which file holds which tensor.
+        """Map tensor names to files.
 
         Raises:
             FileNotFoundError: neither weights nor index exist, or a shard named by the index is
                 missing.
-            ValueError: a file is not valid safetensors, or the index no index.
+            ValueError: a safetensors file or the index is invalid.
         """
         self._directory = Path(path)
         self._stack = contextlib.ExitStack()
@@ -91,22 +90,22 @@ class TensorFiles:
         self._stack.close()
 
     def where(self, name: str) -> Path:
-        """Return the path of the file that holds (or, by the layout, should hold) a tensor."""
+        """Return the path of the file that holds a tensor; for unknown tensors, the default weights file."""
         return self._directory / self.file_of.get(name, WEIGHTS_FILE)
 
     def dtype(self, name: str) -> str:
-        """Return the number type of a tensor as safetensors calls it, e.g. "BF16".
+        """Return the dtype of a tensor under its safetensors name, e.g. "BF16".
 
         Raises:
-            ValueError: an index names a file that lacks the tensor.
+            ValueError: the file that the index names does not contain the tensor.
         """
         return self._tensor(name).get_dtype()
 
     def check(self, name: str, shape: Shape) -> None:
-        """Compare a tensor's header with what a model needs; its numbers are not read.
+        """Check the shape and dtype of a tensor from the file's header, without reading its data.
 
         Raises:
-            ValueError: shape or number type differ, or an index names a file that lacks the tensor.
+            ValueError: the shape differs, the dtype is not supported, or the file lacks the tensor.
         """
         tensor = self._tensor(name)
         found = tuple(tensor.get_shape())
@@ -118,18 +117,18 @@ class TensorFiles:
             )
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Read a slice of one tensor, and nothing else of it."""
+        """Read a slice of one tensor; the rest of it is not read."""
         return self._tensor(name)[index]
 
     def _tensor(self, name: str) -> Any:
-        """Return safetensors' view of one tensor, which reads what it is indexed with."""
+        """Return a lazy safetensors slice of one tensor, which reads data when it is indexed."""
         try:
             return self._file(self.file_of[name]).get_slice(name)
         except SafetensorError as error:
             raise ValueError(f"{self.where(name)}: cannot read tensor {name}: {error}") from error
 
     def _file(self, file: str) -> Any:
-        """Open a shard once."""
+        """Return an open safetensors file; each file is opened once."""
         if file not in self._open:
             path = self._directory / file
             if not path.is_file():
@@ -143,7 +142,7 @@ class TensorFiles:
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    """Return tensor name -> file name of an index; ValueError when it holds anything else."""
+    """Read an index and return tensor name -> file name; raises ValueError if the index is invalid."""
     rule = f'{file} must hold {{"weight_map": {{tensor: file, …}}}}; got something else'
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
@@ -156,7 +155,7 @@ def _read_index(file: Path) -> dict[str, str]:
 
 
 def _truncation(path: Path) -> str | None:
-    """Say which tensor a file ends before; None when it holds all that its header announces, or has no header."""
+    """Describe which tensor is cut off in a truncated file; None if the file is complete or has no valid header."""
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         size = path.stat().st_size
@@ -174,10 +173,11 @@ def _truncation(path: Path) -> str | None:
 
 
 def tensor_shapes(hf_name: str, shape: Shape, *, transposed: bool) -> dict[str, Shape]:
-    """Return the tensors of one parameter with their shapes: one per layer where the name holds `{i}`, else itself.
+    """Return name -> shape of the tensors that hold one parameter: one per layer if `hf_name` contains `{i}`, else one.
 
     Args:
-        shape: of the parameter, [Ly, …] of a stacked one.
+        shape: shape of the parameter; stacked parameters have a leading axis Ly.
+        transposed: whether the files hold the transposed matrices.
     """
     is_stacked = "{i}" in hf_name
     one = shape[1:] if is_stacked else shape
@@ -185,22 +185,24 @@ def tensor_shapes(hf_name: str, shape: Shape, *, transposed: bool) -> dict[str, 
 
 
 def check_tensors(files: TensorFiles, expected: Mapping[str, Shape], found: Set[str], model: str) -> None:
-    """Compare the tensors that a model needs with those that its files hold, before any number is read.
+    """Check that the files hold exactly the tensors of a model, with their shapes, without reading data.
 
     Args:
-        expected: name -> shape. model: the model in words, e.g. "a llama with 2 layers".
+        expected: name -> shape.
+        found: names of the tensors in the files.
+        model: description of the model for messages, e.g. "a llama with 2 layers".
 
     Raises:
         FileNotFoundError: a shard named by the index is missing.
-        ValueError: a tensor is missing, or there and not used, or of another shape, or cut off.
+        ValueError: a tensor is missing, unexpected, truncated or of another shape.
     """
-    for what, names in (("missing", expected.keys() - found), ("unexpected", found - expected.keys())):
+    for kind, names in (("missing", expected.keys() - found), ("unexpected", found - expected.keys())):
         if names:
             first = min(names)
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             lacks = f" of shape {expected[first]}" if first in expected else ""
             raise ValueError(
-                f"{files.where(first)}: the tensors must be those of {model}; {what}: {first}{lacks}{more}"
+                f"{files.where(first)}: the tensors must be those of {model}; {kind}: {first}{lacks}{more}"
             )
     for name, shape in expected.items():
         files.check(name, shape)
@@ -215,16 +217,16 @@ def read_param(
     transposed: bool,
     sharding: jax.sharding.Sharding | None = None,
 ) -> jax.Array:
-    """Read one parameter in our layout: cast, transposed if asked, and stacked over layers if `{i}` is in its name.
+    """Read one parameter: cast, optionally transposed, and stacked over layers if `hf_name` contains `{i}`.
 
-    Each slice is read once and goes to its devices before the next one is read. (`make_array_from_callback`
-    would first collect the slices of all devices of this process on the host.)
+    Each slice is read once and copied to its devices before the next one is read. (`make_array_from_callback` would
+    first read the slices of all devices of this process to the host.)
 
     Args:
-        shape: of the parameter, [Ly, …] of a stacked one. The tensors were checked to fit it.
-        sharding: each device reads its own slice only; None puts everything on the default device.
+        shape: shape of the parameter; stacked parameters have a leading axis Ly. It must fit the tensors.
+        dtype: dtype of the result.
+        sharding: only the slices of this process's devices are read; None: everything goes to the default device.
     """
-
     is_stacked = "{i}" in hf_name
 
     def read(spans: tuple[range, ...]) -> np.ndarray:
@@ -237,14 +239,14 @@ def read_param(
 
     if sharding is None:
         return jnp.asarray(read(tuple(map(range, shape))))
-    places: dict[tuple[range, ...], list[jax.Device]] = {}
+    devices_of: dict[tuple[range, ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        spans = tuple(range(*part.indices(size)) for part, size in zip(index or (), shape, strict=True))
-        places.setdefault(spans, []).append(device)
-    parts: list[jax.Array] = []
-    for spans, devices in places.items():
-        parts += jax.block_until_ready(jax.device_put([read(spans)] * len(devices), devices))
-    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+        spans = tuple(range(*axis_slice.indices(size)) for axis_slice, size in zip(index or (), shape, strict=True))
+        devices_of.setdefault(spans, []).append(device)
+    shards: list[jax.Array] = []
+    for spans, devices in devices_of.items():
+        shards += jax.block_until_ready(jax.device_put([read(spans)] * len(devices), devices))
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -259,21 +261,21 @@ def write_tensors(
     max_file_bytes: int = MAX_FILE_BYTES,
     is_writer: bool = True,
 ) -> None:
-    """Write tensors to `model.safetensors`, or to several files with an index, holding one at a time.
+    """Write tensors to `model.safetensors`, or to several files with an index; one tensor is in memory at a time.
 
-    Weights that the directory held before are removed.
+    Existing weight files in the directory are removed.
 
     Args:
         path: an existing directory.
-        shapes: name -> shape of every tensor, in the order in which they are asked for and written.
-        tensor: name -> array of that shape; cast to `dtype` where it has another.
+        shapes: name -> shape of every tensor, in the order of writing.
+        tensor: name -> array of that shape; it is cast to `dtype`.
         dtype: "bfloat16" or "float32".
-        max_file_bytes: of the tensors in one file; a larger tensor has a file to itself.
-        is_writer: False asks for the tensors only. Of several processes one writes, and all ask, as
-            each tensor may take all of them to gather.
+        max_file_bytes: maximum bytes of tensors per file; a larger tensor gets its own file.
+        is_writer: whether this process writes. All processes call `tensor` for every name, because gathering a
+            sharded tensor is a collective operation.
 
     Raises:
-        ValueError: the dtype is another, or an array has another shape.
+        ValueError: `dtype` is neither of them, or an array has another shape.
     """
     code, numpy_dtype = write_dtype(dtype)
     itemsize = np.dtype(numpy_dtype).itemsize
@@ -302,7 +304,7 @@ def write_tensors(
 
 
 def write_dtype(dtype: str) -> tuple[str, Any]:
-    """Return what safetensors and numpy call a number type that models are written in.
+    """Return (name in safetensors, numpy dtype) of a dtype to write.
 
     Raises:
         ValueError: it is neither "bfloat16" nor "float32".
@@ -313,35 +315,35 @@ def write_dtype(dtype: str) -> tuple[str, Any]:
 
 
 def _split(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Cut names into runs of at most `limit` bytes; a larger tensor stands alone."""
+    """Split names into consecutive groups of at most `limit` bytes; a larger tensor forms its own group."""
     groups: list[list[str]] = [[]]
-    room = limit
+    free = limit
     for name, size in sizes.items():
-        if groups[-1] and size > room:
+        if groups[-1] and size > free:
             groups.append([])
-            room = limit
+            free = limit
         groups[-1].append(name)
-        room -= size
+        free -= size
     return groups
 
 
 def _header(shapes: Mapping[str, Shape], code: str, itemsize: int) -> bytes:
-    """Return the head of a safetensors file whose tensors follow in the order of `shapes`.
+    """Return the header of a safetensors file whose tensors follow in the order of `shapes`.
 
-    Eight bytes of length, then JSON padded to a multiple of eight, then the numbers. Written here because
-    safetensors' own `save_file` takes all the tensors of a file at once.
+    The format is eight bytes of header length, JSON padded to a multiple of eight bytes, then the data. safetensors'
+    own `save_file` is not used because it needs all tensors of a file in memory.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    start = 0
     for name, shape in shapes.items():
-        end = at + math.prod(shape) * itemsize
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": (at, end)}
-        at = end
+        end = start + math.prod(shape) * itemsize
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": (start, end)}
+        start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def _write_array(out: BinaryIO, array: np.ndarray) -> None:
-    """Append the numbers of an array in row order; numpy has no buffers of bfloat16, hence the bytes."""
+    """Append the data of an array in row-major order, as bytes, since numpy exposes no bfloat16 buffer."""
     out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
