@@ -350,7 +350,7 @@ def test_the_algorithm_computes_advantages(run_example: RunExample) -> None:
     """Returns 2 of two tokens, -1 of one; 3 of another question: baselines (4 - 1) / 3 = 1, and 3."""
     run_example("An algorithm")
     table: Any = TrajectoryTable(
-        places=np.array([[0, 1], [2, 9], [3, 9]]),
+        indices=np.array([[0, 1], [2, 9], [3, 9]]),
         rewards=np.array([[0, 2], [-1, 0], [3, 0]], np.float32),
         step_ids=np.zeros((3, 2), np.int32),
         mask=np.array([[1, 1], [1, 0], [1, 0]], bool),

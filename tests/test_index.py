@@ -16,7 +16,7 @@ from r3rag_jax.config import RetrievalConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.factory import open_retriever, open_store
 from r3rag_jax.run.directory import open_run
-from r3rag_jax.train import index_phase
+from r3rag_jax.train import PHASES
 
 
 @pytest.fixture
@@ -68,10 +68,10 @@ def test_two_runs_share_an_index_and_one_of_another_corpus_is_refused(base: Path
         return Components(config, open_run(config), Console(file=io.StringIO()))
 
     one, two = open_components("one"), open_components("two")
-    assert index_phase(one)
+    assert PHASES["index"](one)
     built = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").iterdir()}
-    assert index_phase(two)  # its data files
-    assert not index_phase(one) and not index_phase(two)
+    assert PHASES["index"](two)  # its data files
+    assert not PHASES["index"](one) and not PHASES["index"](two)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").iterdir()} == built
     assert not one.run.index.exists() and not two.run.index.exists()
     assert one.run.data("sft").read_bytes() == two.run.data("sft").read_bytes()
@@ -79,15 +79,15 @@ def test_two_runs_share_an_index_and_one_of_another_corpus_is_refused(base: Path
     assert len(one.dataset.trajectories()) == one.config.world.num_sft
     assert len(open_store(tmp_path / "shared")) > 100
     with pytest.raises(UserError, match=r"the index in .*shared must be of the passages in .*corpus\.jsonl"):
-        index_phase(open_components("three", world__seed=7))
+        PHASES["index"](open_components("three", world__seed=7))
 
 
 def test_a_phase_that_was_interrupted_is_completed(base: Path, tmp_path: Path) -> None:
     config = tiny_run.config(tmp_path, base)
     components = Components(config, open_run(config), Console(file=io.StringIO()))
-    assert index_phase(components)
+    assert PHASES["index"](components)
     sft = components.run.data("sft").read_bytes()
     components.run.data("sft").unlink()  # as after an interruption behind the index
-    assert index_phase(components)
+    assert PHASES["index"](components)
     assert components.run.data("sft").read_bytes() == sft
-    assert not index_phase(components)
+    assert not PHASES["index"](components)
