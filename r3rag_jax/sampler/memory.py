@@ -56,11 +56,11 @@ class MemoryPlan:
             return
         free = self.device_bytes - sum(self.array_bytes.values())
         fit = free // self.slot_bytes * self.num_shards if self.num_slots else 0
-        memory = f"{self.device_bytes / GIB:.2f} GiB of memory"
+        limit = f"{self.device_bytes / GIB:.2f}"
         raise UserError(
-            f"rollout.slots must be at most {fit} for {memory}; got {self.num_slots} ({self})"
+            f"rollout.slots must be at most {fit} for {limit} GiB of memory; got {self.num_slots} ({self})"
             if fit > 0
-            else f"what is trained must fit into {memory} per device; got {self}"
+            else f"what is trained must fit into {limit} GiB of memory per device; got {self}"
         )
 
     def __str__(self) -> str:
