@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.components import Components
 from r3rag_jax.config import FlagParser
 from r3rag_jax.data.questions import read_questions
@@ -19,6 +20,7 @@ from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.checkpoint import add_checkpoint_flags, choose_policy, load_run_config
 from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.reporting.rendering import results_table
+from r3rag_jax.rollout.context_limit import context_notices
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.progress import ProgressBar
 
@@ -50,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.questions or components.dataset.path_of("test")
     questions = read_questions(path)
     name = args.name or (f"{path.stem}-{args.system}" if args.system else path.stem)
+    for notice in context_notices(config) if args.system not in BASELINES else ():
+        components.console.print(notice, highlight=False)
     evaluator, live = components.evaluator, config.log.progress
     with ProgressBar(f"eval {path.name}", len(questions), console=components.console, live=live) as bar:
         trajectories = evaluator.rollouts(

@@ -21,6 +21,10 @@ class Status(enum.IntEnum):
     ANSWERED = 0  # its last step holds a final answer
     NO_ANSWER = 1  # the step or token budget ran out before an answer
     FORMAT_ERROR = 2  # its last step is malformed or exceeded the token limit of a step
+    CONTEXT_FULL = 3  # the context was full before an answer
+
+
+OUT_OF_BUDGET = (Status.NO_ANSWER, Status.CONTEXT_FULL)  # rewarded alike: no rule of the protocol was broken
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,8 @@ def test_metrics_have_one_finite_line_a_step(protocol: str, finished: Callable[[
     for phase, names in (
         ("sft", {"loss", "accuracy", "grad_norm", "tokens_per_s"}),
         ("rl", {"reward", "em", "f1", "kl", "entropy", "policy_loss", "value_loss", "clip_fraction", "sampler_gap",
-                "explained_variance", "mean_retrievals", "format_error_rate", "no_answer_rate", "tokens_per_s"}),
+                "explained_variance", "mean_retrievals", "format_error_rate", "no_answer_rate",
+                "context_full_rate", "tokens_per_s"}),
     ):  # fmt: skip
         mine = [row for row in rows if row["phase"] == phase]
         assert [row["step"] for row in mine] == list(range(len(mine)))

@@ -31,7 +31,12 @@ class GuardsConfig(Section):
     clip_fraction: float = key(0.0, "maximum share of tokens with a clipped ratio", "fraction", ge=0, le=1)
     min_entropy: float = key(0.0, "minimum entropy", "nats per token", ge=0)
     max_entropy: float = key(0.0, "maximum entropy", "nats per token", ge=0)
-    no_answer_rate: float = key(0.0, "maximum share of trajectories without an answer", "fraction", ge=0, le=1)
+    no_answer_rate: float = key(
+        0.0, "maximum share of trajectories that ran out of steps or tokens before an answer", "fraction", ge=0, le=1
+    )
+    context_full_rate: float = key(
+        0.0, "maximum share of trajectories that filled rollout.max_length before an answer", "fraction", ge=0, le=1
+    )
     format_error_rate: float = key(0.0, "maximum share of trajectories with a malformed step", "fraction", ge=0, le=1)
     repeated_query_rate: float = key(
         0.0, "maximum share of queries that repeat an earlier query of their trajectory", "fraction", ge=0, le=1

@@ -34,6 +34,7 @@ def measure(trajectories: Sequence[Trajectory], acc: np.ndarray | None = None) -
         "support_found": 100 * float(np.mean(found)) if found else None,
         "tokens_per_correct": tokens / correct if correct else None,
         "no_answer": 100 * float(np.mean([t.status != Status.ANSWERED for t in trajectories])),
+        "context_full": 100 * float(np.mean([t.status == Status.CONTEXT_FULL for t in trajectories])),
     }
 
 

@@ -46,7 +46,11 @@ PLOTS = {
         Plot(
             "Trajectories without an answer",
             "% of trajectories",
-            (("no_answer_rate", "out of steps"), ("format_error_rate", "malformed step")),
+            (
+                ("no_answer_rate", "out of steps"),
+                ("context_full_rate", "context full"),
+                ("format_error_rate", "malformed step"),
+            ),
             100,
         ),
         Plot(

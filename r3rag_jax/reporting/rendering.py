@@ -49,9 +49,12 @@ COLUMNS: tuple[Column, ...] = (
     ("retrievals", "retrievals", "searches per question", 2, False),
     ("support_found", "support", "supporting passages found, %", 1, True),
     ("tokens_per_correct", "tokens/correct", "tokens written per correct answer", 0, False),
+    ("context_full", "context full", "trajectories that filled their context before an answer, %", 1, False),
     ("num", "n", "questions", 0, False),
 )
 OPTIONAL = ("acc",)  # columns shown only if an evaluation has the metric
+RARE = ("context_full",)  # columns shown only if an evaluation has a value other than 0
+LABELS = {Status.FORMAT_ERROR: "✗ malformed step", Status.CONTEXT_FULL: "✗ context full"}  # others: no answer
 
 
 # ------------------------------------------------------------------------------------ trajectories
@@ -60,15 +63,14 @@ OPTIONAL = ("acc",)  # columns shown only if an evaluation has the metric
 class Outcome(NamedTuple):
     """How a trajectory ended; correctness is exact match."""
 
-    kind: str  # right, wrong, none (no answer, or malformed), unknown (no gold answers to compare)
+    kind: str  # right, wrong, none (no answer, for whatever reason), unknown (no gold answers to compare)
     label: str
 
 
 def outcome(trajectory: Trajectory) -> Outcome:
     """Compare the answer with the gold answers, after SQuAD normalisation."""
     if trajectory.answer is None:
-        is_format = trajectory.status == Status.FORMAT_ERROR
-        return Outcome("none", "✗ malformed step" if is_format else "✗ no answer")
+        return Outcome("none", LABELS.get(trajectory.status, "✗ no answer"))
     golds = trajectory.question.golden_answers
     if not golds:
         return Outcome("unknown", "answered")
@@ -184,9 +186,10 @@ class Row(NamedTuple):
 
 
 def columns_of(evals: Sequence[Eval]) -> list[Column]:
-    """The columns of the results table of these evaluations: COLUMNS without the optional ones that none has."""
-    measured = {name for evaluation in evals for name in evaluation["groups"].get("all", {})}
-    return [column for column in COLUMNS if column[0] not in OPTIONAL or column[0] in measured]
+    """The columns of the results table of these evaluations: COLUMNS without those that say nothing of any of them."""
+    measured = [item for evaluation in evals for item in evaluation["groups"].get("all", {}).items()]
+    hidden = {*OPTIONAL, *RARE} - {name for name, value in measured if name not in RARE or value}
+    return [column for column in COLUMNS if column[0] not in hidden]
 
 
 def result_rows(evals: Sequence[Eval]) -> list[Row]:

@@ -16,7 +16,7 @@ from r3rag_jax.rewards.judge import correctness
 from r3rag_jax.rewards.judge.judge import Judge, Verdicts, merge_verdicts
 from r3rag_jax.rewards.shaping import ShapedRewards, shape_rewards
 from r3rag_jax.rewards.terms import used_terms
-from r3rag_jax.types import Status, Trajectory
+from r3rag_jax.types import OUT_OF_BUDGET, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,8 @@ class _Outlines(NamedTuple):
 def _outlines(trajectories: Sequence[Trajectory], max_steps: int) -> _Outlines:
     """The outlines of trajectories.
 
-    A last step that was cut off by the token budget of its trajectory did not break the protocol: it is not malformed.
+    A last step that was cut off by the token budget of its trajectory, or by the end of its context, did not break the
+    protocol: it is not malformed.
 
     Raises:
         ValueError: a trajectory has more than `max_steps` steps.
@@ -62,7 +63,7 @@ def _outlines(trajectories: Sequence[Trajectory], max_steps: int) -> _Outlines:
             raise ValueError(f"a trajectory may have {max_steps} steps; got {num_steps}")
         step_mask_BK[row, :num_steps] = True
         malformed_BK[row, :num_steps] = [not step.is_well_formed for step in trajectory.steps]
-        if trajectory.status == Status.NO_ANSWER and num_steps:
+        if trajectory.status in OUT_OF_BUDGET and num_steps:
             malformed_BK[row, num_steps - 1] = False
     status_B = np.asarray([trajectory.status for trajectory in trajectories], np.int32)
     return _Outlines(status_B, step_mask_BK, malformed_BK)

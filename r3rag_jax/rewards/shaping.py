@@ -8,7 +8,8 @@
 | any other                     | process_weight * process * factor                              | process   |
 
 The factor depends on the trajectory: `factor_correct` or `factor_wrong` if it is ANSWERED (correct from 0.5 on),
-`factor_no_answer` if it is NO_ANSWER; on a FORMAT_ERROR it is that of a wrong answer (compat paper: 1).
+`factor_no_answer` if it is NO_ANSWER; on a FORMAT_ERROR it is that of a wrong answer (compat paper: 1). CONTEXT_FULL is
+rewarded as NO_ANSWER.
 
 The paper multiplies by 0.9 without an answer and by 0.8 with a wrong one, which itself earns 0: at the last step,
 searching on is rewarded more than answering wrongly. compat r3 takes the smaller of the two factors, and the penalty
@@ -32,7 +33,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from r3rag_jax.types import Status
+from r3rag_jax.types import OUT_OF_BUDGET, Status
 
 Compat = Literal["r3", "paper"]
 
@@ -116,11 +117,15 @@ def _factors(
             is_answered_B & jnp.isnan(correct_B),
             is_answered_B & (correct_B >= 0.5),
             is_answered_B,
-            status_B == Status.NO_ANSWER,
+            _is_out_of_budget(status_B),
         ],
         [jnp.nan, factor_correct, factor_wrong, factor_missing],
         factor_wrong if compat == "r3" else 1.0,
     )
+
+
+def _is_out_of_budget(status_B: jax.Array) -> jax.Array:
+    return jnp.isin(status_B, jnp.asarray(OUT_OF_BUDGET))
 
 
 def _parts_of_steps(
@@ -134,7 +139,7 @@ def _parts_of_steps(
     is_formed_BK = step_mask_BK & ~malformed_BK
     is_last_BK = is_formed_BK & (num_left_BK == 1)
     is_outcome_BK = is_last_BK & (status_B == Status.ANSWERED)[:, None]
-    is_no_answer_BK = is_last_BK & (status_B == Status.NO_ANSWER)[:, None] & has_penalty
+    is_no_answer_BK = is_last_BK & _is_out_of_budget(status_B)[:, None] & has_penalty
     return {
         "outcome": is_outcome_BK,
         "process": is_formed_BK & ~is_outcome_BK & ~is_no_answer_BK,

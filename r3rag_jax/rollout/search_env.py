@@ -1,7 +1,8 @@
 """R3-RAG's protocol as an Env: reason, then query or answer, until it answers or a budget is used up.
 
 A trajectory ends with ANSWERED at a final answer, with FORMAT_ERROR at a step that is malformed or longer than a step
-may be, and with NO_ANSWER when its steps, its sampled tokens or its context are used up.
+may be, with NO_ANSWER when its steps or its sampled tokens are used up, and with CONTEXT_FULL when its context is: at a
+step that `rollout.max_length` cut off, or at passages after which no step fits.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ class SearchEnv:
         self._transcript.write(ids, completion.behaviour_logprobs)
         self._num_sampled += len(ids)
         step = self._codec.parse_step(ids, len(self._steps) + 1)
-        is_cut_off = self._is_cut_off(ids)
-        if is_cut_off:
+        limit = self._limit_reached(ids) if self._is_cut_off(ids) else None
+        if limit is not None:
             step = Step(step.analysis, step.query, step.answer, is_well_formed=False)
         self._steps.append(step)
-        if is_cut_off and self._num_left == 0:
-            return self._done(Status.NO_ANSWER)
+        if limit is not None:
+            return self._done(limit)
         if not step.is_well_formed:
             return self._done(Status.FORMAT_ERROR)
         if step.answer is not None:
@@ -71,15 +72,16 @@ class SearchEnv:
         self._seen_ids |= {passage.id for passage in passages}
         self._steps[-1] = dataclasses.replace(self._steps[-1], passages=passages)
         self._transcript.add_passages(passages)
-        fits = len(self._transcript.context) < self._config.max_length - 1
-        if len(self._steps) < self._config.max_steps and fits and self._num_left > 0:
-            return self._context()
-        return self._done(Status.NO_ANSWER)
+        if len(self._steps) >= self._config.max_steps or self._num_left <= 0:
+            return self._done(Status.NO_ANSWER)
+        if len(self._transcript.context) >= self._config.max_length - 1:
+            return self._done(Status.CONTEXT_FULL)
+        return self._context()
 
     def _context(self) -> Context:
-        budget = min(self._config.max_new_tokens, self._num_left)
-        key = self._request.key(len(self._steps))
-        return Context(self._transcript.context, budget, self._request.temperature, key)
+        context = self._transcript.context
+        budget = min(self._config.max_new_tokens, self._num_left, self._config.max_length - len(context))
+        return Context(context, budget, self._request.temperature, self._request.key(len(self._steps)))
 
     def _is_cut_off(self, ids: Sequence[int]) -> bool:
         """Whether a budget ended the step."""
@@ -87,6 +89,16 @@ class SearchEnv:
             return False
         strings = self._config.stop_strings
         return not strings or self._codec.tokenizer.end_of(strings, ids) == 0
+
+    def _limit_reached(self, ids: Sequence[int]) -> Status:
+        """How a trajectory ends whose last step, already written, was cut off.
+
+        A step that used up its own budget broke the format, even where the context had no space left either.
+        """
+        if self._num_left <= 0:
+            return Status.NO_ANSWER
+        is_full = self._transcript.length >= self._config.max_length
+        return Status.CONTEXT_FULL if is_full and len(ids) < self._config.max_new_tokens else Status.FORMAT_ERROR
 
     @property
     def _num_left(self) -> int:

@@ -88,6 +88,11 @@ class Transcript:
         """Number of steps that the policy has written."""
         return len(self._written)
 
+    @property
+    def length(self) -> int:
+        """Number of tokens of the last step that the policy has written and of the context before it."""
+        return self._written[-1][1] if self._written else len(self.context)
+
     def write(self, ids: Sequence[int], logprobs: np.ndarray | None = None) -> None:
         """Append the step that the policy wrote after `context`.
 

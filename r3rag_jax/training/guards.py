@@ -10,7 +10,8 @@ from r3rag_jax.config import GuardsConfig, RLConfig
 from r3rag_jax.rl.algorithms import ALGORITHMS
 
 ABOVE = (
-    "approx_kl", "kl", "clip_fraction", "no_answer_rate", "format_error_rate", "repeated_query_rate", "equal_groups",
+    "approx_kl", "kl", "clip_fraction", "no_answer_rate", "context_full_rate", "format_error_rate",
+    "repeated_query_rate", "equal_groups",
 )  # fmt: skip
 
 

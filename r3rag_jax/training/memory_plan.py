@@ -18,6 +18,7 @@ from r3rag_jax.parallel.shardings import batch_ways, tree_shardings
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.rewards.judge.factory import judge_memory
 from r3rag_jax.rl.algorithms import ALGORITHMS
+from r3rag_jax.rollout.context_limit import context_notices
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.kernels.cpu import kernels as cpu_kernels
@@ -116,13 +117,19 @@ def indivisible_settings(config: Config, mesh: Mesh, sampler_mesh: Mesh, phase: 
 def notices(
     config: Config, phase: str, plans: Mapping[str, Sequence[MemoryPlan]], mesh: Mesh, sampler_mesh: Mesh
 ) -> list[str]:
-    """What a user should know before a phase begins, as rich markup; nothing before a phase that has no plan."""
+    """What a user should know before a phase begins, as rich markup.
+
+    Before the first phase that is whether contexts may be full, and before a phase with a plan its memory.
+    """
+    has_rollouts = {"rl", "eval"} & set(config.phases)
+    found = context_notices(config) if phase == config.phases[0] and has_rollouts else []
     if phase not in plans:
-        return []
+        return found
     keys = indivisible_settings(config, mesh, sampler_mesh, phase)
     is_slow = phase == next(iter(plans)) and cpu_kernels.are_missing(Target.of(sampler_mesh))
     slow = "no C++ compiler that works (c++, g++, clang++ or $CXX): sampling takes some twice as long"
     return [
+        *found,
         *([f"[yellow]{slow}[/]"] if is_slow else []),
         *(f"[dim]memory of {phase}: {planned}[/]" for planned in plans[phase]),
         *(f"[yellow]{key} does not divide by the devices of data and fsdp: each computes all rows[/]" for key in keys),

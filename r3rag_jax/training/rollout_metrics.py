@@ -27,6 +27,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], scores: Scores) -> dict[
         "em": float(scores.answers["em"].mean()),
         "f1": float(scores.answers["f1"].mean()),
         "no_answer_rate": float(np.mean(status == Status.NO_ANSWER)),
+        "context_full_rate": float(np.mean(status == Status.CONTEXT_FULL)),
         "format_error_rate": float(np.mean(status == Status.FORMAT_ERROR)),
         "repeated_query_rate": repeated_query_rate(trajectories),
         "trajectory_tokens": float(np.mean([t.num_policy_tokens for t in trajectories])),

@@ -9,7 +9,7 @@ import pytest
 from attempts import attempt, attempts, question
 
 from r3rag_jax.evaluation.metrics import measure
-from r3rag_jax.types import Sample
+from r3rag_jax.types import Sample, Status
 
 
 def test_measure_is_arithmetic() -> None:
@@ -22,7 +22,14 @@ def test_measure_is_arithmetic() -> None:
         "support_found": 75.0,  # 1/2 and 1/1, of the two questions that say
         "tokens_per_correct": pytest.approx((10 + 20 + 10 + 33) / 2),
         "no_answer": 25.0,
+        "context_full": 0.0,
     }
+
+
+def test_full_contexts_are_counted_among_those_without_an_answer() -> None:
+    full = dataclasses.replace(attempts()[3], status=Status.CONTEXT_FULL)
+    row = measure([*attempts(), full, full, *attempts()[:2]])
+    assert (row["context_full"], row["no_answer"]) == (25.0, 37.5)
 
 
 def test_what_nothing_is_known_of_is_none() -> None:

@@ -1,6 +1,7 @@
 """view.py: who wrote what, right or wrong, and the tables."""
 
 import copy
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
@@ -74,6 +75,10 @@ class Tags(HTMLParser):
         (answered("Orvessa"), Outcome("unknown", "answered")),
         (synthetic_run.no_answer(ASKED), Outcome("none", "✗ no answer")),
         (synthetic_run.malformed(ASKED), Outcome("none", "✗ malformed step")),
+        (
+            dataclasses.replace(synthetic_run.malformed(ASKED), status=Status.CONTEXT_FULL),
+            Outcome("none", "✗ context full"),
+        ),
     ],
 )
 def test_outcome(trajectory, expected):
@@ -162,16 +167,25 @@ def test_judged_accuracy_is_a_column_where_a_judge_was_asked():
     judged = copy.deepcopy(EVALS)
     judged[3]["groups"]["all"]["acc"] = 80.04
     header = printed(results_table(judged)).splitlines()[1].split()
-    assert header == [title for _, title, *_ in COLUMNS]
+    assert header == [title for _, title, *_ in COLUMNS if title != "context full"]
     at = header.index("ACC")
     assert [row.cells[at].text for row in result_rows(judged)] == ["—", "—", "—", "80.0"]
     assert ">ACC</th>" in results_html(judged) and ">ACC</th>" not in results_html(EVALS)
 
 
+def test_full_contexts_are_a_column_where_there_were_any():
+    with_none, with_some = copy.deepcopy(EVALS), copy.deepcopy(EVALS)
+    with_none[3]["groups"]["all"]["context_full"] = 0.0
+    with_some[3]["groups"]["all"]["context_full"] = 12.5
+    assert [row.cells[-2].text for row in result_rows(with_some)] == ["—", "—", "—", "12.5"]
+    assert ">context full</th>" in results_html(with_some) and "context full" in printed(results_table(with_some))
+    assert result_rows(with_none) == result_rows(EVALS)
+
+
 def test_tables_in_a_terminal():
     text = printed(results_table(EVALS))
     header = text.splitlines()[1].split()
-    assert header == [title for _, title, *_ in COLUMNS if title != "ACC"]  # no judge was asked
+    assert header == [title for _, title, *_ in COLUMNS if title not in ("ACC", "context full")]  # no judge was asked
     assert text.splitlines()[5].split() == [
         "R3-RAG",
         "73.0",

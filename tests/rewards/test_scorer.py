@@ -15,8 +15,10 @@ QUESTION = Question("q", "Who?", ("Ada",), {"supporting_ids": ["a"]})
 SEARCH = Step("hm", query="who", passages=(Passage("a", "Ada"),))
 
 
-@pytest.mark.parametrize(("status", "reward"), [(Status.NO_ANSWER, -0.5), (Status.FORMAT_ERROR, -1.0)])
-def test_a_step_cut_off_by_the_budget_of_all_steps_broke_no_rule(status, reward):
+@pytest.mark.parametrize(
+    ("status", "reward"), [(Status.NO_ANSWER, -0.5), (Status.CONTEXT_FULL, -0.5), (Status.FORMAT_ERROR, -1.0)]
+)
+def test_a_step_cut_off_by_the_budget_of_all_steps_or_by_the_context_broke_no_rule(status, reward):
     steps = Step("hm", query="who"), Step("so it m", is_well_formed=False)
     [rewards] = Scorer(RewardConfig(), Resources(2)).score([Trajectory(QUESTION, steps, status, ())]).rewards
     np.testing.assert_allclose(rewards, [0, reward])

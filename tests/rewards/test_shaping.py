@@ -149,6 +149,17 @@ def test_each_step_is_in_one_part(variant):
     np.testing.assert_array_equal(num_parts_BK, np.asarray(shaped.rewards_BK) != 0)
 
 
+@pytest.mark.parametrize("variant", TABLE)
+def test_a_full_context_is_rewarded_as_no_answer(variant):
+    status_B = np.asarray(INPUTS["status_B"])
+    full = shape_rewards(**_inputs(status_B=np.where(status_B == Status.NO_ANSWER, Status.CONTEXT_FULL, status_B)),
+                         **OPTIONS[variant])  # fmt: skip
+    missing = shape_rewards(**_inputs(), **OPTIONS[variant])
+    np.testing.assert_array_equal(full.rewards_BK, missing.rewards_BK)
+    for name, part_BK in missing.parts_BK.items():
+        np.testing.assert_array_equal(full.parts_BK[name], part_BK)
+
+
 def test_a_malformed_step_has_the_reward_of_the_format_whatever_it_retrieved():
     rewards_BK = shape_rewards(
         jnp.array([[0.1, 5.0, 0.0]]),

@@ -131,6 +131,41 @@ def test_out_of_tokens_is_no_answer(codec):
     assert (trajectory.status, len(trajectory.steps)) == (Status.FORMAT_ERROR, 1)
 
 
+def test_a_full_context_is_no_malformed_step(codec):
+    """A step that `max_length` cuts off, or passages after which no step fits, end a trajectory as CONTEXT_FULL."""
+    first, second = script(codec, FIRST, SECOND)
+    _, backend = play(codec, [[first, second]], max_steps=2)
+    start, middle = (len(context.ids) for context in backend.contexts)
+    [trajectory], backend = play(codec, [[first, second]], max_length=middle + 3, max_new_tokens=95)
+    assert (trajectory.status, trajectory.answer, len(trajectory.steps)) == (Status.CONTEXT_FULL, None, 2)
+    assert not trajectory.steps[-1].is_well_formed
+    assert backend.contexts[-1].budget == 3
+    last = trajectory.samples[-1]
+    assert last.ids[last.loss_mask][-3:].tolist() == second[:3]
+    [trajectory], _ = play(
+        codec, [[first, second]], max_length=middle + 1, max_new_tokens=95
+    )  # a step of one token is none
+    assert (trajectory.status, len(trajectory.steps)) == (Status.CONTEXT_FULL, 1)
+    assert trajectory.steps[0].passages == (PASSAGES[0],)
+    [trajectory], _ = play(codec, [[first]], max_length=start + len(first), max_new_tokens=95)  # a whole step
+    assert (trajectory.status, len(trajectory.steps)) == (Status.CONTEXT_FULL, 1)
+    assert trajectory.steps[0].is_well_formed
+
+
+def test_other_limits_that_a_full_context_meets_keep_their_names(codec):
+    first, second = script(codec, FIRST, SECOND)
+    _, backend = play(codec, [[first, second]], max_steps=2)
+    room = len(backend.contexts[1].ids) + 3
+    [trajectory], _ = play(
+        codec, [[first, second]], max_length=room, max_new_tokens=95, max_trajectory_tokens=len(first) + 3
+    )
+    assert trajectory.status == Status.NO_ANSWER
+    [trajectory], _ = play(codec, [[first, second]], max_length=len(backend.contexts[0].ids) + 5, max_new_tokens=5)
+    assert trajectory.status == Status.FORMAT_ERROR
+    [trajectory], _ = play(codec, [[first, second]], max_length=room - 2, max_steps=1, max_new_tokens=95)
+    assert trajectory.status == Status.NO_ANSWER
+
+
 def test_malformed_and_cut_off_steps_end_a_trajectory(codec):
     stop = codec.stop_ids[0] if codec.stop_ids else codec.eos_id
     nonsense = [*codec.tokenizer.encode("no tags here"), stop]
