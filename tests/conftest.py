@@ -33,6 +33,9 @@ hypothesis.settings.load_profile("no_clock")
 def pytest_configure(config: pytest.Config) -> None:
     """The user's compile cache is neither read nor written; ours also keeps the many short compilations."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")  # two writers of one entry could meet
+    if not hasattr(config, "cache"):  # pytest -p no:cacheprovider
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+        return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir(f"xla-{worker}"))
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
