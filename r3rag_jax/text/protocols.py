@@ -96,6 +96,10 @@ class StepsProtocol:
     _query = "The retrieval query:"
     _answer = "The final answer:"
     _analysis = "The problem analysis:"
+    # What ends a query or an answer, besides the end of its line.
+    _next = re.compile(
+        r"^Step \d+:$|The (?:problem analysis|retrieval query|retrieval documents|final answer):", re.MULTILINE
+    )
 
     def render_step(self, step: Step, number: int) -> str:
         head = f"Step {number}:\n{self._analysis} {step.analysis}\n"
@@ -107,9 +111,11 @@ class StepsProtocol:
     def parse_step(self, text: str, number: int) -> Step:
         """Parse a step, which must hold its own header exactly once, a non-empty analysis, and a query or an answer.
 
-        If both follow, the first one counts; its value ends with its line.
+        The header is `Step k:` with the end of its line, so an analysis may speak of "Step k: …". Of query and answer
+        the first one counts. Its value is the first line after its label, and ends earlier where another label begins:
+        with nothing in between, the step is malformed. docs/concepts.md says where the released parser differs.
         """
-        header = f"Step {number}:"
+        header = f"Step {number}:\n"
         if text.count(header) != 1:
             return _malformed(text)
         body = text.partition(header)[2]
@@ -118,7 +124,7 @@ class StepsProtocol:
             return _malformed(text)
         start, label = min(labels)
         analysis = body[:start].partition(self._analysis)[2].strip()
-        value = body[start + len(label) :].strip().partition("\n")[0].strip()
+        value = self._next.split(body[start + len(label) :], maxsplit=1)[0].strip().partition("\n")[0].strip()
         if not analysis or not value:
             return _malformed(text)
         return Step(analysis, query=value) if label == self._query else Step(analysis, answer=value)

@@ -23,7 +23,8 @@ FIRST = Step(
 LAST = Step("Charles Darwin was born in Shrewsbury.", answer="Shrewsbury")
 
 # What a step may hold: text without a layout's own marks, as a model that keeps to the layout writes.
-MARKS = (*TAGS, "Step ", "The problem analysis:", "The retrieval query:", "The final answer:")
+LABELS = ("The problem analysis:", "The retrieval query:", "The retrieval documents:", "The final answer:")
+MARKS = (*TAGS, "Step ", *LABELS)
 LETTERS = st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp"))
 LINES = st.text(LETTERS, min_size=1).map(str.strip).filter(lambda t: bool(t) and not any(m in t for m in MARKS))
 PARAGRAPHS = st.lists(LINES, min_size=1, max_size=3).map("\n".join)
@@ -140,6 +141,56 @@ MALFORMED_STEPS = {
     "neither query nor answer": HEAD,
     "blank query": f"{HEAD}The retrieval query:  \n",
     "blank answer": f"{HEAD}The final answer:",
+    "a blank query before an answer": f"{HEAD}The retrieval query:\nThe final answer: z",
+    "a blank answer before a query": f"{HEAD}The final answer:\nThe retrieval query: z",
+    "a blank query before documents": f"{HEAD}The retrieval query:\nThe retrieval documents: z",
+    "a blank query before the next step": f"{HEAD}The retrieval query:\nStep 3:\nThe problem analysis: z",
+    "a query before the analysis": f"Step 2:\nThe retrieval query: q\n{HEAD[8:]}The retrieval query: z",
+    "a header with a space": "Step 2: \nThe problem analysis: x\nThe final answer: y",
+    "a header within its line": "Step 2: The problem analysis: x\nThe final answer: y",
+    "a header with another line end": "Step 2:\r\nThe problem analysis: x\r\nThe final answer: y",
+}
+# text after "Step 2:\n" -> (analysis, query, answer)
+READ_STEPS = {
+    "query and answer on one line": (
+        "The problem analysis: x\nThe retrieval query: q The final answer: z",
+        ("x", "q", None),
+    ),
+    "answer and query on one line": (
+        "The problem analysis: x\nThe final answer: z The retrieval query: q",
+        ("x", None, "z"),
+    ),
+    "documents on the line of the query": (
+        "The problem analysis: x\nThe retrieval query: q The retrieval documents: d",
+        ("x", "q", None),
+    ),
+    "documents after the query": (
+        "The problem analysis: x\nThe retrieval query: q\nThe retrieval documents: d",
+        ("x", "q", None),
+    ),
+    "the next step after the query": (
+        "The problem analysis: x\nThe retrieval query: q\nStep 3:\nThe problem analysis: x\nThe final answer: z",
+        ("x", "q", None),
+    ),
+    "a value on the next line": ("The problem analysis: x\nThe final answer:\nz", ("x", None, "z")),
+    "a header as text": (
+        "The problem analysis: As in Step 2: q.\nThe retrieval query: q",
+        ("As in Step 2: q.", "q", None),
+    ),
+    # where the released parser reads something else, or nothing
+    "two lines": ("The problem analysis: x\nThe final answer: z\nbecause", ("x", None, "z")),
+    "documents in the analysis": (
+        "The problem analysis: x. The retrieval documents: say y.\nThe final answer: z",
+        ("x. The retrieval documents: say y.", None, "z"),
+    ),
+    "two analyses": (
+        "The problem analysis: x\nThe problem analysis: y\nThe retrieval query: q",
+        ("x\nThe problem analysis: y", "q", None),
+    ),
+    "###": ("The problem analysis: x ### y\nThe final answer: z ###", ("x ### y", None, "z ###")),
+    "only a question mark": ("The problem analysis: x\nThe retrieval query: ?", ("x", "?", None)),
+    "a backslash and an n": ("The problem analysis: x\\n\nThe retrieval query: q\\n", ("x\\n", "q\\n", None)),
+    "a line separator": ("The problem analysis: x\nThe retrieval query: q\u2028r", ("x", "q\u2028r", None)),
 }
 MALFORMED_TAGS = {
     "nothing": "",
@@ -166,6 +217,13 @@ def test_malformed_steps(text: str) -> None:
 @pytest.mark.parametrize("text", MALFORMED_TAGS.values(), ids=MALFORMED_TAGS.keys())
 def test_malformed_tags(text: str) -> None:
     assert make_protocol("tags").parse_step(text, 2) == Step(text, is_well_formed=False)
+
+
+@pytest.mark.parametrize(("text", "fields"), READ_STEPS.values(), ids=READ_STEPS.keys())
+def test_what_a_step_is_read_as(text: str, fields: tuple[str, str | None, str | None]) -> None:
+    step = make_protocol("steps").parse_step(f"Step 2:\n{text}", 2)
+    assert step.is_well_formed
+    assert (step.analysis, step.query, step.answer) == fields
 
 
 def test_the_first_of_query_and_answer_counts() -> None:
