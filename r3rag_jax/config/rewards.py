@@ -18,7 +18,9 @@ class RewardConfig(Section):
         "em", "what makes an answer correct; `judge`: exact match or a judge's agreement (the paper's Acc)"
     )
     process: Literal["gold", "embedding", "judge"] = key(
-        "gold", "relevance of a retrieval: a gold passage was found, embedding similarity, or a judge's rating"
+        "gold",
+        "relevance of a retrieval: a gold passage was found; the smaller of the cosines of question and query and of "
+        "query and passage (`embedding`); or a judge's rating",
     )
     use_outcome: bool = key(True, "false: process rewards only")
     use_process: bool = key(True, "false: outcome reward only")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from r3rag_jax.rewards.novelty import normalize_query
 from r3rag_jax.rewards.scorer import Scores
 from r3rag_jax.types import Status, Trajectory
 
@@ -36,8 +37,8 @@ def rollout_metrics(trajectories: Sequence[Trajectory], scores: Scores) -> dict[
 
 
 def repeated_query_rate(trajectories: Sequence[Trajectory]) -> float:
-    """Share of queries that occur earlier in the same trajectory, ignoring case and spaces; 0 without queries."""
-    queries_of = [[" ".join(s.query.casefold().split()) for s in t.steps if s.query is not None] for t in trajectories]
+    """Share of queries that occur earlier in the same trajectory (`normalize_query`); 0 without queries."""
+    queries_of = [[normalize_query(s.query) for s in t.steps if s.query is not None] for t in trajectories]
     num_queries = sum(map(len, queries_of))
     return (num_queries - sum(len(set(queries)) for queries in queries_of)) / max(1, num_queries)
 
