@@ -18,6 +18,7 @@ from rich.console import Console
 from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.questions import iterate_passages
+from r3rag_jax.data.records import OnError
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.dev import DevEvaluation
 from r3rag_jax.evaluation.evaluator import Evaluator
@@ -115,7 +116,12 @@ class Components:
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        return Dataset(self.config, self.run, lambda: open_store(self.index_dir))
+        return Dataset(self.config, self.run, lambda: open_store(self.index_dir), self.on_error)
+
+    @functools.cached_property
+    def on_error(self) -> OnError:
+        """What a record that breaks a rule does, by `data.on_error`."""
+        return OnError.of(self.config.data, self.console)
 
     # ---- retriever
 
@@ -143,7 +149,7 @@ class Components:
         weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
         self.index_dir = Path(directory) / "index"
         with bar_of_unknown_length("index", console=self.console, live=self.config.log.progress) as on_progress:
-            build_index(self.config.retrieval, iterate_passages(corpus), self.index_dir, on_progress)
+            build_index(self.config.retrieval, iterate_passages(corpus, self.on_error), self.index_dir, on_progress)
 
     # ---- rollouts
 

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.corpus is not None:
         components.use_corpus(args.corpus)
     path = args.questions or components.dataset.path_of("test")
-    questions = read_questions(path)
+    questions = read_questions(path, components.on_error)
     name = args.name or (f"{path.stem}-{args.system}" if args.system else path.stem)
     for notice in context_notices(config) if args.system not in BASELINES else ():
         components.console.print(notice, highlight=False)

@@ -32,6 +32,10 @@ class DataConfig(Section):
         False, "the cold start replaces the retrieved_ids of the file by what this run's retriever finds"
     )
 
+    on_error: Literal["stop", "skip"] = key(
+        "stop", "a record that cannot be used: `stop` and name its file and line, or `skip` it and report how many"
+    )
+
     def path(self, name: str) -> Path:
         """The file of `corpus` or of a split."""
         return Path(self.dir) / getattr(self, name)

@@ -7,8 +7,9 @@ from typing import Any
 from r3rag_jax.config.experiment import Config
 from r3rag_jax.config.schema import schema
 
-# Keys, and sections with all their keys, that change nothing of what the run has computed.
-FREE_KEYS = ("run_dir", "phases", "eval", "guards", "mesh", "log", "rollout.server")
+# Keys, and sections with all their keys, that change nothing of what the run has computed. (With data.on_error=stop
+# nothing was computed from a file with a record that `skip` leaves out.)
+FREE_KEYS = ("run_dir", "phases", "eval", "guards", "mesh", "log", "rollout.server", "data.on_error")
 # Where a server is and how patiently it is called; which model it serves (`model`) is no such key.
 CONNECTION_KEYS = ("url", "key_env", "max_in_flight", "requests_per_minute", "retries", "timeout_s")
 FREE_OF_RETRIEVAL = tuple(f"retrieval.endpoint.{name}" for name in CONNECTION_KEYS)

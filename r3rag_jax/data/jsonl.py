@@ -1,7 +1,8 @@
 """JSONL files: strict reading, in which every error names file and line, and atomic writing.
 
 A row is parsed by a function that takes the JSON object and raises `FieldError` for a field that breaks a rule;
-`read_all` adds file and line to it. The `get_…` functions read one field of a given type.
+`read_all` adds file and line to it, and leaves the row out where `data.on_error` says so. The `get_…` functions read
+one field of a given type.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from r3rag_jax.data.records import STOP, FaultyRecords, OnError, Records
 from r3rag_jax.errors import UserError
 from r3rag_jax.run.files import open_atomic
 
@@ -28,71 +30,88 @@ class FieldError(ValueError):
 # ---------------------------------------------------------------------------------------- reading
 
 
-def read_rows(path: str | Path) -> Iterator[tuple[int, Row]]:
+def read_rows(path: str | Path, on_error: OnError = STOP) -> Iterator[tuple[int, Row]]:
     """Yield (line number from 1, JSON object) of every line that is not blank.
 
     Raises:
-        UserError: the file cannot be read, or a line is not a JSON object in UTF-8.
+        UserError: the file cannot be read; or, unless `on_error` leaves it out, a line is not a JSON object in UTF-8.
     """
+    return read_parsed(path, lambda row: row, on_error)
+
+
+def read_parsed(path: str | Path, parse: Callable[[Row], T], on_error: OnError = STOP) -> Iterator[tuple[int, T]]:
+    """Yield (line number, parsed row) of every line, one at a time.
+
+    Raises:
+        UserError: the file cannot be read or has no rows; or, unless `on_error` leaves it out, a line is not a JSON
+            object in UTF-8, or `parse` raised a FieldError.
+    """
+    return _read(path, parse, FaultyRecords(path, on_error))
+
+
+def read_all(
+    path: str | Path, parse: Callable[[Row], T], id_of: Callable[[T], Hashable], on_error: OnError = STOP
+) -> Records[T]:
+    """All parsed rows of a file, with their lines.
+
+    Raises:
+        UserError: as `read_parsed`; or, unless `on_error` leaves the later one out, two rows have equal ids.
+    """
+    faults = FaultyRecords(path, on_error)
+    rows: list[tuple[int, T]] = []
+    line_of: dict[Hashable, int] = {}
+    for number, item in _read(path, parse, faults):
+        id = id_of(item)
+        if id in line_of:
+            shown = id[0] if isinstance(id, tuple) else id
+            faults.add(number, f"ids must be unique; {shown!r} is also on line {line_of[id]}")
+        else:
+            line_of[id] = number
+            rows.append((number, item))
+    return Records(path, rows)
+
+
+def _read(path: str | Path, parse: Callable[[Row], T], faults: FaultyRecords) -> Iterator[tuple[int, T]]:
+    """As `read_parsed`; `faults` are reported when the last row has been taken."""
+    num = 0
+    for number, line in _lines(path):
+        num += 1
+        try:
+            item = parse(_parse_object(line))
+        except FieldError as error:
+            faults.add(number, str(error))
+        else:
+            yield number, item
+    if num == 0:
+        raise UserError(f"{path}: expected at least one JSON object, one per line; the file holds none")
+    faults.report(num)
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of every line that is not blank; as bytes, so that a line that is not UTF-8 has its number."""
     try:
-        with open(path, "rb") as file:  # as bytes, so that the error for a line that is not UTF-8 has its number
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, _parse_object(path, number, line)
+                    yield number, line
     except OSError as error:
         raise UserError(f"{path}: expected a readable JSONL file; {error.strerror}") from error
 
 
-def read_parsed(path: str | Path, parse: Callable[[Row], T]) -> Iterator[tuple[int, T]]:
-    """Yield (line number, parsed row) of every line, one at a time.
-
-    Raises:
-        UserError: as `read_rows`; or `parse` raised a FieldError, or the file has no rows.
-    """
-    number = 0
-    for number, row in read_rows(path):
-        try:
-            item = parse(row)
-        except FieldError as error:
-            raise UserError(f"{path}:{number}: {error}") from error
-        yield number, item
-    if number == 0:
-        raise UserError(f"{path}: expected at least one JSON object, one per line; the file holds none")
-
-
-def read_all(path: str | Path, parse: Callable[[Row], T], id_of: Callable[[T], Hashable]) -> list[T]:
-    """All parsed rows of a file.
-
-    Raises:
-        UserError: as `read_parsed`; or two rows have equal ids.
-    """
-    items: list[T] = []
-    line_of: dict[Hashable, int] = {}
-    for number, item in read_parsed(path, parse):
-        id = id_of(item)
-        if id in line_of:
-            shown = id[0] if isinstance(id, tuple) else id
-            raise UserError(f"{path}:{number}: ids must be unique; {shown!r} is also on line {line_of[id]}")
-        line_of[id] = number
-        items.append(item)
-    return items
-
-
-def _parse_object(path: str | Path, number: int, line: bytes) -> Row:
+def _parse_object(line: bytes) -> Row:
+    """The JSON object of a line; FieldError otherwise."""
     try:
         row = json.loads(line.decode("utf-8"))
         if b"\\ud" in line.lower():  # half of a surrogate pair alone is no Unicode text: no tokenizer takes it
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{number}: expected UTF-8; got byte {line[error.start]:#04x} at column {error.start + 1}"
-        ) from error
+        raise FieldError(f"expected UTF-8; got byte {line[error.start]:#04x} at column {error.start + 1}") from error
     except UnicodeEncodeError as error:
-        raise UserError(f"{path}:{number}: expected Unicode text; got a lone surrogate escape") from error
+        raise FieldError("expected Unicode text; got a lone surrogate escape") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number}: expected one JSON object per line; {error}") from error
+        raise FieldError(f"expected one JSON object per line; {error}") from error
     if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: expected a JSON object; got {kind_of(row)}")
+        raise FieldError(f"expected a JSON object; got {kind_of(row)}")
     return row
 
 

@@ -10,22 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from r3rag_jax.data.jsonl import FieldError, Row, get_field, get_id, get_text, read_all, read_parsed, show
+from r3rag_jax.data.records import STOP, OnError, Records
 from r3rag_jax.types import Passage, Question
 
 
-def read_questions(path: str | Path) -> list[Question]:
-    """Read lines `{id, question, golden_answers, metadata?}`; a UserError names file and line of the first fault."""
-    return read_all(path, question_from_dict, lambda question: question.id)
+def read_questions(path: str | Path, on_error: OnError = STOP) -> Records[Question]:
+    """Read lines `{id, question, golden_answers, metadata?}`.
+
+    Raises:
+        UserError: as `jsonl.read_all`; names file and line of the first fault.
+    """
+    return read_all(path, question_from_dict, lambda question: question.id, on_error)
 
 
-def read_passages(path: str | Path) -> list[Passage]:
-    """Read lines `{id, contents}` or `{id, title, text}`; a UserError names file and line of the first fault."""
-    return read_all(path, passage_from_dict, lambda passage: passage.id)
+def read_passages(path: str | Path, on_error: OnError = STOP) -> Records[Passage]:
+    """Read lines `{id, contents}` or `{id, title, text}`.
+
+    Raises:
+        UserError: as `jsonl.read_all`; names file and line of the first fault.
+    """
+    return read_all(path, passage_from_dict, lambda passage: passage.id, on_error)
 
 
-def iterate_passages(path: str | Path) -> Iterator[Passage]:
+def iterate_passages(path: str | Path, on_error: OnError = STOP) -> Iterator[Passage]:
     """As `read_passages`, with one passage in memory at a time; ids are not checked to be unique."""
-    return (passage for _, passage in read_parsed(path, passage_from_dict))
+    return (passage for _, passage in read_parsed(path, passage_from_dict, on_error))
 
 
 def question_from_dict(row: Row) -> Question:

@@ -8,11 +8,14 @@ from typing import Any
 
 from r3rag_jax.data.jsonl import FieldError, Row, get_field, get_ids, get_text, kind_of, read_all
 from r3rag_jax.data.questions import passage_from_dict, passage_to_dict, question_from_dict, question_to_dict
+from r3rag_jax.data.records import STOP, OnError, Records
 from r3rag_jax.errors import UserError
 from r3rag_jax.types import Passage, Status, Step, Trajectory
 
 
-def read_trajectories(path: str | Path, corpus: Mapping[str, Passage], passages_per_step: int) -> list[Trajectory]:
+def read_trajectories(
+    path: str | Path, corpus: Mapping[str, Passage], passages_per_step: int, on_error: OnError = STOP
+) -> Records[Trajectory]:
     """Read a teacher's trajectories, without samples, with the passages that a rollout would show.
 
     A line is `{id, question, golden_answers, metadata?, steps}`; a step is `{analysis, query, …}`, and the last one
@@ -27,7 +30,8 @@ def read_trajectories(path: str | Path, corpus: Mapping[str, Passage], passages_
         passages_per_step: most passages of a step; only `passage_ids` may exceed it.
 
     Raises:
-        UserError: a row breaks a rule, or names an id that the corpus does not hold; names file and line.
+        UserError: unless `on_error` leaves it out, a row breaks a rule, or names an id that the corpus does not hold;
+            names file and line.
     """
     if passages_per_step < 1:
         raise UserError(f"passages_per_step must be at least 1; got {passages_per_step}")
@@ -35,6 +39,7 @@ def read_trajectories(path: str | Path, corpus: Mapping[str, Passage], passages_
         path,
         lambda row: teacher_trajectory_from_dict(row, corpus, passages_per_step),
         lambda trajectory: (trajectory.question.id, trajectory.sample_index),
+        on_error,
     )
 
 

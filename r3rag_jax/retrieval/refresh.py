@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from r3rag_jax.data.jsonl import read_rows, write_jsonl
+from r3rag_jax.data.records import STOP, OnError
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.retrieval.base import Retriever
 from r3rag_jax.types import Passage
@@ -14,7 +15,12 @@ DEPTH = 4  # hits per query, as a multiple of the passages that a step shows
 
 
 def refresh_retrieved(
-    source: Path, target: Path, retriever: Retriever, corpus: Mapping[str, Passage], top_k: int
+    source: Path,
+    target: Path,
+    retriever: Retriever,
+    corpus: Mapping[str, Passage],
+    top_k: int,
+    on_error: OnError = STOP,
 ) -> None:
     """Copy a file of trajectories, with `retrieved_ids` replaced by what the retriever finds for the queries.
 
@@ -26,11 +32,11 @@ def refresh_retrieved(
         top_k: passages of a step.
 
     Raises:
-        UserError: a trajectory is not well formed; names file and line.
+        UserError: as `read_trajectories`; what `on_error` leaves out is not copied.
         RetrievalError: the search failed.
     """
-    read_trajectories(source, corpus, top_k)
-    rows = [dict(row) for _, row in read_rows(source)]
+    kept = set(read_trajectories(source, corpus, top_k, on_error).lines)
+    rows = [dict(row) for number, row in read_rows(source, OnError("skip", say=lambda _: None)) if number in kept]
     steps = [step for row in rows for step in row["steps"] if "query" in step]
     found = retriever.search([step["query"] for step in steps], DEPTH * top_k)
     for step, hits in zip(steps, found, strict=True):

@@ -10,6 +10,7 @@ from rich.console import Console
 from r3rag_jax.config import Config
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.questions import iterate_passages, passage_to_dict, question_to_dict
+from r3rag_jax.data.records import OnError
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import on_process_0
 from r3rag_jax.retrieval.base import Retriever
@@ -35,13 +36,15 @@ def prepare_data(config: Config, run: RunDirectory, corpus: Path, index_dir: Pat
             existing index was built from another corpus.
     """
 
+    on_error = OnError.of(config.data, console)
+
     def prepare() -> int | None:
         has_files = all(path.exists() for path in _own_files(config, run))
         if has_index(index_dir) and has_files:
             if config.retrieval.index_dir:
-                _check_corpus(corpus, index_dir)
+                _check_corpus(corpus, index_dir, on_error)
             return None
-        _prepare(config, run, corpus, index_dir, console)
+        _prepare(config, run, corpus, index_dir, console, on_error)
         return read_manifest(index_dir).num_passages
 
     num_passages = on_process_0(prepare, "index phase")
@@ -57,27 +60,29 @@ def _own_files(config: Config, run: RunDirectory) -> list[Path]:
     return [run.data("sft")] if config.data.refresh_retrieved else []
 
 
-def _prepare(config: Config, run: RunDirectory, corpus: Path, index_dir: Path, console: Console) -> None:
+def _prepare(
+    config: Config, run: RunDirectory, corpus: Path, index_dir: Path, console: Console, on_error: OnError
+) -> None:
     if config.data.source == "world":
         world = World.generate(config.world.seed, num_people=config.world.num_people)
         write_world(world, config, run)
     if has_index(index_dir):
-        _check_corpus(corpus, index_dir)
+        _check_corpus(corpus, index_dir, on_error)
     else:
         with bar_of_unknown_length("index", console=console, live=config.log.progress) as on_progress:
-            build_index(config.retrieval, iterate_passages(corpus), index_dir, on_progress)
+            build_index(config.retrieval, iterate_passages(corpus, on_error), index_dir, on_progress)
     if config.data.source == "world":
         write_teacher(world, config, open_local_retriever(config.retrieval, index_dir), run)
     elif config.data.refresh_retrieved:
         refresh_retrieved(
             config.data.path("sft"), run.data("sft"), open_local_retriever(config.retrieval, index_dir),
-            open_store(index_dir), config.retrieval.top_k,
+            open_store(index_dir), config.retrieval.top_k, on_error,
         )  # fmt: skip
 
 
-def _check_corpus(corpus: Path, index_dir: Path) -> None:
+def _check_corpus(corpus: Path, index_dir: Path, on_error: OnError) -> None:
     """Raise a UserError unless the existing index was built from the passages of `corpus`."""
-    expected, found = corpus_fingerprint(iterate_passages(corpus)), read_manifest(index_dir).corpus
+    expected, found = corpus_fingerprint(iterate_passages(corpus, on_error)), read_manifest(index_dir).corpus
     if found != expected:
         raise UserError(
             f"the index in {index_dir} must be of the passages in {corpus} (fingerprint {expected}); got {found}: "

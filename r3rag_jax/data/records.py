@@ -1,0 +1,108 @@
+"""The records of a file with their lines, and what a record that breaks a rule does (`data.on_error`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from rich.console import Console
+
+from r3rag_jax.config import DataConfig
+from r3rag_jax.errors import UserError
+
+T = TypeVar("T")
+MAX_NAMED = 5  # faults that a message names; the others are counted
+
+
+class Records(list[T]):
+    """What was read from a file, in its order; each item has a line, so that a later check can name it."""
+
+    def __init__(self, path: str | Path, rows: Iterable[tuple[int, T]] = ()) -> None:
+        """`rows`: (line number from 1, item)."""
+        rows = list(rows)
+        super().__init__(item for _, item in rows)
+        self.path, self.lines = path, [number for number, _ in rows]
+
+    def place(self, index: int) -> str:
+        """`file:line` of an item."""
+        return f"{self.path}:{self.lines[index]}"
+
+    def take(self, indices: Iterable[int]) -> Records[T]:
+        """The items at these indices, with their lines."""
+        return Records(self.path, ((self.lines[index], self[index]) for index in indices))
+
+
+@dataclasses.dataclass(frozen=True)
+class OnError:
+    """What a record that breaks a rule does: it is an error (`stop`), or it is left out and reported (`skip`)."""
+
+    action: Literal["stop", "skip"] = "stop"
+    say: Callable[[str], None] = print  # prints a report, which may have several lines
+
+    @classmethod
+    def of(cls, config: DataConfig, console: Console) -> OnError:
+        """As `data.on_error` says, reported on the console."""
+        return cls(config.on_error, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+
+    def check(self, records: Records[T], fault_of: Callable[[T], str | None]) -> Records[T]:
+        """Return the records that break no rule, in order.
+
+        Args:
+            fault_of: the rule and what came, for an item that breaks one; None for all others.
+
+        Raises:
+            UserError: an item breaks a rule, and records must not be left out; or all items do.
+        """
+        found = {index: fault for index, item in enumerate(records) if (fault := fault_of(item)) is not None}
+        faults = [f"{records.place(index)}: {fault}" for index, fault in found.items()]
+        if faults and self.action == "stop":
+            raise UserError(f"{_listed(faults, '; ')}; correct the file, or leave such records out: data.on_error=skip")
+        self.report(records.path, faults, len(records))
+        return records.take(index for index in range(len(records)) if index not in found)
+
+    def report(self, path: str | Path, faults: list[str], num: int) -> None:
+        """Say which of the `num` records of a file were left out.
+
+        Raises:
+            UserError: all of them were.
+        """
+        if not faults:
+            return
+        if len(faults) == num:
+            raise UserError(f"{path}: data.on_error=skip leaves none of {num} records; {_listed(faults, '; ')}")
+        listed = _listed(faults, "\n  ")
+        self.say(f"{path}: left out {len(faults)} of {num} records (data.on_error=skip):\n  {listed}")
+
+
+STOP = OnError()
+
+
+class FaultyRecords:
+    """The faults that are found while a file is read."""
+
+    def __init__(self, path: str | Path, on_error: OnError) -> None:
+        self._path, self._on_error = path, on_error
+        self._faults: list[str] = []
+
+    def add(self, number: int, fault: str) -> None:
+        """Leave out the record of a line.
+
+        Raises:
+            UserError: records must not be left out.
+        """
+        message = f"{self._path}:{number}: {fault}"
+        if self._on_error.action == "stop":
+            raise UserError(message)
+        self._faults.append(message)
+
+    def report(self, num: int) -> None:
+        """As `OnError.report`, of the whole file, which has `num` records."""
+        self._on_error.report(self._path, self._faults, num)
+
+
+def _listed(faults: list[str], separator: str) -> str:
+    """The first few faults, and how many more there are."""
+    more = [f"and {len(faults) - MAX_NAMED} more"] if len(faults) > MAX_NAMED else []
+    return separator.join(faults[:MAX_NAMED] + more)
