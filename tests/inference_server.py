@@ -38,7 +38,7 @@ class EngineReply:
         prompt = body["prompt"]
         prompt = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         stops = {id for text in body["stop"] if len(ids := tokenizer.encode(text)) == 1 for id in ids}
-        asked = tuple(prompt), body["max_tokens"], tuple(sorted(stops | {tokenizer.eos_id}))
+        asked = tuple(prompt), body["max_tokens"], tuple(sorted({*stops, *tokenizer.end_ids}))
         self._waiting.add(asked)
         with self._lock:  # whoever gets it works for all who wait
             if asked not in self.written:
@@ -60,11 +60,11 @@ class EngineReply:
             self._waiting.discard(asked)
 
     def render(self, ids: list[int], logprobs: list[float], stops: set[int]) -> dict[str, Any]:
-        tokenizer, eos = self.components.policy.tokenizer, self.components.policy.tokenizer.eos_id
-        has_ended = ids[-1] in {*stops, eos}
+        tokenizer = self.components.policy.tokenizer
+        has_ended = ids[-1] in {*stops, *tokenizer.end_ids}
         finish, name = ("stop", tokenizer.decode(ids[-1:])) if has_ended else ("length", None)
         whole, trimmed = tokenizer.decode(ids), tokenizer.decode(ids[:-1] if has_ended else ids)
-        name = None if ids[-1] == eos else name  # as vLLM: its own end is nobody's stop string
+        name = None if ids[-1] in tokenizer.end_ids else name  # as vLLM: its own end is nobody's stop string
         tokens = [tokenizer.decode([id]) for id in ids]
         spelled = {"tokens": tokens, "token_logprobs": logprobs}
         if self.dialect == "vllm":

@@ -62,6 +62,16 @@ def tokenizer(path: Path, specials: Sequence[str] = SPECIALS) -> Tokenizer:
     return Tokenizer(path)
 
 
+def with_several_ends(source: Path, path: Path) -> Tokenizer:
+    """A copy of `tokenizer`'s directory whose files name three ends of a turn: eos 0, the template's 2, and 1."""
+    path.mkdir(parents=True)
+    (path / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    (path / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    return Tokenizer(path)
+
+
 def decoder(vocab_size: int = 267, seed: int = 0, scale: float = 0.7) -> Decoder:
     """Two layers of width 32; embeddings scaled so that its distributions are neither uniform nor peaked."""
     config = DecoderConfig.from_hf(

@@ -98,7 +98,9 @@ class IRCoTEnv:
     def step(self, completion: Completion) -> Context | Search | Done:
         """See `Env.step`."""
         self._num_sampled += len(completion.ids)
-        line = self._writer.tokenizer.decode(completion.ids, skip_special=True).partition("\n")[0].strip()
+        tokenizer = self._writer.tokenizer
+        text = tokenizer.decode(tokenizer.without_end(completion.ids), skip_special=True)
+        line = text.partition("\n")[0].strip()
         if self._is_answering:
             return self._done("", line)
         thought, mark, answer = line.partition(ANSWER_MARK)

@@ -21,7 +21,8 @@ def line_stops(tokenizer: Tokenizer, *others: str) -> StopRule:
     """Return what ends a line of text: a newline, one of the `others`, or the end of the turn."""
     texts = ("\n", "\n\n", *others)
     single_tokens = {ids[0] for text in texts if len(ids := tokenizer.encode(text)) == 1}
-    return StopRule(stop_ids=(*single_tokens, tokenizer.eos_id, tokenizer.pad_id), stop_strings=("\n", *others))
+    stop_ids = dict.fromkeys((*single_tokens, *tokenizer.end_ids, tokenizer.pad_id))
+    return StopRule(stop_ids=tuple(stop_ids), stop_strings=("\n", *others))
 
 
 def first_that_fits(tokenizer: Tokenizer, prompts: Iterable[str], max_tokens: int) -> list[int]:
@@ -59,7 +60,7 @@ class LineReader:
 
     def done(self, request: RolloutRequest, passages: Sequence[Passage], completion: Completion) -> Done:
         """Return the trajectory: a retrieval step, if it found passages, and an answer step, if a line was written."""
-        text = self._tokenizer.decode(completion.ids, skip_special=True)
+        text = self._tokenizer.decode(self._tokenizer.without_end(completion.ids), skip_special=True)
         line = text.partition("\n")[0].strip()  # a token may hold more than the newline
         question = request.question
         steps = [Step("", query=question.question, passages=tuple(passages))] if passages else []

@@ -13,10 +13,10 @@ The token that ended a completion is the first of these:
     the last id, or the end of the text
     stop_reason (vLLM) or matched_stop (SGLang)
     the closing tag of the tag that the text leaves open, if closing tags such as `</answer>` are stop tokens
-    the end-of-sequence token
+    the end of the turn
 
-Two cases are ambiguous in a reply without the first two: an end of sequence inside a tag is read as the tag's closing,
-and a closing tag without its opening tag as an end of sequence.
+Two cases are ambiguous in a reply without the first two: an end of turn inside a tag is read as the tag's closing, and
+a closing tag without its opening tag as an end of turn.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ class MalformedReplyError(ValueError):
 class CompletionReader:
     """Reads the replies to requests of one tokenizer and set of stop tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, *, eos_id: int, stop_ids: Sequence[int] = ()):
-        """`eos_id` and `stop_ids` end a completion."""
-        self._tokenizer, self._eos_id = tokenizer, eos_id
-        self.stop_texts = {id: tokenizer.decode([id]) for id in (*stop_ids, eos_id)}  # id -> its text
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int]):
+        """`stop_ids` end a completion, in addition to the tokenizer's `turn_end_id`."""
+        self._tokenizer = tokenizer
+        # id -> its text; empty for an id that the tokenizer does not know
+        self.stop_texts = {id: tokenizer.decode([id]) for id in (*stop_ids, tokenizer.turn_end_id)}
 
     def read(self, reply: Any) -> Completion:
         """The completion in a JSON reply.
@@ -121,8 +122,8 @@ class CompletionReader:
 
     def _is_ended(self, ids: Sequence[int]) -> bool:
         """Whether the ids hold their end: as a stop token, or spelled out in ordinary tokens, which ends no step."""
-        stops = self.stop_texts
-        return bool(ids) and (ids[-1] in stops or self._tokenizer.decode(ids).endswith(tuple(stops.values())))
+        texts = tuple(text for text in self.stop_texts.values() if text)
+        return bool(ids) and (ids[-1] in self.stop_texts or self._tokenizer.decode(ids).endswith(texts))
 
     def _ending(self, choice: dict[str, Any], text: str) -> int:
         """The token that ended a completion whose text lacks it."""
@@ -135,4 +136,4 @@ class CompletionReader:
             opened_at = {text.rfind(f"<{tag[2:]}"): id for id, tag in closing.items() if tag not in text}
             if opened_at and max(opened_at) >= 0:
                 return opened_at[max(opened_at)]
-        return self._eos_id
+        return self._tokenizer.turn_end_id

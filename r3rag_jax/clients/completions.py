@@ -31,13 +31,12 @@ class CompletionsClient:
         config: RolloutConfig,
         tokenizer: Tokenizer,
         *,
-        eos_id: int,
-        stop_ids: Sequence[int] = (),
+        stop_ids: Sequence[int],
         first_wait_s: float = FIRST_WAIT_S,
     ):
         """
         Args:
-            eos_id, stop_ids: tokens that end a completion.
+            stop_ids: tokens that end a completion, the most important ones first: OpenAI's API has few stop strings.
             first_wait_s: seconds before the first retry of a request.
 
         Raises:
@@ -45,7 +44,7 @@ class CompletionsClient:
         """
         self.max_length = config.max_length
         self._config, self._tokenizer = config, tokenizer
-        self._reader = CompletionReader(tokenizer, eos_id=eos_id, stop_ids=stop_ids)
+        self._reader = CompletionReader(tokenizer, stop_ids)
         hint = "for a server that refuses fields beyond OpenAI's: rollout.server.extra_fields=false"
         self._endpoint = Endpoint(
             config.server, name="rollout.server", first_wait_s=first_wait_s,
@@ -86,7 +85,7 @@ class CompletionsClient:
             "max_tokens": min(context.budget, self.max_length - len(ids)),
             "temperature": context.temperature,
             "top_p": config.top_p,
-            "stop": list(stops.values())[:MAX_STOPS],
+            "stop": [text for text in stops.values() if text][:MAX_STOPS],
             "logprobs": 1,
         }
         if context.key is not None:

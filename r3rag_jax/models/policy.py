@@ -122,7 +122,7 @@ class Policy:
         """
         partial = path.with_name(f".{path.name}.partial")
         with reading(self.base_path):
-            generation = self.tokenizer.generation_ids() | load_generation(self.base_path)
+            generation = self.tokenizer.complete_generation(load_generation(self.base_path))
         save_decoder(nnx.merge(self.graphdef, params), partial, dtype="float32", generation=generation)
         if jax.process_index() == 0:
             self.tokenizer.save(partial)

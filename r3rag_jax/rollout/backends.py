@@ -165,10 +165,8 @@ class ServerBackend:
         Raises:
             UserError: the environment variable with the server's key is not set.
         """
-        eos_id = self._tokenizer.eos_id
-        stop_ids = [i for i in (*stops.pause_ids, *stops.stop_ids) if i != eos_id]
         server = CompletionsClient(
-            self._config, self._tokenizer, eos_id=eos_id, stop_ids=stop_ids, first_wait_s=self._first_wait_s
+            self._config, self._tokenizer, stop_ids=[*stops.pause_ids, *stops.stop_ids], first_wait_s=self._first_wait_s
         )
         with ThreadPoolExecutor(self.num_slots) as pool, server.session():
             yield ServerGeneration(server, pool)

@@ -85,7 +85,7 @@ class SearchEnv:
 
     def _is_cut_off(self, ids: Sequence[int]) -> bool:
         """Whether a budget ended the step."""
-        if ids[-1] in {self._codec.eos_id, *self._codec.stop_ids}:
+        if ids[-1] in (*self._codec.end_ids, *self._codec.stop_ids):
             return False
         strings = self._config.stop_strings
         return not strings or self._codec.tokenizer.end_of(strings, ids) == 0

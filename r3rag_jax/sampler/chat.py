@@ -27,7 +27,6 @@ class EngineChat:
         *,
         model: str,
         identity: str,
-        stop_ids: Sequence[int],
         max_tokens: int,
     ):
         """Serve `decoder` as a chat model.
@@ -35,14 +34,12 @@ class EngineChat:
         Args:
             model: the model's name, for messages.
             identity: identifies the weights, so that cached replies of other weights are not reused.
-            stop_ids: tokens that end a reply.
             max_tokens: longest reply; a longer one is an error.
         """
         self._engine, self._decoder, self._tokenizer = engine, decoder, tokenizer
         self.model, self.identity = model, identity
         self._frame, self._max_tokens = chat_frame(tokenizer), max_tokens
-        self._stop_ids = frozenset(stop_ids)
-        self._stops = StopTokens(stop_ids=tuple(self._stop_ids))
+        self._stops = StopTokens(stop_ids=tokenizer.end_ids)
         self._has_given_up = False
 
     @property
@@ -71,8 +68,8 @@ class EngineChat:
         for row, ids in complete_all(
             self._engine, self._decoder, contexts, self._stops, chunk=CHUNK, leave_at=leave_at
         ):
-            if ids[-1] in self._stop_ids:
-                yield indices[row], self._tokenizer.decode(ids[:-1], skip_special=True)
+            if len(said := self._tokenizer.without_end(ids)) < len(ids):
+                yield indices[row], self._tokenizer.decode(said, skip_special=True)
             else:
                 yield (
                     indices[row],

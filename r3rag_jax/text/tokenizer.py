@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import datetime
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -28,6 +29,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIALS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
 TEMPLATES = ("chatml", "llama3")  # bundled chat templates, with which the published checkpoints were trained
 CONTENT = "\x00content\x00"  # placeholder in a rendered template for a text that is encoded separately
 _SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -68,7 +70,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """The id that ends a turn.
+        """The id of the end-of-sequence token; see `end_ids` for what ends a completion.
 
         Raises:
             ValueError: the files name no eos_token.
@@ -90,12 +92,38 @@ class Tokenizer:
         token = self._special("pad_token")
         return self.eos_id if token is None else self.token_id(token)
 
-    def generation_ids(self) -> dict[str, int]:
-        """Return `bos_token_id`, `eos_token_id` and `pad_token_id`, without those that the files do not name."""
-        tokens = {key: self._special(key) for key in ("bos_token", "eos_token", "pad_token")}
-        return {
-            f"{key}_id": self.token_id(token) for key, token in tokens.items() if token is not None and token in self
-        }
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """All ids that end a completion, each once; the one that a policy learns to write comes first.
+
+        They are the token that the chat template puts behind an assistant turn, eos_token, and `eos_token_id` of
+        generation_config.json, of which each may name others: Llama 3.1 Instruct lists three.
+
+        Raises:
+            UserError: `eos_token_id` of generation_config.json is neither an id nor a list of ids.
+        """
+        known = (self._turn_end_id(), self._known_id("eos_token"), *self._generation_eos_ids())
+        return tuple(dict.fromkeys(i for i in known if i is not None))
+
+    @property
+    def turn_end_id(self) -> int:
+        """The id that ends an assistant turn in training data: the chat template's, or else that of eos_token.
+
+        Raises:
+            ValueError: the files name neither.
+        """
+        return self.end_ids[0] if self.end_ids else self.eos_id
+
+    def without_end(self, ids: Sequence[int]) -> list[int]:
+        """Return the ids of a completion without the token that ended it, if it is one of `end_ids`."""
+        return list(ids[:-1] if len(ids) and ids[-1] in self.end_ids else ids)
+
+    def complete_generation(self, generation: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the contents of a generation_config.json with the ids that it lacks, so that all `end_ids` stop."""
+        known = {f"{key}_id": self._known_id(key) for key in ("bos_token", "eos_token", "pad_token")}
+        completed = {key: id for key, id in known.items() if id is not None} | dict(generation)
+        ends = tuple(dict.fromkeys((*self._generation_eos_ids(), *self.end_ids)))
+        return completed | ({"eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else {})
 
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
         """Return the ids of a text; no special token is added.
@@ -142,6 +170,7 @@ class Tokenizer:
     def add_special_tokens(self, tokens: Sequence[str]) -> int:
         """Make each string a special token; returns the number of tokens added to the vocabulary."""
         self._plain = None
+        self.__dict__.pop("end_ids", None)
         added = [AddedToken(token, special=True, normalized=False) for token in tokens]
         return self._backend.add_special_tokens(added)
 
@@ -200,6 +229,30 @@ class Tokenizer:
         """Return the text of a special token; the files write a string or {"content": ...}."""
         value = self._config.get(key)
         return value["content"] if isinstance(value, dict) else value
+
+    def _known_id(self, key: str) -> int | None:
+        """Return the id of a special token, or None if the files do not name it or the vocabulary lacks it."""
+        token = self._special(key)
+        return None if token is None else self._backend.token_to_id(token)
+
+    def _generation_eos_ids(self) -> list[int]:
+        """Return `eos_token_id` of generation_config.json as a list."""
+        file = self._path / GENERATION_FILE
+        value = _read_json(file).get("eos_token_id")
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{file}: eos_token_id must be an id or a list of ids; got {value!r}")
+        return ids
+
+    def _turn_end_id(self) -> int | None:
+        """Return the special token that the chat template puts behind an assistant turn, or None if there is none."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": CONTENT}]
+        try:
+            _, content, behind = self.render_chat(turns, add_generation_prompt=False).rpartition(CONTENT)
+        except ValueError:  # no template, or one that is for user messages alone
+            return None
+        ids = self.encode(behind.lstrip())[:1] if content else []
+        return next((i for i in ids if i in self._backend.get_added_tokens_decoder()), None)
 
     def _find_template(self) -> str | None:
         """Return the default chat template, from chat_template.jinja or else from tokenizer_config.json."""

@@ -28,7 +28,7 @@ class Codec:
         """`passage_tokens`: maximum number of tokens of a passage; longer ones are cut."""
         self.tokenizer, self.protocol, self.passage_tokens = tokenizer, protocol, passage_tokens
         self.prefix, self.suffix = chat_frame(tokenizer)
-        self.eos_id = tokenizer.eos_id
+        self.turn_end_id, self.end_ids = tokenizer.turn_end_id, tokenizer.end_ids
         self.stop_ids = tuple(tokenizer.token_id(text) for text in protocol.stop_strings)
         self._newline = tokenizer.encode("\n")
         frame = protocol.render_passages([CONTENT])
@@ -40,8 +40,7 @@ class Codec:
     @property
     def ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Stop tokens as (those after which passages may follow, all others)."""
-        pauses = self.stop_ids if self.protocol.is_one_sequence else (self.eos_id,)
-        return pauses, tuple(i for i in (self.eos_id,) if i not in pauses)
+        return (self.stop_ids, self.end_ids) if self.protocol.is_one_sequence else (self.end_ids, ())
 
     def question_ids(self, question: str) -> list[int]:
         """Return the ids of the user message that states the question, without the chat frame."""
@@ -61,16 +60,15 @@ class Codec:
     def step_ids(self, step: Step, number: int) -> list[int]:
         """Return the ids that a policy would sample to write this step, including the stop token."""
         ids = self.tokenizer.encode(self.protocol.render_step(step, number))
-        return ids if self.protocol.is_one_sequence else [*ids, self.eos_id]
+        return ids if self.protocol.is_one_sequence else [*ids, self.turn_end_id]
 
     def parse_step(self, ids: Sequence[int], number: int) -> Step:
         """Parse sampled ids into step `number` (from 1); a final end of turn is ignored."""
-        ids = list(ids[:-1]) if len(ids) and ids[-1] == self.eos_id else list(ids)
-        return self.protocol.parse_step(self.tokenizer.decode(ids), number)
+        return self.protocol.parse_step(self.tokenizer.decode(self.tokenizer.without_end(ids)), number)
 
     def joined_step(self, ids: Sequence[int]) -> list[int]:
         """Return a step's ids as they appear in the next user message of the protocol `steps`."""
-        ids = [i for i in ids if i != self.eos_id]
+        ids = [i for i in ids if i not in self.end_ids]
         return [*self._newline, *ids, *self._newline]
 
 

@@ -74,5 +74,5 @@ def pretrain(out: Path, *, start: Path | None, num_steps: int, lr: float, seed: 
             )
         if number % 200 == 199 or number == num_steps - 1:
             decoder = nnx.merge(graphdef, state.params)
-            save_decoder(decoder, out, dtype="bfloat16", generation=tokenizer.generation_ids())
+            save_decoder(decoder, out, dtype="bfloat16", generation=tokenizer.complete_generation({}))
             tokenizer.save(out)

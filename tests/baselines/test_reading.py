@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import tiny
@@ -117,6 +118,9 @@ def test_a_chat_model_is_shown_how_short_an_answer_is(tokenizer: Tokenizer) -> N
     assert cut[1].answer == "Shrewsbury"
 
 
-def test_a_line_of_answer_ends_at_a_newline_or_the_end_of_text(tokenizer: Tokenizer) -> None:
+def test_a_line_of_answer_ends_at_a_newline_or_any_end_of_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
     [newline] = tokenizer.encode("\n")
     assert set(line_stops(tokenizer).stop_ids) == {newline, tokenizer.eos_id, tokenizer.pad_id}
+    tokenizer.save(tmp_path / "one")
+    several = tiny.with_several_ends(tmp_path / "one", tmp_path / "several")
+    assert set(line_stops(several).stop_ids) == {newline, 0, 1, 2}

@@ -19,7 +19,7 @@ THOUGHT = "<think> I know. </think>"
 def reader(tokenizer: Tokenizer) -> CompletionReader:
     """Of the `tags` protocol: a query or an answer ends a completion."""
     stop_ids = [tokenizer.token_id(tag) for tag in ("</query>", "</answer>")]
-    return CompletionReader(tokenizer, eos_id=tokenizer.eos_id, stop_ids=stop_ids)
+    return CompletionReader(tokenizer, stop_ids)
 
 
 def test_a_text_alone_is_encoded_and_its_end_restored(reader: CompletionReader, tokenizer: Tokenizer) -> None:
@@ -43,7 +43,7 @@ def test_the_last_of_several_open_tags_is_closed(reader: CompletionReader, token
 
 def test_without_closing_tags_among_the_stops_an_open_tag_means_nothing(tokenizer: Tokenizer) -> None:
     newline = tokenizer.encode("\n")[0]
-    reader = CompletionReader(tokenizer, eos_id=tokenizer.eos_id, stop_ids=[newline])
+    reader = CompletionReader(tokenizer, [newline])
     assert reader.read(completion("<answer> Darwin")).ids[-1] == tokenizer.eos_id
     assert reader.read(completion("<answer> Darwin", stop_reason="\n")).ids[-1] == newline
 

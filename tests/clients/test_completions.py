@@ -26,7 +26,7 @@ def open_at(tokenizer: Tokenizer) -> Open:
     def open_at(url: str, stop_ids: tuple[int, ...] = (), **settings: Any) -> CompletionsClient:
         server = {name: settings.pop(name) for name in SERVER_KEYS & settings.keys()}
         config = RolloutConfig(server=ServerConfig(url=url, **{"retries": 1} | server), **settings)
-        return CompletionsClient(config, tokenizer, eos_id=tokenizer.eos_id, stop_ids=stop_ids, first_wait_s=0.01)
+        return CompletionsClient(config, tokenizer, stop_ids=stop_ids, first_wait_s=0.01)
 
     return open_at
 

@@ -208,6 +208,21 @@ def test_ids_budgets_and_seeds_of_the_requests(codec: Codec) -> None:
     assert context.ids[-len(written) :].tolist() == written  # the end is restored
 
 
+def test_a_server_is_told_every_end_of_a_turn(tmp_path: Path) -> None:
+    """Four stop strings are all that OpenAI's API takes: the tags and the ends that a policy learns to write."""
+    tiny.tokenizer(tmp_path / "one")
+    tokenizer = tiny.with_several_ends(tmp_path / "one", tmp_path / "several")
+    codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
+    written = tokenizer.encode("<think> I know. </think><answer> Darwin")
+    for end in tokenizer.end_ids:
+        reply = 200, completion(tokenizer.decode(written), token_ids=[*written, end])
+        [trajectory], endpoint = play(codec, lambda _, reply=reply: reply)
+        assert endpoint.bodies[0]["stop"] == ["</query>", "</answer>", "<|im_end|>", "<|endoftext|>"]
+        assert endpoint.bodies[0]["stop_token_ids"] == [*codec.stop_ids, 2, 0, 1]
+        assert (trajectory.status, trajectory.num_policy_tokens) == (Status.FORMAT_ERROR, len(written) + 1)
+        assert trajectory.steps[-1].analysis == tokenizer.decode(written)
+
+
 def test_who_tells_no_logprobs_cannot_be_trained_on(codec: Codec) -> None:
     [trajectory], _ = play(codec, answering(codec))
     assert not any(sample.has_logprobs for sample in trajectory.samples)
@@ -228,7 +243,7 @@ def test_a_tag_spelled_out_in_letters_ends_no_step(tokenizer: Tokenizer) -> None
 def test_a_step_cut_off_by_its_budget_is_malformed(codec: Codec) -> None:
     [trajectory], _ = play(codec, lambda _: (200, completion(text_of(codec, LAST, 1), "length")))
     assert trajectory.status == Status.FORMAT_ERROR
-    assert trajectory.samples[0].ids[-1] not in (*codec.stop_ids, codec.eos_id)
+    assert trajectory.samples[0].ids[-1] not in (*codec.stop_ids, codec.turn_end_id)
 
 
 def test_an_end_of_turn_at_once_is_a_malformed_step(codec: Codec) -> None:

@@ -167,7 +167,7 @@ def test_other_limits_that_a_full_context_meets_keep_their_names(codec):
 
 
 def test_malformed_and_cut_off_steps_end_a_trajectory(codec):
-    stop = codec.stop_ids[0] if codec.stop_ids else codec.eos_id
+    stop = codec.stop_ids[0] if codec.stop_ids else codec.turn_end_id
     nonsense = [*codec.tokenizer.encode("no tags here"), stop]
     cut = codec.step_ids(LAST, 1)[:-1]
     for ids in (nonsense, cut):

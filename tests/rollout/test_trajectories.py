@@ -105,12 +105,12 @@ def naive(components: Components, params: Any, request: RolloutRequest) -> list[
             scaled = logits / (request.temperature or 1.0)
             logprobs.append(float(scaled[token] - np.logaddexp.reduce(scaled)))
             ids.append(token)
-            if token == codec.eos_id or token in codec.stop_ids:
+            if token == codec.turn_end_id or token in codec.stop_ids:
                 break
         written.append((ids, logprobs))
         transcript.write(ids, np.zeros(len(ids), np.float32))
         step = codec.parse_step(ids, number + 1)
-        if ids[-1] not in {codec.eos_id, *codec.stop_ids} or not step.is_well_formed or step.answer is not None:
+        if ids[-1] not in {codec.turn_end_id, *codec.stop_ids} or not step.is_well_formed or step.answer is not None:
             break
         [hits] = components.retriever.search([step.query or ""], components.config.retrieval.top_k + len(seen))
         passages = select_passages(hits, seen, components.config.retrieval.top_k, max_passages=10)

@@ -208,7 +208,7 @@ def test_the_cold_start_trains_on_the_published_text(model: str, directory: Path
     for number, (sample, text) in enumerate(zip(samples, PUBLISHED[model], strict=True), 1):
         learnt = codec.tokenizer.decode(sample.ids[sample.loss_mask])
         assert learnt == text[text.rindex(f"Step {number}:") :]
-        assert sample.ids[-1] == codec.eos_id and sample.loss_mask[-1]
+        assert sample.ids[-1] == codec.turn_end_id and sample.loss_mask[-1]
 
 
 def test_a_rollout_reads_the_published_prompts_and_its_steps_back(model: str, directory: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from r3rag_jax.errors import UserError
 from r3rag_jax.text.tokenizer import Tokenizer
 
 CHATML = """\
@@ -109,6 +111,49 @@ def test_pad_falls_back_to_eos_and_eos_is_required(directory):
     edit_config(directory, eos_token=None)
     with pytest.raises(ValueError, match="must name an eos_token"):
         _ = Tokenizer(directory).eos_id
+
+
+TURN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}END{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("eos", "generation", "behind", "ends"),
+    [
+        ("<|im_end|>", None, "<|im_end|>\\n", (2,)),
+        ("<|endoftext|>", None, "<|im_end|>\\n", (2, 0)),  # a base model with the template of its Instruct
+        ("<|endoftext|>", [0, 1], " <|im_end|>", (2, 0, 1)),
+        ("<|endoftext|>", 1, "\\n", (0, 1)),  # no token ends the turn: eos
+        ("<|endoftext|>", None, "the<|im_end|>", (0,)),  # text ends the turn
+        ("<|im_end|>", [2, 0], None, (2, 0)),  # no template
+        ("<|im_end|>", [0], "{{ raise_exception('no assistant') if m.role == 'assistant' }}", (2, 0)),
+        ("nowhere", None, "<|im_end|>", (2,)),
+    ],
+)
+def test_everything_that_ends_a_turn(directory, eos, generation, behind, ends):
+    template = None if behind is None else TURN.replace("END", behind.replace("\\n", "\n"))
+    edit_config(directory, eos_token=eos, chat_template=template)
+    if generation is not None:
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": generation, "top_k": 9}))
+    tokenizer = Tokenizer(directory)
+    assert tokenizer.end_ids == ends and tokenizer.turn_end_id == ends[0]
+    for end in ends:
+        assert tokenizer.without_end([5, end]) == [5]
+    assert tokenizer.without_end([5, 7]) == [5, 7] and tokenizer.without_end([]) == []
+    written = tokenizer.complete_generation({"eos_token_id": generation, "top_k": 9} if generation else {})
+    assert set(np.atleast_1d(written["eos_token_id"])) == set(ends)
+
+
+def test_generation_config_keeps_its_order_and_what_else_it_holds(directory):
+    (directory / "generation_config.json").write_text('{"eos_token_id": [1, 0], "pad_token_id": 1, "top_k": 9}')
+    written = Tokenizer(directory).complete_generation({"eos_token_id": [1, 0], "pad_token_id": 1, "top_k": 9})
+    assert written == {"eos_token_id": [1, 0, 2], "pad_token_id": 1, "top_k": 9}
+
+
+@pytest.mark.parametrize("value", ['"</s>"', "[2, null]", "-1", "true", "{}"])
+def test_an_eos_token_id_that_is_none_is_refused(directory, value):
+    (directory / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id must be an id or a list of ids; got"):
+        _ = Tokenizer(directory).end_ids
 
 
 @pytest.mark.parametrize("add_generation_prompt", [True, False])

@@ -109,7 +109,7 @@ def trajectories(tmp_path_factory: pytest.TempPathFactory) -> list[Trajectory]:
     for number in range(5):
         transcript, steps = Transcript(codec, f"Question {number}?"), []
         for step in range(number + 1):
-            ids = [*rng.integers(20, 260, 12).tolist(), codec.eos_id]
+            ids = [*rng.integers(20, 260, 12).tolist(), codec.turn_end_id]
             transcript.write(ids, rng.uniform(-8, -4, len(ids)).astype(np.float32))
             transcript.add_passages([Passage("p", "".join(map(chr, rng.integers(97, 122, 60))))])
             steps.append(Step("", query=str(step)))

@@ -80,7 +80,8 @@ def open_directory(path: Path) -> Iterator[Source]:
         check_decoder(config, files)
         is_half = all(files.dtype(name) == "BF16" for name in tensors)
         yield Source(
-            config, tokenizer, tokenizer.generation_ids() | load_generation(path), "bfloat16" if is_half else "float32",
+            config, tokenizer, tokenizer.complete_generation(load_generation(path)),
+            "bfloat16" if is_half else "float32",
             lambda name: files.read(name, tuple(slice(0, size) for size in tensors[name].shape)),
         )  # fmt: skip
 

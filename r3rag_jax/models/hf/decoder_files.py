@@ -28,8 +28,8 @@ from r3rag_jax.models.hf.tensor_files import (
     write_dtype,
     write_tensors,
 )
+from r3rag_jax.text.tokenizer import GENERATION_FILE
 
-GENERATION_FILE = "generation_config.json"
 TOKEN_IDS = (
     "bos_token_id",
     "eos_token_id",

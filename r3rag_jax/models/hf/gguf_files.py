@@ -58,7 +58,7 @@ def open_gguf(path: Path, dtype: str | None) -> Iterator[Source]:
         if names := sorted(map(str, loading_info[f"{kind}_keys"])):  # transformers initialises missing ones randomly
             raise ValueError(f"the tensors must be those of a {config.model_type}; {kind}: {names[0]}")
     state = model.state_dict()
-    yield Source(config, tokenizer, tokenizer.generation_ids(), dtype, lambda name: state[name].float().numpy())
+    yield Source(config, tokenizer, tokenizer.complete_generation({}), dtype, lambda name: state[name].float().numpy())
 
 
 @contextlib.contextmanager

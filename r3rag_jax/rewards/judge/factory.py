@@ -14,7 +14,7 @@ from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
 from r3rag_jax.config import JudgeConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.decoder import param_shapes, param_shardings
-from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, load_generation
+from r3rag_jax.models.hf.decoder_files import load_config, load_decoder
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.judge.prompts import Prompts, check_template
@@ -84,7 +84,6 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> EngineChat:
     path, dtype = _local_path(config), jnp.dtype(config.local.dtype)
     with reading(path):
         model_config, tokenizer = load_config(path), Tokenizer(path)
-        stop_ids = load_generation(path).get("eos_token_id", [])
         decoder = load_decoder(path, dtype=dtype, shardings=param_shardings(mesh, model_config))
     graphdef, params = nnx.split(decoder)
     engine = Engine(
@@ -97,7 +96,6 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> EngineChat:
         return EngineChat(
             engine, engine.load(params), tokenizer, model=config.local.path,
             identity=" ".join([config.local.path, config.local.dtype, *versions]),
-            stop_ids=sorted({tokenizer.eos_id, *(stop_ids if isinstance(stop_ids, list) else [stop_ids])}),
             max_tokens=config.max_tokens,
         )  # fmt: skip
 

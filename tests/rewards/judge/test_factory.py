@@ -104,6 +104,16 @@ def test_a_local_judge(judge_dir: Path, tmp_path: Path) -> None:
     assert sum("must end within 5 tokens" in failure for failure in failures) == 2
 
 
+def test_every_end_of_turn_ends_a_reply(judge_dir: Path, tmp_path: Path) -> None:
+    """The judge writes its template's end of turn, which is not the eos_token of its files."""
+    tiny.with_several_ends(judge_dir, tmp_path / "several")
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "several" / name).symlink_to(judge_dir / name)
+    chat = local_chat(local_config(tmp_path / "several", tmp_path), make_mesh(MeshConfig()))
+    replies = dict(chat.reply_all([f"{gold}?{answer}" for gold, answer in REPLIES]))
+    assert [replies[i] for i in range(3)] == list(REPLIES.values())
+
+
 def test_a_local_judge_of_another_training_is_another_judge(judge_dir: Path, tmp_path: Path) -> None:
     mesh = make_mesh(MeshConfig())
     chats = [local_chat(local_config(judge_dir, tmp_path, dtype=dtype), mesh) for dtype in ("float32", "bfloat16")]
