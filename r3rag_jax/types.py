@@ -39,7 +39,10 @@ class Question:
     @property
     def supporting_ids(self) -> tuple[str, ...]:
         """Ids of the passages that hold the evidence; empty when the data set does not say."""
-        return tuple(str(i) for i in self.metadata.get("supporting_ids", ()))
+        ids = self.metadata.get("supporting_ids") or ()
+        if isinstance(ids, str):  # whose letters would be taken for ids
+            raise TypeError(f"supporting_ids must be a list of ids; got {ids!r}")
+        return tuple(str(id) for id in ids)
 
 
 @dataclasses.dataclass(frozen=True)

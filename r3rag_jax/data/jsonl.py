@@ -148,6 +148,11 @@ def get_id(row: Row, name: str) -> str:
     return str(value) if type(value) is int else get_text(row, name)
 
 
+def is_id(value: Any) -> bool:
+    """Whether `get_id` takes the value: a text that is not blank, or a whole number."""
+    return type(value) is int or (isinstance(value, str) and value.strip() != "")
+
+
 def get_ids(row: Row, name: str) -> list[str]:
     """`row[name]` as a list of ids, empty where the field is missing or null; FieldError otherwise."""
     values = get_field(row, name, list, default=None) or []

@@ -5,11 +5,11 @@ HotpotQA, 2WikiMultihopQA, MuSiQue and many other data sets are distributed in i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from r3rag_jax.data.jsonl import FieldError, Row, get_field, get_id, get_text, read_all, read_parsed, show
+from r3rag_jax.data.jsonl import FieldError, Row, get_field, get_id, get_text, is_id, read_all, read_parsed, show
 from r3rag_jax.data.records import STOP, OnError, Records
 from r3rag_jax.types import Passage, Question
 
@@ -46,8 +46,28 @@ def question_from_dict(row: Row) -> Question:
         id=get_id(row, "id"),
         question=get_text(row, "question"),
         golden_answers=tuple(answers),
-        metadata=get_field(row, "metadata", dict, default=None) or {},
+        metadata=_metadata(row),
     )
+
+
+def _metadata(row: Row) -> dict[str, Any]:
+    """The field `metadata`; what this package reads of it has the right type, or is left out where it is null or ''.
+
+    `type` (a text) and `unseen` (true or false) name groups of an evaluation; `supporting_ids` is a list of ids of
+    passages. All other names are kept as they are.
+    """
+    metadata = dict(get_field(row, "metadata", dict, default=None) or {})
+    checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "type": ("a text", lambda value: isinstance(value, str)),
+        "unseen": ("true or false", lambda value: isinstance(value, bool)),
+        "supporting_ids": ("a list of ids", lambda value: isinstance(value, list) and all(map(is_id, value))),
+    }
+    for name, (what, is_right) in checks.items():
+        if metadata.get(name) in (None, ""):
+            metadata.pop(name, None)
+        elif not is_right(metadata[name]):
+            raise FieldError(f"metadata.{name} must be {what}; got {show(metadata[name])}")
+    return metadata
 
 
 def question_to_dict(question: Question) -> dict[str, Any]:

@@ -20,6 +20,28 @@ def test_questions(tmp_path: Path) -> None:
     assert second == Question("q0", "Who wrote Ulysses?", ("James Joyce",), {})
 
 
+def test_metadata_that_is_null_is_metadata_that_is_missing(tmp_path: Path) -> None:
+    rows = [
+        {"metadata": {"supporting_ids": None, "type": None, "unseen": None, "level": None}},
+        {"metadata": {"supporting_ids": [], "type": "", "unseen": False}},
+        {"metadata": None},
+        {"metadata": {"supporting_ids": [7, "p15"]}},
+    ]
+    found = read_questions(write(tmp_path, *[QUESTION | {"id": i} | row for i, row in enumerate(rows)]))
+    assert [dict(question.metadata) for question in found] == [
+        {"level": None},
+        {"supporting_ids": [], "unseen": False},
+        {},
+        {"supporting_ids": [7, "p15"]},
+    ]
+    assert [question.supporting_ids for question in found] == [(), (), (), ("7", "p15")]
+
+
+def test_supporting_ids_given_as_text_are_not_split_into_letters() -> None:
+    with pytest.raises(TypeError, match="supporting_ids must be a list of ids; got 'p15'"):
+        _ = Question("q", "Who?", ("x",), {"supporting_ids": "p15"}).supporting_ids
+
+
 def test_passages_in_both_layouts(tmp_path: Path) -> None:
     rows = [
         {"id": "0", "contents": '"Darwin"\nA naturalist.'},
@@ -44,6 +66,30 @@ def test_passages_in_both_layouts(tmp_path: Path) -> None:
         (QUESTION | {"id": "q1", "golden_answers": []}, "golden_answers must be a list of one or"),
         (QUESTION | {"id": "q1", "golden_answers": [1]}, "golden_answers must be a list of one or"),
         (QUESTION | {"id": "q1", "metadata": []}, "metadata must be an object; got []"),
+        (
+            QUESTION | {"id": "q1", "metadata": {"supporting_ids": 15}},
+            "metadata.supporting_ids must be a list of ids; got 15",
+        ),
+        (
+            QUESTION | {"id": "q1", "metadata": {"supporting_ids": "p15"}},
+            'metadata.supporting_ids must be a list of ids; got "p15"',
+        ),
+        (
+            QUESTION | {"id": "q1", "metadata": {"supporting_ids": {"1": 2}}},
+            "metadata.supporting_ids must be a list of ids; got {",
+        ),
+        (
+            QUESTION | {"id": "q1", "metadata": {"supporting_ids": ["1", None]}},
+            'metadata.supporting_ids must be a list of ids; got ["1", null]',
+        ),
+        (
+            QUESTION | {"id": "q1", "metadata": {"supporting_ids": [True]}},
+            "metadata.supporting_ids must be a list of ids; got [true]",
+        ),
+        (QUESTION | {"id": "q1", "metadata": {"type": 3}}, "metadata.type must be a text; got 3"),
+        (QUESTION | {"id": "q1", "metadata": {"type": ["bridge"]}}, 'metadata.type must be a text; got ["bridge"]'),
+        (QUESTION | {"id": "q1", "metadata": {"unseen": "no"}}, 'metadata.unseen must be true or false; got "no"'),
+        (QUESTION | {"id": "q1", "metadata": {"unseen": 0}}, "metadata.unseen must be true or false; got 0"),
         (QUESTION, "ids must be unique; 'q0' is also on line 1"),
         (QUESTION | {"id": "\ud800"}, "expected Unicode text; got a lone surrogate escape"),
     ],
