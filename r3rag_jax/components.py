@@ -22,9 +22,12 @@ from r3rag_jax.data.records import OnError
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.dev import DevEvaluation
 from r3rag_jax.evaluation.evaluator import Evaluator
+from r3rag_jax.evaluation.fingerprint import JUDGE, TOKENIZER
 from r3rag_jax.evaluation.systems import BASE_POLICY
+from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
+from r3rag_jax.parallel.processes import on_process_0
 from r3rag_jax.retrieval.base import Encoder, Retriever
 from r3rag_jax.retrieval.factory import build_index, open_encoder, open_retriever, open_store
 from r3rag_jax.rewards.base import Resources
@@ -36,6 +39,7 @@ from r3rag_jax.rollout.backend_factory import EngineBackends, MakeBackend, Serve
 from r3rag_jax.rollout.backends import RolloutBackend
 from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.search_env import search_env_factory
+from r3rag_jax.run.digests import MODEL_FILES, SETTINGS_FILES, FileDigests
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import bar_of_unknown_length
@@ -263,7 +267,8 @@ class Components:
         """The evaluator of systems with this run's policies and retriever."""
         return Evaluator(
             self.config, self.run, self.policy.tokenizer, self.retriever, make_search_env=lambda: self.search_env,
-            open_backend=self.open_backend, open_judge=lambda: self.judge, console=self.console,
+            open_backend=self.open_backend, open_judge=lambda: self.judge, digest_of=self.digest_of,
+            console=self.console,
         )  # fmt: skip
 
     def open_backend(self, policy: str) -> RolloutBackend:
@@ -271,3 +276,22 @@ class Components:
         if policy == BASE_POLICY:
             return self.backends(self.policy.base_params)
         return self.backends(lambda: self.policy.load(self.run.policy(policy)))
+
+    def digest_of(self, what: str) -> str:
+        """Digest of the files of a policy (`base`, or a finished phase's), of the tokenizer, or of the local judge.
+
+        All processes must call.
+        """
+        patterns = SETTINGS_FILES if what == TOKENIZER else MODEL_FILES
+        if what == JUDGE:
+            path = model_path(self.config.judge.local.path)
+        else:
+            path = self.policy.base_path if what in (BASE_POLICY, TOKENIZER) else self.run.policy(what)
+
+        def digest() -> str:
+            with reading(path):
+                return FileDigests(self.run.digests).of_model(path, patterns)[:16]
+
+        found = on_process_0(digest, f"digest of {what}")
+        is_random = what == BASE_POLICY and self.config.model.init == "random"
+        return f"{found} random {self.config.seed}" if is_random else found

@@ -59,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trajectories = evaluator.rollouts(
             system, questions, policy=policy, on_done=lambda trajectory: bar.advance(steps=len(trajectory.steps))
         )
-    facts = {"system": args.system} if args.system else {}
-    fingerprint = evaluator.fingerprint(questions, phase=policy, **facts)
+    fingerprint = evaluator.fingerprint(args.system or "r3rag", questions, policy)
     components.console.print(results_table([evaluator.write(name, trajectories, fingerprint)]))
     return 0
 

@@ -13,10 +13,12 @@ from rich.console import Console
 from r3rag_jax import index
 from r3rag_jax.components import Components
 from r3rag_jax.config import RetrievalConfig
+from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.factory import open_retriever, open_store
 from r3rag_jax.run.directory import open_run
 from r3rag_jax.train import PHASES
+from r3rag_jax.world import dataset
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ def test_two_runs_share_an_index_and_one_of_another_corpus_is_refused(base: Path
     assert one.retriever.fingerprint == two.retriever.fingerprint
     assert len(one.dataset.trajectories()) == one.config.world.num_sft
     assert len(open_store(tmp_path / "shared")) > 100
-    with pytest.raises(UserError, match=r"the index in .*shared must be of the passages in .*corpus\.jsonl"):
+    with pytest.raises(UserError, match=r"what was indexed: the index in .*shared is of passages .*corpus\.jsonl"):
         PHASES["index"](open_components("three", world__seed=7))
 
 
@@ -91,3 +93,29 @@ def test_a_phase_that_was_interrupted_is_completed(base: Path, tmp_path: Path) -
     assert PHASES["index"](components)
     assert components.run.data("sft").read_bytes() == sft
     assert not PHASES["index"](components)
+
+
+def test_a_corpus_that_has_changed_since_is_noticed_and_one_that_has_not_is_not_read(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "mine.jsonl"
+    rows = [{"id": str(i), "contents": f'"Hut {i}"\nHut {i} stands on hill {i}.'} for i in range(3)]
+    write_jsonl(corpus, rows)
+    settings = {"data__source": "files", "data__corpus": corpus, "phases": "index"}
+    config = tiny_run.config(tmp_path, base, **settings)
+    components = Components(config, open_run(config), Console(file=io.StringIO()))
+    index_phase = PHASES["index"]
+    assert index_phase(components)
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "corpus_fingerprint", None)  # would be called to read the file
+        assert not index_phase(components)
+    write_jsonl(corpus, rows)  # the same passages, written later
+    assert not index_phase(components)
+    write_jsonl(corpus, [*rows[:2], {"id": "2", "contents": '"Hut 2"\nHut 2 stands on hill 9.'}])
+    before = tiny_run.files(tmp_path / "run" / "index")
+    words = r"data\.corpus must be what was indexed: .*/run/index .*; got .*mine\.jsonl .* choose another name="
+    with pytest.raises(UserError, match=words):
+        index_phase(components)
+    assert tiny_run.files(tmp_path / "run" / "index") == before
+    corpus.unlink()  # the index holds the passages
+    assert not index_phase(components)

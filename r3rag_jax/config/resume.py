@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from r3rag_jax.config.experiment import Config
-from r3rag_jax.config.schema import schema
+from r3rag_jax.config.schema import schema, value_of
 
 # Keys, and sections with all their keys, that change nothing of what the run has computed. (With data.on_error=stop
 # nothing was computed from a file with a record that `skip` leaves out.)
@@ -24,7 +24,7 @@ FREE_OF_JUDGE = (
 
 def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (old value, new value) of every key that differs although it must not when a run is resumed."""
-    pairs = {name: (_value(old, name), _value(new, name)) for name in schema() if not _is_free(name, old)}
+    pairs = {name: (value_of(old, name), value_of(new, name)) for name in schema() if not _is_free(name, old)}
     return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
 
 
@@ -33,11 +33,3 @@ def _is_free(name: str, old: Config) -> bool:
     if name.startswith("judge."):
         return name in FREE_OF_JUDGE or not old.rewards.needs_judge
     return name in FREE_OF_RETRIEVAL or any(name == free or name.startswith(f"{free}.") for free in FREE_KEYS)
-
-
-def _value(config: Config, dotted: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = config
-    for name in dotted.split("."):
-        value = getattr(value, name)
-    return value

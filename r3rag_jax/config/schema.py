@@ -32,6 +32,11 @@ def schema() -> dict[str, Key]:
     return {key.name: key for _, _, keys in _sections() for key in keys}
 
 
+def value_of(config: Config, name: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(getattr, name.split("."), config)
+
+
 @functools.cache
 def section_names() -> tuple[str, ...]:
     """The dotted names of all sections, nested ones after their parent."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from r3rag_jax.config import Config
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.fingerprint import DigestOf, Facts, fingerprint
 from r3rag_jax.evaluation.metrics import measure
 from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS, System
 from r3rag_jax.parallel.processes import barrier
@@ -43,6 +43,7 @@ class Evaluator:
     make_search_env: Callable[[], EnvFactory]  # R3-RAG's protocol; not every tokenizer can write it
     open_backend: Callable[[str], RolloutBackend]  # of a policy: BASE_POLICY, or the phase that trained it
     open_judge: Callable[[], Judge]
+    digest_of: DigestOf
     console: Console
 
     @property
@@ -53,24 +54,25 @@ class Evaluator:
     def run(self, questions: Sequence[Question]) -> bool:
         """Evaluate `eval.systems` on the first `eval.max_questions` questions; return whether one was missing.
 
-        A system that was evaluated with the same fingerprint is left as it is.
+        A system whose result has the fingerprint of this evaluation is left as it is.
 
         Raises:
             UserError: the phase that trains a system's policy has not finished, or the judge fails too often.
         """
         questions = questions[: self.config.eval.max_questions or None]
-        fingerprint = self.fingerprint(questions)
-        missing = [name for name in self.config.eval.systems if self._stored_fingerprint(name) != fingerprint]
+        for name in self.config.eval.systems:
+            self._check_policy(name, SYSTEMS[name].policy)
+        expected = {name: self.fingerprint(name, questions) for name in self.config.eval.systems}
+        missing = [name for name, facts in expected.items() if self._stored_fingerprint(name) != facts]
         for name in missing:
             system = SYSTEMS[name]
-            self._check_policy(name, system.policy)
             with self._bar(name, questions) as bar:
                 trajectories = self.rollouts(
                     system,
                     questions,
                     on_done=lambda t: bar.advance(retrievals=t.num_retrievals),
                 )
-            self.write(name, trajectories, fingerprint)
+            self.write(name, trajectories, expected[name])
         barrier("eval")
         return bool(missing)
 
@@ -92,18 +94,12 @@ class Evaluator:
             on_done=on_done,
         )
 
-    def fingerprint(self, questions: Iterable[Question], **facts: Any) -> dict[str, Any]:
-        """Return what two evaluations must share to be comparable: questions, index, server and judge, and `facts`."""
-        server, judge = self.config.rollout.server, self.config.judge
-        facts = {"index": self.retriever.fingerprint, "top_k": self.config.retrieval.top_k} | facts
-        if server.is_given:
-            facts["server"] = f"{server.url} {server.model}".strip()
-        if self.config.eval.judge:
-            is_server = judge.kind == "server"
-            facts["judge"] = (judge.endpoint.model or judge.endpoint.url) if is_server else judge.local.path
-        return facts | {"questions": digest_questions(questions)}
+    def fingerprint(self, system: str, questions: Iterable[Question], policy: str | None = None) -> Facts:
+        """Return what the numbers of a system depend on; `policy` replaces the system's own."""
+        policy = SYSTEMS[system].policy if policy is None else policy
+        return fingerprint(self.config, system, policy, self.retriever.fingerprint, questions, self.digest_of)
 
-    def write(self, name: str, trajectories: Sequence[Trajectory], fingerprint: dict[str, Any]) -> dict[str, Any]:
+    def write(self, name: str, trajectories: Sequence[Trajectory], fingerprint: Facts) -> dict[str, Any]:
         """Write `trajectories/<name>.jsonl` and `eval/<name>.json`, and return the content of the latter.
 
         Raises:
@@ -122,7 +118,7 @@ class Evaluator:
         if not is_there and not self.config.rollout.server.is_given:
             raise UserError(f"eval.systems names {name}, but phase {policy} of {self.directory.path} has not finished")
 
-    def _stored_fingerprint(self, name: str) -> dict[str, Any] | None:
+    def _stored_fingerprint(self, name: str) -> Facts | None:
         path = self.directory.evaluation(name)
         return json.loads(path.read_text())["fingerprint"] if path.exists() else None
 
@@ -131,7 +127,7 @@ class Evaluator:
 
 
 def summarise(
-    system: str, trajectories: Sequence[Trajectory], fingerprint: dict[str, Any], judge: Judge | None = None
+    system: str, trajectories: Sequence[Trajectory], fingerprint: Facts, judge: Judge | None = None
 ) -> dict[str, Any]:
     """Return the content of `eval/<system>.json`: metrics of all questions and of each group of them.
 
@@ -157,12 +153,6 @@ def summarise(
             for name, indices in groups.items()
         },
     }
-
-
-def digest_questions(questions: Iterable[Question]) -> str:
-    """Return a digest of ids, texts and accepted answers, in order."""
-    lines = "\n".join(f"{q.id}\t{q.question}\t{q.golden_answers}" for q in questions)
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def load_results(directory: RunDirectory, names: Sequence[str]) -> list[dict[str, Any]]:

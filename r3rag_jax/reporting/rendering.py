@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from r3rag_jax.evaluation.fingerprint import differences
 from r3rag_jax.rewards.answer import normalize_answer
 from r3rag_jax.types import Passage, Status, Trajectory
 
@@ -246,11 +247,10 @@ def half_width(percent: float, num: int) -> float:
 
 
 def not_comparable(evals: Sequence[Eval]) -> list[str]:
-    """A sentence for each evaluation whose fingerprint differs from the first one's."""
+    """A sentence for each evaluation that differs from the first one in more than system and policy."""
     sentences = []
     for other in evals[1:]:
-        first, second = evals[0].get("fingerprint", {}), other.get("fingerprint", {})
-        keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
+        keys = differences(evals[0].get("fingerprint", {}), other.get("fingerprint", {}))
         if keys:
             names = " is not comparable with ".join(map(title_of, (other, evals[0])))
             sentences.append(f"{names}: they differ in {', '.join(map(pretty, keys))}.")

@@ -1,10 +1,9 @@
-"""Fingerprints: SHA-256 digests of texts, passages and files."""
+"""Fingerprints: SHA-256 digests of texts and passages."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from r3rag_jax.types import Passage
 
@@ -28,9 +27,3 @@ def corpus_fingerprint(passages: Iterable[Passage]) -> str:
             yield passage.contents
 
     return digest(texts())
-
-
-def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from r3rag_jax.errors import UserError
-from r3rag_jax.retrieval.fingerprint import file_digest
+from r3rag_jax.run.digests import file_digest
 
 MANIFEST_FILE = "fingerprint.json"
 LAYOUT = 2  # of the files in an index directory; another one is refused

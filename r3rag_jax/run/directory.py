@@ -44,6 +44,11 @@ class RunDirectory:
         return self.path / "judgements.jsonl"
 
     @property
+    def digests(self) -> Path:
+        """Digests of the files that the run reads (JSON); see `FileDigests`."""
+        return self.path / "digests.json"
+
+    @property
     def index(self) -> Path:
         """Directory of the retrieval index, where the configuration names no other."""
         return self.path / "index"

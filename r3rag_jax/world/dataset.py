@@ -18,11 +18,13 @@ from r3rag_jax.retrieval.factory import build_index, open_local_retriever, open_
 from r3rag_jax.retrieval.fingerprint import corpus_fingerprint
 from r3rag_jax.retrieval.manifest import has_index, read_manifest
 from r3rag_jax.retrieval.refresh import refresh_retrieved
+from r3rag_jax.run.digests import FileDigests, stamp
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.progress import bar_of_unknown_length
 from r3rag_jax.world.encyclopedia import Split, World
 from r3rag_jax.world.teacher import teacher_steps
 
+PASSAGES = "passages"  # kind of digest: the fingerprint of a corpus
 QUESTION_SPLITS: tuple[Split, ...] = ("rl", "dev", "test")  # written before the index; split `sft` needs the index
 
 
@@ -33,18 +35,17 @@ def prepare_data(config: Config, run: RunDirectory, corpus: Path, index_dir: Pat
 
     Raises:
         UserError: the corpus or the teacher's trajectories are malformed (the message names file and line), or the
-            existing index was built from another corpus.
+            existing index is of other passages than the corpus.
     """
-
+    digests = FileDigests(run.digests)
     on_error = OnError.of(config.data, console)
 
     def prepare() -> int | None:
         has_files = all(path.exists() for path in _own_files(config, run))
         if has_index(index_dir) and has_files:
-            if config.retrieval.index_dir:
-                _check_corpus(corpus, index_dir, on_error)
+            _check_corpus(corpus, index_dir, digests, on_error)
             return None
-        _prepare(config, run, corpus, index_dir, console, on_error)
+        _prepare(config, run, corpus, index_dir, digests, console, on_error)
         return read_manifest(index_dir).num_passages
 
     num_passages = on_process_0(prepare, "index phase")
@@ -61,16 +62,25 @@ def _own_files(config: Config, run: RunDirectory) -> list[Path]:
 
 
 def _prepare(
-    config: Config, run: RunDirectory, corpus: Path, index_dir: Path, console: Console, on_error: OnError
+    config: Config,
+    run: RunDirectory,
+    corpus: Path,
+    index_dir: Path,
+    digests: FileDigests,
+    console: Console,
+    on_error: OnError,
 ) -> None:
     if config.data.source == "world":
         world = World.generate(config.world.seed, num_people=config.world.num_people)
         write_world(world, config, run)
     if has_index(index_dir):
-        _check_corpus(corpus, index_dir, on_error)
+        _check_corpus(corpus, index_dir, digests, on_error)
     else:
+        seen = stamp(corpus) if corpus.is_file() else None
         with bar_of_unknown_length("index", console=console, live=config.log.progress) as on_progress:
             build_index(config.retrieval, iterate_passages(corpus, on_error), index_dir, on_progress)
+        if seen is not None:
+            digests.record(corpus, PASSAGES, read_manifest(index_dir).corpus, seen)
     if config.data.source == "world":
         write_teacher(world, config, open_local_retriever(config.retrieval, index_dir), run)
     elif config.data.refresh_retrieved:
@@ -80,13 +90,25 @@ def _prepare(
         )  # fmt: skip
 
 
-def _check_corpus(corpus: Path, index_dir: Path, on_error: OnError) -> None:
-    """Raise a UserError unless the existing index was built from the passages of `corpus`."""
-    expected, found = corpus_fingerprint(iterate_passages(corpus, on_error)), read_manifest(index_dir).corpus
+def _check_corpus(corpus: Path, index_dir: Path, digests: FileDigests, on_error: OnError) -> None:
+    """Raise a UserError unless the existing index is of the passages of `corpus`.
+
+    A corpus that was compared before is read again only if its size or time of change differs. One that has been
+    removed since is not missed: the index holds its passages.
+    """
+    if not corpus.exists() and digests.knows(corpus, PASSAGES):
+        return
+
+    def fingerprint(path: Path) -> str:
+        return corpus_fingerprint(iterate_passages(path, on_error))
+
+    expected = digests.get(corpus, PASSAGES, fingerprint) if corpus.exists() else fingerprint(corpus)
+    found = read_manifest(index_dir).corpus
     if found != expected:
         raise UserError(
-            f"the index in {index_dir} must be of the passages in {corpus} (fingerprint {expected}); got {found}: "
-            "choose another retrieval.index_dir or build the index again"
+            f"data.corpus must be what was indexed: the index in {index_dir} is of passages with fingerprint "
+            f"{found[:16]}; got {corpus} with {expected[:16]}. Restore the file, or choose another name=… "
+            "(or retrieval.index_dir) for the new corpus"
         )
 
 

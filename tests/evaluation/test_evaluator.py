@@ -16,10 +16,7 @@ from rich.console import Console
 
 from r3rag_jax.config import (
     Config,
-    EndpointConfig,
     EvalConfig,
-    JudgeConfig,
-    RetrievalConfig,
     RolloutConfig,
     ServerConfig,
 )
@@ -106,7 +103,7 @@ def evaluator_of(run_dir: Path, tokenizer: Tokenizer, config: Config, opened: li
     retriever = Retriever([DARWIN, BORN])
     return Evaluator(
         config, RunDirectory(run_dir), tokenizer, retriever, search_env, open_backend, lambda: SimpleNamespace(),
-        Console(file=io.StringIO()),
+        lambda what: f"digest of {what}", Console(file=io.StringIO()),
     )  # fmt: skip
 
 
@@ -147,7 +144,8 @@ def test_the_phase_evaluates_what_has_no_result_with_its_fingerprint(tokenizer: 
     results = load_results(RunDirectory(tmp_path), ("oneshot_rag", "r3rag", "closed_book"))
     assert [result["title"] for result in results] == ["One-shot RAG", "Closed book"]
     assert [result["groups"]["all"]["em"] for result in results] == [50.0, 50.0]
-    assert results[0]["fingerprint"] == evaluator.fingerprint(QUESTIONS)
+    assert results[0]["fingerprint"] == evaluator.fingerprint("oneshot_rag", QUESTIONS)
+    assert results[0]["fingerprint"]["policy"] == "base digest of base"
     assert len((tmp_path / "trajectories" / "oneshot_rag.jsonl").read_text().splitlines()) == 2
     assert not evaluator.run(QUESTIONS) and len(opened) == 2
     (tmp_path / "eval" / "closed_book.json").unlink()
@@ -155,6 +153,19 @@ def test_the_phase_evaluates_what_has_no_result_with_its_fingerprint(tokenizer: 
     assert evaluator.run(QUESTIONS[:1]) and len(opened) == 5  # other questions
     first = config_of(eval=EvalConfig(systems=("closed_book",), max_questions=1))
     assert not evaluator_of(tmp_path, tokenizer, first).run(QUESTIONS)
+
+
+def test_another_prompt_makes_the_baselines_out_of_date_and_the_policies_not(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "policy" / "rl").mkdir(parents=True)
+    systems = ("closed_book", "r3rag")
+    assert evaluator_of(tmp_path, tokenizer, config_of(eval=EvalConfig(systems=systems))).run(QUESTIONS)
+    opened: list[str] = []
+    chat = config_of(eval=EvalConfig(systems=systems, prompt="chat"))
+    assert evaluator_of(tmp_path, tokenizer, chat, opened).run(QUESTIONS)
+    assert opened == ["base"]
+    assert not evaluator_of(tmp_path, tokenizer, chat, opened).run(QUESTIONS)
 
 
 def test_a_system_needs_its_policy_unless_a_server_has_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -165,28 +176,3 @@ def test_a_system_needs_its_policy_unless_a_server_has_it(tokenizer: Tokenizer, 
     assert evaluator_of(tmp_path, tokenizer, config).run(QUESTIONS)
     served = config_of(eval=EvalConfig(systems=("r3rag",)), rollout=RolloutConfig(server=ServerConfig(url="http://x")))
     assert evaluator_of(tmp_path, tokenizer, served).run(QUESTIONS)
-
-
-def test_fingerprints_tell_everything_apart_that_results_depend_on(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    def fingerprint(questions: Sequence[Any] = QUESTIONS, index: str = "index 1", **sections: Any) -> dict[str, Any]:
-        evaluator = evaluator_of(tmp_path, tokenizer, config_of(**sections))
-        evaluator.retriever.fingerprint = index  # type: ignore[misc]
-        return evaluator.fingerprint(questions)
-
-    plain = fingerprint(retrieval=RetrievalConfig(top_k=2))
-    assert plain == fingerprint(retrieval=RetrievalConfig(top_k=2))
-    assert list(plain) == ["index", "top_k", "questions"]
-    assert (plain["index"], plain["top_k"], len(plain["questions"])) == ("index 1", 2, 16)
-    judged = {"eval": EvalConfig(judge=True), "judge": JudgeConfig(endpoint=EndpointConfig(url="http://y", model="m"))}
-    served = fingerprint(rollout=RolloutConfig(server=ServerConfig(url="http://x", model="n")), **judged)
-    assert (served["server"], served["judge"]) == ("http://x n", "m")
-    others = [
-        fingerprint(index="index 2", retrieval=RetrievalConfig(top_k=2)),
-        fingerprint(retrieval=RetrievalConfig(top_k=5)),
-        fingerprint(QUESTIONS[::-1]),
-        fingerprint(QUESTIONS[:1]),
-        fingerprint([QUESTIONS[0], question("2", "z")]),
-        fingerprint([QUESTIONS[0], question("3", "Down House")]),
-        served,
-    ]
-    assert len({tuple(other.items()) for other in [plain, *others]}) == 8

@@ -35,10 +35,10 @@ def test_ircot_on_a_finished_run(
     assert evaluate.main(["--checkpoint", str(run.path), "--system", "ircot"]) == 0
     assert [row for _, row in read_rows(run.trajectories("test-ircot"))] == rows
     fingerprint = json.loads(run.evaluation("test-ircot").read_text())["fingerprint"]
-    assert (fingerprint["phase"], fingerprint["system"]) == ("base", "ircot")
+    assert (fingerprint["policy"].split()[0], fingerprint["system"]) == ("base", "ircot")
     trained = ["--phase", "rl", "--name", "ircot-rl"]
     assert evaluate.main(["--checkpoint", str(run.path), "--system", "ircot", *trained]) == 0
-    assert json.loads(run.evaluation("ircot-rl").read_text())["fingerprint"]["phase"] == "rl"
+    assert json.loads(run.evaluation("ircot-rl").read_text())["fingerprint"]["policy"].startswith("rl ")
     assert "EM" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(run.path), "--system", "ircod"])

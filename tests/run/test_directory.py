@@ -35,6 +35,7 @@ def test_every_path_of_a_run_has_its_place(tmp_path: Path) -> None:
         "metrics.jsonl": run.metrics_file,
         "report.html": run.report,
         "judgements.jsonl": run.judgements,
+        "digests.json": run.digests,
         "index": run.index,
         "data/corpus.jsonl": run.data("corpus"),
         "checkpoints/rl": run.checkpoints("rl"),
@@ -50,7 +51,15 @@ def test_every_path_of_a_run_has_its_place(tmp_path: Path) -> None:
 
 def test_a_finished_run_has_nothing_elsewhere(finished: Any) -> None:
     run = RunDirectory(finished("tags"))
-    known = [run.config_file, run.metrics_file, run.report, run.index, run.data("x").parent, run.policy("x").parent]
+    known = [
+        run.config_file,
+        run.metrics_file,
+        run.report,
+        run.digests,
+        run.index,
+        run.data("x").parent,
+        run.policy("x").parent,
+    ]
     known += [run.checkpoints("x").parent, run.evaluation("x").parent, run.trajectories("x").parent]
     assert {path.name for path in run.path.iterdir()} == {path.name for path in known}
 

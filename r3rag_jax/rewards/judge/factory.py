@@ -43,14 +43,14 @@ def open_judge(config: JudgeConfig, mesh: Mesh, default_cache: Path, *, first_wa
         chat,
         Path(config.cache) if config.cache else default_cache,
         prompts=Prompts(
-            relevance=_read_prompt(config.relevance_prompt, "relevance"),
-            correctness=_read_prompt(config.correctness_prompt, "correctness"),
+            relevance=read_prompt(config.relevance_prompt, "relevance"),
+            correctness=read_prompt(config.correctness_prompt, "correctness"),
         ),
         max_failure_share=config.max_failure_share,
     )
 
 
-def _read_prompt(path: str, kind: Kind) -> str:
+def read_prompt(path: str, kind: Kind) -> str:
     """The template in a file; the built-in one where `path` is empty.
 
     Raises:

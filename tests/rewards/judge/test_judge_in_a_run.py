@@ -73,7 +73,7 @@ def test_a_run_whose_judge_goes_down_goes_on_where_it_was(
     for system in ("closed_book", "r3rag"):
         summary = json.loads((tmp_path / "run" / "eval" / f"{system}.json").read_text())
         everything = summary["groups"]["all"]
-        assert summary["fingerprint"]["judge"] == "m" and everything["acc"] >= everything["em"]
+        assert summary["fingerprint"]["judge"]["model"] == "m" and everything["acc"] >= everything["em"]
     test = tmp_path / "run" / "data" / "test.jsonl"
     flags = ["--checkpoint", str(tmp_path / "run"), "--questions", str(test), "--name", "again"]
     with serve(reply) as endpoint:

@@ -1,0 +1,171 @@
+"""What the numbers of an evaluation depend on: a result with another fingerprint is out of date.
+
+A fingerprint is a JSON object of facts. `policy`, `tokenizer`, `index` and `questions` are digests of contents;
+`server` and `judge` say who samples and who judges, and are empty for the engine of this package and for no judge; the
+others are configuration keys. Every key of the configuration is in exactly one of the tables below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from r3rag_jax.config import Config
+from r3rag_jax.config.evaluation import BASE_SYSTEMS
+from r3rag_jax.config.schema import value_of
+from r3rag_jax.data.questions import question_to_dict
+from r3rag_jax.rewards.judge.factory import read_prompt
+from r3rag_jax.text.tokenizer import read_template
+from r3rag_jax.types import Question
+
+Facts = dict[str, Any]
+# Digest of the files of a policy (BASE_POLICY, or the phase that trained it), of TOKENIZER, or of JUDGE.
+DigestOf = Callable[[str], str]
+TOKENIZER, JUDGE = "tokenizer", "judge"
+
+# Keys that are facts themselves.
+KEYS = (
+    "model.dtype",
+    "retrieval.top_k",
+    "retrieval.passage_tokens",
+    "retrieval.max_passages",
+    "rollout.protocol",
+    "rollout.max_steps",
+    "rollout.max_new_tokens",
+    "rollout.max_trajectory_tokens",
+    "rollout.max_length",
+    "rollout.kv_dtype",
+    "rollout.stop_strings",
+)
+BASELINE_KEYS = ("eval.prompt", "retrieval.oneshot_top_k")  # facts of the systems that prompt the base model
+SERVER_KEYS = tuple(f"rollout.server.{name}" for name in ("url", "model", "prompt_format", "extra_fields"))
+JUDGE_KEYS = (
+    "eval.judge",
+    "judge.kind",
+    "judge.max_tokens",
+    "judge.correctness_prompt",  # the text of the file
+    "judge.endpoint.url",  # where no model is named
+    "judge.endpoint.model",
+    "judge.local.path",
+    "judge.local.max_length",
+    "judge.local.dtype",
+)
+# Keys, and sections with all their keys, that reach the numbers through a fact that is a digest. A key of a section
+# that another table names is not meant.
+DIGESTED_KEYS = {
+    "policy": (
+        "seed",
+        "model.path",
+        "model.init",
+        "model.moment_dtype",
+        "model.remat",
+        "model.attention",
+        "model.micro_tokens",
+        "lora",
+        "rollout.samples",
+        "rollout.temperatures",
+        "rollout.min_p",
+        "rollout.top_k_tokens",
+        "rollout.top_p",
+        "sft",
+        "rl",
+        "rewards",
+        "guards",
+    ),
+    "tokenizer": ("model.chat_template",),
+    "index": ("retrieval.kind", "retrieval.index_dir", "retrieval.encoder", "retrieval.endpoint.url"),
+    "questions": ("world", "data", "eval.max_questions"),
+}
+# Reason -> keys, and sections with all their keys, that cannot change a number of an evaluation.
+KEYS_WITHOUT_EFFECT = {
+    "a name or a place": ("name", "run_dir", "budget", "judge.cache"),
+    "what is done, not how": ("phases", "eval.systems"),
+    "rows are computed independently of each other": (
+        "rollout.slots",
+        "rollout.decode_chunk",
+        "rollout.search_overlap",
+        "judge.local.slots",
+        "retrieval.encoder.batch_tokens",
+    ),
+    "where arrays lie": ("rollout.shard_weights", "mesh"),
+    "how a server is called": (
+        *(
+            f"{section}.{name}"
+            for section in ("rollout.server", "judge.endpoint", "retrieval.endpoint")
+            for name in ("key_env", "max_in_flight", "requests_per_minute", "retries", "timeout_s")
+        ),
+        "retrieval.endpoint.model",  # never sent
+    ),
+    "it ends an evaluation or lets it go on": ("judge.max_failure_share",),
+    "evaluations do not ask it": ("judge.relevance_prompt",),
+    "what is shown": ("log",),
+}
+# Facts in which two evaluations differ that a table compares.
+SUBJECT_FACTS = ("system", "policy")
+
+
+def fingerprint(
+    config: Config, system: str, policy: str, index: str, questions: Iterable[Question], digest_of: DigestOf
+) -> Facts:
+    """The fingerprint of a system's evaluation.
+
+    Args:
+        system: a key of `SYSTEMS`.
+        policy: BASE_POLICY, or the phase that trained it; "" where an inference server has it.
+        index: the retriever's fingerprint.
+
+    Raises:
+        UserError: the chat template or the judge's prompt cannot be read.
+    """
+    names = KEYS + (BASELINE_KEYS if system in BASE_SYSTEMS else ())
+    template = read_template(config.model.chat_template) if config.model.chat_template else ""
+    is_served = config.rollout.server.is_given
+    return {
+        "system": system,
+        "policy": "" if is_served else f"{policy} {digest_of(policy)}",
+        "tokenizer": _digest([digest_of(TOKENIZER), template]),
+        "index": index,
+        "questions": digest_questions(questions),
+        "server": _server(config) if is_served else {},
+        "judge": _judge(config, digest_of) if config.eval.judge else {},
+    } | {name: _as_json(value_of(config, name)) for name in names}
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Names of the facts that make two evaluations not comparable, sorted.
+
+    A table compares systems and policies; and not every system depends on every key.
+    """
+    shared = (one.keys() & other.keys()) - set(SUBJECT_FACTS)
+    return sorted(name for name in shared if one[name] != other[name])
+
+
+def digest_questions(questions: Iterable[Question]) -> str:
+    """A digest of ids, texts, accepted answers and metadata, in order."""
+    return _digest(question_to_dict(question) for question in questions)
+
+
+def _server(config: Config) -> Facts:
+    """The inference server, which has a policy of its own; all that is known of it is its address and model's name."""
+    return {name.rpartition(".")[2]: value_of(config, name) for name in SERVER_KEYS}
+
+
+def _judge(config: Config, digest_of: DigestOf) -> Facts:
+    """The judge's model, and what else its verdicts depend on."""
+    judge = config.judge
+    prompt = read_prompt(judge.correctness_prompt, "correctness")
+    facts: Facts = {"kind": judge.kind, "max_tokens": judge.max_tokens, "prompt": _digest([prompt])}
+    if judge.kind == "server":
+        return facts | {"model": judge.endpoint.model or judge.endpoint.url}
+    return facts | {"model": digest_of(JUDGE), "max_length": judge.local.max_length, "dtype": judge.local.dtype}
+
+
+def _digest(values: Iterable[Any]) -> str:
+    text = json.dumps([*values], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
