@@ -238,8 +238,14 @@ class Components:
 
     @property
     def sft_parts(self) -> SFTParts:
+        """The inputs of the cold start.
+
+        Raises:
+            UserError: the protocol cannot read a teacher's step back, and `data.on_error` is stop.
+        """
+        trajectories = self.on_error.check(self.dataset.trajectories(), self.codec.unreadable_step)
         return SFTParts(
-            mesh=self.mesh, policy=self.policy, codec=self.codec, trajectories=self.dataset.trajectories(),
+            mesh=self.mesh, policy=self.policy, codec=self.codec, trajectories=trajectories,
             shares_prefixes=self.shares_prefixes, run=self.run, log=self.log, console=self.console,
         )  # fmt: skip
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,17 @@ def test_the_compile_cache_is_where_the_environment_says(monkeypatch: pytest.Mon
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "r3rag_jax" / "xla")
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_the_cold_start_takes_steps_that_can_be_read_back(finished: Callable[[str], Path], monkeypatch: Any) -> None:
+    components = tiny_run.open_components(finished("tags"))
+    found = components.dataset.trajectories()
+    components.sft_parts  # noqa: B018  # all can
+    step = dataclasses.replace(found[1].steps[0], analysis="an answer is in <answer>")
+    found[1] = dataclasses.replace(found[1], steps=(step, *found[1].steps[1:]))
+    monkeypatch.setattr(components.dataset, "trajectories", lambda: found)
+    with pytest.raises(UserError, match=rf"{re.escape(str(found.path))}:2: step 1 must be read back"):
+        components.sft_parts  # noqa: B018
 
 
 # ------------------------------------------------------------------------------------------ model

@@ -36,8 +36,16 @@ class TextProtocol(Protocol):
         """Special tokens that end a step, in addition to the end of turn."""
         ...
 
+    def step_pieces(self, step: Step, number: int) -> list[str]:
+        """The model's text of step `number` (from 1), without passages or end of turn, in pieces.
+
+        The first piece and every second one after it is the protocol's and may hold special tokens; the others are
+        text, in which a word that spells a special token stays text.
+        """
+        ...
+
     def render_step(self, step: Step, number: int) -> str:
-        """The model's text of step `number` (from 1), without passages or end of turn."""
+        """`step_pieces` as one text."""
         ...
 
     def render_passages(self, passages: Sequence[str]) -> str:
@@ -69,9 +77,12 @@ class TagsProtocol:
         re.DOTALL,
     )
 
+    def step_pieces(self, step: Step, number: int) -> list[str]:
+        tag, value = ("query", step.query) if step.answer is None else ("answer", step.answer)
+        return ["<think>", f" {step.analysis} ", f"</think><{tag}>", f" {value} ", f"</{tag}>"]
+
     def render_step(self, step: Step, number: int) -> str:
-        tail = f"<query> {step.query} </query>" if step.answer is None else f"<answer> {step.answer} </answer>"
-        return f"<think> {step.analysis} </think>{tail}"
+        return "".join(self.step_pieces(step, number))
 
     def render_passages(self, passages: Sequence[str]) -> str:
         return "<doc> " + "\n".join(passages) + " </doc>"
@@ -100,6 +111,9 @@ class StepsProtocol:
     _next = re.compile(
         r"^Step \d+:$|The (?:problem analysis|retrieval query|retrieval documents|final answer):", re.MULTILINE
     )
+
+    def step_pieces(self, step: Step, number: int) -> list[str]:
+        return ["", self.render_step(step, number)]
 
     def render_step(self, step: Step, number: int) -> str:
         head = f"Step {number}:\n{self._analysis} {step.analysis}\n"

@@ -9,8 +9,9 @@ from __future__ import annotations
 import bisect
 import datetime
 import functools
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -136,6 +137,26 @@ class Tokenizer:
         backend = self._backend if allow_special else self._plain_backend()
         return backend.encode(text, add_special_tokens=False).ids
 
+    def encode_pieces(self, pieces: Sequence[str]) -> list[int]:
+        """Return the ids of the pieces as one text, in which only the first piece and every second one after it may
+        hold special tokens: a piece between them that spells one stays text.
+        """
+        ids = self.encode("".join(pieces))
+        allowed = itertools.chain.from_iterable(self.encode(piece) for piece in pieces[::2])
+        if self.num_special(ids) == self.num_special(allowed):
+            return ids
+        parts = [self.encode(piece, allow_special=number % 2 == 0) for number, piece in enumerate(pieces)]
+        return [*itertools.chain.from_iterable(parts)]
+
+    def num_special(self, ids: Iterable[int]) -> int:
+        """Number of ids that are special tokens."""
+        return sum(map(self._special_ids.__contains__, ids))
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(id for id, token in added.items() if token.special)
+
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Return the text of ids, with special tokens written out unless skipped."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -170,7 +191,8 @@ class Tokenizer:
     def add_special_tokens(self, tokens: Sequence[str]) -> int:
         """Make each string a special token; returns the number of tokens added to the vocabulary."""
         self._plain = None
-        self.__dict__.pop("end_ids", None)
+        for name in ("end_ids", "_special_ids"):
+            self.__dict__.pop(name, None)
         added = [AddedToken(token, special=True, normalized=False) for token in tokens]
         return self._backend.add_special_tokens(added)
 

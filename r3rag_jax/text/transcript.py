@@ -10,6 +10,7 @@ template's text are encoded, each separately.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from r3rag_jax.text.protocols import TextProtocol, question_text
 from r3rag_jax.text.tokenizer import CONTENT, Tokenizer, chat_frame
 from r3rag_jax.types import Passage, Sample, Step, Trajectory
 
+MAX_SHOWN = 120  # characters of a text in an error message
 CACHED_PASSAGES = 1 << 14  # number of passages whose token ids are cached: some tens of megabytes
 
 
@@ -59,12 +61,35 @@ class Codec:
 
     def step_ids(self, step: Step, number: int) -> list[int]:
         """Return the ids that a policy would sample to write this step, including the stop token."""
-        ids = self.tokenizer.encode(self.protocol.render_step(step, number))
+        ids = self.tokenizer.encode_pieces(self.protocol.step_pieces(step, number))
         return ids if self.protocol.is_one_sequence else [*ids, self.turn_end_id]
 
     def parse_step(self, ids: Sequence[int], number: int) -> Step:
         """Parse sampled ids into step `number` (from 1); a final end of turn is ignored."""
         return self.protocol.parse_step(self.tokenizer.decode(self.tokenizer.without_end(ids)), number)
+
+    def unreadable_step(self, trajectory: Trajectory) -> str | None:
+        """Return the first step whose ids are not read back as the step, with the reason; None if all are.
+
+        A policy that learns such a step learns to write what ends a rollout as malformed, or is read as something else.
+        White space at both ends of a text does not count, nor what the tokenizer itself cannot write.
+        """
+        for number, step in enumerate(trajectory.steps, 1):
+            read = self.parse_step(self.step_ids(step, number), number)
+            rule = f"step {number} must be read back as it is written (rollout.protocol={self.protocol.name})"
+            if not read.is_well_formed:
+                return f"{rule}; it is read as malformed: {_shown(self.protocol.render_step(step, number))}"
+            for name in ("analysis", "query", "answer"):
+                written, found = getattr(step, name), getattr(read, name)
+                if not self._is_same(written, found):
+                    return f"{rule}; its {name} is {_shown(written)} and is read as {_shown(found)}"
+        return None
+
+    def _is_same(self, written: str | None, read: str | None) -> bool:
+        if written is None or read is None or written.strip() == read:
+            return (written is None) == (read is None)
+        # Ids may hold a text otherwise, e.g. in Unicode's composed form.
+        return self.tokenizer.decode(self.tokenizer.encode(written, allow_special=False)).strip() == read
 
     def joined_step(self, ids: Sequence[int]) -> list[int]:
         """Return a step's ids as they appear in the next user message of the protocol `steps`."""
@@ -134,6 +159,11 @@ def _sample(spans: list[tuple[int, int, np.ndarray, int]], ids: list[int], tempe
         step_ids[start:end] = step
         behaviour_logprobs[start:end] = logprobs
     return Sample(np.asarray(ids, np.int32), step_ids >= 0, behaviour_logprobs, step_ids, temperature)
+
+
+def _shown(text: str | None) -> str:
+    shown = json.dumps(text, ensure_ascii=False)
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[: MAX_SHOWN - 3]}..."
 
 
 def teacher_samples(codec: Codec, trajectory: Trajectory) -> tuple[Sample, ...]:
