@@ -65,6 +65,8 @@ def _build(values: dict[str, Any]) -> Config:
         for step in path:
             section = section[step]
         section[name] = value
+    if "rewards.malformed" not in values:  # its default depends on rewards.compat
+        del tree["rewards"]["malformed"]
     return Config(**tree)
 
 

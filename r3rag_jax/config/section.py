@@ -46,8 +46,8 @@ class Section(BaseModel):
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values, validated like a new section."""
-        return type(self)(**({name: getattr(self, name) for name in type(self).model_fields} | changes))
+        """A copy with other values, validated like a new section; defaults that depend on changed keys follow them."""
+        return type(self)(**({name: getattr(self, name) for name in self.model_fields_set} | changes))
 
 
 def key(

@@ -1,4 +1,4 @@
-"""Process reward `gold`: 1 for each step that retrieved a supporting passage for the first time.
+"""Process reward `gold`: how many supporting passages a step shows that no earlier step showed.
 
 Shape suffixes: B trajectories, K steps, P passages of one step, G gold passages.
 """
@@ -16,9 +16,9 @@ from r3rag_jax.types import Trajectory
 
 
 def gold_rewards(trajectories: Sequence[Trajectory], resources: Resources) -> np.ndarray:
-    """`gold_recall` of the trajectories, float32 [B, K]; 0 for questions without supporting ids."""
+    """`num_new_gold` of the trajectories, float32 [B, K]; 0 for questions without supporting ids."""
     num = len(trajectories)
-    supporting_ids = [trajectory.question.supporting_ids for trajectory in trajectories]
+    supporting_ids = [tuple(dict.fromkeys(trajectory.question.supporting_ids)) for trajectory in trajectories]
     shape_BK = next_power_of_two(num), resources.max_steps
     num_passages = max((len(step.passages) for t in trajectories for step in t.steps), default=1)
     step_mask_BK = np.zeros(shape_BK, bool)
@@ -32,18 +32,19 @@ def gold_rewards(trajectories: Sequence[Trajectory], resources: Resources) -> np
             retrieved_BKP[row, k, : len(ids)] = ids
         gold = [numbers.setdefault(id, len(numbers)) for id in supporting_ids[row]]
         gold_BG[row, : len(gold)] = gold
-    return np.asarray(gold_recall(retrieved_BKP, gold_BG, step_mask_BK))[:num]
+    return np.asarray(num_new_gold(retrieved_BKP, gold_BG, step_mask_BK))[:num]
 
 
 @jax.jit
-def gold_recall(retrieved_BKP: jax.Array, gold_BG: jax.Array, step_mask_BK: jax.Array) -> jax.Array:
-    """1 for each step that retrieved a gold passage that no earlier step had retrieved, else 0.
+def num_new_gold(retrieved_BKP: jax.Array, gold_BG: jax.Array, step_mask_BK: jax.Array) -> jax.Array:
+    """For each step, the number of gold passages that it retrieved and no earlier step had.
 
-    Repeating a successful query therefore earns nothing.
+    The numbers of a trajectory add up to the gold passages found, whether one search found them or several, and showing
+    one again earns nothing.
 
     Args:
         retrieved_BKP: int [B, K, P], numbers of the retrieved passages, padded with a negative number.
-        gold_BG: int [B, G], numbers of the passages that support the answer, padded with a negative number.
+        gold_BG: int [B, G], different numbers of the passages that support the answer, padded with a negative number.
         step_mask_BK: bool [B, K], True = the step was taken.
 
     Returns:
@@ -53,4 +54,4 @@ def gold_recall(retrieved_BKP: jax.Array, gold_BG: jax.Array, step_mask_BK: jax.
     found_BKG &= (gold_BG >= 0)[:, None, :] & step_mask_BK[:, :, None]
     # A gold passage is new where the running count of the steps that found it first becomes 1.
     new_BKG = found_BKG & (jnp.cumsum(found_BKG, axis=1) == 1)
-    return jnp.any(new_BKG, axis=2).astype(jnp.float32)
+    return jnp.sum(new_BKG, axis=2, dtype=jnp.float32)

@@ -6,6 +6,8 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from r3rag_jax.types import Passage, Trajectory
 
 _NO_WORD = re.compile(r"[\W_]+")
@@ -28,6 +30,14 @@ def new_passages(trajectory: Trajectory) -> list[tuple[Passage, ...]]:
         found.append(tuple(p for p, pair in zip(step.passages, keys, strict=True) if seen.isdisjoint(pair)))
         seen.update(key for pair in keys for key in pair)
     return found
+
+
+def shows_new(trajectories: Sequence[Trajectory], max_steps: int) -> np.ndarray:
+    """bool [B, K], True for the steps that show a new passage (`new_passages`)."""
+    is_new_BK = np.zeros((len(trajectories), max_steps), bool)
+    for row, trajectory in enumerate(trajectories):
+        is_new_BK[row, : len(trajectory.steps)] = [bool(passages) for passages in new_passages(trajectory)]
+    return is_new_BK
 
 
 def new_searches(trajectories: Sequence[Trajectory]) -> Iterator[tuple[int, int, tuple[Passage, ...]]]:

@@ -14,9 +14,10 @@ from r3rag_jax.rewards.answer import answer_metrics
 from r3rag_jax.rewards.base import Resources, next_power_of_two, required
 from r3rag_jax.rewards.judge import correctness
 from r3rag_jax.rewards.judge.judge import Judge, Verdicts, merge_verdicts
+from r3rag_jax.rewards.novelty import shows_new
 from r3rag_jax.rewards.shaping import ShapedRewards, shape_rewards
 from r3rag_jax.rewards.terms import used_terms
-from r3rag_jax.types import OUT_OF_BUDGET, Trajectory
+from r3rag_jax.types import Status, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Scores:
     """
 
     rewards: list[np.ndarray]  # float32 [number of steps] per trajectory
-    process: np.ndarray  # float32 [B, K], the process term before shaping
+    process: np.ndarray  # float32 [B, K], the process term before shaping; 0 for searches that earn nothing
     answers: dict[str, np.ndarray]  # em, f1, cover_em, and acc where a judge decides the outcome: float32 [B]
     parts: dict[str, np.ndarray]
     verdicts: Verdicts | None = None  # of the judge's round, where there was one
@@ -49,8 +50,8 @@ class _Outlines(NamedTuple):
 def _outlines(trajectories: Sequence[Trajectory], max_steps: int) -> _Outlines:
     """The outlines of trajectories.
 
-    A last step that was cut off by the token budget of its trajectory, or by the end of its context, did not break the
-    protocol: it is not malformed.
+    The status says whether the last step is malformed: that of a FORMAT_ERROR is; one that was cut off by the token
+    budget of its trajectory, or by the end of its context, did not break the protocol.
 
     Raises:
         ValueError: a trajectory has more than `max_steps` steps.
@@ -63,8 +64,8 @@ def _outlines(trajectories: Sequence[Trajectory], max_steps: int) -> _Outlines:
             raise ValueError(f"a trajectory may have {max_steps} steps; got {num_steps}")
         step_mask_BK[row, :num_steps] = True
         malformed_BK[row, :num_steps] = [not step.is_well_formed for step in trajectory.steps]
-        if trajectory.status in OUT_OF_BUDGET and num_steps:
-            malformed_BK[row, num_steps - 1] = False
+        if num_steps and trajectory.status != Status.ANSWERED:
+            malformed_BK[row, num_steps - 1] = trajectory.status == Status.FORMAT_ERROR
     status_B = np.asarray([trajectory.status for trajectory in trajectories], np.int32)
     return _Outlines(status_B, step_mask_BK, malformed_BK)
 
@@ -87,6 +88,8 @@ class Scorer:
         outlines = _outlines(trajectories, self._resources.max_steps)
         process_resources, outcome_resources, verdicts = self._ask(trajectories)
         process_BK = self._process.rewards(trajectories, process_resources)
+        if self._config.compat == "r3":
+            process_BK = np.where(shows_new(trajectories, self._resources.max_steps), process_BK, np.float32(0))
         correct_B = self._outcome.rewards(trajectories, outcome_resources)
         answers = answer_metrics(trajectories)
         if self._outcome.inquiries is not None:
@@ -120,7 +123,8 @@ class Scorer:
             outcome_weight=config.outcome_weight, process_weight=config.process_weight, use_process=config.use_process,
             use_outcome=config.use_outcome, compat=config.compat, factor_correct=config.factor_correct,
             factor_wrong=config.factor_wrong, factor_no_answer=config.factor_no_answer,
-            malformed_reward=config.malformed, no_answer_penalty=config.no_answer, clip=config.clip,
+            max_process=config.max_process, malformed_reward=config.malformed,
+            no_answer_penalty=config.no_answer, clip=config.clip,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from r3rag_jax.config import (
     EndpointConfig,
     JudgeConfig,
     RetrievalConfig,
+    RewardConfig,
     RLConfig,
     RolloutConfig,
     load_config,
@@ -48,6 +49,18 @@ def test_a_key_of_an_endpoint_leaves_the_defaults_of_that_endpoint(write: Write)
     endpoints = (config.retrieval.endpoint, config.judge.endpoint, config.rollout.server)
     assert [endpoint.timeout_s for endpoint in endpoints] == [60.0, 120.0, 600.0]
     assert [endpoint.max_in_flight for endpoint in endpoints] == [16, 16, 0]
+
+
+def test_a_malformed_step_costs_less_in_the_papers_shaping_unless_a_key_says_otherwise(write: Write) -> None:
+    assert load_config(None).rewards.malformed == -1.0
+    paper = load_config(None, ["rewards.compat=paper"])
+    assert paper.rewards.malformed == -0.9
+    assert load_config(write(to_yaml(paper))) == paper
+    recipe = write("rewards:\n  compat: paper\n  malformed: -1.0\n")
+    assert load_config(recipe).rewards.malformed == -1.0
+    assert load_config(recipe, ["rewards.malformed=0"]).rewards.malformed == 0
+    assert RewardConfig(compat="paper").malformed == RewardConfig().replace(compat="paper").malformed == -0.9
+    assert RewardConfig(compat="paper", malformed=-1.0).replace(clip=5.0).malformed == -1.0
 
 
 def test_overrides_win_over_the_file_and_the_last_wins_over_the_first(write: Write) -> None:

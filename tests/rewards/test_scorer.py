@@ -55,10 +55,34 @@ def test_a_process_reward_is_a_function_and_a_row(monkeypatch):
         return rewards_BK
 
     monkeypatch.setitem(PROCESS_REWARDS, "gold", RewardTerm(short_queries))
+    other = Step("hm", query="when", passages=(*SEARCH.passages, Passage("b", "1815")))
+    trajectory = Trajectory(QUESTION, (SEARCH, SEARCH, other, SEARCH), Status.NO_ANSWER)
+    [rewards] = Scorer(RewardConfig(), Resources(4)).score([trajectory]).rewards
+    np.testing.assert_allclose(rewards, [0.8, 0, 0.8, -0.5], rtol=1e-6)  # whatever the term says: nothing new, nothing
+    [rewards] = Scorer(RewardConfig(compat="paper"), Resources(4)).score([trajectory]).rewards
+    np.testing.assert_allclose(rewards, [0.9] * 4, rtol=1e-6)
+
+
+def test_a_malformed_step_of_the_paper_costs_what_it_does_in_the_released_code():
+    # The configuration always passed -1, so the -0.9 of compat paper was never reached.
+    bad = Trajectory(QUESTION, (Step("?", is_well_formed=False),), Status.FORMAT_ERROR)
+    for used in ({}, {"use_process": False}, {"use_outcome": False}):
+        [rewards] = Scorer(RewardConfig(compat="paper", **used), Resources(4)).score([bad]).rewards
+        np.testing.assert_allclose(rewards, [-0.9], rtol=1e-6)
+
+
+def test_process_rewards_alone_are_scaled_without_an_answer_as_in_the_released_code(monkeypatch):
+    monkeypatch.setitem(PROCESS_REWARDS, "gold", RewardTerm(lambda trajectories, resources: np.full((1, 5), 0.4)))
+    config = RewardConfig(compat="paper", use_outcome=False)
+    [rewards] = Scorer(config, Resources(5)).score([Trajectory(QUESTION, (SEARCH,) * 5, Status.NO_ANSWER)]).rewards
+    np.testing.assert_allclose(rewards, [0.36] * 5, rtol=1e-6)
+
+
+def test_the_last_step_of_a_format_error_is_malformed():
     [rewards] = (
-        Scorer(RewardConfig(), Resources(4)).score([Trajectory(QUESTION, (SEARCH,) * 3, Status.NO_ANSWER)]).rewards
+        Scorer(RewardConfig(), Resources(2)).score([Trajectory(QUESTION, (SEARCH,), Status.FORMAT_ERROR)]).rewards
     )
-    np.testing.assert_allclose(rewards, [0.8, 0.8, -0.5], rtol=1e-6)
+    np.testing.assert_allclose(rewards, [-1.0])
 
 
 def test_the_configuration_names_the_rows_of_the_tables():

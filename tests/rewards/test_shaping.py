@@ -37,7 +37,7 @@ TABLE = {
         [0.8, 1.6, 2.0],
         [0.4, 0.8, 0.0],
         [0.4, 0.8, -0.5],
-        [0.4, 0.8, -1.0],
+        [0.0, 0.0, -1.0],
         [0.8, 2.0, 0.0],
         [0.8, -1.0, 2.0],
     ],
@@ -73,6 +73,22 @@ TABLE = {
         [0.5, 0.0, 0.0],
         [0.5, -1.0, 0.0],
     ],
+    "paper, process only": [
+        [0.5, 1.0, 0.0],
+        [0.5, 1.0, 0.0],
+        [0.45, 0.9, 0.63],
+        [0.5, 1.0, -0.9],
+        [0.5, 0.0, 0.0],
+        [0.5, -0.9, 0.0],
+    ],
+    "r3, bounded": [
+        [0.8, 0.5, 2.0],
+        [0.4, 0.8, 0.0],
+        [0.4, 0.8, -0.5],
+        [0.0, 0.0, -1.0],
+        [0.8, 2.0, 0.0],
+        [0.8, -1.0, 2.0],
+    ],
 }
 OPTIONS = {
     "r3": {},
@@ -80,6 +96,8 @@ OPTIONS = {
     "r3, outcome only": {"use_process": False},
     "paper, outcome only": {"compat": "paper", "use_process": False},
     "r3, process only": {"use_outcome": False},
+    "paper, process only": {"compat": "paper", "use_outcome": False},
+    "r3, bounded": {"max_process": 1.3},
 }
 
 
@@ -121,7 +139,7 @@ def test_shape_rewards_typed_out_jitted_eager_vmapped(variant):
     [
         ("r3", {
             "outcome": [[0, 0, 2.0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 2.0, 0], [0, 0, 2.0]],
-            "process": [[0.8, 1.6, 0], [0.4, 0.8, 0], [0.4, 0.8, 0], [0.4, 0.8, 0], [0.8, 0, 0], [0.8, 0, 0]],
+            "process": [[0.8, 1.6, 0], [0.4, 0.8, 0], [0.4, 0.8, 0], [0, 0, 0], [0.8, 0, 0], [0.8, 0, 0]],
             "format": [[0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, -1.0], [0, 0, 0], [0, -1.0, 0]],
             "no_answer": [[0, 0, 0], [0, 0, 0], [0, 0, -0.5], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
         }),
@@ -164,7 +182,7 @@ def test_a_malformed_step_has_the_reward_of_the_format_whatever_it_retrieved():
     rewards_BK = shape_rewards(
         jnp.array([[0.1, 5.0, 0.0]]),
         jnp.zeros(1),
-        jnp.array([Status.FORMAT_ERROR]),
+        jnp.array([Status.ANSWERED]),
         jnp.ones((1, 3), bool),
         jnp.array([[False, True, True]]),
         factor_wrong=1.0,
@@ -231,6 +249,22 @@ def test_malformed_reward_can_be_set_in_either_compat():
     for compat in ("r3", "paper"):
         rewards_BK = shape_rewards(**_inputs(), compat=compat, malformed_reward=-0.3).rewards_BK
         np.testing.assert_allclose(rewards_BK[3, 2], -0.3, rtol=1e-6)
+
+
+def test_the_bound_cuts_off_the_running_sum_of_either_sign():
+    process_BK = jnp.array([[1.0, 0.7, 0.7, -0.5, 0.3], [-2.0, -2.0, 0.5, 0.0, 1.0], [1.0, np.nan, 1.0, 1.0, 0.0]])
+    shaped = shape_rewards(
+        process_BK, jnp.zeros(3), jnp.zeros(3, int), jnp.ones((3, 5), bool), jnp.zeros((3, 5), bool),
+        use_outcome=False, max_process=2.0,
+    )  # fmt: skip
+    expected = [[1, 0.7, 0.3, -0.1, 0], [-2, 0, 0, 0, 0], [1, np.nan, 1, 0, 0]]  # the last step holds the answer
+    np.testing.assert_allclose(shaped.rewards_BK, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_relevance_above_one_counts_in_r3_alone():
+    inputs = _inputs(process_BK=[[2.0, 0.5, 0.0]] * 6)
+    np.testing.assert_allclose(shape_rewards(**inputs).rewards_BK[1], [1.6, 0.4, 0], rtol=1e-6)
+    np.testing.assert_allclose(shape_rewards(**inputs, compat="paper").rewards_BK[1], [0.8, 0.4, 0], rtol=1e-6)
 
 
 def test_unknown_compat():

@@ -19,10 +19,11 @@ from r3rag_jax.rewards.shaping import shape_rewards
 from r3rag_jax.types import Passage, Status, Step, Trajectory
 
 FOUND = Passage("a", "Origin is by Darwin."), Passage("b", "Origin is a book.")
+OTHER = Passage("c", "Darwin sailed."), Passage("a", "Origin is by Darwin.")
 
 
 def attempt(answer: str | None, *queries: str, status: Status = Status.ANSWERED) -> Trajectory:
-    steps = [Step("hm", query=query, passages=FOUND[i % 2 :]) for i, query in enumerate(queries)]
+    steps = [Step("hm", query=query, passages=(FOUND, OTHER)[i % 2]) for i, query in enumerate(queries)]
     steps += [] if answer is None else [Step("so", answer=answer)]
     return Trajectory(QUESTION, tuple(steps), status)
 
