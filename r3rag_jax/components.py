@@ -40,7 +40,7 @@ from r3rag_jax.rollout.backends import RolloutBackend
 from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.run.digests import MODEL_FILES, SETTINGS_FILES, FileDigests
-from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.directory import RL_TRAJECTORIES, RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import bar_of_unknown_length
 from r3rag_jax.run.trackers.base import Tracker
@@ -86,7 +86,7 @@ class Components:
     @functools.cached_property
     def trajectory_log(self) -> TrajectoryLog:
         """The log of the RL trajectories that `log.trajectories` selects."""
-        return TrajectoryLog(self.run.trajectories("rl"), self.config.log.trajectories, self.trackers)
+        return TrajectoryLog(self.run.trajectories(RL_TRAJECTORIES), self.config.log.trajectories, self.trackers)
 
     # ---- policy and data
 

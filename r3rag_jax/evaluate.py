@@ -18,6 +18,7 @@ from r3rag_jax.config import FlagParser
 from r3rag_jax.data.questions import read_questions
 from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.checkpoint import add_checkpoint_flags, choose_policy, load_run_config
+from r3rag_jax.evaluation.results import replaced_result, result_name
 from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.reporting.rendering import results_table
 from r3rag_jax.rollout.context_limit import context_notices
@@ -38,12 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--name",
         default="",
-        help="name of the result files; default: the question file's name, followed by the system if one is given",
+        help="name of the result files; default: folder and name of the question file (hotpotqa-dev, or `test` for "
+        "the run's test questions), followed by the system if one is given",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
     args = parser.parse_intermixed_args(argv)
     use_compile_cache()
     config = load_run_config(args.checkpoint, args.overrides)
+    name = result_name(args.name, args.questions, args.system)
     system = SYSTEMS[args.system or "r3rag"]
     components = Components(config, args.checkpoint)
     policy = choose_policy(components.run, config, args.phase or (system.policy if args.system else None))
@@ -51,15 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         components.use_corpus(args.corpus)
     path = args.questions or components.dataset.path_of("test")
     questions = read_questions(path, components.on_error)
-    name = args.name or (f"{path.stem}-{args.system}" if args.system else path.stem)
     for notice in context_notices(config) if args.system not in BASELINES else ():
         components.console.print(notice, highlight=False)
     evaluator, live = components.evaluator, config.log.progress
+    fingerprint = evaluator.fingerprint(args.system or "r3rag", questions, policy)
+    if notice := replaced_result(components.run, name, fingerprint):
+        components.console.print(notice, highlight=False, markup=False)
     with ProgressBar(f"eval {path.name}", len(questions), console=components.console, live=live) as bar:
         trajectories = evaluator.rollouts(
             system, questions, policy=policy, on_done=lambda trajectory: bar.advance(steps=len(trajectory.steps))
         )
-    fingerprint = evaluator.fingerprint(args.system or "r3rag", questions, policy)
     components.console.print(results_table([evaluator.write(name, trajectories, fingerprint)]))
     return 0
 

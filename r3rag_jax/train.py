@@ -15,7 +15,7 @@ from rich.console import Console
 from r3rag_jax.components import Components
 from r3rag_jax.config import Config, parse_args
 from r3rag_jax.errors import main_guard
-from r3rag_jax.evaluation.evaluator import load_results
+from r3rag_jax.evaluation.results import load_results
 from r3rag_jax.parallel.processes import start_distributed
 from r3rag_jax.reporting.rendering import groups_table, results_table
 from r3rag_jax.reporting.report_page import write_report

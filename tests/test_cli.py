@@ -203,6 +203,9 @@ def test_bad_questions(finished: Callable[[str], Path], tmp_path: Path, capsys: 
     bad.write_text('{"id": "1", "question": "Who?", "golden_answers": []}\n')
     line = error_line(evaluate.main, ["--checkpoint", str(run_dir), "--questions", str(bad)], capsys)
     assert "bad.jsonl:1: golden_answers must be a list of one or more texts" in line
+    for name, words in (("rl", "none that the run itself uses"), ("a/b", "letters, digits")):
+        line = error_line(evaluate.main, ["--checkpoint", str(run_dir), "--name", name], capsys)
+        assert f"--name must be {words}" in line
     line = error_line(ask.main, ["--checkpoint", str(run_dir), "   "], capsys)
     assert "the question must not be empty" in line
     assert tiny_run.files(run_dir) == before

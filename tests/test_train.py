@@ -199,18 +199,24 @@ def test_evaluate_on_other_questions_and_passages(
     finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = shutil.copytree(finished("tags"), tmp_path / "run")
-    questions, corpus = tmp_path / "mine.jsonl", tmp_path / "corpus.jsonl"
+    questions, corpus = tmp_path / "mine" / "dev.jsonl", tmp_path / "corpus.jsonl"
+    questions.parent.mkdir()
     questions.write_text('{"id": "1", "question": "Who wrote The Red Door?", "golden_answers": ["Bala Sen"]}\n')
     corpus.write_text('{"id": "p", "contents": "\\"The Red Door\\"\\nThe Red Door is by Bala Sen."}\n')
     argv = ["--checkpoint", str(run_dir), "--questions", str(questions), "--corpus", str(corpus), "retrieval.top_k=2"]
     assert evaluate.main(argv) == 0
-    summary = json.loads((run_dir / "eval" / "mine.json").read_text())
+    summary = json.loads((run_dir / "eval" / "mine-dev.json").read_text())
     assert summary["num_questions"] == 1
     test_mark = json.loads((run_dir / "eval" / "r3rag.json").read_text())["fingerprint"]
     assert all(summary["fingerprint"][name] != test_mark[name] for name in ("questions", "index", "retrieval.top_k"))
-    [row] = [row for _, row in read_rows(run_dir / "trajectories" / "mine.jsonl")]
+    [row] = [row for _, row in read_rows(run_dir / "trajectories" / "mine-dev.jsonl")]
     assert {passage["id"] for step in row["steps"] for passage in step.get("passages", ())} <= {"p"}
     assert "EM" in capsys.readouterr().out
+    before = tiny_run.files(run_dir)
+    questions.write_text(questions.read_text().replace("Bala Sen", "Ilse Malthen"))
+    assert evaluate.main(argv) == 2
+    assert "mine-dev.json must be a result of the same questions" in capsys.readouterr().err
+    assert tiny_run.files(run_dir) == before
 
 
 @pytest.mark.parametrize("flags", [[], ["--phase", "sft"]])

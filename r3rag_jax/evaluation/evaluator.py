@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.fingerprint import DigestOf, Facts, fingerprint
 from r3rag_jax.evaluation.metrics import measure
+from r3rag_jax.evaluation.results import read_result
 from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS, System
 from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.retrieval.base import Retriever
@@ -119,8 +119,7 @@ class Evaluator:
             raise UserError(f"eval.systems names {name}, but phase {policy} of {self.directory.path} has not finished")
 
     def _stored_fingerprint(self, name: str) -> Facts | None:
-        path = self.directory.evaluation(name)
-        return json.loads(path.read_text())["fingerprint"] if path.exists() else None
+        return (read_result(self.directory, name) or {}).get("fingerprint")
 
     def _bar(self, name: str, questions: Sequence[Question]) -> ProgressBar:
         return ProgressBar(f"eval {name}", len(questions), console=self.console, live=self.config.log.progress)
@@ -153,9 +152,3 @@ def summarise(
             for name, indices in groups.items()
         },
     }
-
-
-def load_results(directory: RunDirectory, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the summaries of those evaluations that have finished."""
-    paths = [directory.evaluation(name) for name in names]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]

@@ -11,7 +11,7 @@ from typing import Any
 from r3rag_jax.data.trajectories import trajectory_from_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.systems import SYSTEMS
-from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.directory import RL_TRAJECTORIES, RunDirectory
 from r3rag_jax.types import Trajectory
 
 
@@ -40,14 +40,19 @@ def load_run(run_dir: Path | str) -> Run:
     notices: list[str] = []
     metrics: dict[str, list[dict[str, Any]]] = {}
     for row in _rows(run.metrics_file, notices):
-        metrics.setdefault(row["phase"], []).append(row)
+        if isinstance(row.get("phase"), str) and isinstance(row.get("step"), int):
+            metrics.setdefault(row["phase"], []).append(row)
     for rows in metrics.values():
         rows.sort(key=lambda row: row["step"])
     trajectories, rollouts = {}, []
     for path in sorted(run.trajectory_dir.glob("*.jsonl")):
         read = list(_trajectories(path, notices))
-        if path.stem == "rl":
-            rollouts = [(row["iteration"], row["reward"], trajectory) for row, trajectory in read]
+        if path.stem == RL_TRAJECTORIES:
+            rollouts = [
+                (row["iteration"], row["reward"], trajectory)
+                for row, trajectory in read
+                if isinstance(row.get("iteration"), int) and isinstance(row.get("reward"), int | float)
+            ]
         else:
             trajectories[path.stem] = [trajectory for _, trajectory in read]
     return Run(
@@ -65,10 +70,15 @@ def _rows(path: Path, notices: list[str]) -> Iterable[dict[str, Any]]:
     """The objects of a JSONL file, none if it is missing; invalid lines (a run may be writing one) become notices."""
     if not path.is_file():
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # a text may hold other characters that end lines
+    for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except ValueError:
+            row = json.loads(line.decode("utf-8", errors="replace"))
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            yield row
+        elif lines != [b""]:
             notices.append(f"{path.name}: line {number} is not JSON and was left out.")
 
 

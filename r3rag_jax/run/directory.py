@@ -13,6 +13,8 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.run.files import is_partial, write_text
 
+RL_TRAJECTORIES = "rl"  # name of the trajectories that RL keeps
+
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
@@ -89,7 +91,7 @@ class RunDirectory:
         return self.evaluation_dir / f"{name}.json"
 
     def trajectories(self, name: str) -> Path:
-        """Trajectories (JSONL) of an evaluation, or those that RL keeps (`rl`)."""
+        """Trajectories (JSONL) of an evaluation, or those that RL keeps (RL_TRAJECTORIES)."""
         return self.trajectory_dir / f"{name}.jsonl"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -46,3 +46,27 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write an indented JSON file by `open_atomic`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def append_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Append JSON objects to a JSONL file, one a line, and flush them to the operating system."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a JSONL file with those lines alone that hold an object which is to be kept; they stay as they are.
+
+    What is no object is dropped: the half line of a process that was killed, or what another program has written.
+    """
+
+    def is_kept(line: bytes) -> bool:
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(row, dict) and keep(row)
+
+    lines = path.read_bytes().split(b"\n")
+    with open_atomic(path) as file:
+        file.writelines(line.decode("utf-8") + "\n" for line in lines if is_kept(line))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import jax
 
-from r3rag_jax.run.files import write_text
+from r3rag_jax.run.files import append_rows, keep_rows
 from r3rag_jax.run.trackers.base import Tracker
 
 
@@ -44,21 +43,24 @@ class MetricsLog:
             return
         time_s = round(time.monotonic() - self._started, 3)
         values = {"time_s": time_s} | {name: float(value) for name, value in metrics.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"phase": phase, "step": step, **values}) + "\n")
+        append_rows(self.path, [{"phase": phase, "step": step, **values}])
         for tracker in self._trackers:
             tracker.log(step, {f"{phase}/{name}": value for name, value in values.items()})
 
     def rewind(self, phase: str, step: int) -> None:
         """Drop the lines of a phase at or after `step`, which a resumed phase is about to repeat.
 
-        A half-written line is dropped, too. Trackers keep what they received.
+        Lines that are no rows of metrics, such as a half-written one, are dropped, too. Trackers keep what they
+        received.
         """
         if jax.process_index() != 0 or not self.path.exists():
             return
-        lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-        keep = [line for line in lines if (r := json.loads(line))["phase"] != phase or r["step"] < step]
-        write_text(self.path, "".join(f"{line}\n" for line in keep))
+
+        def is_kept(row: dict[str, Any]) -> bool:
+            own_phase, own_step = row.get("phase"), row.get("step")
+            return isinstance(own_phase, str) and isinstance(own_step, int) and (own_phase != phase or own_step < step)
+
+        keep_rows(self.path, is_kept)
 
     def finish(self) -> None:
         """Close the trackers; nothing may be written afterwards."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from r3rag_jax.run.files import write_text
+from r3rag_jax.run.files import append_rows, keep_rows
 from r3rag_jax.run.trackers.base import Tracker
 
 
@@ -45,17 +44,17 @@ class TrajectoryLog:
             return
         rows = [{**row, "iteration": iteration} for row in rows]
         self.path.parent.mkdir(exist_ok=True)
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        append_rows(self.path, rows)
         for tracker in self._trackers:
             tracker.trajectories(iteration, rows)
 
     def rewind(self, iteration: int) -> None:
-        """Drop the trajectories of iterations that a resumed phase is about to repeat, and a half-written line."""
+        """Drop the trajectories of iterations that a resumed phase is about to repeat, and lines that are none of RL's.
+
+        The file is for people: RL resumes whatever it holds.
+        """
         if jax.process_index() == 0 and self.path.exists():
-            lines = self.path.read_text().split("\n")[:-1]
-            keep = [line for line in lines if json.loads(line)["iteration"] < iteration]
-            write_text(self.path, "".join(f"{line}\n" for line in keep))
+            keep_rows(self.path, lambda row: isinstance(row.get("iteration"), int) and row["iteration"] < iteration)
 
     @property
     def _is_writer(self) -> bool:

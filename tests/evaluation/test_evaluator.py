@@ -21,8 +21,9 @@ from r3rag_jax.config import (
     ServerConfig,
 )
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.evaluator import Evaluator, load_results, summarise
+from r3rag_jax.evaluation.evaluator import Evaluator, summarise
 from r3rag_jax.evaluation.metrics import measure
+from r3rag_jax.evaluation.results import load_results
 from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rollout.env import EnvFactory

@@ -9,6 +9,7 @@ import pytest
 import synthetic_run
 from test_view import Tags
 
+from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.report import main
 from r3rag_jax.reporting.curves import (
@@ -25,6 +26,7 @@ from r3rag_jax.reporting.curves import (
 from r3rag_jax.reporting.gallery import gallery, milestones
 from r3rag_jax.reporting.report_page import headline, write_report
 from r3rag_jax.reporting.run_files import load_run
+from r3rag_jax.types import Question
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,27 @@ def test_half_a_run_says_what_is_missing(tmp_path, phases, missing):
     html = write_report(synthetic_run.build(tmp_path / "half", phases)).read_text(encoding="utf-8")
     assert html.count('class="missing"') == missing
     Tags(html.removeprefix("<!doctype html>"))
+
+
+def test_texts_with_other_line_ends_are_read_whole(tmp_path):
+    run_dir = synthetic_run.build(tmp_path / "ends")
+    asked = "Who\u2028wrote\x85it\x0b?\x1c"
+    row = trajectory_to_dict(synthetic_run.right(Question("odd", asked, ("x",))))
+    with (run_dir / "trajectories" / "r3rag.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    run = load_run(run_dir)
+    assert run.notices == () and run.trajectories["r3rag"][-1].question.question == asked
+
+
+def test_rows_that_training_did_not_write_are_left_out(tmp_path):
+    run_dir = synthetic_run.build(tmp_path / "foreign")
+    row = trajectory_to_dict(synthetic_run.right(Question("of an evaluation", "Who?", ("x",))))
+    for name, lines in {"metrics.jsonl": ["[1]", '{"loss": 1}'], "trajectories/rl.jsonl": [json.dumps(row)]}.items():
+        with (run_dir / name).open("a") as file:
+            file.writelines(f"{line}\n" for line in lines)
+    run = load_run(run_dir)
+    assert (len(run.metrics["rl"]), len(run.metrics["sft"]), len(run.rollouts)) == (40, 400, 40)
+    assert run.notices == ("metrics.jsonl: line 441 is not JSON and was left out.",)
 
 
 def test_a_line_cut_off_by_a_crash_is_named_and_left_out(tmp_path):

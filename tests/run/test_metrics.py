@@ -59,6 +59,7 @@ def test_rewinding_drops_what_a_resumed_phase_repeats(tmp_path: Path) -> None:
             log.write(phase, step, {"loss": step})
     whole = path.read_text().splitlines()
     with path.open("a") as file:
+        file.write('[1]\n{"phase": "rl"}\n\0\0}\n')  # no rows of metrics
         file.write('{"phase": "rl", "st')  # what a killed process leaves
     log.rewind("rl", 2)
     assert path.read_text().splitlines() == whole[:5]  # unchanged lines, letter by letter

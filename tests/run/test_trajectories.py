@@ -68,6 +68,7 @@ def test_rewinding_drops_what_a_resumed_phase_repeats(tmp_path: Path) -> None:
         log.write(iteration, [{"question": "a\u2028b"}, {"question": "c"}])  # a line separator that JSON keeps
     whole = path.read_text(encoding="utf-8").split("\n")
     with path.open("a") as file:
+        file.write('{"question": "of an evaluation"}\n{"iteration": "0"}\n')  # of another program
         file.write('{"question": "hal')  # what a killed process leaves
     log.rewind(2)
     assert path.read_text(encoding="utf-8").split("\n") == [*whole[:4], ""]
