@@ -29,6 +29,7 @@ CORE = [
     "grain>=0.2.18",
     "array_record>=0.8.6",
     "tensorflow-datasets>=4.9.10",  # read without TensorFlow, which it does not install
+    "pyarrow>=20",  # Parquet files of questions and passages; tensorflow-datasets installs it too
     "faiss-cpu>=1.15",
     "bm25s>=0.3,<0.4",  # needs numpy alone; scores and files have changed between its minor versions
     "transformers>=5.20",

@@ -159,7 +159,7 @@ def test_missing_files(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     overrides = write_files(tmp_path)
     (tmp_path / "corpus.jsonl").unlink()
     line = error_line(train.main, ["--config", str(recipe), *overrides], capsys)
-    assert "corpus.jsonl: expected a readable JSONL file; No such file" in line
+    assert "corpus.jsonl: expected a readable file of records; No such file" in line
     assert "data.corpus must be given" in error_line(train.main, ["--config", str(recipe), "data.source=files"], capsys)
 
 

@@ -48,7 +48,7 @@ def test_an_index_is_built_from_a_file(corpus: Path, tmp_path: Path, capsys: pyt
     [
         (["seed=3"], "only keys of section retrieval and data.on_error describe an index; got 'seed=3'"),
         (["retrieval.encoder.dimm=3"], "did you mean 'retrieval.encoder.dim'"),
-        (["--corpus", "nothing.jsonl"], "nothing.jsonl: expected a readable JSONL file"),
+        (["--corpus", "nothing.jsonl"], "nothing.jsonl: expected a readable file of records"),
         (["--out", "."], "--out must be a new or empty directory, or an index to replace; got ."),
     ],
 )

@@ -1,21 +1,37 @@
-"""Questions and passages in FlashRAG's JSONL layout (github.com/RUC-NLPIR/FlashRAG).
+"""Questions and passages in FlashRAG's layout (github.com/RUC-NLPIR/FlashRAG).
 
-HotpotQA, 2WikiMultihopQA, MuSiQue and many other data sets are distributed in it.
+HotpotQA, 2WikiMultihopQA, MuSiQue and many other data sets are distributed in it. What the files of others hold in its
+place is read too:
+
+    field            instead of it
+    id               _id; a text or a whole number
+    golden_answers   answers or answer, with answer_aliases; a list or one alone, of texts, numbers, true and false
+    metadata         null or an empty list for none
+    contents         text, with or without title
+
+Another layout is read by another function from a record to a Question, which `jsonl.read_all` takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from r3rag_jax.data.jsonl import FieldError, Row, get_field, get_id, get_text, is_id, read_all, read_parsed, show
+from r3rag_jax.data.fields import FieldError, Row, first_name, get_field, get_id, get_text, is_id, show
+from r3rag_jax.data.jsonl import read_all, read_parsed
 from r3rag_jax.data.records import STOP, OnError, Records
 from r3rag_jax.types import Passage, Question
 
+# Names of a field, the first one that a record has; those after the first are other data sets'.
+ID_FIELDS = ("id", "_id")
+ANSWER_FIELDS = ("golden_answers", "answers", "answer")
+CONTENT_FIELDS = ("contents", "text")
+
 
 def read_questions(path: str | Path, on_error: OnError = STOP) -> Records[Question]:
-    """Read lines `{id, question, golden_answers, metadata?}`.
+    """Read records `{id, question, golden_answers, metadata?}`.
 
     Raises:
         UserError: as `jsonl.read_all`; names file and line of the first fault.
@@ -24,7 +40,7 @@ def read_questions(path: str | Path, on_error: OnError = STOP) -> Records[Questi
 
 
 def read_passages(path: str | Path, on_error: OnError = STOP) -> Records[Passage]:
-    """Read lines `{id, contents}` or `{id, title, text}`.
+    """Read records `{id, contents}` or `{id, title?, text}`.
 
     Raises:
         UserError: as `jsonl.read_all`; names file and line of the first fault.
@@ -39,15 +55,39 @@ def iterate_passages(path: str | Path, on_error: OnError = STOP) -> Iterator[Pas
 
 def question_from_dict(row: Row) -> Question:
     """Parse `{id, question, golden_answers, metadata?}`; a FieldError names the field at fault."""
-    answers = get_field(row, "golden_answers", list)
-    if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise FieldError(f"golden_answers must be a list of one or more texts; got {show(answers)}")
     return Question(
-        id=get_id(row, "id"),
+        id=get_id(row, first_name(row, ID_FIELDS)),
         question=get_text(row, "question"),
-        golden_answers=tuple(answers),
+        golden_answers=_golden_answers(row),
         metadata=_metadata(row),
     )
+
+
+def _golden_answers(row: Row) -> tuple[str, ...]:
+    """The accepted answers, as texts."""
+    name = first_name(row, ANSWER_FIELDS)
+    value = row[name]
+    texts_of = [_answer_texts(answer) for answer in (value if isinstance(value, list) else [value])]
+    if not texts_of or not all(texts_of):
+        raise FieldError(f"{name} must be one or more texts, numbers or truth values; got {show(value)}")
+    answers = [text for texts in texts_of for text in texts]
+    if name != ANSWER_FIELDS[0]:
+        aliases = get_field(row, "answer_aliases", list, default=None) or []
+        if not all(isinstance(alias, str) and alias.strip() for alias in aliases):
+            raise FieldError(f"answer_aliases must be a list of texts; got {show(aliases)}")
+        answers += aliases
+    return tuple(answers)
+
+
+def _answer_texts(value: Any) -> list[str]:
+    """One answer as texts; none if it is none. True is both yes and true; 1986.0 is what tables make of 1986."""
+    if isinstance(value, bool):
+        return ["yes", "true"] if value else ["no", "false"]
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    if isinstance(value, int | float) and isfinite(value):
+        return [str(int(value) if value == int(value) else value)]
+    return []
 
 
 def _metadata(row: Row) -> dict[str, Any]:
@@ -56,6 +96,8 @@ def _metadata(row: Row) -> dict[str, Any]:
     `type` (a text) and `unseen` (true or false) name groups of an evaluation; `supporting_ids` is a list of ids of
     passages. All other names are kept as they are.
     """
+    if row.get("metadata") == []:  # how some languages write an empty object
+        return {}
     metadata = dict(get_field(row, "metadata", dict, default=None) or {})
     checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "type": ("a text", lambda value: isinstance(value, str)),
@@ -81,12 +123,12 @@ def question_to_dict(question: Question) -> dict[str, Any]:
 
 
 def passage_from_dict(row: Row) -> Passage:
-    """Parse `{id, contents}` or `{id, title, text}`; a FieldError names the field at fault."""
-    if "contents" not in row and "text" in row:
-        contents = f'"{get_field(row, "title", str)}"\n{get_text(row, "text")}'
-    else:
-        contents = get_text(row, "contents")
-    return Passage(id=get_id(row, "id"), contents=contents)
+    """Parse `{id, contents}` or `{id, title?, text}`; a FieldError names the field at fault."""
+    name = first_name(row, CONTENT_FIELDS)
+    contents = get_text(row, name)
+    if name == "text" and (title := (get_field(row, "title", str, default="") or "").strip()):
+        contents = f'"{title}"\n{contents}'
+    return Passage(id=get_id(row, first_name(row, ID_FIELDS)), contents=contents)
 
 
 def passage_to_dict(passage: Passage) -> dict[str, str]:

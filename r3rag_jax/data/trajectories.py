@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from r3rag_jax.data.jsonl import FieldError, Row, get_field, get_ids, get_text, kind_of, read_all
+from r3rag_jax.data.fields import FieldError, Row, get_field, get_ids, get_text, kind_of
+from r3rag_jax.data.jsonl import read_all
 from r3rag_jax.data.questions import passage_from_dict, passage_to_dict, question_from_dict, question_to_dict
 from r3rag_jax.data.records import STOP, OnError, Records
 from r3rag_jax.errors import UserError
@@ -18,14 +19,14 @@ def read_trajectories(
 ) -> Records[Trajectory]:
     """Read a teacher's trajectories, without samples, with the passages that a rollout would show.
 
-    A line is `{id, question, golden_answers, metadata?, steps}`; a step is `{analysis, query, …}`, and the last one
+    A record is `{id, question, golden_answers, metadata?, steps}`; a step is `{analysis, query, …}`, and the last one
     `{analysis, answer}`. A step with a query names its passages, best first, by `retrieved_ids`, or holds them as
     `passages: [{id, contents}, …]`; `passage_ids` are those that the step needs, which are always shown.
     `sample_index` (0 where missing) distinguishes trajectories of one question. As in a rollout, a step does not show
     passages of earlier steps again, but the next best ones.
 
     Args:
-        path: JSONL file.
+        path: a file in one of the forms of `forms.py`.
         corpus: passage id -> passage, e.g. a `PassageStore`; may be empty when the steps hold their passages.
         passages_per_step: most passages of a step; only `passage_ids` may exceed it.
 
@@ -76,9 +77,9 @@ def teacher_trajectory_from_dict(row: Row, corpus: Mapping[str, Passage], passag
 
     def read_step(step: Row) -> Step:
         analysis = get_text(step, "analysis")
-        if ("query" in step) == ("answer" in step):
+        if (step.get("query") is None) == (step.get("answer") is None):
             raise FieldError("a step must hold either a query or an answer")
-        if "answer" in step:
+        if step.get("answer") is not None:
             return Step(analysis=analysis, answer=get_text(step, "answer"))
         passages = _choose(*_ranked_passages(step, corpus), shown, passages_per_step)
         shown.update(passage.id for passage in passages)
@@ -97,7 +98,7 @@ def teacher_trajectory_from_dict(row: Row, corpus: Mapping[str, Passage], passag
 
 def _ranked_passages(step: Row, corpus: Mapping[str, Passage]) -> tuple[list[Passage], set[str]]:
     """The passages of a step with a query, best first, and the ids of those that it needs."""
-    if not {"passages", "retrieved_ids", "passage_ids"} & step.keys():
+    if all(step.get(name) is None for name in ("passages", "retrieved_ids", "passage_ids")):
         raise FieldError("a query step must hold passages, retrieved_ids or passage_ids; got none of them")
     inline = {passage.id: passage for passage in _passages(get_field(step, "passages", list, default=None) or [])}
     needed = get_ids(step, "passage_ids")

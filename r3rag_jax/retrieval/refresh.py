@@ -37,7 +37,7 @@ def refresh_retrieved(
     """
     kept = set(read_trajectories(source, corpus, top_k, on_error).lines)
     rows = [dict(row) for number, row in read_rows(source, OnError("skip", say=lambda _: None)) if number in kept]
-    steps = [step for row in rows for step in row["steps"] if "query" in step]
+    steps = [step for row in rows for step in row["steps"] if step.get("query") is not None]
     found = retriever.search([step["query"] for step in steps], DEPTH * top_k)
     for step, hits in zip(steps, found, strict=True):
         step["retrieved_ids"] = [hit.passage.id for hit in hits]

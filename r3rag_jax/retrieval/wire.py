@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r3rag_jax.data.jsonl import FieldError, get_field, kind_of, show
+from r3rag_jax.data.fields import FieldError, get_field, kind_of, show
 from r3rag_jax.data.questions import passage_from_dict
 from r3rag_jax.retrieval.base import Hit
 

@@ -103,7 +103,7 @@ def test_changed_content_is_built_anew(tmp_path: Path) -> None:
 def test_faulty_row_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     write_jsonl(path, [question(0), question(1) | {"golden_answers": []}])
-    with pytest.raises(UserError, match=r"train\.jsonl:2: golden_answers must be a list of one"):
+    with pytest.raises(UserError, match=r"train\.jsonl:2: golden_answers must be one or more texts"):
         tfds_builder.build({"train": path}, tmp_path / "data", "questions")
     assert not (tmp_path / "data").exists()
 

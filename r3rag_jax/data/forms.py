@@ -1,0 +1,180 @@
+"""The forms of a file of records, told by its first bytes: JSON Lines, one JSON array of objects, or Parquet.
+
+JSON is UTF-8, with or without a byte order mark, and may be compressed by gzip, bzip2 or xz. The name of a file says
+nothing. `pyarrow`, which reads Parquet, is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from r3rag_jax.data.fields import FieldError, Row, kind_of
+from r3rag_jax.errors import UserError
+
+BOM = b"\xef\xbb\xbf"  # UTF-8's byte order mark
+PARQUET = b"PAR1"
+COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+}
+REFUSED = {  # first bytes -> what the file is, and what to do with it
+    b"\x28\xb5\x2f\xfd": "zstd: decompress it (zstd -d)",
+    b"PK\x03\x04": "a zip archive: unzip it",
+    b"ARROW1": "an Arrow file: write it as Parquet or JSON Lines",
+    b"\xff\xfe": "UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
+}
+_BLANK = " \t\r\n"  # what JSON takes for white space
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[int, Row | FieldError]]:
+    """Yield (line from 1, JSON object) of every record; a FieldError in place of one that is not an object.
+
+    The line of an element of an array is the one on which it begins; of Parquet it is the number of the row.
+
+    Raises:
+        UserError: the file cannot be read, is in no form that is read, or ends in the middle.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+        for magic, remedy in REFUSED.items():
+            if head.startswith(magic):
+                raise UserError(f"{path}: expected JSON in UTF-8, or Parquet; got {remedy}")
+        if head.startswith(PARQUET):
+            yield from _parquet(path)
+            return
+        is_compressed = [open for magic, open in COMPRESSIONS.items() if head.startswith(magic)]
+        with is_compressed[0](path) if is_compressed else path.open("rb") as file:
+            yield from _json(path, file)
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: expected a whole compressed file; {error}") from error
+    except OSError as error:
+        raise UserError(f"{path}: expected a readable file of records; {error.strerror or error}") from error
+
+
+# ------------------------------------------------------------------------------------------- JSON
+
+
+def _json(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Row | FieldError]]:
+    """JSON Lines; or, where the first character that is not blank is a bracket, one array."""
+    is_first = True
+    for number, line in enumerate(file, 1):
+        line = line.removeprefix(BOM)  # files that were joined have one in the middle
+        if not line.strip():
+            continue
+        if is_first and line.lstrip().startswith(b"["):
+            yield from _array(path, number, line + file.read())
+            return
+        is_first = False
+        yield number, _line(line)
+
+
+def _line(line: bytes) -> Row | FieldError:
+    """The object of one line."""
+    try:
+        return _object(json.loads(line.decode("utf-8")), line.lower())
+    except UnicodeDecodeError as error:
+        return FieldError(f"expected UTF-8; got byte {line[error.start]:#04x} at column {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return FieldError(f"expected one JSON object per line; {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return FieldError(f"expected one JSON object per line; {error}")
+
+
+def _array(path: Path, number: int, data: bytes) -> Iterator[tuple[int, Row | FieldError]]:
+    """The elements of an array that begins on line `number`; a fault in its syntax ends the reading."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = number + data.count(b"\n", 0, error.start)
+        raise UserError(f"{path}:{line}: expected UTF-8; got byte {data[error.start]:#04x}") from error
+    decoder, end = json.JSONDecoder(), text.index("[") + 1
+    counted = 0  # up to here line ends have been counted
+    while True:
+        start = _skip_blank(text, end)
+        number, counted = number + text.count("\n", counted, start), start
+        if text[start : start + 1] == "]":
+            break
+        try:
+            item, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            line = number + text.count("\n", counted, error.pos)
+            raise UserError(f"{path}:{line}: expected a JSON array of objects; {error.msg}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: expected a JSON array of objects; {error}") from error
+        yield number, _object(item, text[start:end].lower().encode("utf-8"))
+        comma = _skip_blank(text, end)
+        if text[comma : comma + 1] not in (",", "]"):
+            line = number + text.count("\n", counted, comma)
+            raise UserError(f"{path}:{line}: expected a JSON array of objects; expecting ',' or ']'")
+        end = comma + 1 if text[comma] == "," else comma
+    if _skip_blank(text, start + 1) < len(text):
+        raise UserError(f"{path}:{number}: expected one JSON array; something follows it")
+
+
+def _skip_blank(text: str, start: int) -> int:
+    """The first position from `start` on that is not blank."""
+    while start < len(text) and text[start] in _BLANK:
+        start += 1
+    return start
+
+
+def _object(value: Any, source: bytes) -> Row | FieldError:
+    """A parsed value, which must be an object of Unicode text; `source` is its JSON in lower case."""
+    if b"\\ud" in source:  # half of a surrogate pair alone is no Unicode text: no tokenizer takes it
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            return FieldError("expected Unicode text; got a lone surrogate escape")
+    return value if isinstance(value, dict) else FieldError(f"expected a JSON object; got {kind_of(value)}")
+
+
+# ---------------------------------------------------------------------------------------- Parquet
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Row | FieldError]]:
+    """The rows of a Parquet file, a few at a time."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{path}: a Parquet file needs the package pyarrow: pip install pyarrow, or write it as JSON Lines"
+        ) from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, _plain_row(row)
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise UserError(f"{path}: expected a whole Parquet file; {error}") from error
+
+
+def _plain_row(row: Row) -> Row | FieldError:
+    try:
+        return _plain(row)
+    except UnicodeDecodeError as error:
+        return FieldError(f"expected UTF-8; got byte {error.object[error.start]:#04x}")
+
+
+def _plain(value: Any) -> Any:
+    """A value of Parquet as one that JSON has: times and decimals become text."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):  # how some writers store text
+        return value.decode("utf-8")
+    return value if value is None or isinstance(value, str | int | float) else str(value)
