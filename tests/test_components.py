@@ -133,6 +133,26 @@ def test_a_tokenizer_without_the_tags_is_the_users_to_fix(config: Config, base: 
     assert components(steps, path=str(source)).codec.protocol.name == "steps"
 
 
+def test_a_tokenizer_that_cannot_end_a_text_is_the_users_to_fix(config: Config, base: Path, tmp_path: Path) -> None:
+    """Before anything is trained or a run directory exists, and with the file and the key in one sentence."""
+    file = shutil.copytree(base, tmp_path / "source") / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    for changes, rule in (
+        ({"eos_token": None}, "tokenizer_config.json must name an eos_token"),
+        ({"eos_token": "</s>"}, "eos_token of tokenizer_config.json must be a token of tokenizer.json; got '</s>'"),
+        ({"pad_token": "<pad>"}, "pad_token of tokenizer_config.json must be a token of tokenizer.json; got '<pad>'"),
+        ({"chat_template": None}, "it must have a chat template, .*: model.chat_template=chatml or llama3"),
+    ):
+        file.write_text(json.dumps(settings | changes))
+        with pytest.raises(UserError, match=rf"the model at {file.parent} cannot be read: .*{rule}"):
+            _ = components(config, path=str(file.parent)).memory_plans
+    assert components(config, path=str(file.parent), chat_template="chatml").codec.turn_end_id == 2
+    with pytest.raises(
+        ConfigError, match=r"chat_template=llama3 needs a tokenizer with .* lacks <\|start_header_id\|>"
+    ):
+        _ = components(config, path=str(file.parent), chat_template="llama3").codec
+
+
 def test_a_model_path_without_a_model_is_the_users_to_fix(config: Config, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.path must be a Hugging Face directory .* got .*/nothing"):
         _ = components(config, path=str(tmp_path / "nothing")).policy.base_path

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from r3rag_jax.baselines.reading import MAX_ANSWER_TOKENS, first_that_fits
+from r3rag_jax.baselines.reading import MAX_ANSWER_TOKENS, encoder, first_that_fits
 from r3rag_jax.retrieval.base import Hit
 from r3rag_jax.retrieval.selection import select_passages
 from r3rag_jax.rollout.env import Done, Search
@@ -36,6 +36,7 @@ class ChainWriter:
             is_chat: use an instruction in the model's chat template instead of plain text to continue.
         """
         self.tokenizer, self._max_length, self._is_chat = tokenizer, max_length, is_chat
+        self._encode = encoder(tokenizer, is_chat=is_chat)
         self._prefix, self._suffix = chat_frame(tokenizer, chain_example_turns()) if is_chat else ([], [])
 
     def ids(self, question: str, passages: Sequence[Passage], sentences: Sequence[str], budget: int) -> list[int]:
@@ -54,7 +55,7 @@ class ChainWriter:
             else chain_reading_prompt(question, some, sentences)
             for some in shown
         )
-        return [*self._prefix, *first_that_fits(self.tokenizer, prompts, room), *self._suffix, *chain]
+        return [*self._prefix, *first_that_fits(self._encode, prompts, room), *self._suffix, *chain]
 
 
 class IRCoTEnv:

@@ -6,7 +6,8 @@ chat template, after three examples of short answers. A prompt that exceeds the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 from r3rag_jax.rollout.env import Done, StopRule
 from r3rag_jax.rollout.request import RolloutRequest
@@ -25,11 +26,19 @@ def line_stops(tokenizer: Tokenizer, *others: str) -> StopRule:
     return StopRule(stop_ids=tuple(stop_ids), stop_strings=("\n", *others))
 
 
-def first_that_fits(tokenizer: Tokenizer, prompts: Iterable[str], max_tokens: int) -> list[int]:
+Encode = Callable[[str], list[int]]
+
+
+def encoder(tokenizer: Tokenizer, *, is_chat: bool) -> Encode:
+    """Return what encodes a prompt: as the content of a user message, or as plain text to continue."""
+    return tokenizer.encode_content if is_chat else functools.partial(tokenizer.encode, allow_special=False)
+
+
+def first_that_fits(encode: Encode, prompts: Iterable[str], max_tokens: int) -> list[int]:
     """Return the ids of the first prompt with at most `max_tokens` (> 0), or the last ids of the last prompt."""
     ids: list[int] = []
     for prompt in prompts:
-        ids = tokenizer.encode(prompt, allow_special=False)
+        ids = encode(prompt)
         if len(ids) <= max_tokens:
             break
     return ids[-max_tokens:]
@@ -45,7 +54,7 @@ class LineReader:
             max_length: maximum number of tokens of prompt and answer together.
             with_passages: whether the examples of a chat prompt show passages.
         """
-        self._tokenizer, self._is_chat = tokenizer, is_chat
+        self._tokenizer, self._is_chat, self._encode = tokenizer, is_chat, encoder(tokenizer, is_chat=is_chat)
         self._prefix, self._suffix = chat_frame(tokenizer, example_turns(with_passages)) if is_chat else ([], [])
         self._max_prompt = max_length - MAX_ANSWER_TOKENS - len(self._prefix) - len(self._suffix)
 
@@ -54,7 +63,7 @@ class LineReader:
         prompt_of = instruction_prompt if self._is_chat else reading_prompt
         question = request.question.question
         prompts = (prompt_of(question, passages[:count]) for count in range(len(passages), -1, -1))
-        ids = [*self._prefix, *first_that_fits(self._tokenizer, prompts, self._max_prompt), *self._suffix]
+        ids = [*self._prefix, *first_that_fits(self._encode, prompts, self._max_prompt), *self._suffix]
         key = request.key(0) if request.temperature > 0 else None
         return Context(ids, MAX_ANSWER_TOKENS, request.temperature, key)
 

@@ -17,7 +17,7 @@ from r3rag_jax.config.evaluation import BASE_SYSTEMS
 from r3rag_jax.config.schema import value_of
 from r3rag_jax.data.questions import question_to_dict
 from r3rag_jax.rewards.judge.factory import read_prompt
-from r3rag_jax.text.tokenizer import read_template
+from r3rag_jax.text.chat_template import read_template
 from r3rag_jax.types import Question
 
 Facts = dict[str, Any]

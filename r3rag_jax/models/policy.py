@@ -21,7 +21,8 @@ from r3rag_jax.models.lora import TrainableSplit, attach, split_trainable
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.parallel.shardings import tree_shardings
-from r3rag_jax.text.tokenizer import Tokenizer, read_template
+from r3rag_jax.text.chat_template import TEMPLATES, read_template
+from r3rag_jax.text.tokenizer import Tokenizer
 
 
 class Policy:
@@ -53,10 +54,23 @@ class Policy:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer of `base_path`, with the chat template that `model.chat_template` names.
+
+        Raises:
+            UserError: a file is missing or damaged, or the tokenizer lacks eos_token, pad_token or a bundled template's
+                tokens.
+        """
         name = self._config.chat_template
         template = read_template(name) if name else None
         with reading(self.base_path):
-            return Tokenizer(self.base_path, chat_template=template)
+            tokenizer = Tokenizer(self.base_path, chat_template=template)
+        tokenizer.check_special_tokens()
+        if missing := [token for token in TEMPLATES.get(name, ()) if token not in tokenizer]:
+            raise ConfigError(
+                f"model.chat_template={name} needs a tokenizer with {' '.join(TEMPLATES[name])}; that of "
+                f"{self.base_path} lacks {' '.join(missing)}"
+            )
+        return tokenizer
 
     @functools.cached_property
     def decoder_config(self) -> DecoderConfig:

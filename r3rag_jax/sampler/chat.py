@@ -53,7 +53,7 @@ class EngineChat:
         max_prompt_tokens = self._engine.max_length - self._max_tokens
         indices, contexts = [], []
         for index, prompt in enumerate(prompts):
-            ids = [*prefix, *self._tokenizer.encode(prompt, allow_special=False), *suffix]
+            ids = [*prefix, *self._tokenizer.encode_content(prompt), *suffix]
             if len(ids) > max_prompt_tokens:
                 yield (
                     index,

@@ -1,38 +1,30 @@
 """Tokenizer and chat template from Hugging Face files.
 
 It needs only `tokenizers` and Jinja, since the files are self-contained; importing `transformers` would add seconds to
-every start. Templates are rendered with the same Jinja settings and functions as in transformers.
+every start.
 """
 
 from __future__ import annotations
 
 import bisect
-import datetime
 import functools
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Backend
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.text.chat_template import CONTENT, ChatTemplate
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 SPECIALS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
-TEMPLATES = ("chatml", "llama3")  # bundled chat templates, with which the published checkpoints were trained
-CONTENT = "\x00content\x00"  # placeholder in a rendered template for a text that is encoded separately
 _SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -47,12 +39,16 @@ class Tokenizer:
 
         Raises:
             FileNotFoundError: the directory has no tokenizer.json.
+            ValueError: a file is damaged.
         """
         self._path = Path(path)
         file = self._path / TOKENIZER_FILE
         if not file.is_file():
             raise FileNotFoundError(f"a tokenizer directory must hold {TOKENIZER_FILE}; {path} has none")
-        self._backend = _Backend.from_file(str(file))
+        try:
+            self._backend = _Backend.from_file(str(file))
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"{file} must be a tokenizer of the library tokenizers: {error}") from error
         # A file may ask for truncation and padding; both would silently change the ids.
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -60,8 +56,8 @@ class Tokenizer:
             **_read_json(self._path / SPECIALS_FILE),
             **_read_json(self._path / CONFIG_FILE),
         }
-        self._template_text = self._find_template() if chat_template is None else chat_template
-        self._template: jinja2.Template | None = None
+        text = self._find_template() if chat_template is None else chat_template
+        self._template = None if text is None else ChatTemplate(text)
         self._plain: _Backend | None = None
 
     @property
@@ -74,24 +70,33 @@ class Tokenizer:
         """The id of the end-of-sequence token; see `end_ids` for what ends a completion.
 
         Raises:
-            ValueError: the files name no eos_token.
+            UserError: the files name no eos_token, or one that the vocabulary lacks.
         """
-        token = self._special("eos_token")
-        if token is None:
-            raise ValueError(f"{CONFIG_FILE} must name an eos_token; {self._path} names none")
-        return self.token_id(token)
+        if (id := self._special_id("eos_token")) is None:
+            raise self._error(
+                f"{CONFIG_FILE} must name an eos_token; it names none: write the token of {TOKENIZER_FILE} that ends a "
+                "text or turn"
+            )
+        return id
 
     @property
     def bos_id(self) -> int | None:
-        """The id that starts a text, or None when the model has none."""
-        token = self._special("bos_token")
-        return None if token is None else self.token_id(token)
+        """The id that starts a text, or None when the model has none.
+
+        Raises:
+            UserError: the files name one that the vocabulary lacks.
+        """
+        return self._special_id("bos_token")
 
     @property
     def pad_id(self) -> int:
-        """The id for padding: pad_token, or eos_id when the files name none."""
-        token = self._special("pad_token")
-        return self.eos_id if token is None else self.token_id(token)
+        """The id for padding: pad_token, or eos_id when the files name none.
+
+        Raises:
+            UserError: the files name one that the vocabulary lacks, or neither of them.
+        """
+        id = self._special_id("pad_token")
+        return self.eos_id if id is None else id
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -101,19 +106,15 @@ class Tokenizer:
         generation_config.json, of which each may name others: Llama 3.1 Instruct lists three.
 
         Raises:
-            UserError: `eos_token_id` of generation_config.json is neither an id nor a list of ids.
+            UserError: the files name none, or `eos_token_id` of generation_config.json is neither an id nor a list of
+                ids.
         """
-        known = (self._turn_end_id(), self._known_id("eos_token"), *self._generation_eos_ids())
-        return tuple(dict.fromkeys(i for i in known if i is not None))
+        return self._known_end_ids() or (self.eos_id,)
 
     @property
     def turn_end_id(self) -> int:
-        """The id that ends an assistant turn in training data: the chat template's, or else that of eos_token.
-
-        Raises:
-            ValueError: the files name neither.
-        """
-        return self.end_ids[0] if self.end_ids else self.eos_id
+        """The id that ends an assistant turn in training data: the first of `end_ids`."""
+        return self.end_ids[0]
 
     def without_end(self, ids: Sequence[int]) -> list[int]:
         """Return the ids of a completion without the token that ended it, if it is one of `end_ids`."""
@@ -123,8 +124,18 @@ class Tokenizer:
         """Return the contents of a generation_config.json with the ids that it lacks, so that all `end_ids` stop."""
         known = {f"{key}_id": self._known_id(key) for key in ("bos_token", "eos_token", "pad_token")}
         completed = {key: id for key, id in known.items() if id is not None} | dict(generation)
-        ends = tuple(dict.fromkeys((*self._generation_eos_ids(), *self.end_ids)))
+        ends = tuple(dict.fromkeys((*self._generation_eos_ids(), *self._known_end_ids())))
         return completed | ({"eos_token_id": ends[0] if len(ends) == 1 else list(ends)} if ends else {})
+
+    def check_special_tokens(self) -> None:
+        """Check that training and sampling have the ids that they need.
+
+        Raises:
+            UserError: see `eos_id` and `pad_id`.
+        """
+        for key in ("eos_token", "pad_token"):
+            self._special_id(key)
+        _ = self.eos_id
 
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
         """Return the ids of a text; no special token is added.
@@ -204,23 +215,48 @@ class Tokenizer:
             add_generation_prompt: whether to end with the opening of an assistant turn.
 
         Raises:
-            ValueError: the files hold no template, or the template refuses the messages.
+            UserError: the files hold no template, or the template is not valid or refuses the messages.
         """
-        if self._template_text is None:
-            raise ValueError(f"chat needs a chat_template; {self._path} has none")
+        if self._template is None:
+            raise self._error(
+                f"it must have a chat template, as {TEMPLATE_FILE} or in {CONFIG_FILE}; it has none: "
+                "model.chat_template=chatml or llama3"
+            )
         specials = {key: token for key in _SPECIAL_KEYS if (token := self._special(key)) is not None}
         try:
-            if self._template is None:
-                self._template = _environment().from_string(self._template_text)
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **specials,
+            return self._template.render(messages, specials, add_generation_prompt=add_generation_prompt)
+        except ValueError as error:
+            raise self._error(f"its chat template refuses the messages: {error}") from error
+
+    def frame_of_user_message(self, turns: Sequence[Mapping[str, str]] = ()) -> tuple[str, str]:
+        """Return what the chat template writes before and after a user message that follows `turns`.
+
+        Raises:
+            UserError: the template does not show the content of a user message exactly once and unchanged.
+        """
+        text = self.render_chat([*turns, {"role": "user", "content": CONTENT}])
+        if (count := text.count(CONTENT)) != 1:
+            raise self._error(
+                f"its chat template must show the content of a user message once and unchanged; it does so {count} "
+                "times: model.chat_template=chatml or llama3"
             )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"chat template of {self._path}: {error}") from error
+        before, _, after = text.partition(CONTENT)
+        return before, after
+
+    def encode_content(self, text: str) -> list[int]:
+        """Return the ids of a user message's content; special tokens in it stay text.
+
+        A template that strips spaces from the ends of a content gets it stripped here.
+        """
+        strips_start, strips_end = self._strips
+        text = text.lstrip() if strips_start else text
+        return self.encode(text.rstrip() if strips_end else text, allow_special=False)
+
+    @functools.cached_property
+    def _strips(self) -> tuple[bool, bool]:
+        """Whether the chat template strips a content's start and its end."""
+        text = self.render_chat([{"role": "user", "content": f"\t{CONTENT}\t"}])
+        return f"\t{CONTENT}" not in text, f"{CONTENT}\t" not in text
 
     def chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Return the ids of a conversation under the model's chat template; see render_chat."""
@@ -234,8 +270,8 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config}
         # added_tokens_decoder duplicates tokenizer.json and would hide tokens added by add_special_tokens.
         config.pop("added_tokens_decoder", None)
-        if self._template_text is not None:
-            config["chat_template"] = self._template_text
+        if self._template is not None:
+            config["chat_template"] = self._template.text
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (path / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -252,6 +288,22 @@ class Tokenizer:
         value = self._config.get(key)
         return value["content"] if isinstance(value, dict) else value
 
+    def _error(self, rule: str) -> UserError:
+        """Return the error of a directory that breaks a rule."""
+        return UserError(f"the model at {self._path} cannot be read: {rule}")
+
+    def _special_id(self, key: str) -> int | None:
+        """Return the id of a special token, or None if the files do not name it."""
+        token, id = self._special(key), self._known_id(key)
+        if token is not None and id is None:
+            raise self._error(f"{key} of {CONFIG_FILE} must be a token of {TOKENIZER_FILE}; got {token!r}")
+        return id
+
+    def _known_end_ids(self) -> tuple[int, ...]:
+        """Return `end_ids`, empty if the files name none."""
+        known = (self._turn_end_id(), self._known_id("eos_token"), *self._generation_eos_ids())
+        return tuple(dict.fromkeys(i for i in known if i is not None))
+
     def _known_id(self, key: str) -> int | None:
         """Return the id of a special token, or None if the files do not name it or the vocabulary lacks it."""
         token = self._special(key)
@@ -263,7 +315,7 @@ class Tokenizer:
         value = _read_json(file).get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(i) is int and i >= 0 for i in ids):
-            raise UserError(f"{file}: eos_token_id must be an id or a list of ids; got {value!r}")
+            raise self._error(f"eos_token_id of {file.name} must be an id or a list of ids; got {value!r}")
         return ids
 
     def _turn_end_id(self) -> int | None:
@@ -289,58 +341,27 @@ class Tokenizer:
 
 
 def chat_frame(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]] = ()) -> tuple[list[int], list[int]]:
-    """Ids that the chat template puts before and after a user message that follows `turns`: (prefix, suffix)."""
-    prefix, _, suffix = tokenizer.render_chat([*turns, {"role": "user", "content": CONTENT}]).partition(CONTENT)
+    """Ids that the chat template puts before and after a user message that follows `turns`: (prefix, suffix).
+
+    Raises:
+        UserError: the template does not show the content of a user message exactly once and unchanged.
+    """
+    prefix, suffix = tokenizer.frame_of_user_message(turns)
     return tokenizer.encode(prefix), tokenizer.encode(suffix)
 
 
-def read_template(name: str) -> str:
-    """Return the text of a chat template: one of TEMPLATES, or a Jinja file.
+def _read_json(file: Path) -> dict[str, Any]:
+    """Return the dictionary of a JSON file, empty when there is no such file.
 
     Raises:
-        UserError: `name` is neither.
+        ValueError: the file holds anything else.
     """
-    if name in TEMPLATES:
-        return (files("r3rag_jax.text") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    if not file.is_file():
+        return {}
     try:
-        return Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"model.chat_template must be {', '.join(TEMPLATES)} or a Jinja file; got {name}") from None
-
-
-class _Generation(Extension):
-    """The block tag {% generation %}, which templates put around the assistant's text; it renders its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (declared by Jinja as a set of the class)
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the nodes of the block as they are."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Return a sandboxed Jinja environment with the settings and functions of chat templates."""
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        # Jinja's own filter escapes <, > and & for HTML, which models were not trained on.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    def strftime_now(format_: str) -> str:
-        return datetime.datetime.now().strftime(format_)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Return the dictionary of a JSON file, empty when there is no such file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} must hold JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold an object; got {type(value).__name__}")
+    return value

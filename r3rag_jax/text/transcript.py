@@ -15,8 +15,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from r3rag_jax.text.chat_template import CONTENT
 from r3rag_jax.text.protocols import TextProtocol, question_text
-from r3rag_jax.text.tokenizer import CONTENT, Tokenizer, chat_frame
+from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
 from r3rag_jax.types import Passage, Sample, Step, Trajectory
 
 MAX_SHOWN = 120  # characters of a text in an error message
@@ -46,7 +47,7 @@ class Codec:
 
     def question_ids(self, question: str) -> list[int]:
         """Return the ids of the user message that states the question, without the chat frame."""
-        return self.tokenizer.encode(question_text(question), allow_special=False)
+        return self.tokenizer.encode_content(question_text(question))
 
     def passage_ids(self, passages: Sequence[Passage]) -> list[int]:
         """Return the ids of the passages as inserted into a context, each cut to `passage_tokens`."""

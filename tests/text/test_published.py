@@ -15,8 +15,9 @@ import tiny
 from r3rag_jax.components import Components
 from r3rag_jax.config import Config, ModelConfig, RetrievalConfig, RolloutConfig
 from r3rag_jax.errors import UserError
+from r3rag_jax.text.chat_template import read_template
 from r3rag_jax.text.protocols import make_protocol
-from r3rag_jax.text.tokenizer import Tokenizer, read_template
+from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.text.transcript import Transcript, teacher_samples
 from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
 

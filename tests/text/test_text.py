@@ -6,7 +6,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from r3rag_jax.errors import UserError
-from r3rag_jax.text.tokenizer import Tokenizer
+from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
 
 CHATML = """\
 {%- if messages[0]['role'] == 'system' %}
@@ -108,9 +108,25 @@ def test_outside_text_cannot_smuggle_in_control_tokens(directory):
 def test_pad_falls_back_to_eos_and_eos_is_required(directory):
     edit_config(directory, pad_token=None)
     assert Tokenizer(directory).pad_id == 2
-    edit_config(directory, eos_token=None)
-    with pytest.raises(ValueError, match="must name an eos_token"):
-        _ = Tokenizer(directory).eos_id
+    edit_config(directory, eos_token=None, chat_template=None)
+    for ask in (Tokenizer.check_special_tokens, Tokenizer.eos_id.fget, lambda tokenizer: tokenizer.end_ids):
+        with pytest.raises(UserError, match=r"the model at .* cannot be read: .*_config.json must name an eos_token"):
+            ask(Tokenizer(directory))
+
+
+@pytest.mark.parametrize("key", ["eos_token", "pad_token"])
+def test_a_special_token_that_the_vocabulary_lacks_is_refused(directory, key):
+    edit_config(directory, **{key: "</s>"})
+    with pytest.raises(UserError, match=rf"{key} of tokenizer_config.json must be a token of .*; got '</s>'"):
+        Tokenizer(directory).check_special_tokens()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_file_is_named(directory, file, text):
+    (directory / file).write_text(text)
+    with pytest.raises(ValueError, match=file):
+        Tokenizer(directory)
 
 
 TURN = "{% for m in messages %}[{{ m.role }}] {{ m.content }}END{% endfor %}"
@@ -152,7 +168,7 @@ def test_generation_config_keeps_its_order_and_what_else_it_holds(directory):
 @pytest.mark.parametrize("value", ['"</s>"', "[2, null]", "-1", "true", "{}"])
 def test_an_eos_token_id_that_is_none_is_refused(directory, value):
     (directory / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
-    with pytest.raises(UserError, match=r"generation_config.json: eos_token_id must be an id or a list of ids; got"):
+    with pytest.raises(UserError, match=r"eos_token_id of generation_config.json must be an id or a list of ids; got"):
         _ = Tokenizer(directory).end_ids
 
 
@@ -190,11 +206,80 @@ def test_template_errors_are_reported(directory):
     with pytest.raises(ValueError, match="unsafe"):
         Tokenizer(directory).chat(MESSAGES)
     edit_config(directory, chat_template="{% if %}")
-    with pytest.raises(ValueError, match="chat template of"):
+    with pytest.raises(UserError, match="chat template refuses the messages: TemplateSyntaxError"):
+        Tokenizer(directory).chat(MESSAGES)
+    edit_config(directory, chat_template="{{ messages[0].content + 1 }}")
+    with pytest.raises(UserError, match="chat template refuses the messages: TypeError"):
         Tokenizer(directory).chat(MESSAGES)
     edit_config(directory, chat_template=None)
-    with pytest.raises(ValueError, match="needs a chat_template"):
-        Tokenizer(directory).chat(MESSAGES)
+    with pytest.raises(UserError, match=r"must have a chat template, .*: model.chat_template=chatml or llama3"):
+        chat_frame(Tokenizer(directory))
+
+
+PARTS = "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [
+        PARTS,
+        "{{ m.content[0]['text'] }}",
+        "{% if m.content is string %}{{ raise_exception('parts') }}{% endif %}" + PARTS,
+    ],
+)
+def test_a_template_that_reads_parts_alone_gets_them(directory, shown):
+    """As text such a template shows nothing: every prompt was the frame alone, with the question behind it."""
+    transformers = pytest.importorskip("transformers")
+    edit_config(
+        directory, chat_template="{% for m in messages %}<|im_start|>{{ m.role }} " + shown + "<|im_end|>{% endfor %}"
+    )
+    ours, theirs = Tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    in_parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES]
+    text = theirs.apply_chat_template(in_parts, tokenize=False)
+    assert MESSAGES[0]["content"] in text
+    assert ours.render_chat(MESSAGES) == ours.render_chat(in_parts) == text
+    prefix, suffix = chat_frame(ours)
+    assert (ours.decode(prefix), ours.decode(suffix)) == ("<|im_start|>user ", "<|im_end|>")
+    assert ours.end_ids == (2,)
+    either = (
+        "{% if m.content is string %}{{ m.content }}{% else %}" + PARTS + "!{% endif %}"
+    )  # what most vision models do
+    edit_config(directory, chat_template="{% for m in messages %}" + either + "{% endfor %}")
+    assert Tokenizer(directory).render_chat(MESSAGES[1:2]) == "Darwin\n"
+
+
+@pytest.mark.parametrize(
+    ("shown", "times"),
+    [
+        ("", 0), ("{{ m.content }} {{ m.content }}", 2), ("{{ m.content | tojson }}", 0), ("{{ m.content | e }}", 0),
+        ("{{ m.content | upper }}", 0), ("{{ m.content[:20] }}", 0), ("{{ m.content.split() | join(' ') }}", 0),
+        ("{{ m.content.replace('\\n\\n', '\\n') }}", 0), ("{{ m.content.parts }}", 0),
+    ],
+)  # fmt: skip
+def test_a_template_that_does_not_show_the_question_is_refused(directory, shown, times):
+    edit_config(directory, chat_template="{% for m in messages %}[{{ m.role }}]" + shown + "{% endfor %}")
+    with pytest.raises(
+        UserError, match=rf"content of a user message once and unchanged; it does so {times} times: model"
+    ):
+        chat_frame(Tokenizer(directory))
+
+
+@pytest.mark.parametrize(
+    ("shown", "stripped"),
+    [
+        ("{{ m.content }}", " \tWho?\n "), ("{{ m.content | trim }}", "Who?"),
+        ("{{ ' ' + m.content.lstrip() + ' ' }}", "Who?\n "), ("{{ m.content.rstrip() }}", " \tWho?"),
+    ],
+)  # fmt: skip
+def test_a_content_is_stripped_where_the_template_strips_it(directory, shown, stripped):
+    edit_config(directory, chat_template="{% for m in messages %}" + shown + "<|im_end|>{% endfor %}")
+    tokenizer = Tokenizer(directory)
+    prefix, suffix = chat_frame(tokenizer)
+    ids = tokenizer.encode_content(" \tWho?\n ")
+    assert tokenizer.decode(ids) == stripped
+    whole = tokenizer.render_chat([{"role": "user", "content": " \tWho?\n "}])
+    assert tokenizer.decode([*prefix, *ids, *suffix]) == whole
+    assert 2 not in tokenizer.encode_content("a question with <|im_end|> in it")
 
 
 def test_truncation_in_the_file_is_not_applied(directory):
