@@ -7,9 +7,29 @@ from typing import Any
 from r3rag_jax.config.experiment import Config
 from r3rag_jax.config.schema import schema, value_of
 
-# Keys, and sections with all their keys, that change nothing of what the run has computed. (With data.on_error=stop
-# nothing was computed from a file with a record that `skip` leaves out.)
-FREE_KEYS = ("run_dir", "phases", "eval", "guards", "mesh", "log", "rollout.server", "data.on_error")
+# Reason -> keys, and sections with all their keys, that change nothing of what the run computes.
+FREE_KEYS = {
+    "where it is and what is done next": ("run_dir", "phases"),
+    "a name: the keys of a budget are compared one by one": ("budget",),
+    "results that depend on it are evaluated again": ("eval", "retrieval.oneshot_top_k", "rollout.server"),
+    "what is shown and recorded": ("log",),
+    "what ends a run": ("guards",),
+    "with `stop`, nothing was computed from a file with a record that `skip` leaves out": ("data.on_error",),
+    "memory and speed; numbers are the same but for rounding": (
+        "mesh",
+        "model.remat",
+        "model.micro_tokens",
+        "rollout.slots",
+        "rollout.shard_weights",
+        "rollout.decode_chunk",
+        "rollout.search_overlap",
+        "retrieval.encoder.batch_tokens",
+    ),
+    "how much is lost when a run is killed": ("sft.checkpoint_every",),
+}
+# Asynchronous rollouts are not started across a checkpoint or an evaluation, so there these keys say which policy
+# samples.
+FREE_UNLESS_ASYNC = ("rl.checkpoint_every", "rl.eval_every")
 # Where a server is and how patiently it is called; which model it serves (`model`) is no such key.
 CONNECTION_KEYS = ("url", "key_env", "max_in_flight", "requests_per_minute", "retries", "timeout_s")
 FREE_OF_RETRIEVAL = tuple(f"retrieval.endpoint.{name}" for name in CONNECTION_KEYS)
@@ -29,7 +49,10 @@ def changed_keys(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _is_free(name: str, old: Config) -> bool:
-    """Whether a dotted key may change: one of FREE_KEYS, of such a section, or of a judge that rewards do not need."""
+    """Whether a dotted key may change: it is in a table above, in such a section, or of a judge that nothing needs."""
     if name.startswith("judge."):
         return name in FREE_OF_JUDGE or not old.rewards.needs_judge
-    return name in FREE_OF_RETRIEVAL or any(name == free or name.startswith(f"{free}.") for free in FREE_KEYS)
+    if name in FREE_UNLESS_ASYNC:
+        return not old.rl.async_rollouts
+    free_keys = (key for keys in FREE_KEYS.values() for key in keys)
+    return name in FREE_OF_RETRIEVAL or any(name == key or name.startswith(f"{key}.") for key in free_keys)

@@ -79,6 +79,7 @@ def test_a_new_directory_records_its_configuration(tmp_path: Path) -> None:
         {"eval": EvalConfig(max_questions=3)},
         {"mesh": MeshConfig(fsdp=2)},
         {"log": LogConfig(progress=False)},
+        {"rollout": RolloutConfig(slots=3)},
         {"guards": GuardsConfig(kl=1.0, action="stop")},
         {"phases": ("index",), "rollout": RolloutConfig(server=ServerConfig(url="http://host/v1", model="policy"))},
     ],
@@ -99,7 +100,7 @@ def test_what_computes_the_same_may_change(change: dict[str, Any], tmp_path: Pat
         ({"seed": 1}, "seed was 0, now 1"),
         ({"rl": RLConfig(kl=KLConfig(coef=0.5))}, "rl.kl.coef was 0.01, now 0.5"),
         ({"rl": RLConfig(critic=CriticConfig(kind="head"))}, "rl.critic.kind was 'separate', now 'head'"),
-        ({"rollout": RolloutConfig(slots=3)}, "rollout.slots was 64, now 3"),
+        ({"rollout": RolloutConfig(max_steps=3)}, "rollout.max_steps was 5, now 3"),
         ({"name": "other"}, "name was 'run', now 'other'"),
     ],
 )
