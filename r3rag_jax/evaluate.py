@@ -15,7 +15,6 @@ from pathlib import Path
 from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.components import Components
 from r3rag_jax.config import FlagParser
-from r3rag_jax.data.questions import read_questions
 from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.checkpoint import add_checkpoint_flags, choose_policy, load_run_config
 from r3rag_jax.evaluation.results import replaced_result, result_name
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.corpus is not None:
         components.use_corpus(args.corpus)
     path = args.questions or components.dataset.path_of("test")
-    questions = read_questions(path, components.on_error)
+    questions = components.dataset.read(path)
     for notice in context_notices(config) if args.system not in BASELINES else ():
         components.console.print(notice, highlight=False)
     evaluator, live = components.evaluator, config.log.progress

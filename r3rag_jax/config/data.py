@@ -27,7 +27,7 @@ class DataConfig(Section):
     num_sft: int = key(
         0, "trajectories that the cold start uses, a random subset drawn with the seed; 0: all", "trajectories", ge=0
     )
-    disjoint: bool = key(True, "RL leaves out the questions of the cold start's trajectories")
+    disjoint: bool = key(True, "RL leaves out questions with the text of one of the cold start's trajectories")
     refresh_retrieved: bool = key(
         False, "the cold start replaces the retrieved_ids of the file by what this run's retriever finds"
     )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from r3rag_jax.config import Config
-from r3rag_jax.data.questions import read_questions
-from r3rag_jax.data.records import STOP, OnError, Records
+from r3rag_jax.data.questions import identity, read_questions
+from r3rag_jax.data.records import STOP, OnError, Records, listed
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
 from r3rag_jax.run.directory import RunDirectory
@@ -25,7 +25,7 @@ class Dataset:
     ):
         """`corpus`: passages by id, asked for only when trajectories are read."""
         self._config, self._run, self._corpus, self._on_error = config, run, corpus, on_error
-        self._files: dict[str, Records[Any]] = {}  # splits that have been read
+        self._questions: dict[str, Records[Question]] = {}  # by split; each is read, and its faults said, once
 
     def path_of(self, what: str) -> Path:
         """The file of `corpus` or of a split (`sft`, `rl`, `dev`, `test`)."""
@@ -36,8 +36,7 @@ class Dataset:
 
     def trajectories(self) -> Records[Trajectory]:
         """The teacher's trajectories of the cold start, with the passages that a rollout would show."""
-        data = self._config.data
-        found = self._read("sft")
+        data, found = self._config.data, self._trajectories
         if data.source == "world" or data.num_sft in (0, len(found)):
             return found
         if data.num_sft > len(found):
@@ -47,8 +46,13 @@ class Dataset:
         order = np.random.default_rng((self._config.seed, *b"sft")).permutation(len(found))
         return found.take(sorted(order[: data.num_sft].tolist()))
 
+    @functools.cached_property
+    def _trajectories(self) -> Records[Trajectory]:
+        """All of the file."""
+        return read_trajectories(self.path_of("sft"), self._corpus(), self._config.retrieval.top_k, self._on_error)
+
     def questions(self, split: str) -> Records[Question]:
-        """The questions of a split; none where no file is given.
+        """The questions of a split, none where no file is given; RL's without those of the cold start's trajectories.
 
         Raises:
             UserError: the cold start used all questions that RL has.
@@ -56,24 +60,37 @@ class Dataset:
         data = self._config.data
         if data.source == "files" and not getattr(data, split):
             return Records("")
-        questions = self._read(split)
-        if data.source == "files" and split == "rl" and data.disjoint and data.sft:
-            used = {trajectory.question.id for trajectory in self.trajectories()}
-            questions = questions.take(i for i, question in enumerate(questions) if question.id not in used)
-            if not questions:
-                raise UserError(
-                    f"data.disjoint leaves no question for RL: all of {data.path('rl')} are in the cold start; "
-                    "take fewer (data.num_sft) or data.disjoint=false"
-                )
+        if split not in self._questions:
+            questions = self.read(self.path_of(split))
+            is_left_out = data.source == "files" and split == "rl" and data.disjoint and data.sft
+            self._questions[split] = self._without_cold_start(questions) if is_left_out else questions
+        return self._questions[split]
+
+    def read(self, path: Path) -> Records[Question]:
+        """The questions of a file; says how many have the text of an earlier one."""
+        questions = read_questions(path, self._on_error)
+        line_of: dict[str, int] = {}
+        repeated = [
+            f"line {line} is that of line {first}"
+            for line, question in zip(questions.lines, questions, strict=True)
+            if (first := line_of.setdefault(identity(question), line)) != line
+        ]
+        if repeated:
+            num = f"{len(repeated)} of {len(questions)} questions are there twice under other ids"
+            self._on_error.say(f"{path}: {num}: {listed(repeated, ', ')}")
         return questions
 
-    def _read(self, split: str) -> Records[Any]:
-        """Trajectories (`sft`) or questions of a split's file, which is read once: its faults are reported once."""
-        if split not in self._files:
-            path = self.path_of(split)
-            if split == "sft":
-                top_k = self._config.retrieval.top_k
-                self._files[split] = read_trajectories(path, self._corpus(), top_k, self._on_error)
-            else:
-                self._files[split] = read_questions(path, self._on_error)
-        return self._files[split]
+    def _without_cold_start(self, questions: Records[Question]) -> Records[Question]:
+        """The questions whose text none of the cold start's trajectories has; says how many are left out."""
+        used = {identity(trajectory.question) for trajectory in self.trajectories()}
+        kept = questions.take(i for i, question in enumerate(questions) if identity(question) not in used)
+        if not kept:
+            raise UserError(
+                f"data.disjoint leaves no question for RL: all of {questions.path} are in the cold start; "
+                "take fewer (data.num_sft) or data.disjoint=false"
+            )
+        if num := len(questions) - len(kept):
+            self._on_error.say(
+                f"left out {num} of {len(questions)} RL questions: also in the cold start (data.disjoint)"
+            )
+        return kept

@@ -14,6 +14,7 @@ Another layout is read by another function from a record to a Question, which `j
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Iterator
 from math import isfinite
 from pathlib import Path
@@ -51,6 +52,15 @@ def read_passages(path: str | Path, on_error: OnError = STOP) -> Records[Passage
 def iterate_passages(path: str | Path, on_error: OnError = STOP) -> Iterator[Passage]:
     """As `read_passages`, with one passage in memory at a time; ids are not checked to be unique."""
     return (passage for _, passage in read_parsed(path, passage_from_dict, on_error))
+
+
+def identity(question: Question) -> str:
+    """What questions that are the same have in common: the text, regardless of case, blanks and closing punctuation.
+
+    Texts are compared in one Unicode form (NFKC). Ids do not tell: every data set numbers its questions from 0.
+    """
+    text = " ".join(unicodedata.normalize("NFKC", question.question).casefold().split())
+    return text.rstrip(" ?!.。") or text
 
 
 def question_from_dict(row: Row) -> Question:

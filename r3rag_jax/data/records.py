@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -58,7 +58,7 @@ class OnError:
         found = {index: fault for index, item in enumerate(records) if (fault := fault_of(item)) is not None}
         faults = [f"{records.place(index)}: {fault}" for index, fault in found.items()]
         if faults and self.action == "stop":
-            raise UserError(f"{_listed(faults, '; ')}; correct the file, or leave such records out: data.on_error=skip")
+            raise UserError(f"{listed(faults, '; ')}; correct the file, or leave such records out: data.on_error=skip")
         self.report(records.path, faults, len(records))
         return records.take(index for index in range(len(records)) if index not in found)
 
@@ -71,9 +71,9 @@ class OnError:
         if not faults:
             return
         if len(faults) == num:
-            raise UserError(f"{path}: data.on_error=skip leaves none of {num} records; {_listed(faults, '; ')}")
-        listed = _listed(faults, "\n  ")
-        self.say(f"{path}: left out {len(faults)} of {num} records (data.on_error=skip):\n  {listed}")
+            raise UserError(f"{path}: data.on_error=skip leaves none of {num} records; {listed(faults, '; ')}")
+        head = f"{path}: left out {len(faults)} of {num} records (data.on_error=skip):"
+        self.say(listed([head, *faults], "\n  ", MAX_NAMED + 1))
 
 
 STOP = OnError()
@@ -102,7 +102,7 @@ class FaultyRecords:
         self._on_error.report(self._path, self._faults, num)
 
 
-def _listed(faults: list[str], separator: str) -> str:
-    """The first few faults, and how many more there are."""
-    more = [f"and {len(faults) - MAX_NAMED} more"] if len(faults) > MAX_NAMED else []
-    return separator.join(faults[:MAX_NAMED] + more)
+def listed(texts: Sequence[str], separator: str, num: int = MAX_NAMED) -> str:
+    """The first `num` texts, and how many more there are."""
+    more = [f"and {len(texts) - num} more"] if len(texts) > num else []
+    return separator.join([*texts[:num], *more])

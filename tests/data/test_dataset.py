@@ -1,0 +1,82 @@
+"""The splits of a run: which questions are the same, and what is said of those that come twice."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from r3rag_jax.config import Config, DataConfig
+from r3rag_jax.data.dataset import Dataset
+from r3rag_jax.data.jsonl import write_jsonl
+from r3rag_jax.data.questions import identity
+from r3rag_jax.data.records import OnError
+from r3rag_jax.errors import UserError
+from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.types import Question
+
+STEPS = [{"analysis": "Known.", "answer": "x"}]
+
+
+def rows(*texts: str, prefix: str = "train_") -> list[dict[str, Any]]:
+    return [{"id": f"{prefix}{i}", "question": text, "golden_answers": ["x"]} for i, text in enumerate(texts)]
+
+
+def dataset(tmp_path: Path, **files: list[dict[str, Any]]) -> tuple[Dataset, list[str]]:
+    """A data set of these files, and what it says."""
+    for name, content in files.items():
+        write_jsonl(tmp_path / f"{name}.jsonl", content)
+    names = {name: f"{name}.jsonl" for name in files}
+    data = DataConfig(source="files", dir=str(tmp_path), corpus="corpus.jsonl", **names)
+    said: list[str] = []
+    return Dataset(Config(data=data, phases=("index",)), RunDirectory(tmp_path), dict, OnError(say=said.append)), said
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "are_same"),
+    [
+        ("Who wrote Emma?", "who  wrote\tEMMA", True),
+        ("Who wrote Emma?", "Who wrote Emma ?!", True),
+        ("Cafe\u0301 Central?", "Café Central\uff1f", True),  # two Unicode forms, and a wide question mark
+        ("Wo ist die Straße?", "WO IST DIE STRASSE?", True),
+        ("What is C?", "What is C#?", False),
+        ("Who wrote Emma?", "Who wrote Emma, and when?", False),
+        ("?", "!", False),
+    ],
+)
+def test_questions_are_the_same_by_their_text(one: str, other: str, are_same: bool) -> None:
+    found = [identity(Question("q", text, ("x",))) for text in (one, other)]
+    assert (found[0] == found[1]) is are_same
+
+
+def test_rl_leaves_out_the_cold_starts_questions_by_text_and_says_how_many(tmp_path: Path) -> None:
+    taught = [row | {"steps": STEPS} for row in rows("Who is A?", "Who is B?", "Who is C?")]
+    asked = rows("Who is D?", "who is b", "Who is E?", "WHO IS C?", prefix="train_")  # the same ids, other questions
+    data, said = dataset(tmp_path, sft=taught, rl=asked, dev=asked)
+    found = data.questions("rl")
+    assert [(question.id, question.question) for question in found] == [
+        ("train_0", "Who is D?"),
+        ("train_2", "Who is E?"),
+    ]
+    assert found.lines == [1, 3]
+    assert said == ["left out 2 of 4 RL questions: also in the cold start (data.disjoint)"]
+    assert data.questions("rl") == found and len(data.questions("dev")) == 4 and len(said) == 1
+
+
+def test_other_questions_under_the_ids_of_the_cold_start_stay(tmp_path: Path) -> None:
+    data, said = dataset(tmp_path, sft=[row | {"steps": STEPS} for row in rows("Who is A?")], rl=rows("Who is B?"))
+    assert len(data.questions("rl")) == 1 and said == []
+
+
+def test_rl_questions_that_are_all_in_the_cold_start_are_refused(tmp_path: Path) -> None:
+    data, _ = dataset(tmp_path, sft=[row | {"steps": STEPS} for row in rows("Who is A?")], rl=rows("Who is a?"))
+    with pytest.raises(UserError, match=r"data\.disjoint leaves no question for RL: all of .*rl\.jsonl are in"):
+        data.questions("rl")
+
+
+def test_a_text_under_two_ids_is_counted(tmp_path: Path) -> None:
+    data, said = dataset(tmp_path, test=rows("Who is A?", "Who is B?", "Who is a", "Who is A?"))
+    assert len(data.questions("test")) == 4
+    assert said == [
+        f"{tmp_path}/test.jsonl: 2 of 4 questions are there twice under other ids: "
+        "line 3 is that of line 1, line 4 is that of line 1"
+    ]
