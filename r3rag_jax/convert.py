@@ -18,6 +18,7 @@ from r3rag_jax.config import FlagParser
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.models.decoder import param_shapes
 from r3rag_jax.models.hf.conversion import add_tags, export, find_model, open_directory
+from r3rag_jax.models.hf.decoder_files import check_vocabulary
 from r3rag_jax.models.hf.gguf_files import open_gguf
 from r3rag_jax.models.hf.tensor_files import WRITE_DTYPES
 from r3rag_jax.models.paths import model_path, reading
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with reading(path), open_gguf(path, args.dtype) if path.is_file() else open_directory(path) as source:
         if args.add_tags:
             source = add_tags(source)
+        else:
+            check_vocabulary(source.config, source.tokenizer, path)
         dtype = args.dtype or source.dtype
         try:
             export(source, args.out, dtype)

@@ -30,6 +30,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import open_run
+from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.train import PHASES
 from r3rag_jax.types import Status
 
@@ -151,6 +152,18 @@ def test_a_tokenizer_that_cannot_end_a_text_is_the_users_to_fix(config: Config, 
         ConfigError, match=r"chat_template=llama3 needs a tokenizer with .* lacks <\|start_header_id\|>"
     ):
         _ = components(config, path=str(file.parent), chat_template="llama3").codec
+
+
+def test_a_tokenizer_with_more_ids_than_the_table_has_rows_is_refused(
+    config: Config, base: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(base, tmp_path / "source")
+    tokenizer = Tokenizer(source)
+    tokenizer.add_special_tokens(["[more]"])
+    tokenizer.save(source)
+    rule = "must have ids below 1024, the number of rows of the embedding table; it has ids up to 1024: .*--add-tags"
+    with pytest.raises(UserError, match=rf"the model at {source} cannot be read: the tokenizer {rule}"):
+        _ = components(config, path=str(source)).memory_plans
 
 
 def test_a_model_path_without_a_model_is_the_users_to_fix(config: Config, tmp_path: Path) -> None:

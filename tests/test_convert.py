@@ -155,6 +155,33 @@ def test_tags_that_are_there_keep_their_rows(tmp_path: Path) -> None:
     assert tiny_run.files(tmp_path / "again") == tiny_run.files(tmp_path / "out")
 
 
+@pytest.mark.parametrize("num_rows", [259, 263])
+def test_a_tokenizer_with_more_ids_than_rows(num_rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """XLA reads a row that there is not as the last one. `--add-tags` adds the rows."""
+    write_model(tmp_path / "in", num_rows, (*tiny.SPECIALS[:3], "<think>", "<end of text>"))  # 261 ids, and then 270
+    small = Tokenizer(tmp_path / "in")
+    small.add_special_tokens(["<query>", *(f"<{word}>" for word in ("the", "second", "é"))])
+    small.save(tmp_path / "in")
+    assert small.vocab_size == 265
+    assert convert.main([str(tmp_path / "in"), str(tmp_path / "no")]) == 2
+    error = capsys.readouterr().err
+    assert f"must have ids below {num_rows}, the number of rows of the embedding table; it has ids up to 264" in error
+    assert f"convert {tmp_path / 'in'} OUT --add-tags" in error and not (tmp_path / "no").exists()
+    assert convert.main([str(tmp_path / "in"), str(tmp_path / "out"), "--add-tags"]) == 0
+    tokenizer, table = (
+        Tokenizer(tmp_path / "out"),
+        load_file(tmp_path / "out/model.safetensors")["model.embed_tokens.weight"],
+    )
+    assert len(table) == load_config(tmp_path / "out").vocab_size == tokenizer.vocab_size == 271
+    before = load_file(tmp_path / "in/model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(table[:num_rows], before)
+    for token, text in (("<query>", "query"), ("</query>", "/query"), ("<é>", "<é>"), ("<second>", "<second>")):
+        if (id := tokenizer.token_id(token)) < num_rows:
+            continue
+        ids = [i for i in tokenizer.encode(text, allow_special=False) if i < num_rows]
+        np.testing.assert_allclose(table[id], before[ids].mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
 def test_transformers_reads_model_and_tags(tmp_path: Path) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     write_model(tmp_path / "in", 262, tiny.SPECIALS[:3], is_tied=False)

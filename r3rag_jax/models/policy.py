@@ -16,7 +16,13 @@ from jax.sharding import Mesh
 from r3rag_jax.config import ConfigError, LoraConfig, ModelConfig
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shardings
-from r3rag_jax.models.hf.decoder_files import load_config, load_decoder, load_generation, save_decoder
+from r3rag_jax.models.hf.decoder_files import (
+    check_vocabulary,
+    load_config,
+    load_decoder,
+    load_generation,
+    save_decoder,
+)
 from r3rag_jax.models.lora import TrainableSplit, attach, split_trainable
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.parallel.processes import barrier
@@ -57,14 +63,15 @@ class Policy:
         """The tokenizer of `base_path`, with the chat template that `model.chat_template` names.
 
         Raises:
-            UserError: a file is missing or damaged, or the tokenizer lacks eos_token, pad_token or a bundled template's
-                tokens.
+            UserError: a file is missing or damaged; the tokenizer lacks eos_token, pad_token or a bundled template's
+                tokens, or has more ids than the embedding table has rows.
         """
         name = self._config.chat_template
         template = read_template(name) if name else None
         with reading(self.base_path):
             tokenizer = Tokenizer(self.base_path, chat_template=template)
         tokenizer.check_special_tokens()
+        check_vocabulary(self.decoder_config, tokenizer, self.base_path)
         if missing := [token for token in TEMPLATES.get(name, ()) if token not in tokenizer]:
             raise ConfigError(
                 f"model.chat_template={name} needs a tokenizer with {' '.join(TEMPLATES[name])}; that of "

@@ -199,6 +199,12 @@ class Tokenizer:
             raise KeyError(f"token must be in the vocabulary of {self._path}; got {token!r}")
         return token_id
 
+    def tokens_from(self, start: int) -> dict[str, str]:
+        """Return the tokens with ids from `start` on, and the text of each."""
+        added = self._backend.get_added_tokens_decoder()
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        return {token: token if id in added else self.decode([id]) for token, id in vocabulary.items() if id >= start}
+
     def add_special_tokens(self, tokens: Sequence[str]) -> int:
         """Make each string a special token; returns the number of tokens added to the vocabulary."""
         self._plain = None

@@ -92,9 +92,14 @@ def add_tags(source: Source) -> Source:
     The embedding of a new tag is the mean of the embeddings of its text: `<query>` of the tokens of "query", `</query>`
     of those of "/query", so that the two differ. An untied output layer gets rows in the same way. New tokens use the
     unused rows of the embedding table first, then appended rows. Tags that are in the vocabulary keep their rows.
+
+    Other tokens for which the table has no row get one too: the mean of the embeddings of their text, or of all tokens
+    where that is not spelled with others.
     """
     tokenizer = source.tokenizer
-    words = {tag: tokenizer.encode(tag[1:-1], allow_special=False) for tag in TAGS if tag not in tokenizer}
+    words = tokenizer.tokens_from(source.config.vocab_size)
+    words |= {tag: tag[1:-1] for tag in TAGS if tag in words or tag not in tokenizer}
+    spelled = {token: tokenizer.encode(word, allow_special=False) for token, word in words.items()}
     tokenizer.add_special_tokens(TAGS)
     vocab_size = max(source.config.vocab_size, tokenizer.vocab_size)
 
@@ -104,8 +109,9 @@ def add_tags(source: Source) -> Source:
             return array
         table = np.zeros((vocab_size, array.shape[1]), array.dtype)
         table[: len(array)] = array
-        for tag, ids in words.items():
-            table[tokenizer.token_id(tag)] = array[ids].astype(np.float32).mean(axis=0)
+        for token, ids in spelled.items():
+            rows = [i for i in ids if i < len(array)] or slice(None)
+            table[tokenizer.token_id(token)] = array[rows].mean(axis=0, dtype=np.float32)
         return table
 
     return dataclasses.replace(source, config=dataclasses.replace(source.config, vocab_size=vocab_size), tensor=tensor)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from r3rag_jax.errors import UserError
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder, param_shapes
 from r3rag_jax.models.hf.tensor_files import (
@@ -28,7 +29,7 @@ from r3rag_jax.models.hf.tensor_files import (
     write_dtype,
     write_tensors,
 )
-from r3rag_jax.text.tokenizer import GENERATION_FILE
+from r3rag_jax.text.tokenizer import GENERATION_FILE, Tokenizer
 
 TOKEN_IDS = (
     "bos_token_id",
@@ -154,6 +155,21 @@ def check_decoder(config: DecoderConfig, files: TensorFiles) -> None:
     if config.tie_embeddings:
         found.discard(HF_NAMES["lm_head"])  # some exports store the tied table twice
     check_tensors(files, expected, found, f"a {config.model_type} with {config.num_layers} layers")
+
+
+def check_vocabulary(config: DecoderConfig, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Check that the embedding table has a row for every id of the tokenizer; XLA reads a row that there is not as the
+    last one, without an error.
+
+    Raises:
+        UserError: the tokenizer has larger ids.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"the model at {path} cannot be read: the tokenizer must have ids below {config.vocab_size}, the number of "
+            f"rows of the embedding table; it has ids up to {tokenizer.vocab_size - 1}: "
+            f"python -m r3rag_jax.convert {path} OUT --add-tags, or resize_token_embeddings of transformers"
+        )
 
 
 def load_generation(path: str | Path) -> dict[str, Any]:

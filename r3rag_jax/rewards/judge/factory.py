@@ -14,7 +14,7 @@ from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
 from r3rag_jax.config import JudgeConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.decoder import param_shapes, param_shardings
-from r3rag_jax.models.hf.decoder_files import load_config, load_decoder
+from r3rag_jax.models.hf.decoder_files import check_vocabulary, load_config, load_decoder
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.judge.prompts import Prompts, check_template
@@ -84,6 +84,7 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> EngineChat:
     path, dtype = _local_path(config), jnp.dtype(config.local.dtype)
     with reading(path):
         model_config, tokenizer = load_config(path), Tokenizer(path)
+        check_vocabulary(model_config, tokenizer, path)
         decoder = load_decoder(path, dtype=dtype, shardings=param_shardings(mesh, model_config))
     graphdef, params = nnx.split(decoder)
     engine = Engine(
