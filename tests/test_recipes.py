@@ -151,6 +151,7 @@ def test_constants_are_those_of_the_paper(name: str, sft_lr: float) -> None:
     assert (rl.lr, rl.critic.lr, rl.warmup, rl.clip, rl.critic.value_clip) == (5e-7, 9e-6, 0.03, 0.2, 0.2)
     assert (rl.gamma, rl.critic.gae_lambda, rl.kl.coef, rl.epochs, rl.max_grad_norm) == (1, 1, 0.01, 1, 1)
     assert (rl.algorithm, rl.critic.kind, rl.step_discount, rl.negative_weight) == ("ppo", "separate", 0, 1)
+    assert rl.loss_aggregation == "step"
     assert rl.questions == 64 and rl.iterations * rl.questions == 4 * 8192
     assert (rollout.protocol, rollout.max_steps, rollout.max_new_tokens) == ("steps", 5, 512)
     assert not rollout.truncates
@@ -219,7 +220,7 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
     found, _ = jax.eval_shape(pre_update, params, policy, batch)
     for x in (found.values, found.penalties):
         assert x.shape == (config.rl.batch_rows, config.rl.row_length)
-    targets = Targets(found.values, found.values, found.values)
+    targets = Targets(found.values, found.values, found.values, shares=found.values)
     step = make_rl_step(mesh, graphdefs, tx, config.model, config.rl, state)
     after, metrics = jax.eval_shape(step, state, batch, targets, jax.ShapeDtypeStruct((), jnp.float32))
     assert shapes(after) == shapes(state) and metrics["value_loss"].shape == ()

@@ -122,8 +122,10 @@ class RLConfig(Section):
     # Policy loss.
     clip: float = key(0.2, "probability ratios new / old are clipped at 1 - clip", gt=0)
     clip_high: float = key(0.0, "probability ratios are clipped at 1 + clip_high; 0: at 1 + clip", ge=0)
-    loss_aggregation: Literal["token", "sequence", "constant"] = key(
-        "token", "the policy loss is a mean over tokens, a mean over trajectories, or a sum divided by loss_length"
+    loss_aggregation: Literal["token", "step", "sequence", "constant"] = key(
+        "token",
+        "the policy loss is a mean over tokens; over steps, each averaged over its tokens (the value loss too, as in "
+        "R3-RAG's code); over trajectories, likewise; or a sum, divided by loss_length and the number of trajectories",
     )
     loss_length: int = key(512, "divisor of a trajectory's sum with loss_aggregation=constant", "tokens", ge=1)
     max_importance_weight: float = key(

@@ -88,6 +88,19 @@ def at_step_starts(x_T: jax.Array, step_ids_T: jax.Array, mask_T: jax.Array, num
     return jnp.zeros(num_steps, x_T.dtype).at[jnp.where(is_first_T, step_ids_T, num_steps)].set(x_T, mode="drop")
 
 
+def token_shares(step_ids_NT: jax.Array, mask_NT: jax.Array, num_steps: int | None) -> jax.Array:
+    """1 / number of kept tokens of a token's step, of which there are at most `num_steps`; None: of its trajectory.
+
+    Returns:
+        float32 [N, T], 0 where not kept.
+    """
+    if num_steps is None:
+        step_ids_NT, num_steps = jnp.zeros_like(step_ids_NT), 1
+    is_step_NTK = mask_NT[:, :, None] & (step_ids_NT[:, :, None] == jnp.arange(num_steps))
+    counts_NK = jnp.sum(is_step_NTK, axis=1, dtype=jnp.float32)
+    return jnp.where(mask_NT, 1.0 / jnp.maximum(jnp.take_along_axis(counts_NK, step_ids_NT, axis=1), 1.0), 0.0)
+
+
 def leave_one_out(returns_NK: jax.Array, mask_NK: jax.Array, groups_N: jax.Array) -> jax.Array:
     """Mean return from the same step on of the *other* trajectories in a trajectory's group.
 

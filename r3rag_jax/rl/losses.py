@@ -25,38 +25,41 @@ def loss_mean(
     mask: jax.Array,
     shares: jax.Array,
     *,
-    kind: Literal["token", "sequence", "constant"],
+    kind: Literal["token", "step", "sequence", "constant"],
     length: float,
 ) -> jax.Array:
     """Aggregates the tokens of a batch; n_i is the number of kept tokens of trajectory i, N the number of trajectories.
 
         token     sum_t x_t / sum_i n_i            tokens have equal weights (DAPO, arXiv 2503.14476, eq. 12)
+        step      1/S sum_s 1/n_s sum_t x_t        the S steps have equal weights, n_s tokens each (the released code
+                                                   of arXiv 2505.23794, where each step is a sample)
         sequence  1/N sum_i 1/n_i sum_t x_t        trajectories have equal weights (GRPO, arXiv 2402.03300, eq. 3)
         constant  1/N sum_i 1/length sum_t x_t     no bias towards short correct or long wrong trajectories
                                                    (Dr. GRPO, arXiv 2503.20783)
 
-    A trajectory whose tokens are spread over several batches counts in each for the share of its tokens there.
+    A trajectory, or a step, whose tokens are spread over several batches counts in each for the share of its tokens
+    there.
 
     Args:
         x: float [...], a value per token; may hold anything where not kept.
         mask: bool, same shape, True = keep.
-        shares: float, same shape, 1 / n_i, the token's share of its whole trajectory.
-        kind: which of the three.
+        shares: float, same shape, 1 / n_i, the token's share of its whole trajectory; for `step` 1 / n_s, of its step.
+        kind: which of the four.
         length: for `constant`, the number of tokens that a trajectory's sum is divided by.
 
     Returns:
         float32 scalar; 0 when nothing is kept.
 
     Raises:
-        ValueError: kind is none of the three.
+        ValueError: kind is none of the four.
     """
     if kind == "token":
         return masked_mean(x, mask)
-    if kind not in ("sequence", "constant"):
-        raise ValueError(f"kind of loss mean must be one of token, sequence, constant; got {kind!r}")
+    if kind not in ("step", "sequence", "constant"):
+        raise ValueError(f"kind of loss mean must be one of token, step, sequence, constant; got {kind!r}")
     shares = jnp.where(mask, shares.astype(jnp.float32), 0.0)
-    num_sequences = jnp.sum(shares)
-    weights = shares if kind == "sequence" else jnp.where(mask, 1.0 / length, 0.0)
+    num_sequences = jnp.sum(shares)  # or steps
+    weights = jnp.where(mask, 1.0 / length, 0.0) if kind == "constant" else shares
     total = jnp.sum(weights * jnp.where(mask, x.astype(jnp.float32), 0.0))
     return total / jnp.where(num_sequences > 0, num_sequences, 1.0)
 
@@ -136,7 +139,13 @@ def truncated_weights(
 
 
 def value_loss(
-    values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, clip: float
+    values: jax.Array,
+    old_values: jax.Array,
+    returns: jax.Array,
+    mask: jax.Array,
+    *,
+    clip: float,
+    mean: Callable[[jax.Array, jax.Array], jax.Array] = masked_mean,
 ) -> jax.Array:
     """Half the mean squared error of the values, or of the clipped values where their error is larger.
 
@@ -148,6 +157,7 @@ def value_loss(
         returns: same shape, regression targets.
         mask: bool, same shape, True = keep; the other arrays may hold anything where not kept.
         clip: a value that moves further from its old one gains nothing, in units of the reward; `inf`: no clipping.
+        mean: (values of tokens, mask) -> scalar, e.g. `loss_mean`.
 
     Returns:
         The scalar loss.
@@ -156,7 +166,7 @@ def value_loss(
     old_values, returns = lax.stop_gradient((old_values, returns))
     clipped = old_values + jnp.clip(values - old_values, -clip, clip)
     error = jnp.maximum(jnp.square(values - returns), jnp.square(clipped - returns))
-    return 0.5 * masked_mean(error, mask)
+    return 0.5 * mean(error, mask)
 
 
 def kl_penalty(logprobs: jax.Array, ref_logprobs: jax.Array, kind: Literal["k1", "k2", "k3"]) -> jax.Array:

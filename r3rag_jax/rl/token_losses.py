@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from r3rag_jax.models.matmul import transpose_copy
-from r3rag_jax.parallel.target import ONE_CPU, Target
+from r3rag_jax.parallel.target import Target
 from r3rag_jax.sampler.distribution import WHOLE, Truncation, truncate
 
 
@@ -26,7 +26,7 @@ def chunked_logprobs(
     chunk: int,
     tied: bool = False,
     truncation: Truncation = WHOLE,
-    target: Target = ONE_CPU,
+    target: Target,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each kept target and entropy of its distribution, at the given temperatures.
 
@@ -86,7 +86,7 @@ def cross_entropy(
     *,
     chunk: int,
     tied: bool = False,
-    target: Target = ONE_CPU,
+    target: Target,
 ) -> tuple[jax.Array, jax.Array]:
     """Token-mean cross-entropy whose gradient is formed chunk by chunk in the forward pass.
 

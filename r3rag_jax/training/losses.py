@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from r3rag_jax.config import RLConfig
 from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.models.lora import join
-from r3rag_jax.parallel.target import ONE_CPU, Target
+from r3rag_jax.parallel.target import Target
 from r3rag_jax.rl.algorithms import ALGORITHMS
 from r3rag_jax.rl.losses import kl_penalty, loss_mean, masked_mean, value_loss
 from r3rag_jax.rl.token_losses import chunked_logprobs, cross_entropy
@@ -31,16 +31,16 @@ def sft_loss(
     params: Any,
     batch: SFTBatch,
     remat: str,
+    target: Target,
     frozen: Any = None,
     share: BatchShare = FULL_BATCH,
-    target: Target = ONE_CPU,
 ) -> tuple[jax.Array, Metrics]:
     """Mean cross-entropy of the tokens in loss_mask.
 
     Args:
+        target: the devices that the loss is compiled for.
         params, frozen: what is trained of the policy and what is not, see `lora.TrainableSplit`.
         share: of a micro-batch, for its contribution to the loss and metrics of the full batch.
-        target: the devices that the loss is compiled for.
 
     Returns:
         The scalar loss, and the metrics `loss` (nats per token) and `accuracy`.
@@ -66,26 +66,58 @@ def rl_loss(
     targets: Targets,
     config: RLConfig,
     remat: str,
+    target: Target,
     truncation: Truncation = WHOLE,
     frozen: dict[str, Any] | None = None,
     kl: jax.Array | float | None = None,
     share: BatchShare = FULL_BATCH,
-    target: Target = ONE_CPU,
 ) -> tuple[jax.Array, Metrics]:
-    """The algorithm's policy loss + KL - entropy bonus, each by `loss_mean`, + value loss (arXiv 1707.06347, eq. 9).
+    """The forward passes over a batch, and their `rl_objective`.
 
     Args:
         graphdefs, params, frozen: by name, "policy" and perhaps "critic"; see `lora.TrainableSplit`.
         truncation: of the distribution that the batch was sampled from.
-        kl: weight of the KL in the loss; None: the configured one. Unused unless targets have ref_logprobs.
+        kl: as of `rl_objective`.
         share, target: as of `sft_loss`.
 
     Returns:
         The scalar loss and metrics. `sampler_gap` is the largest difference between recorded and recomputed
         log-probabilities, which before the first update of an iteration is rounding alone.
     """
-    modules, mask = join_modules(graphdefs, params, frozen), batch.loss_mask
+    modules = join_modules(graphdefs, params, frozen)
     logprobs, entropy, hidden = policy_logprobs(modules["policy"], batch, remat, truncation, target)
+    values = modules["critic"](batch, hidden, remat, target) if "critic" in modules else None
+    loss, metrics = rl_objective(logprobs, entropy, values, batch, targets, config, kl=kl, share=share)
+    gap = jnp.abs(logprobs - batch.behaviour_logprobs)
+    metrics["sampler_gap"] = jnp.max(jnp.where(batch.loss_mask, gap, 0.0))
+    return loss, metrics
+
+
+def rl_objective(
+    logprobs: jax.Array,
+    entropy: jax.Array,
+    values: jax.Array | None,
+    batch: TrainBatch,
+    targets: Targets,
+    config: RLConfig,
+    *,
+    kl: jax.Array | float | None = None,
+    share: BatchShare = FULL_BATCH,
+) -> tuple[jax.Array, Metrics]:
+    """The algorithm's policy loss + KL - entropy bonus, each by `loss_mean`, + value loss (arXiv 1707.06347, eq. 9).
+
+    The value loss is a mean over tokens, and with `loss_aggregation` step over steps, like the policy loss.
+
+    Args:
+        logprobs, entropy: float [B, L], of the policy being trained.
+        values: float [B, L], of the critic; None without one.
+        kl: weight of the KL in the loss; None: the configured one. Unused unless targets have ref_logprobs.
+        share: as of `sft_loss`.
+
+    Returns:
+        The scalar loss and metrics.
+    """
+    mask = batch.loss_mask
     shares = jnp.zeros_like(logprobs) if targets.shares is None else targets.shares
     loss_share = share.tokens if config.loss_aggregation == "token" else share.sequences
 
@@ -108,14 +140,13 @@ def rl_loss(
         ref_logprobs = jnp.where(mask, targets.ref_logprobs, 0.0)  # NaN has a gradient of NaN, also times 0
         metrics["kl_loss"] = mean(kl_penalty(logprobs, ref_logprobs, config.kl.estimator), mask)
         loss = loss + (config.kl.coef if kl is None else kl) * metrics["kl_loss"]
-    if "critic" in modules:
+    if values is not None:
         assert targets.old_values is not None and targets.returns is not None
-        values = modules["critic"](batch, hidden, remat, target)
-        error = value_loss(values, targets.old_values, targets.returns, mask, clip=config.critic.value_clip)
-        metrics["value_loss"] = share.tokens * error
+        value_mean = mean if config.loss_aggregation == "step" else lambda x, m: share.tokens * masked_mean(x, m)
+        metrics["value_loss"] = value_loss(
+            values, targets.old_values, targets.returns, mask, clip=config.critic.value_clip, mean=value_mean
+        )
         loss = loss + config.critic.value_coef * metrics["value_loss"]
-    gap = jnp.abs(logprobs - batch.behaviour_logprobs)
-    metrics["sampler_gap"] = jnp.max(jnp.where(mask, gap, 0.0))
     return loss, metrics | {"loss": loss}
 
 

@@ -18,7 +18,7 @@ class BatchShare(NamedTuple):
     """Which share of its batch a micro-batch holds, float32 []: the weight of its means in the batch's means."""
 
     tokens: Any = 1.0  # trained tokens
-    sequences: Any = 1.0  # trajectories, each counted by the share of its tokens; 0 without targets.shares
+    sequences: Any = 1.0  # trajectories or steps, each counted by its share of tokens; 0 without targets.shares
     gains: Any = 1.0  # tokens with a positive advantage
 
 

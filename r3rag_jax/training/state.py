@@ -49,7 +49,7 @@ class Targets:
     advantages: jax.Array
     returns: jax.Array | None = None  # with a critic
     old_values: jax.Array | None = None  # with a critic
-    shares: jax.Array | None = None  # 1 / number of the trajectory's policy tokens; not for token means
+    shares: jax.Array | None = None  # 1 / policy tokens of the trajectory, or of the step; not for token means
     ref_logprobs: jax.Array | None = None  # with a KL in the loss
     old_logprobs: jax.Array | None = None  # None: use the batch's behaviour_logprobs
     weights: jax.Array | None = None  # with old_logprobs

@@ -29,7 +29,7 @@ def make_sft_step(
 
     def step(state: TrainState, batch: SFTBatch, frozen: Any = None) -> tuple[TrainState, Metrics]:
         def loss(params: Any, batch: SFTBatch, share: BatchShare) -> tuple[jax.Array, Metrics]:
-            return sft_loss(graphdef, params, batch, model.remat, frozen, share, target)
+            return sft_loss(graphdef, params, batch, model.remat, target, frozen, share)
 
         micro_batches = split_micro_batches(mesh, (batch,), model.micro_tokens)
         return _update(tx, state, 1.0, value_and_grad(loss, state.params, *micro_batches, unroll=not target.can_branch))
@@ -54,7 +54,7 @@ def make_rl_step(
     ) -> tuple[TrainState, Metrics]:
         def loss(params: Any, batch: TrainBatch, targets: Targets, share: BatchShare) -> tuple[jax.Array, Metrics]:
             return rl_loss(
-                graphdefs, params, batch, targets, config, model.remat, truncation, frozen, kl, share, target
+                graphdefs, params, batch, targets, config, model.remat, target, truncation, frozen, kl, share
             )
 
         micro_batches = split_micro_batches(mesh, (batch, targets), model.micro_tokens)

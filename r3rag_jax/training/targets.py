@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from r3rag_jax.config import ModelConfig, RLConfig
 from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, replicated
 from r3rag_jax.parallel.target import Target
-from r3rag_jax.rl.advantages import whiten_rewards
+from r3rag_jax.rl.advantages import token_shares, whiten_rewards
 from r3rag_jax.rl.algorithms import ALGORITHMS
 from r3rag_jax.rl.estimator import estimate
 from r3rag_jax.rl.losses import kl_penalty, masked_mean, truncated_weights
@@ -47,7 +47,6 @@ def make_pre_update(
         metrics: Metrics = {}
         if config.max_importance_weight > 0:
             old_logprobs, _, hidden = policy_logprobs(modules["policy"], batch, "none", truncation, target)
-            most = config.max_importance_weight
             most = config.max_importance_weight
             weights, stats = truncated_weights(old_logprobs, batch.behaviour_logprobs, mask, most)
             metrics |= stats
@@ -99,7 +98,7 @@ def make_targets(
             targets = [dataclasses.replace(t, returns=r, old_values=v) for t, r, v in both]
             metrics = _critic_metrics(values, returns, mask)
         if config.loss_aggregation != "token":
-            shares = jnp.where(mask, 1.0 / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1), 0.0)
+            shares = token_shares(table.step_ids, mask, num_steps if config.loss_aggregation == "step" else None)
             targets = [dataclasses.replace(t, shares=s) for t, s in zip(targets, scatter(shares), strict=True)]
         return targets, metrics
 

@@ -122,7 +122,7 @@ def test_one_answer_on_a_mesh_under_scan_and_remat() -> None:
     def loss_and_gradients(mesh: Mesh, implementation: str) -> Any:
         graphdef, params = policy(implementation)
         target = Target.of(mesh)
-        loss = jax.value_and_grad(lambda p, batch: sft_loss(graphdef, p, batch, "full", target=target)[0])
+        loss = jax.value_and_grad(lambda p, batch: sft_loss(graphdef, p, batch, "full", target)[0])
         params = device_put_global(params, tree_shardings(mesh, params, PARAM_AXES))
         return jax.device_get(jax.jit(loss)(params, device_put_batch(mesh, batch())))
 

@@ -19,7 +19,7 @@ from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, tree_shardings
-from r3rag_jax.parallel.target import Target
+from r3rag_jax.parallel.target import ONE_CPU, Target
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.losses import rl_loss, sft_loss
 from r3rag_jax.training.state import init_state, new_critic
@@ -76,11 +76,11 @@ def test_gradients_are_those_of_the_definition() -> None:
     batch = tiny_training.sft_batch()
 
     def loss_of(params: Any) -> jax.Array:
-        return sft_loss(parts.graphdef, params, batch, "none", parts.frozen)[0]
+        return sft_loss(parts.graphdef, params, batch, "none", ONE_CPU, parts.frozen)[0]
 
     graphdef = nnx.split(decoder)[0]
     whole = lora.merge(parts.graphdef, parts.params, parts.frozen)
-    of_weights = jax.grad(lambda p: sft_loss(graphdef, p, batch, "none")[0])(whole)["layers"]
+    of_weights = jax.grad(lambda p: sft_loss(graphdef, p, batch, "none", ONE_CPU)[0])(whole)["layers"]
     found, values = jax.grad(loss_of)(parts.params)["layers"], parts.params["layers"]
     for name in ("q_proj", "up_proj"):
         change = of_weights[name][...]
@@ -134,7 +134,7 @@ def test_on_a_mesh_targets_and_gradients_are_those_of_one_device() -> None:
         [targets], _ = targets_of([found], table, RL.kl.coef, batch.tokens.shape)
 
         def loss(params: Any) -> Any:
-            return rl_loss(graphdefs, params, batch, targets, RL, "none", frozen=frozen, target=Target.of(mesh))
+            return rl_loss(graphdefs, params, batch, targets, RL, "none", Target.of(mesh), frozen=frozen)
 
         return jax.device_get((targets, stats, jax.jit(jax.value_and_grad(loss, has_aux=True))(params)))
 

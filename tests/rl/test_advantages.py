@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r3rag_jax.rl.advantages import at_step_starts, discounts, ends, gae, group_mean_std, leave_one_out, whiten
+from r3rag_jax.rl.advantages import (
+    at_step_starts,
+    discounts,
+    ends,
+    gae,
+    group_mean_std,
+    leave_one_out,
+    token_shares,
+    whiten,
+)
 
 
 def _reference_gae(rewards, values, discounts, mask, lam):
@@ -137,3 +146,11 @@ def test_discounts_ends_and_starts_of_steps():
     np.testing.assert_allclose(found, [0.9, 0.45, 0.9, 0.45, 0, 0], rtol=1e-6)
     np.testing.assert_array_equal(ends(steps, mask), [0, 1, 0, 1, 1, 0])
     np.testing.assert_array_equal(at_step_starts(jnp.array([1, 2, 3, 4, 5, 6]), steps, mask, 4), [1, 3, 5, 0])
+
+
+def test_token_shares_typed_out():
+    steps, mask = jnp.array([[0, 0, 0, 1], [0, 2, 0, 0]]), jnp.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
+    found = jax.jit(token_shares, static_argnums=2)(steps, mask, 3)
+    np.testing.assert_allclose(found, [[1 / 3, 1 / 3, 1 / 3, 1], [1, 1, 0, 0]], rtol=1e-6)
+    whole = token_shares(steps, mask, None)
+    np.testing.assert_allclose(whole, [[1 / 4, 1 / 4, 1 / 4, 1 / 4], [1 / 2, 1 / 2, 0, 0]], rtol=1e-6)

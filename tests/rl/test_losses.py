@@ -65,13 +65,14 @@ def test_ppo_policy_loss_with_two_bounds_and_weights_typed_out():
 @pytest.mark.parametrize(
     ("kind", "value", "gradient"),
     [
+        ("step", ((1 + 2 + 3) / 3 + 6) / 2, [1 / 6, 1 / 6, 1 / 6, 1 / 2, 0]),
         ("token", (1 + 2 + 3 + 6) / 4, [1 / 4, 1 / 4, 1 / 4, 1 / 4, 0]),
         ("sequence", ((1 + 2 + 3) / 3 + 6) / 2, [1 / 6, 1 / 6, 1 / 6, 1 / 2, 0]),
         ("constant", (1 + 2 + 3 + 6) / 10 / 2, [1 / 20, 1 / 20, 1 / 20, 1 / 20, 0]),
     ],
 )
 def test_loss_means_typed_out(kind, value, gradient):
-    """A trajectory of three tokens and one of one; the fifth token is a passage."""
+    """A trajectory (or step) of three tokens and one of one; the fifth token is a passage."""
     x, shares = jnp.array([1.0, 2, 3, 6, jnp.nan]), jnp.array([1 / 3, 1 / 3, 1 / 3, 1, jnp.nan])
     mean = functools.partial(loss_mean, mask=jnp.arange(5) < 4, shares=shares, kind=kind, length=10)
     found = jax.jit(jax.value_and_grad(lambda x: mean(x)))(x)
@@ -87,7 +88,7 @@ def test_a_trajectory_in_two_batches_counts_once_in_all():
     # two thirds of a trajectory, and its mean over those: 2/3 (1 + 2) / 2 over 2/3
     np.testing.assert_allclose(loss_mean(x, mask, shares, kind="sequence", length=1), 1.5, rtol=1e-6)
     np.testing.assert_allclose(loss_mean(x, mask, shares, kind="constant", length=6), (1 + 2) / 6 / (2 / 3), rtol=1e-6)
-    with pytest.raises(ValueError, match="token, sequence, constant; got 'batch'"):
+    with pytest.raises(ValueError, match="token, step, sequence, constant; got 'batch'"):
         loss_mean(x, mask, shares, kind="batch", length=1)
 
 
@@ -150,6 +151,10 @@ def test_value_loss_typed_out():
     np.testing.assert_allclose(unclipped, 0.5 * (0.0 + 1.0 + 0.25) / 3)
     gradient = jax.grad(value_loss)(values, old_values, returns, mask, clip=0.2)
     np.testing.assert_allclose(gradient, [0.0, -1 / 3, 0.5 / 3, 0.0], rtol=1e-6)
+    # A step of two tokens and one of one, each averaged first.
+    by_step = functools.partial(loss_mean, shares=jnp.array([0.5, 0.5, 1.0, 0.0]), kind="step", length=1)
+    averaged = value_loss(values, old_values, returns, mask, clip=0.2, mean=by_step)
+    np.testing.assert_allclose(averaged, 0.5 * ((0.64 + 1.0) / 2 + 0.25) / 2, rtol=1e-6)
 
 
 def test_kl_penalty():

@@ -203,8 +203,10 @@ def test_logits_never_exist_whole():
     targets_T, mask_T = jnp.zeros((1, 64), int), jnp.ones((1, 64), bool)
 
     def loss(hidden_TD, weight_DV):
-        logprobs_T, entropy_T = chunked_logprobs(hidden_TD, weight_DV, targets_T, jnp.ones((1, 64)), mask_T, chunk=8)
-        nats, _ = cross_entropy(hidden_TD, weight_DV, targets_T, mask_T, chunk=8)
+        logprobs_T, entropy_T = chunked_logprobs(
+            hidden_TD, weight_DV, targets_T, jnp.ones((1, 64)), mask_T, chunk=8, target=ONE_CPU
+        )
+        nats, _ = cross_entropy(hidden_TD, weight_DV, targets_T, mask_T, chunk=8, target=ONE_CPU)
         return nats + jnp.sum(logprobs_T) + jnp.sum(entropy_T)
 
     # 8 * 100 for a chunk's logits; the whole would be 64 * 100.
@@ -247,6 +249,6 @@ def test_bfloat16_close_to_float32(target):
 def test_chunk_must_be_positive():
     hidden_TD, weight_DV, targets_T, mask_T = _inputs()
     with pytest.raises(ValueError, match="chunk must be at least 1 token; got 0"):
-        cross_entropy(hidden_TD, weight_DV, targets_T, mask_T, chunk=0)
+        cross_entropy(hidden_TD, weight_DV, targets_T, mask_T, chunk=0, target=ONE_CPU)
     with pytest.raises(ValueError, match="chunk must be at least 1 token; got -1"):
-        chunked_logprobs(hidden_TD, weight_DV, targets_T, jnp.ones(mask_T.shape), mask_T, chunk=-1)
+        chunked_logprobs(hidden_TD, weight_DV, targets_T, jnp.ones(mask_T.shape), mask_T, chunk=-1, target=ONE_CPU)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight for
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("kind", ["sft", "token", "sequence", "constant"])
+@pytest.mark.parametrize("kind", ["sft", "token", "step", "constant"])
 def test_micro_batches_add_up_to_the_batch(kind: str, sizes: tuple[int, int, int]) -> None:
     """Loss, metrics and gradients of micro-batches that hold unequal numbers of tokens, trajectories and gains."""
     mesh = one_device() if sizes == (1, 1, 1) else make_mesh(tiny.mesh_config(*sizes))
@@ -35,7 +35,7 @@ def test_micro_batches_add_up_to_the_batch(kind: str, sizes: tuple[int, int, int
     if kind == "sft":
 
         def loss(params: Any, batch: SFTBatch, share: BatchShare) -> Any:
-            return sft_loss(graphdefs["policy"], params, batch, "none", share=share, target=target)
+            return sft_loss(graphdefs["policy"], params, batch, "none", target, share=share)
 
         params, batch = params["policy"], (sft_batch(),)
     else:
@@ -52,7 +52,7 @@ def test_micro_batches_add_up_to_the_batch(kind: str, sizes: tuple[int, int, int
         )
 
         def loss(params: Any, batch: TrainBatch, targets: Targets, share: BatchShare) -> Any:
-            return rl_loss(graphdefs, params, batch, targets, config, "none", share=share, target=target)
+            return rl_loss(graphdefs, params, batch, targets, config, "none", target, share=share)
 
         batch = (rl_batch(), targets)
 

@@ -18,6 +18,7 @@ from r3rag_jax.config import CriticConfig, KLConfig, RLConfig
 from r3rag_jax.data.sft import SFTBatches, SFTSample
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.attention import attention
+from r3rag_jax.parallel.target import ONE_CPU
 from r3rag_jax.text.protocols import make_protocol
 from r3rag_jax.text.transcript import Codec, Transcript
 from r3rag_jax.training.batch import minibatches, pack
@@ -152,7 +153,7 @@ def test_the_cold_start_learns_the_same(trajectories: list[Trajectory]) -> None:
 
     def learn(batch: TrainBatch) -> Any:
         rows = SFTBatch(batch.tokens, batch.positions, batch.segment_ids, batch.branch_ids, batch.loss_mask)
-        loss = lambda p: sft_loss(graphdef, p, rows, "none")  # noqa: E731
+        loss = lambda p: sft_loss(graphdef, p, rows, "none", ONE_CPU)  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     trees, single = batch_of(in_trees(trajectories)), batch_of(trajectories)
@@ -179,7 +180,7 @@ def test_rl_learns_the_same(trajectories: list[Trajectory]) -> None:
     def learn(batch: TrainBatch, numbers: np.ndarray) -> Any:
         size = np.where(batch.loss_mask, np.sin(batch.tokens + numbers), 0)
         targets = Targets(*(np.float32(scale) * size.astype(np.float32) for scale in (1.0, 0.5, 0.2)))
-        loss = lambda p: rl_loss(graphdefs, p, batch, targets, config, "none")  # noqa: E731
+        loss = lambda p: rl_loss(graphdefs, p, batch, targets, config, "none", ONE_CPU)  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     (loss, metrics), grads = learn(*packed(in_trees(trajectories)))

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from tiny_training import (
     RL,
+    attempt,
     flat,
     modules,
     one_device,
@@ -28,11 +29,14 @@ from tiny_training import (
 
 from r3rag_jax.config import CriticConfig, KLConfig, ModelConfig, RLConfig
 from r3rag_jax.parallel.shardings import device_put_batch
+from r3rag_jax.parallel.target import ONE_CPU
 from r3rag_jax.training import optimizer
-from r3rag_jax.training.losses import rl_loss
+from r3rag_jax.training.batch import pack
+from r3rag_jax.training.losses import rl_loss, rl_objective
 from r3rag_jax.training.state import PreUpdate, init_state
 from r3rag_jax.training.steps import make_rl_step
 from r3rag_jax.training.targets import make_targets
+from r3rag_jax.types import Sample
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 
@@ -46,7 +50,7 @@ def test_without_a_critic_the_advantages_are_returns_and_the_loss_is_the_policys
     np.testing.assert_allclose(targets.advantages, [[0, 2.5, 2.5, 0, 2, 2]], atol=1e-6)  # no other sample: no baseline
     assert targets.returns is None and targets.old_values is None
     assert stats == {}  # nothing is explained where nothing explains
-    loss, metrics = rl_loss(graphdefs, params, batch, targets, config, "none")
+    loss, metrics = rl_loss(graphdefs, params, batch, targets, config, "none", ONE_CPU)
     assert "value_loss" not in metrics
     assert float(loss) == pytest.approx(
         float(metrics["policy_loss"] - config.entropy_coef * metrics["entropy"]), rel=1e-6
@@ -124,7 +128,7 @@ def test_a_kl_in_the_loss_leaves_the_rewards_alone_and_pulls_the_policy() -> Non
     np.testing.assert_allclose(metrics["kl"], np.mean(-2.0 - logprobs), rtol=1e-5)
 
     def loss(params: Any, kl: float | None = None) -> Any:
-        return rl_loss(graphdefs, params, batch, targets, config, "none", kl=kl)
+        return rl_loss(graphdefs, params, batch, targets, config, "none", ONE_CPU, kl=kl)
 
     found, metrics = loss(params)
     np.testing.assert_allclose(found, metrics["policy_loss"] + 0.1 * metrics["kl_loss"], rtol=1e-6)
@@ -165,6 +169,26 @@ def test_every_trajectory_counts_alike_in_a_sequence_mean_whatever_batches_its_s
     targets, _ = targets_of(one_device(), graphdefs, params, params["policy"], per_step_work(), config)
     np.testing.assert_allclose(targets[0].shares, [[0, 0.25, 0.25, 0, 0, 0]])
     np.testing.assert_allclose(targets[1].shares, [[0, 0, 0, 0, 0.25, 0.25]])
+
+
+def test_every_step_counts_alike_in_a_step_mean() -> None:
+    """Steps of three tokens and of one: the policy loss and the value loss of R3-RAG's code, typed out."""
+    config = RLConfig(
+        critic=CriticConfig(kind="head", value_clip=10.0), kl=KLConfig(coef=0.0), loss_aggregation="step",
+        whiten_advantages=False, step_discount=0.0,
+    )  # fmt: skip
+    sample = Sample(np.arange(6), np.array([0, 1, 1, 1, 0, 1], bool), np.zeros(6), np.array([-1, 0, 0, 0, -1, 1]))
+    work = [pack([sample], row_length=6)], [attempt(sample)], [np.array([0.5, 2.0], np.float32)]
+    estimate = make_targets(one_device(), config, num_steps=2)
+    values = jnp.asarray([[0, 0, 0, 0, 0, 1]], jnp.float32)
+    [targets], _ = estimate([PreUpdate(values=values)], table_of(work), 0.0, (1, 6))
+    np.testing.assert_allclose(targets.advantages, [[0, 0.5, 0.5, 0.5, 0, 1.0]], rtol=1e-6)
+    np.testing.assert_allclose(targets.shares, [[0, 1 / 3, 1 / 3, 1 / 3, 0, 1]], rtol=1e-6)
+    [(batch, _)] = work[0]
+    ratio = np.log([[1, 1.1, 1.0, 1.5, 1, 0.9]])  # of which 1.5 is clipped at 1.2
+    _, metrics = rl_objective(ratio, np.zeros((1, 6)), values + 0.25, batch, targets, config)
+    np.testing.assert_allclose(metrics["policy_loss"], -(0.5 * (1.1 + 1.0 + 1.2) / 3 + 0.9) / 2, rtol=1e-5)
+    np.testing.assert_allclose(metrics["value_loss"], 0.5 * (0.25**2 + 0.75**2) / 2, rtol=1e-5)
 
 
 def test_a_critic_is_told_how_much_it_explains() -> None:

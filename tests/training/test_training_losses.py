@@ -33,6 +33,7 @@ from tiny_training import (
 )
 
 from r3rag_jax.parallel.mesh import make_mesh
+from r3rag_jax.parallel.target import ONE_CPU
 from r3rag_jax.training import state as state_module
 from r3rag_jax.training.batch import pack
 from r3rag_jax.training.losses import rl_loss, sft_loss
@@ -71,8 +72,8 @@ def test_only_the_policys_tokens_are_trained(phase: str, monkeypatch: pytest.Mon
 
     def loss(_: Any) -> Any:
         if phase == "sft":
-            return sft_loss(graphdefs["policy"], params["policy"], sft_batch(), "none")
-        return rl_loss(graphdefs, params, batch, targets_like(batch), RL, "none")
+            return sft_loss(graphdefs["policy"], params["policy"], sft_batch(), "none", ONE_CPU)
+        return rl_loss(graphdefs, params, batch, targets_like(batch), RL, "none", ONE_CPU)
 
     grads_BL = np.abs(hidden_grads(monkeypatch, loss, (*batch.tokens.shape, 32))).max(axis=-1)
     assert (grads_BL[~batch.loss_mask] == 0).all()  # prompts, passages, padding: exactly
