@@ -139,7 +139,7 @@ def write_files(directory: Path) -> list[str]:
     ("name", "line", "words"),
     [
         ("corpus", '{"id": "9", "contents": ', "corpus.jsonl:5: expected one JSON object per line"),
-        ("corpus", '{"id": "9"}', "corpus.jsonl:5: expected a field 'contents'; got the fields ['id']"),
+        ("corpus", '{"id": "9"}', "corpus.jsonl:5: expected a field 'contents' (or 'text'); got the fields ['id']"),
         ("sft", '{"id": "9", "question": "Who?", "golden_answers": ["x"], "steps": []}', "sft.jsonl:2: steps must end"),
         ("sft", "[1, 2]", "sft.jsonl:2: expected a JSON object; got a list"),
     ],
@@ -202,7 +202,7 @@ def test_bad_questions(finished: Callable[[str], Path], tmp_path: Path, capsys: 
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"id": "1", "question": "Who?", "golden_answers": []}\n')
     line = error_line(evaluate.main, ["--checkpoint", str(run_dir), "--questions", str(bad)], capsys)
-    assert "bad.jsonl:1: golden_answers must be a list of one or more texts" in line
+    assert "bad.jsonl:1: golden_answers must be one or more texts" in line
     for name, words in (("rl", "none that the run itself uses"), ("a/b", "letters, digits")):
         line = error_line(evaluate.main, ["--checkpoint", str(run_dir), "--name", name], capsys)
         assert f"--name must be {words}" in line

@@ -77,7 +77,9 @@ class RLConfig(Section):
         "its other samples (`rloo`), or of the whole batch (`reinforce++`)",
     )
     iterations: int = key(40, "rollout-and-update rounds", "iterations", ge=1)
-    questions: int = key(32, "questions per iteration", "questions", ge=1)
+    questions: int = key(
+        32, "questions per iteration; one that comes twice gives other samples, of the same group", "questions", ge=1
+    )
     epochs: int = key(1, "passes over an iteration's trajectories", "epochs", ge=1)
     async_rollouts: bool = key(
         False, "rollouts of the next iteration run during the update, with the policy before it (one step off-policy)"

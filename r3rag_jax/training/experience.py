@@ -27,11 +27,11 @@ class Experience:
     scores: Scores
     zero_variance: np.ndarray  # bool [N], all known rewards of its question are equal; False where a reward is unknown
 
-    @property
-    def num_useful_questions(self) -> int:
-        """Questions whose samples did not all earn the same."""
+    def num_useful_draws(self, num_samples: int) -> int:
+        """Draws, of `num_samples` trajectories each, of questions whose samples did not all earn the same."""
         is_useful = self.scores.is_valid & ~self.zero_variance
-        return len({self.trajectories[i].question.id for i in np.flatnonzero(is_useful)})
+        useful = [self.trajectories[i] for i in np.flatnonzero(is_useful)]
+        return len({(trajectory.question.id, trajectory.sample_index // num_samples) for trajectory in useful})
 
     def learnable(self) -> Experience:
         """The trajectories whose rewards are all known; see `rewards.scorer.learnable`.
@@ -106,7 +106,8 @@ class IterationSampler:
         requests = iteration_requests(config, self._questions, iteration)
         for round in range(1, config.rl.max_resamples + 1):
             scored.append(score_experience(self._rollout(backend, requests), self._scorer, totals=totals))
-            num_missing = config.rl.questions - sum(one.num_useful_questions for one in scored)
+            num_useful = sum(one.num_useful_draws(config.rollout.samples) for one in scored)
+            num_missing = config.rl.questions - num_useful
             used_ids = {trajectory.question.id for one in scored for trajectory in one.trajectories}
             requests = replacement_requests(config, self._questions, iteration, round, num_missing, used_ids)
             if not requests:

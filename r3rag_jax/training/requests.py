@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -14,13 +16,18 @@ from r3rag_jax.types import Question
 def iteration_requests(config: Config, questions: Sequence[Question], iteration: int) -> list[RolloutRequest]:
     """The requests of an iteration: a function of seed and iteration alone, so that resuming needs no data position.
 
-    Every question is used once before any is used again, in an order that is shuffled anew for each pass.
+    Every question is used once before any is used again, in an order that is shuffled anew for each pass. A question
+    that is drawn again in the same iteration (the end of one pass and the beginning of the next, or fewer questions
+    than `rl.questions`) gets further sample indices, hence other random keys: its samples are one larger group.
     """
     requests = []
+    num_draws: Counter[str] = Counter()  # in this iteration, by question id
     for index in range(iteration * config.rl.questions, (iteration + 1) * config.rl.questions):
         epoch, index_in_epoch = divmod(index, len(questions))
         order = np.random.default_rng((config.seed, epoch)).permutation(len(questions))
-        requests += _requests_of(config, questions[order[index_in_epoch]], iteration)
+        question = questions[order[index_in_epoch]]
+        requests += _requests_of(config, question, iteration, num_draws[question.id])
+        num_draws[question.id] += 1
     return requests
 
 
@@ -42,10 +49,14 @@ def replacement_requests(
     return [request for index in order for request in _requests_of(config, unused[index], iteration)]
 
 
-def _requests_of(config: Config, question: Question, iteration: int) -> list[RolloutRequest]:
-    """`rollout.samples` requests of a question, cycling through `rollout.temperatures`."""
-    temperatures, seed = config.rollout.temperatures, config.seed * 1_000_003 + iteration
+def _requests_of(config: Config, question: Question, iteration: int, draw: int = 0) -> list[RolloutRequest]:
+    """`rollout.samples` requests of a question, cycling through `rollout.temperatures`.
+
+    Args:
+        draw: how often the iteration has drawn the question before.
+    """
+    rollout, seed = config.rollout, config.seed * 1_000_003 + iteration
     return [
-        RolloutRequest(question, index, temperatures[index % len(temperatures)], seed=seed)
-        for index in range(config.rollout.samples)
+        RolloutRequest(question, draw * rollout.samples + index, temperature, seed=seed)
+        for index, temperature in zip(range(rollout.samples), itertools.cycle(rollout.temperatures), strict=False)
     ]

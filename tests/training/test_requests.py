@@ -6,8 +6,11 @@ import jax
 import pytest
 
 from r3rag_jax.config import Config, RLConfig, RolloutConfig
+from r3rag_jax.rewards.base import Resources
+from r3rag_jax.rewards.scorer import Scorer
+from r3rag_jax.training.experience import score_experience
 from r3rag_jax.training.requests import iteration_requests
-from r3rag_jax.types import Question
+from r3rag_jax.types import Question, Status, Step, Trajectory
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 
@@ -28,3 +31,38 @@ def test_every_question_comes_once_before_any_comes_again() -> None:
     assert len({request.seed for iteration in requests for request in iteration}) == 5
     assert {request.seed for request in requests[0]}.isdisjoint({request.seed for request in iteration_requests(
         Config(seed=1, rl=config.rl, rollout=config.rollout), questions, 0)})  # fmt: skip
+
+
+def test_a_question_that_comes_again_in_an_iteration_gives_other_samples() -> None:
+    questions = [Question(str(i), f"q{i}", ("x",)) for i in range(3)]
+    config = Config(rl=RLConfig(questions=8), rollout=RolloutConfig(samples=2, temperatures=(0.4, 1.0, 0.7)))
+    requests = iteration_requests(config, questions, iteration=0)
+    by_question = {q.id: [r for r in requests if r.question is q] for q in questions}
+    assert sorted(map(len, by_question.values())) == [4, 6, 6]  # eight draws of three questions
+    for found in by_question.values():
+        assert [request.sample_index for request in found] == list(range(len(found)))
+        assert [request.temperature for request in found] == [0.4, 1.0] * (len(found) // 2)
+    keys = {tuple(request.key(step)) for request in requests for step in range(3)}
+    assert len(keys) == 3 * len(requests)
+
+
+def test_the_first_draw_keeps_its_samples_whatever_else_is_drawn() -> None:
+    questions = [Question(str(i), f"q{i}", ("x",)) for i in range(3)]
+    rollout = RolloutConfig(samples=2)
+    once, often = (Config(rl=RLConfig(questions=num), rollout=rollout) for num in (3, 8))
+    assert iteration_requests(often, questions, 0)[:6] == iteration_requests(once, questions, 0)
+    assert iteration_requests(once, questions, 0)[0].key(1).tolist() == [2191378004, 2139645870]
+
+
+def test_a_question_that_comes_again_counts_as_often_as_it_was_drawn() -> None:
+    answers = {"q": "xyyy", "r": "xx"}  # by question, of its samples; x is right
+    trajectories = [
+        Trajectory(Question(id, "Who?", ("x",)), (Step("a", answer=answer),), Status.ANSWERED, sample_index=index)
+        for id, texts in answers.items()
+        for index, answer in enumerate(texts)
+    ]
+    config = Config()
+    scorer = Scorer(config.rewards, Resources(config.rollout.max_steps))
+    found = score_experience(trajectories, scorer, totals=True)
+    assert found.zero_variance.tolist() == [False] * 4 + [True] * 2  # one group of four, of two draws
+    assert found.num_useful_draws(2) == 2
