@@ -30,6 +30,7 @@ from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
 from r3rag_jax.parallel.processes import on_process_0
 from r3rag_jax.retrieval.base import Encoder, Retriever
 from r3rag_jax.retrieval.factory import build_index, open_encoder, open_retriever, open_store
+from r3rag_jax.retrieval.manifest import has_index, read_manifest
 from r3rag_jax.rewards.base import Resources
 from r3rag_jax.rewards.judge.factory import open_judge
 from r3rag_jax.rewards.judge.judge import Judge
@@ -43,6 +44,7 @@ from r3rag_jax.run.digests import MODEL_FILES, SETTINGS_FILES, FileDigests
 from r3rag_jax.run.directory import RL_TRAJECTORIES, RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import bar_of_unknown_length
+from r3rag_jax.run.provenance import Provenance
 from r3rag_jax.run.trackers.base import Tracker
 from r3rag_jax.run.trackers.factory import make_trackers
 from r3rag_jax.run.trajectories import TrajectoryLog
@@ -246,7 +248,8 @@ class Components:
         trajectories = self.on_error.check(self.dataset.trajectories(), self.codec.unreadable_step)
         return SFTParts(
             mesh=self.mesh, policy=self.policy, codec=self.codec, trajectories=trajectories,
-            shares_prefixes=self.shares_prefixes, run=self.run, log=self.log, console=self.console,
+            shares_prefixes=self.shares_prefixes, run=self.run, provenance=self.provenance("sft"), log=self.log,
+            console=self.console,
         )  # fmt: skip
 
     @property
@@ -255,8 +258,22 @@ class Components:
             mesh=self.mesh, sampler_mesh=self.sampler_mesh, policy=self.policy, make_backend=self.engine_backends,
             env_factory=self.search_env, retriever=self.retriever, scorer=self.scorer,
             questions=self.dataset.questions("rl"), evaluate=self.dev_evaluation, shares_prefixes=self.shares_prefixes,
-            run=self.run, log=self.log, trajectory_log=self.trajectory_log, console=self.console,
+            run=self.run, provenance=self.provenance("rl"), log=self.log, trajectory_log=self.trajectory_log,
+            console=self.console,
         )  # fmt: skip
+
+    def provenance(self, phase: str) -> Provenance:
+        """What phase `sft` or `rl` begins from as the run is now. All processes must call."""
+        found = {"base": self.digest_of(BASE_POLICY)}
+        if phase == "rl":
+            found["cold_start"] = self.digest_of("sft") if self.run.policy("sft").exists() else ""
+        data, digests = self.dataset.path_of(phase), FileDigests(self.run.digests)
+
+        def of_files() -> dict[str, str]:
+            files = {"data": digests.get(data)[:16]} if data.is_file() else {}
+            return files | ({"corpus": read_manifest(self.index_dir).corpus[:16]} if has_index(self.index_dir) else {})
+
+        return found | on_process_0(of_files, f"provenance of {phase}")
 
     @functools.cached_property
     def dev_evaluation(self) -> DevEvaluation | None:

@@ -17,10 +17,11 @@ from r3rag_jax.config import Config, parse_args
 from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.results import load_results
 from r3rag_jax.parallel.processes import start_distributed
-from r3rag_jax.reporting.rendering import groups_table, results_table
+from r3rag_jax.reporting.rendering import all_tables
 from r3rag_jax.reporting.report_page import write_report
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import open_run
+from r3rag_jax.run.provenance import has_finished
 from r3rag_jax.training.memory_plan import notices
 from r3rag_jax.training.rl import run_rl
 from r3rag_jax.training.sft import run_sft
@@ -29,7 +30,7 @@ from r3rag_jax.world.dataset import prepare_data
 
 def train_policy(c: Components, phase: str) -> bool:
     """Run phase `sft` or `rl`; returns False if the run already has the phase's policy."""
-    if c.run.policy(phase).exists():
+    if has_finished(c.run.policy(phase), c.provenance(phase)):
         return False
     run_sft(c.config, c.sft_parts) if phase == "sft" else run_rl(c.config, c.rl_parts)
     return True
@@ -65,13 +66,12 @@ def run(config: Config, console: Console | None = None) -> Components:
             for notice in notices(config, name, plans, c.mesh, c.sampler_mesh):
                 say(notice, highlight=False)
             is_new = PHASES[name](c)
-            took = f"[green]✓[/] {name}  {time.monotonic() - started:.0f} s"
-            say(took if is_new else f"[dim]✓ {name}  done before[/]", highlight=False)
+            took = f"{time.monotonic() - started:.0f} s"
+            say(f"[green]✓[/] {name}  {took}" if is_new else f"[dim]✓ {name}  done before[/]", highlight=False)
             did_work |= is_new
     if jax.process_index() == 0:
-        if results := load_results(c.run, config.eval.systems):
-            say(results_table(results))
-            say(groups_table(results))
+        if "eval" in config.phases:  # else results may be out of date
+            say(*all_tables(load_results(c.run, config.eval.systems)))
         say(f"{'Report' if did_work else 'All is done. Report'}: {write_report(c.run.path)}", highlight=False)
     return c
 

@@ -33,7 +33,7 @@ def trainer_of(components: Components) -> RLTrainer:
     """A new trainer, which resumes from the run's checkpoint where there is one."""
     return RLTrainer(
         components.config, components.policy, components.mesh, components.run, components.console,
-        shares_prefixes=components.shares_prefixes,
+        shares_prefixes=components.shares_prefixes, provenance=components.provenance("rl"),
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from r3rag_jax.rollout.scheduler import OnDone, rollout
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.files import write_json
 from r3rag_jax.run.progress import ProgressBar
+from r3rag_jax.run.provenance import has_finished, read_provenance
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Question, Trajectory
 
@@ -97,7 +98,16 @@ class Evaluator:
     def fingerprint(self, system: str, questions: Iterable[Question], policy: str | None = None) -> Facts:
         """Return what the numbers of a system depend on; `policy` replaces the system's own."""
         policy = SYSTEMS[system].policy if policy is None else policy
-        return fingerprint(self.config, system, policy, self.retriever.fingerprint, questions, self.digest_of)
+        index, cold_start = self.retriever.fingerprint, self._cold_start_of(policy)
+        return fingerprint(self.config, system, policy, index, questions, self.digest_of, cold_start)
+
+    def _cold_start_of(self, policy: str) -> str | None:
+        """Return the digest of the cold start that a policy is of; None where it is of none, or nothing is known."""
+        if self.config.rollout.server.is_given:
+            return None
+        if policy == "sft":
+            return self.digest_of(policy)
+        return read_provenance(self.directory.policy(policy)).get("cold_start") if policy == "rl" else None
 
     def write(self, name: str, trajectories: Sequence[Trajectory], fingerprint: Facts) -> dict[str, Any]:
         """Write `trajectories/<name>.jsonl` and `eval/<name>.json`, and return the content of the latter.
@@ -114,9 +124,13 @@ class Evaluator:
         return summary
 
     def _check_policy(self, name: str, policy: str) -> None:
-        is_there = policy == BASE_POLICY or self.directory.policy(policy).exists()
-        if not is_there and not self.config.rollout.server.is_given:
+        """Raise a UserError unless the policy is there, and RL's is of the cold start that is there."""
+        if policy == BASE_POLICY or self.config.rollout.server.is_given:
+            return
+        if not self.directory.policy(policy).exists():
             raise UserError(f"eval.systems names {name}, but phase {policy} of {self.directory.path} has not finished")
+        if policy == "rl" and self.directory.policy("sft").exists():
+            has_finished(self.directory.policy("rl"), {"cold_start": self.digest_of("sft")})
 
     def _stored_fingerprint(self, name: str) -> Facts | None:
         return (read_result(self.directory, name) or {}).get("fingerprint")

@@ -107,7 +107,13 @@ SUBJECT_FACTS = ("system", "policy")
 
 
 def fingerprint(
-    config: Config, system: str, policy: str, index: str, questions: Iterable[Question], digest_of: DigestOf
+    config: Config,
+    system: str,
+    policy: str,
+    index: str,
+    questions: Iterable[Question],
+    digest_of: DigestOf,
+    cold_start: str | None = None,
 ) -> Facts:
     """The fingerprint of a system's evaluation.
 
@@ -115,6 +121,7 @@ def fingerprint(
         system: a key of `SYSTEMS`.
         policy: BASE_POLICY, or the phase that trained it; "" where an inference server has it.
         index: the retriever's fingerprint.
+        cold_start: digest of the cold start that the policy is of; None where it is of none, or nothing is known.
 
     Raises:
         UserError: the chat template or the judge's prompt cannot be read.
@@ -122,6 +129,7 @@ def fingerprint(
     names = KEYS + (BASELINE_KEYS if system in BASE_SYSTEMS else ())
     template = read_template(config.model.chat_template) if config.model.chat_template else ""
     is_served = config.rollout.server.is_given
+    origin = {} if cold_start is None or is_served else {"cold_start": cold_start}
     return {
         "system": system,
         "policy": "" if is_served else f"{policy} {digest_of(policy)}",
@@ -130,13 +138,15 @@ def fingerprint(
         "questions": digest_questions(questions),
         "server": _server(config) if is_served else {},
         "judge": _judge(config, digest_of) if config.eval.judge else {},
+        **origin,
     } | {name: _as_json(value_of(config, name)) for name in names}
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Names of the facts that make two evaluations not comparable, sorted.
 
-    A table compares systems and policies; and not every system depends on every key.
+    A table compares systems and policies, and not every system has every fact. A policy of RL and a cold start that it
+    did not begin from are not comparable.
     """
     shared = (one.keys() & other.keys()) - set(SUBJECT_FACTS)
     return sorted(name for name in shared if one[name] != other[name])

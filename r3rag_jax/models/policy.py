@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from r3rag_jax.models.lora import TrainableSplit, attach, split_trainable
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.parallel.shardings import tree_shardings
+from r3rag_jax.run.digests import PROVENANCE_FILE
+from r3rag_jax.run.files import write_json
 from r3rag_jax.text.chat_template import TEMPLATES, read_template
 from r3rag_jax.text.tokenizer import Tokenizer
 
@@ -135,11 +137,14 @@ class Policy:
             )
         return nnx.split(decoder)[1]
 
-    def save(self, path: Path, params: Any) -> None:
+    def save(self, path: Path, params: Any, provenance: Mapping[str, str] | None = None) -> None:
         """Write parameters in float32 as a Hugging Face directory, one matrix at a time.
 
         All processes must call this. The files are written to a temporary directory, which is renamed to `path` when it
         is complete.
+
+        Args:
+            provenance: what the parameters were trained from; it is kept beside them.
         """
         partial = path.with_name(f".{path.name}.partial")
         with reading(self.base_path):
@@ -147,6 +152,8 @@ class Policy:
         save_decoder(nnx.merge(self.graphdef, params), partial, dtype="float32", generation=generation)
         if jax.process_index() == 0:
             self.tokenizer.save(partial)
+            if provenance is not None:
+                write_json(partial / PROVENANCE_FILE, dict(provenance))
             partial.rename(path)
         barrier(f"policy {path.name}")
 

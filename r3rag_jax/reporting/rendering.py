@@ -247,18 +247,24 @@ def half_width(percent: float, num: int) -> float:
 
 
 def not_comparable(evals: Sequence[Eval]) -> list[str]:
-    """A sentence for each evaluation that differs from the first one in more than system and policy."""
+    """A sentence for each evaluation that differs from one before it in more than system and policy."""
     sentences = []
-    for other in evals[1:]:
-        keys = differences(evals[0].get("fingerprint", {}), other.get("fingerprint", {}))
-        if keys:
-            names = " is not comparable with ".join(map(title_of, (other, evals[0])))
-            sentences.append(f"{names}: they differ in {', '.join(map(pretty, keys))}.")
+    for number, other in enumerate(evals):
+        for first in evals[:number]:
+            if keys := differences(first.get("fingerprint", {}), other.get("fingerprint", {})):
+                names = " is not comparable with ".join(map(title_of, (other, first)))
+                sentences.append(f"{names}: they differ in {', '.join(map(pretty, keys))}.")
+                break
     return sentences
 
 
 def title_of(evaluation: Eval) -> str:
     return str(evaluation.get("title") or evaluation["system"])
+
+
+def all_tables(evals: Sequence[Eval]) -> list[Table]:
+    """The tables that the eval phase prints."""
+    return [results_table(evals), groups_table(evals)]
 
 
 def results_table(evals: Sequence[Eval]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,14 @@ class Checkpoints:
     A checkpoint appears when it is complete; only then are older ones deleted.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 1):
-        """Args: `directory`, e.g. `<run>/checkpoints/rl`, which is created; `keep`, how many checkpoints to keep."""
-        self.directory = directory.absolute()
+    def __init__(self, directory: Path, *, keep: int = 1, note: Mapping[str, Any] | None = None):
+        """
+        Args:
+            directory: e.g. `<run>/checkpoints/rl`; it is created.
+            keep: how many checkpoints to keep.
+            note: is added to the note of every checkpoint.
+        """
+        self.directory, self._note = directory.absolute(), dict(note or {})
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -61,7 +67,7 @@ class Checkpoints:
             state: a pytree of arrays.
             note: a JSON object.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(note))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(note | self._note))
         self._manager.save(step, args=items, force=True)
         self._manager.wait_until_finished()
 

@@ -12,6 +12,7 @@ from r3rag_jax.config.resume import changed_keys
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.run.files import is_partial, write_text
+from r3rag_jax.run.provenance import check_order
 
 RL_TRAJECTORIES = "rl"  # name of the trajectories that RL keeps
 
@@ -101,8 +102,8 @@ def open_run(config: Config) -> RunDirectory:
     Settings that do not change what a run computes may differ; the configuration file then takes the new ones.
 
     Raises:
-        UserError: the directory holds a run with other settings or with a configuration that cannot be read, or
-            something else than a run. Nothing is written.
+        UserError: the directory holds a run with other settings or with a configuration that cannot be read, RL that
+            did not begin from the cold start that is to be trained, or something else than a run. Nothing is written.
     """
     run = RunDirectory(config.run_directory)
     if run.config_file.exists():
@@ -121,6 +122,7 @@ def open_run(config: Config) -> RunDirectory:
             )
     elif run.path.exists() and not all(map(is_partial, run.path.iterdir())):
         raise UserError(f"{run.path} is not empty and holds no run: choose another name=… or run_dir=…")
+    check_order(config.phases, run.policy("sft"), run.policy("rl"), run.checkpoints("rl"))
     barrier("run directory checked")  # process 0 must not write what the other processes are still checking
     if jax.process_index() == 0:
         write_text(run.config_file, to_yaml(config))

@@ -23,6 +23,7 @@ from r3rag_jax.rollout.prefetch import Prefetcher
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import ProgressBar, num_compiled
+from r3rag_jax.run.provenance import Provenance
 from r3rag_jax.run.trajectories import TrajectoryLog
 from r3rag_jax.training.experience import Experience, IterationSampler, Rollouts
 from r3rag_jax.training.rollout_metrics import rollout_metrics
@@ -45,6 +46,7 @@ class RLParts:
     evaluate: Callable[[RolloutBackend], dict[str, float]] | None  # metrics on the dev questions; None: there are none
     shares_prefixes: bool  # samples that begin alike are trained in one sequence
     run: RunDirectory
+    provenance: Provenance
     log: MetricsLog
     trajectory_log: TrajectoryLog
     console: Console
@@ -54,12 +56,14 @@ def run_rl(config: Config, parts: RLParts) -> None:
     """Train from the cold start's policy, or from the base where there is none, and export the result.
 
     Raises:
-        UserError: a guard ends RL, the judge fails too often, or the settings do not fit the devices.
+        UserError: RL began from something else, a guard ends RL, the judge fails too often, or the settings do not fit
+            the devices.
     """
     check_devices(config, parts)
     trainer = RLTrainer(
-        config, parts.policy, parts.mesh, parts.run, parts.console, shares_prefixes=parts.shares_prefixes
-    )
+        config, parts.policy, parts.mesh, parts.run, parts.console,
+        shares_prefixes=parts.shares_prefixes, provenance=parts.provenance,
+    )  # fmt: skip
     parts.log.rewind("rl", trainer.iteration)
     parts.trajectory_log.rewind(trainer.iteration)
     sampler = IterationSampler(config, parts.questions, parts.env_factory, parts.retriever, parts.scorer)
@@ -74,7 +78,7 @@ def run_rl(config: Config, parts: RLParts) -> None:
             bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
             if trainer.iteration % config.rl.checkpoint_every == 0 and trainer.iteration < config.rl.iterations:
                 trainer.save()
-    parts.policy.save(parts.run.policy("rl"), trainer.policy_params)
+    parts.policy.save(parts.run.policy("rl"), trainer.policy_params, parts.provenance)
     trainer.checkpoints.close()
 
 

@@ -19,10 +19,11 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models import lora
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.shardings import device_put_batch
-from r3rag_jax.run.checkpoints import Checkpoints, save_arrays
+from r3rag_jax.run.checkpoints import save_arrays
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import ProgressBar
+from r3rag_jax.run.provenance import Provenance, open_checkpoints
 from r3rag_jax.text.transcript import Codec, teacher_samples
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.guards import is_finite
@@ -42,6 +43,7 @@ class SFTParts:
     trajectories: Sequence[Trajectory]  # the teacher's
     shares_prefixes: bool  # samples that begin alike are trained in one sequence
     run: RunDirectory
+    provenance: Provenance
     log: MetricsLog
     console: Console
 
@@ -50,13 +52,14 @@ def run_sft(config: Config, parts: SFTParts) -> None:
     """Train from the base and export the result; resumes from the phase's checkpoint.
 
     Raises:
-        UserError: a step is longer than `sft.row_length`, or a loss or gradient is not finite (`guards.nonfinite`).
+        UserError: the phase began from something else, a step is longer than `sft.row_length`, or a loss or gradient
+            is not finite (`guards.nonfinite`).
     """
+    checkpoints = open_checkpoints("sft", parts.run.checkpoints("sft"), parts.provenance)
     batches = make_batches(config, parts)
     policy = parts.policy.trainable(parts.policy.base_params())
     tx = optimizer.sft_optimizer(config.sft, batches.num_steps, config.model.moment_dtype)
     state = init_state(parts.mesh, policy.params, tx)
-    checkpoints = Checkpoints(parts.run.checkpoints("sft"))
     if checkpoints.latest is not None:
         state, note = checkpoints.restore(state)
         batches.set_state(note["batches"])
@@ -78,7 +81,7 @@ def run_sft(config: Config, parts: SFTParts) -> None:
             if batches.step % config.sft.checkpoint_every == 0 and batches.step < batches.num_steps:
                 checkpoints.save(batches.step, state, {"batches": batches.get_state()})
     merged = jax.jit(lora.merge, static_argnums=0)(policy.graphdef, state.params, policy.frozen)
-    parts.policy.save(parts.run.policy("sft"), merged)
+    parts.policy.save(parts.run.policy("sft"), merged, parts.provenance)
     checkpoints.close()
 
 

@@ -18,8 +18,8 @@ from r3rag_jax.models import lora
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.rl.algorithms import ALGORITHMS
 from r3rag_jax.rl.losses import adapted_kl
-from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.provenance import Provenance, open_checkpoints
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.batch import IterationBatches, pack_iteration
 from r3rag_jax.training.experience import Experience
@@ -34,9 +34,25 @@ class RLTrainer:
     """Starts from the cold start's policy, or from the base where there is none, or resumes from a checkpoint."""
 
     def __init__(
-        self, config: Config, policy: Policy, mesh: Mesh, run: RunDirectory, console: Console, *, shares_prefixes: bool
+        self,
+        config: Config,
+        policy: Policy,
+        mesh: Mesh,
+        run: RunDirectory,
+        console: Console,
+        *,
+        shares_prefixes: bool,
+        provenance: Provenance,
     ):
-        """`shares_prefixes`: samples that begin alike are trained in one sequence; see `prefix_tree.py`."""
+        """
+        Args:
+            shares_prefixes: samples that begin alike are trained in one sequence; see `prefix_tree.py`.
+            provenance: what RL begins from, now.
+
+        Raises:
+            UserError: the checkpoints are of RL that began from something else.
+        """
+        self.checkpoints = open_checkpoints("rl", run.checkpoints("rl"), provenance)
         self._config, self._policy, self._mesh, self._shares_prefixes = config, policy, mesh, shares_prefixes
         cold_start = run.policy("sft")
         self._ref_params = policy.load(cold_start) if cold_start.exists() else policy.base_params()
@@ -45,7 +61,7 @@ class RLTrainer:
         self._frozen = modules["policy"].frozen
         self._merge = jax.jit(functools.partial(lora.merge, modules["policy"].graphdef))
         self.progress = RLProgress(self._new_state(modules), config.rl.kl.coef)
-        self.guards, self.checkpoints = Guards(config.guards, config.rl), Checkpoints(run.checkpoints("rl"))
+        self.guards = Guards(config.guards, config.rl)
         self.recovery = Recovery(
             config.guards, self.guards, self.checkpoints, run, mesh, console,
             start=lambda: (self._new_state(self._modules()), config.rl.kl.coef),

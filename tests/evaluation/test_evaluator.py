@@ -22,6 +22,7 @@ from r3rag_jax.config import (
 )
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.evaluator import Evaluator, summarise
+from r3rag_jax.evaluation.fingerprint import differences
 from r3rag_jax.evaluation.metrics import measure
 from r3rag_jax.evaluation.results import load_results
 from r3rag_jax.evaluation.systems import SYSTEMS
@@ -154,6 +155,24 @@ def test_the_phase_evaluates_what_has_no_result_with_its_fingerprint(tokenizer: 
     assert evaluator.run(QUESTIONS[:1]) and len(opened) == 5  # other questions
     first = config_of(eval=EvalConfig(systems=("closed_book",), max_questions=1))
     assert not evaluator_of(tmp_path, tokenizer, first).run(QUESTIONS)
+
+
+def test_rl_is_not_shown_after_a_cold_start_that_it_did_not_begin_from(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config = config_of(eval=EvalConfig(systems=("r3rag",)))
+    (tmp_path / "policy" / "rl").mkdir(parents=True)
+    provenance = tmp_path / "policy" / "rl" / "provenance.json"
+    provenance.write_text('{"cold_start": ""}')
+    assert evaluator_of(tmp_path, tokenizer, config).run(QUESTIONS)  # RL from the base, and there is no cold start
+    from_base = evaluator_of(tmp_path, tokenizer, config).fingerprint("r3rag", QUESTIONS)
+    (tmp_path / "policy" / "sft").mkdir()
+    evaluator = evaluator_of(tmp_path, tokenizer, config)
+    with pytest.raises(UserError, match=r"policy/rl began from the base model, and this run now has the cold start"):
+        evaluator.run(QUESTIONS)
+    cold_start = evaluator.fingerprint("cold_start", QUESTIONS)
+    assert differences(cold_start, from_base) == ["cold_start"]  # an older result of it beside a new one
+    provenance.write_text('{"cold_start": "digest of sft"}')
+    assert evaluator.run(QUESTIONS)
+    assert differences(cold_start, evaluator.fingerprint("r3rag", QUESTIONS)) == []
 
 
 def test_another_prompt_makes_the_baselines_out_of_date_and_the_policies_not(

@@ -243,3 +243,9 @@ def test_results_html_holds_both_tables():
 def test_templates_refuse_a_missing_name():
     with pytest.raises(Exception, match="'trajectory' is undefined"):
         environment().get_template("fragment.html.j2").render()
+
+
+def test_rl_and_a_cold_start_that_it_did_not_begin_from_are_called_out():
+    cold_starts = {"cold_start": {"cold_start": "a"}, "r3rag": {"cold_start": "b"}}
+    evals = [e | {"fingerprint": e["fingerprint"] | cold_starts.get(e["system"], {})} for e in EVALS]
+    assert not_comparable(evals) == ["R3-RAG is not comparable with Cold start: they differ in cold start."]
