@@ -64,13 +64,15 @@ def test_a_fault_behind_the_command_line_in_a_real_process(recipe: Path, tmp_pat
     assert done.stderr.count("\n") == 1
 
 
-def test_help_lists_every_key(tmp_path: Path) -> None:
-    done = run_module("train", "--help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert done.stderr == ""
-    words = set(done.stdout.split())
+def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        train.main(["--help"])
+    shown = capsys.readouterr()
+    assert exit.value.code == 0
+    assert shown.err == ""
+    words = set(shown.out.split())
     assert [name for name in schema() if name not in words] == []
-    assert "--config" in done.stdout
+    assert "--config" in shown.out
 
 
 # ----------------------------------------------------------------------------------- configuration

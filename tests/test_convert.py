@@ -55,7 +55,7 @@ def write_model(
 def logits(path: Path, ids: list[int]) -> np.ndarray:
     """Float32 [L, V] of the model in a directory."""
     model = load_decoder(path, dtype=jnp.float32)
-    return np.asarray(model.logits(model(jnp.asarray([ids]), jnp.arange(len(ids))[None])))[0]
+    return tiny.logits(model, [ids], np.arange(len(ids))[None])[0]
 
 
 def test_a_directory_comes_out_as_it_went_in(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -380,7 +380,7 @@ def test_smollm2_speaks_as_in_transformers(tmp_path: Path) -> None:
         spoken = reference.generate(torch.as_tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False)
     model = load_decoder(out, dtype=jnp.float32)
     positions = jnp.arange(len(ids))[None]
-    got = np.asarray(model.logits(model(jnp.asarray([ids]), positions)))[0, :, :vocab_size]
+    got = tiny.logits(model, [ids], positions)[0, :, :vocab_size]
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
     half = load_decoder(out, dtype=jnp.bfloat16, param_dtype=jnp.float32)
     rounded = np.asarray(half.logits(half(jnp.asarray([ids]), positions)))[0, :, :vocab_size]

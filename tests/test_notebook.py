@@ -53,6 +53,7 @@ def test_runs_on_a_finished_run(tmp_path, monkeypatch):
     assert kinds(change).count("text/html") == 2
 
 
+@pytest.mark.slow
 def test_runs_on_half_a_run(tmp_path, monkeypatch):
     _, results, rl, sft, trajectories, change = execute(synthetic_run.build(tmp_path / "half", ("sft",)), monkeypatch)
     assert results.outputs[0].text == "no system has been evaluated yet\n"

@@ -6,7 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from r3rag_jax.config import MeshConfig
@@ -31,6 +33,16 @@ LLAMA_8B_OF_TWO_LAYERS = DecoderConfig(
 )
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
+
+
+def normal(seed: int, *shape: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
+    """Standard normal numbers, drawn by NumPy: `jax.random` would compile a program for each shape."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+
+def integers(seed: int, *shape: int, high: int) -> jax.Array:
+    """Uniform int32 from 0 to high - 1, drawn by NumPy."""
+    return jnp.asarray(np.random.default_rng(seed).integers(0, high, shape, np.int32))
 
 
 def mesh_config(data: int, fsdp: int, tensor: int) -> MeshConfig:
@@ -93,6 +105,15 @@ def decoder(vocab_size: int = 267, seed: int = 0, scale: float = 0.7) -> Decoder
     model = Decoder(config, rngs=nnx.Rngs(seed))
     model.embed[...] = model.embed[...] * jnp.float32(scale)
     return model
+
+
+# Jitted: an eager call compiles every operation by itself, which takes longer.
+jitted_logits = nnx.jit(lambda model, *arrays: model.logits(model(*arrays)))
+
+
+def logits(model: Decoder, *arrays: jax.typing.ArrayLike) -> np.ndarray:
+    """float32 [B, L, V] for tokens, positions and, where given, segment ids, each int [B, L]."""
+    return np.asarray(jitted_logits(model, *map(jnp.asarray, arrays)))
 
 
 class DictRetriever:

@@ -39,8 +39,7 @@ def output_and_gradients(
     implementation: str, shape: tuple[int, ...], dtype: Any, segments: jax.Array | None
 ) -> dict[str, np.ndarray]:
     B, L, N, K, H = shape
-    keys = jax.random.split(jax.random.key(0), 4)
-    normal = [jax.random.normal(key, (B, L, heads, H), dtype) for key, heads in zip(keys, (N, K, K, N), strict=True)]
+    normal = [tiny.normal(seed, B, L, heads, H, dtype=dtype) for seed, heads in enumerate((N, K, K, N))]
 
     @jax.jit
     def run(q: jax.Array, k: jax.Array, v: jax.Array, grad: jax.Array) -> tuple[jax.Array, ...]:
@@ -104,7 +103,7 @@ def test_the_wrong_hardware_is_refused(implementation: str, platform: str, messa
 
 
 def batch() -> SFTBatch:
-    tokens = jax.random.randint(jax.random.key(1), (4, 24), 0, 272)
+    tokens = tiny.integers(1, 4, 24, high=272)
     segments = jnp.tile(segments_of(10, 9, 5), (4, 1))
     positions = jnp.tile(jnp.concatenate([jnp.arange(n) for n in (10, 9, 5)]), (4, 1))
     return SFTBatch(tokens, positions, segments, None, segments > 0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -46,7 +47,7 @@ def make(config: DecoderConfig = TINY, **kwargs) -> Decoder:
     for i, name in enumerate(sorted(param_shapes(config))):
         if name.endswith(("_norm", "_bias")):
             param = model.param(name)
-            noise = 0.3 * jax.random.normal(jax.random.key(i), param.shape, param.dtype)
+            noise = 0.3 * tiny.normal(i, *param.shape, dtype=param.dtype)
             param.set_value(param[...] + noise)
         elif not name.startswith("embed"):
             model.param(name).set_value(8 * model.param(name)[...])
@@ -59,7 +60,7 @@ forward = nnx.jit(lambda model, tokens, positions, segments=None: model(tokens, 
 
 
 def random_tokens(shape: tuple[int, ...], seed: int = 1) -> jax.Array:
-    return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
+    return tiny.integers(seed, *shape, high=TINY.vocab_size)
 
 
 def positions(B: int, L: int) -> jax.Array:
@@ -255,7 +256,7 @@ def test_future_tokens_do_not_change_the_past():
 
 def test_logits_of_a_tied_and_an_untied_model():
     tied = make()
-    hidden = jax.random.normal(jax.random.key(0), (2, 3, TINY.hidden_size))
+    hidden = tiny.normal(0, 2, 3, TINY.hidden_size)
     logits = tied.logits(hidden)
     assert logits.shape == (2, 3, TINY.vocab_size) and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, hidden @ tied.embed[...].T, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -36,15 +37,18 @@ def adapted(config: LoraConfig = LORA, *, filled: bool = True) -> tuple[Any, lor
     copy = nnx.merge(*nnx.split(decoder))
     parts = lora.split_trainable(lora.attach(copy, config, tiny_training.one_device(), seed=0, token_ids=TAGS), config)
     if filled:
-        keys = iter(jax.random.split(jax.random.key(1), 100))
-        draw = lambda x: 0.05 * jax.random.normal(next(keys), x.shape) if not x.any() else x  # noqa: E731
+        seeds = itertools.count()
+        draw = lambda x: 0.05 * tiny.normal(next(seeds), *x.shape) if not x.any() else x  # noqa: E731
         parts = lora.TrainableSplit(parts.graphdef, jax.tree.map(draw, parts.params), parts.frozen)
     return decoder, parts
 
 
+jitted_hidden = nnx.jit(lambda decoder, *arrays: decoder(*arrays))
+
+
 def hidden(decoder: Any) -> jax.Array:
     batch = tiny_training.sft_batch()
-    return decoder(batch.tokens, batch.positions, batch.segment_ids)
+    return jitted_hidden(decoder, batch.tokens, batch.positions, batch.segment_ids)
 
 
 def names(state: Any) -> set[str]:

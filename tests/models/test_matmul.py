@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from r3rag_jax.models.decoder import rms_norm
 from r3rag_jax.models.matmul import adapted_matmul, matmul, transpose_copy
@@ -19,7 +20,7 @@ BOUNDS = {"float32": 2e-6, "bfloat16": 1e-2}
 
 
 def draw(*shape: int, dtype: str = "float32", seed: int = 0) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+    return tiny.normal(seed, *shape, dtype=dtype)
 
 
 def assert_close(found: Any, expected: Any, bound: float) -> None:

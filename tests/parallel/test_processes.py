@@ -9,7 +9,6 @@ sockets, for every decoded token, and both wait for it at full speed: there are 
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from safetensors.numpy import load_file
 from r3rag_jax import train
 from r3rag_jax.models.hf.decoder_files import load_decoder, save_decoder
 
-SMALL = {"sft__epochs": 40, "rl__iterations": 2, "rl__eval_every": 2, "rollout__max_steps": 2, "world__num_test": 2}
+SMALL = {"sft__epochs": 24, "rl__iterations": 2, "rl__eval_every": 2, "rollout__max_steps": 2, "world__num_test": 2}
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 
@@ -35,10 +34,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(recipe: Path, num_devices: int, *overrides: str) -> subprocess.Popen[str]:
-    """A training process with `num_devices` devices of its own, the parameters cut into four."""
-    command = ["-m", "r3rag_jax.train", "--config", str(recipe), "mesh.fsdp=4"]
-    return spawn([*command, "eval.systems=r3rag", *overrides], num_devices, recipe.parent)
+OVERRIDES = ["mesh.fsdp=4", "eval.systems=r3rag"]  # the parameters are cut into four
 
 
 def spawn(command: list[str], num_devices: int, directory: Path) -> subprocess.Popen[str]:
@@ -51,6 +47,19 @@ def spawn(command: list[str], num_devices: int, directory: Path) -> subprocess.P
         [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         cwd=directory,
     )  # fmt: skip
+
+
+ONE_PROCESS = """
+import shutil
+import sys
+from r3rag_jax import train
+
+recipe, theirs, own_copy, policy, *overrides = sys.argv[1:]
+assert train.main(["--config", recipe, *overrides, "phases=[index,sft]"]) == 0
+shutil.copytree(policy, own_copy)
+shutil.copytree(theirs, policy, dirs_exist_ok=True)
+assert train.main(["--config", recipe, *overrides]) == 0
+"""
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
@@ -70,15 +79,16 @@ def test_two_processes_train_the_same_run(base: Path, tmp_path: Path) -> None:
     two.mkdir()
     recipe = tiny_run.write_recipe(two, base, **SMALL)
     pair = ["mesh.distributed=true", "mesh.num_processes=2", f"mesh.coordinator=127.0.0.1:{free_port()}"]
-    said = finish([start(recipe, 2, *pair, f"mesh.process_id={rank}") for rank in range(2)])
+    command = ["-m", "r3rag_jax.train", "--config", str(recipe), *OVERRIDES, *pair]
+    said = finish([spawn([*command, f"mesh.process_id={rank}"], 2, two) for rank in range(2)])
     assert "Report" in said[0]
     assert "Report" not in said[1]  # one process speaks, writes and exports
     recipe, one, two = tiny_run.write_recipe(one, base, **SMALL), one / "run", two / "run"
-    finish([start(recipe, 4, "phases=[index,sft]")])
-    assert_same_policy(one, two, "sft")
-    shutil.copytree(two / "policy" / "sft", one / "policy" / "sft", dirs_exist_ok=True)
-    finish([start(recipe, 4)])
-    assert_same_policy(one, two, "rl")
+    own_sft = one.parent / "own-sft"
+    paths = [str(path) for path in (recipe, two / "policy" / "sft", own_sft, one / "policy" / "sft")]
+    finish([spawn(["-c", ONE_PROCESS, *paths, *OVERRIDES], 4, one.parent)])
+    assert_same_policy(own_sft, two / "policy" / "sft")
+    assert_same_policy(one / "policy" / "rl", two / "policy" / "rl")
     assert tiny_run.files(two).keys() >= {name for name in tiny_run.files(one) if not name.startswith("checkpoints")}
     for want, got in zip(tiny_run.metrics(one), tiny_run.metrics(two), strict=True):
         assert want.keys() == got.keys()
@@ -92,10 +102,10 @@ def test_two_processes_train_the_same_run(base: Path, tmp_path: Path) -> None:
         assert tiny_run.files(two)[name] == tiny_run.files(one)[name]  # the sampled words, too
 
 
-def assert_same_policy(one: Path, two: Path, phase: str) -> None:
-    want, got = (load_file(run / "policy" / phase / "model.safetensors") for run in (one, two))
+def assert_same_policy(one: Path, two: Path) -> None:
+    want, got = (load_file(policy / "model.safetensors") for policy in (one, two))
     for name in want:
-        np.testing.assert_allclose(got[name], want[name], atol=1e-5, err_msg=f"{phase} {name}")
+        np.testing.assert_allclose(got[name], want[name], atol=1e-5, err_msg=f"{one} {name}")
 
 
 EXPORT = """

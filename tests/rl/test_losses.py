@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -167,7 +168,7 @@ def test_kl_penalty():
 
 def test_kl_estimates_are_unbiased():
     # Averaged over the policy's own distribution, k1 and k3 are the divergence itself.
-    policy_V, ref_V = (jax.nn.log_softmax(jax.random.normal(jax.random.key(seed), (VOCAB,))) for seed in (1, 2))
+    policy_V, ref_V = (jax.nn.log_softmax(tiny.normal(seed, VOCAB)) for seed in (1, 2))
     divergence = jnp.sum(jnp.exp(policy_V) * (policy_V - ref_V))
     for kind in ("k1", "k3"):
         estimate = jnp.sum(jnp.exp(policy_V) * kl_penalty(policy_V, ref_V, kind))
@@ -210,7 +211,7 @@ def test_masked_tokens_count_nothing_and_rows_may_come_in_any_order(seed, share_
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_gradients_of_kl_losses_are_what_the_docstring_says(kind):
     # Averaged over the policy's own distribution, which itself is not differentiated: samples are constants.
-    logits, ref_V = jax.random.normal(jax.random.key(1), (VOCAB,)), jax.nn.log_softmax(jnp.linspace(-1, 1, VOCAB))
+    logits, ref_V = tiny.normal(1, VOCAB), jax.nn.log_softmax(jnp.linspace(-1, 1, VOCAB))
     policy_V = jax.nn.softmax(logits)
     found = jax.jit(jax.grad(lambda x: jnp.sum(policy_V * kl_penalty(jax.nn.log_softmax(x), ref_V, kind))))(logits)
     kl = lambda p_V, q_V: jnp.sum(jnp.exp(p_V) * (p_V - q_V))  # noqa: E731

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import AbstractMesh, AxisType
 
 from r3rag_jax.parallel.target import ONE_CPU, Target
@@ -24,11 +25,10 @@ def target(request):
 
 
 def _inputs(dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 4)
     return (
-        jax.random.normal(keys[0], (NUM_ROWS, NUM_TOKENS, WIDTH), dtype),
-        jax.random.normal(keys[1], (WIDTH, VOCAB), dtype),
-        jax.random.randint(keys[2], (NUM_ROWS, NUM_TOKENS), 0, VOCAB),
+        tiny.normal(0, NUM_ROWS, NUM_TOKENS, WIDTH, dtype=dtype),
+        tiny.normal(1, WIDTH, VOCAB, dtype=dtype),
+        tiny.integers(2, NUM_ROWS, NUM_TOKENS, high=VOCAB),
         jnp.stack([jnp.arange(NUM_TOKENS) % 3 != 1, jnp.arange(NUM_TOKENS) == 7]),
     )
 

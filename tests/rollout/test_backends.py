@@ -51,7 +51,7 @@ needs_devices = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight 
 
 
 @needs_devices
-@pytest.mark.parametrize("protocol", ["tags", "steps"])
+@pytest.mark.parametrize("protocol", ["tags", pytest.param("steps", marks=pytest.mark.slow)])
 def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Callable[[str], Path]) -> None:
     components = tiny_run.open_components(finished(protocol))
     params = components.policy.load(components.run.policy("rl"))

@@ -188,7 +188,7 @@ def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Components, Any]) ->
             np.testing.assert_array_equal(a.behaviour_logprobs, b.behaviour_logprobs)
 
 
-@pytest.mark.parametrize("is_alone", [False, True])
+@pytest.mark.parametrize("is_alone", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
 def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Components, Any], is_alone: bool) -> None:
     """Two hundred trajectories of all lengths, groups and temperatures, some slots full and some not."""

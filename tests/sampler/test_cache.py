@@ -22,6 +22,9 @@ from r3rag_jax.sampler.ops import XLA_ON_ONE_CPU
 from r3rag_jax.types import Context
 
 CONFIG = tiny.decoder().config
+# Jitted: an eager call compiles every operation by itself, which takes longer.
+attend = jax.jit(lambda cache, *args: cache.attend(*args))
+write = jax.jit(lambda cache, *args: cache.write(*args))
 
 
 @given(hnp.arrays(np.float32, (3, 8), elements=st.floats(-1e3, 1e3, width=32)))
@@ -43,15 +46,14 @@ def test_typed_out():
 def test_attention_in_eight_bits():
     """The weights of keys and the sum of values, each with its own scale, whatever their sizes."""
     B, C, K, H, S = 2, 3, CONFIG.num_kv_heads, CONFIG.head_dim, 8
-    keys = jax.random.split(jax.random.key(0), 4)
-    sizes = jnp.exp(jax.random.normal(keys[3], (B, C, K, 1)))
-    k, v = (sizes * jax.random.normal(key, (B, C, K, H)) for key in keys[:2])
-    q = jax.random.normal(keys[2], (B, C, CONFIG.num_heads, H))
+    sizes = np.exp(tiny.normal(33, B, C, K, 1))
+    k, v = (sizes * np.asarray(tiny.normal(seed, B, C, K, H)) for seed in (0, 1))
+    q = tiny.normal(2, B, C, CONFIG.num_heads, H)
     positions = jnp.array([[0, 1, 2], [3, 4, 5]])
     outs = []
     for dtype in (jnp.float32, jnp.int8):
-        cache = make_layer_cache(CONFIG, B, S, dtype, XLA_ON_ONE_CPU).write(k, v, positions)
-        outs.append(cache.attend(q, positions))
+        cache = write(make_layer_cache(CONFIG, B, S, dtype, XLA_ON_ONE_CPU), k, v, positions)
+        outs.append(attend(cache, q, positions))
     assert outs[1].dtype == jnp.float32
     difference = jnp.linalg.norm(outs[0] - outs[1]) / jnp.linalg.norm(outs[0])
     assert 0 < difference < 0.02
@@ -66,19 +68,18 @@ def test_attention_in_eight_bits():
 def test_block_by_block_equals_at_once(dtype, last, C, S, sizes):
     """Whatever the blocks, and where the last one is not whole; of some rows as of all. Against keys that lie whole."""
     B, K, H = 4, CONFIG.num_kv_heads, CONFIG.head_dim
-    keys = jax.random.split(jax.random.key(1), 3)
-    k, v = (3 * jax.random.normal(key, (B, S, K, H)) for key in keys[:2])
-    cache = make_layer_cache(CONFIG, B, S, dtype, XLA_ON_ONE_CPU).write(k, v, jnp.tile(jnp.arange(S), (B, 1)))
+    k, v = (3 * np.asarray(tiny.normal(seed, B, S, K, H)) for seed in (0, 1))
+    cache = write(make_layer_cache(CONFIG, B, S, dtype, XLA_ON_ONE_CPU), k, v, np.tile(np.arange(S), (B, 1)))
     assert cache.k.shape == ((B, K, S // KEY_BLOCK, H, KEY_BLOCK) if S % KEY_BLOCK == 0 else (B, K, 1, H, S))
     whole = dataclasses.replace(cache, k=jnp.moveaxis(cache.k, 2, 3).reshape(B, K, 1, H, S))
-    q = jax.random.normal(keys[2], (2, C, CONFIG.num_heads, H))
-    rows, positions = jnp.array([3, 1]), jnp.maximum(jnp.array(last)[:, None] - jnp.arange(C), 0)
-    outs = [whole.attend(q, positions, rows)]
+    q, others_first = tiny.normal(2, 2, C, CONFIG.num_heads, H), np.array([1, 1, 0, 0])
+    rows, positions = np.array([3, 1]), np.maximum(np.array(last)[:, None] - np.arange(C), 0)
+    outs = [attend(whole, q, positions, rows)]
     for common, others in ((S, S), *sizes):
         cache = dataclasses.replace(cache, blocks=AttendBlocks(common, others))
-        outs.append(cache.attend(q, positions, rows))
-        of_all = cache.attend(q[jnp.array([1, 1, 0, 0])], positions[jnp.array([1, 1, 0, 0])])
-        np.testing.assert_allclose(of_all[jnp.array([3, 1])], outs[-1], rtol=1e-6, atol=1e-6)
+        outs.append(attend(cache, q, positions, rows))
+        of_all = attend(cache, np.asarray(q)[others_first], positions[others_first])
+        np.testing.assert_allclose(np.asarray(of_all)[[3, 1]], outs[-1], rtol=1e-6, atol=1e-6)
     for out in outs[1:]:
         np.testing.assert_allclose(out, outs[0], rtol=1e-5, atol=1e-2 if dtype == jnp.bfloat16 else 1e-5)
 

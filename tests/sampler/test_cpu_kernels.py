@@ -32,6 +32,10 @@ CONFIG = dataclasses.replace(tiny.decoder().config, head_dim=16, num_heads=6, nu
 needs_compiler = pytest.mark.skipif(
     build.find_compiler() is None, reason=f"needs a C++ compiler: {', '.join(build.COMPILERS)} or $CXX"
 )
+# Jitted: an eager call compiles every operation by itself, which takes longer.
+attend = jax.jit(lambda cache, *args: cache.attend(*args))
+write = jax.jit(lambda cache, *args: cache.write(*args))
+multiply = jax.jit(lambda ops, x, w: ops.multiply(x, w), static_argnums=0)
 PRECISION = {jnp.float32: 2e-5, jnp.bfloat16: 2.0**-8}  # of a result, relative: its rounding or that of sums
 
 
@@ -46,7 +50,6 @@ def unknown() -> Iterator[None]:
     build.build_name.cache_clear()
     yield
     build.build_name.cache_clear()
-    jax.clear_caches()
 
 
 def exact_attention(k: Any, v: Any, q: Any, positions: Any, rows: Any) -> np.ndarray:
@@ -73,13 +76,12 @@ def test_attention(dtype: Any, held: Any, H: int, N: int, K: int, C: int, last: 
     The sums are float32, whatever the cache and the queries are.
     """
     S, config = 320, dataclasses.replace(CONFIG, head_dim=H, num_heads=N, num_kv_heads=K)
-    keys = jax.random.split(jax.random.key(C + H), 3)
-    k, v = (3 * jax.random.normal(key, (4, S, K, H), held) for key in keys[:2])
-    cache = make_layer_cache(config, 4, S, held, ops()).write(k, v, jnp.tile(jnp.arange(S), (4, 1)))
-    q = jax.random.normal(keys[2], (3, C, N, H), dtype)
+    k, v = (jnp.asarray(3 * np.asarray(tiny.normal(seed, 4, S, K, H)), held) for seed in (1, 2))
+    cache = write(make_layer_cache(config, 4, S, held, ops()), k, v, np.tile(np.arange(S), (4, 1)))
+    q = tiny.normal(3, 3, C, N, H, dtype=dtype)
     positions, rows = np.maximum(np.array(last)[:, None] - np.arange(C)[::-1], 0), np.array([3, 0, 1])
     assert isinstance(cache, KernelLayerCache)
-    found = jax.jit(lambda cache, *args: cache.attend(*args))(cache, q, positions, rows)
+    found = attend(cache, q, positions, rows)
     assert found.dtype == dtype
     expected = exact_attention(k, v, q, positions, rows)
     np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=PRECISION[dtype], atol=2e-5)
@@ -108,9 +110,9 @@ def test_writing_drops_what_has_no_place_and_needs_no_copy(dtype: Any) -> None:
     cache = dataclasses.replace(cache, k=cache.k + 7, v=cache.v + 7)
     new = jnp.arange(1.0, 3 * 2 * K * H + 1).reshape(3, 2, K, H).astype(dtype)
     positions, rows = jnp.array([[31, 32], [63, 64], [5, 6]]), jnp.array([2, 0, 3])
-    write = jax.jit(lambda cache, *args: cache.write(*args), donate_argnums=0)
+    donating_write = jax.jit(lambda cache, *args: cache.write(*args), donate_argnums=0)
     held = cache.k.unsafe_buffer_pointer(), cache.v.unsafe_buffer_pointer()
-    cache = write(cache, new, -new, positions, rows)
+    cache = donating_write(cache, new, -new, positions, rows)
     assert (cache.k.unsafe_buffer_pointer(), cache.v.unsafe_buffer_pointer()) == held
     k = jnp.moveaxis(cache.k, 3, 4).reshape(3, K, S, H)
     for found, written in ((k, new), (cache.v, -new)):
@@ -125,10 +127,9 @@ def test_writing_drops_what_has_no_place_and_needs_no_copy(dtype: Any) -> None:
 @pytest.mark.parametrize(("width", "outs"), [(32, 1), (64, 49), (1536, 70)])
 def test_products(dtype: Any, num_rows: int, width: int, outs: int) -> None:
     """Whole tiles and rests of them; a bfloat16 product is exact, its sum is float32."""
-    x = jax.random.normal(jax.random.key(0), (num_rows, width), dtype)
-    w = jax.random.normal(jax.random.key(1), (outs, width), dtype)
+    x, w = tiny.normal(0, num_rows, width, dtype=dtype), tiny.normal(1, outs, width, dtype=dtype)
     assert ops().kernels.can_multiply(x, w)
-    found, exact = jax.jit(ops().multiply)(x, w), np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    found, exact = multiply(ops(), x, w), np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5 * width**0.5)
 
@@ -211,27 +212,29 @@ def test_calls_on_three_quarters_of_the_rows_write_what_calls_on_all_do() -> Non
 
 
 @needs_compiler
-def test_they_are_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unknown: None) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    name = build.build_name()
-    [made] = (tmp_path / "r3rag_jax" / "kernels").iterdir()
-    before = made.stat()
-    build.build_name.cache_clear()
-    assert build.build_name() == name == made.stem
-    assert made.stat().st_mtime_ns == before.st_mtime_ns
-
-
-@needs_compiler
-@pytest.mark.parametrize("option", ["-mno-avx512bf16", "-mno-avx512f", "-mno-avx"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param("-mno-avx512bf16", marks=pytest.mark.slow),
+        "-mno-avx512f",
+        pytest.param("-mno-avx", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.skipif(host.machine() not in ("x86_64", "AMD64"), reason="options of x86")
-def test_on_a_lesser_machine(monkeypatch: pytest.MonkeyPatch, unknown: None, option: str) -> None:
-    """Without bfloat16 instructions, with vectors of eight and of four numbers."""
+def test_on_a_lesser_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unknown: None, option: str) -> None:
+    """Without bfloat16 instructions, with vectors of eight and of four numbers; compiled once."""
     compiler = shlex.join(build.find_compiler() or [])
     before = build.build_name()
     monkeypatch.setenv("CXX", f"{compiler} {option}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.build_name.cache_clear()
-    jax.clear_caches()
-    assert build.build_name() not in (None, before)
+    name = build.build_name()
+    assert name not in (None, before)
+    [made] = (tmp_path / "r3rag_jax" / "kernels").iterdir()
+    compiled_at = made.stat().st_mtime_ns
+    build.build_name.cache_clear()
+    assert build.build_name() == name == made.stem
+    assert made.stat().st_mtime_ns == compiled_at
     for dtype in PRECISION:
         for held in PRECISION:
             test_attention(dtype, held, 48, 6, 2, 5, (4, 130, 319))

@@ -54,9 +54,14 @@ def prompt(seed, length):
     return np.random.default_rng(seed).integers(20, 260, length).tolist()
 
 
+@functools.cache
+def jitted_forward(model):
+    return jax.jit(lambda tokens, positions: model.logits(model(tokens, positions)))
+
+
 def naive(model, ids, num, temperature, key, min_p=0.0):
     """Full forward per token, one row at a time: (sampled ids, log-probabilities)."""
-    forward = jax.jit(lambda tokens, positions: model.logits(model(tokens, positions)))
+    forward = jitted_forward(model)
     ids, logprobs = list(ids), []
     for _ in range(num):
         tokens = np.zeros((1, MAX_LENGTH), np.int32)
@@ -79,25 +84,34 @@ def naive(model, ids, num, temperature, key, min_p=0.0):
 
 @pytest.mark.parametrize("num_devices", [None, 1])
 @pytest.mark.parametrize("min_p", [0.0, 0.3])
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_engine_equals_naive_loop(model, temperature, min_p, num_devices):
+def test_engine_equals_naive_loop(model, min_p, num_devices):
+    """At three temperatures."""
     engine, policy = make_engine(model, truncation=Truncation(min_p), num_devices=num_devices)
     contexts = {
-        row: Context(prompt(row, 5 + 17 * row), 12, temperature, np.array([row, 9], np.uint32)) for row in range(3)
+        row: Context(prompt(row, 5 + 17 * row), 12, temperature, np.array([row, 9], np.uint32))
+        for row, temperature in enumerate((0.0, 0.7, 1.0))
     }
     engine.set_context(policy, contexts)
     engine.decode(policy, 100, leave_at=4)
     assert engine.find(RowStatus.DONE) == [0, 1, 2]
     for row, context in contexts.items():
         start = len(context.ids)
-        ids, logprobs = naive(model, context.ids, 12, temperature, context.key, min_p)
+        ids, logprobs = naive(model, context.ids, 12, context.temperature, context.key, min_p)
         assert engine.rows.tokens[row, start : start + 12].tolist() == ids
         np.testing.assert_allclose(engine.rows.logprobs[row, start : start + 12], logprobs, atol=2e-5)
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.7])
-@pytest.mark.parametrize("top_k", [0, 12])
-@pytest.mark.parametrize("min_p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("min_p", "top_k", "top_p"),
+    [
+        (0.0, 0, 1.0),
+        (0.1, 12, 0.7),
+        *(
+            pytest.param(*how, marks=pytest.mark.slow)
+            for how in ((0.1, 0, 1.0), (0.0, 12, 1.0), (0.0, 0, 0.7), (0.1, 12, 1.0), (0.1, 0, 0.7), (0.0, 12, 0.7))
+        ),
+    ],
+)
 def test_recorded_logprobs_are_the_trainers_for_every_truncation(model, min_p, top_k, top_p):
     how = Truncation(min_p, top_k, top_p)
     engine, policy = make_engine(model, truncation=how)
@@ -111,7 +125,7 @@ def test_recorded_logprobs_are_the_trainers_for_every_truncation(model, min_p, t
     )
     engine.decode(policy, 80, leave_at=4)
     tokens = engine.rows.tokens[:, :88]
-    hidden = model(tokens, np.broadcast_to(np.arange(88), tokens.shape))[:, 7:-1]
+    hidden = jax.jit(model)(tokens, np.broadcast_to(np.arange(88), tokens.shape))[:, 7:-1]
     score = functools.partial(chunked_logprobs, chunk=64, tied=model.config.tie_embeddings, truncation=how)
     scored_at = np.broadcast_to(np.where(temperatures > 0, temperatures, 1)[:, None], (4, 80))
     logprobs, _ = jax.jit(score)(hidden, model.output_weight(), tokens[:, 8:], scored_at, np.ones((4, 80), bool))
@@ -208,8 +222,8 @@ def test_trajectory_does_not_depend_on_slot_or_neighbours(model):
 
 MOVED = r"= \(?\w+\[([\d,]+)\].* (?:all-gather|all-to-all|collective-permute)(?:-start)?\("
 MESHES = [
-    pytest.param(MeshConfig(), False, id="data 8"),
-    pytest.param(MeshConfig(fsdp=4), False, id="data 2, fsdp 4"),
+    pytest.param(MeshConfig(), False, id="data 8", marks=pytest.mark.slow),
+    pytest.param(MeshConfig(fsdp=4), False, id="data 2, fsdp 4", marks=pytest.mark.slow),
     pytest.param(MeshConfig(fsdp=4), True, id="data 2, fsdp 4, weights split"),
     pytest.param(MeshConfig(fsdp=2, tensor=2), False, id="data 2, fsdp 2, tensor 2"),
 ]
@@ -326,7 +340,7 @@ def test_pause_stop_and_budget(model):
     assert engine.rows.lengths[3] == MAX_LENGTH  # never beyond the cache
 
 
-@pytest.mark.parametrize("chunk", [3, 40])
+@pytest.mark.parametrize("chunk", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_a_stop_string_takes_back_what_was_sampled_behind_it(model, chunk):
     """Whatever the calls on the device: the row ends with the string, and goes on as if it had never written more."""
     contexts = {row: Context(prompt(row, 8), 30, 1.0, np.array([row, 4], np.uint32)) for row in range(3)}

@@ -25,8 +25,14 @@ from r3rag_jax.types import SFTBatch, TrainBatch
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("kind", ["sft", "token", "step", "constant"])
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        *((kind, (1, 1, 1)) for kind in ("sft", "token", "step", "constant")),
+        *((kind, (2, 2, 2)) for kind in ("sft", "step")),
+        *(pytest.param(kind, (2, 2, 2), marks=pytest.mark.slow) for kind in ("token", "constant")),
+    ],
+)
 def test_micro_batches_add_up_to_the_batch(kind: str, sizes: tuple[int, int, int]) -> None:
     """Loss, metrics and gradients of micro-batches that hold unequal numbers of tokens, trajectories and gains."""
     mesh = one_device() if sizes == (1, 1, 1) else make_mesh(tiny.mesh_config(*sizes))

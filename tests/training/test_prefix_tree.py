@@ -172,7 +172,7 @@ def test_rl_learns_the_same(trajectories: list[Trajectory]) -> None:
     """With a critic, KL and entropy, from advantages that differ from token to token."""
     policy = tiny.decoder(VOCAB)
     critic = new_critic(policy, "head")
-    critic.head[...] = 0.1 * jax.random.normal(jax.random.key(5), critic.head.shape)
+    critic.head[...] = 0.1 * tiny.normal(5, *critic.head.shape)
     split_of = {"policy": nnx.split(policy), "critic": nnx.split(critic)}
     graphdefs, params = ({name: part[i] for name, part in split_of.items()} for i in (0, 1))
     config = RLConfig(critic=CriticConfig(kind="head", gae_lambda=0.9), kl=KLConfig(coef=0.05), entropy_coef=0.01)
@@ -192,10 +192,10 @@ def test_rl_learns_the_same(trajectories: list[Trajectory]) -> None:
 
 def test_the_mask_of_attention() -> None:
     """Against all scores at once, for outputs and gradients; also across the borders of query chunks."""
-    L, keys = 300, jax.random.split(jax.random.key(0), 4)
-    q, k, v = (jax.random.normal(key, (2, L, heads, 8)) for key, heads in zip(keys, (4, 2, 2), strict=False))
+    L = 300
+    q, k, v = (tiny.normal(seed, 2, L, heads, 8) for seed, heads in enumerate((4, 2, 2)))
     segments = jnp.where(jnp.arange(L) < 220, 1, 2) * jnp.ones((2, 1), jnp.int32)
-    branches = jax.random.randint(keys[3], (2, L), 0, 4)
+    branches = tiny.integers(3, 2, L, high=4)
     mask = (segments[:, :, None] == segments[:, None]) & (jnp.arange(L)[:, None] >= jnp.arange(L))
     mask &= (branches[:, None] == 0) | (branches[:, :, None] == branches[:, None])
 

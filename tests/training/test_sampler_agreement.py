@@ -47,7 +47,7 @@ STEPS = (
 )
 
 
-JOBS = [
+REQUESTS = [
     RolloutRequest(QUESTION, sample, temperature, seed=3) for sample, temperature in enumerate((0.7, 1.0, 0.0, 1.0))
 ]
 
@@ -61,26 +61,31 @@ def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Codec(tokenizer, make_protocol(request.param), passage_tokens=60)
 
 
-def play(codec: Codec, jobs: list[RolloutRequest], truncation: Truncation = WHOLE) -> list[Trajectory]:
+def new_engine(truncation: Truncation) -> Engine:
+    config = tiny.decoder(VOCAB).config
+    return Engine(modules()[0]["policy"], config, one_device(), truncation=truncation, slots=4, max_length=MAX_LENGTH)
+
+
+shared_engine = functools.cache(new_engine)  # compiled once for both protocols
+
+
+def sampled(codec: Codec, engine: Engine) -> list[Trajectory]:
     """Trajectories of the tiny policy, sampled by the real engine."""
-    graphdefs, params = modules()
-    shape = {"slots": 4, "max_length": MAX_LENGTH}
-    engine = Engine(graphdefs["policy"], tiny.decoder(VOCAB).config, one_device(), truncation=truncation, **shape)
-    backend = EngineBackend(engine, engine.load(params["policy"]), codec.tokenizer, decode_chunk=32)
+    backend = EngineBackend(engine, engine.load(modules()[1]["policy"]), codec.tokenizer, decode_chunk=32)
     config = RolloutConfig(max_length=MAX_LENGTH, max_new_tokens=110, max_steps=3)
     env_factory = search_env_factory(codec, config, top_k=1, max_passages=4)
-    return rollout(backend, env_factory, tiny.DictRetriever(PASSAGES), jobs)
+    return rollout(backend, env_factory, tiny.DictRetriever(PASSAGES), REQUESTS)
 
 
-def force(monkeypatch: pytest.MonkeyPatch, codec: Codec, jobs: list[RolloutRequest]) -> None:
+def force(monkeypatch: pytest.MonkeyPatch, codec: Codec) -> None:
     """Make the engine sample the scripted steps, found by row key and position; all else stays as it is."""
     transcript, keys, table = Transcript(codec, QUESTION.question), [], []
     for number, (step, passage) in enumerate(zip(STEPS, [*PASSAGES, None], strict=True)):
         start, ids = len(transcript.context), codec.step_ids(step, number + 1)
         row = np.full(MAX_LENGTH, -1, np.int32)
         row[start : start + len(ids)] = ids
-        keys += [job.key(number) for job in jobs]
-        table += [row] * len(jobs)
+        keys += [request.key(number) for request in REQUESTS]
+        table += [row] * len(REQUESTS)
         transcript.write(ids)
         if passage is not None:
             transcript.add_passages([passage])
@@ -99,14 +104,18 @@ def force(monkeypatch: pytest.MonkeyPatch, codec: Codec, jobs: list[RolloutReque
     monkeypatch.setattr(decode_module, "sample", scripted)
 
 
+@functools.cache
+def jitted_loss(truncation: Truncation) -> Callable[..., Any]:
+    return jax.jit(functools.partial(rl_loss, modules()[0], config=RL, remat="none", truncation=truncation))
+
+
 def sampler_gap(
     trajectories: list[Trajectory],
     change: Callable[[TrainBatch], TrainBatch] = lambda b: b,
     truncation: Truncation = WHOLE,
 ) -> float:
     """Largest difference between recorded and recomputed log-probabilities, as the RL phase logs it."""
-    graphdefs, params = modules()
-    loss = jax.jit(functools.partial(rl_loss, graphdefs, config=RL, remat="none", truncation=truncation))
+    loss, params = jitted_loss(truncation), modules()[1]
     options = {"row_length": MAX_LENGTH, "batch_rows": 4, "rng": np.random.default_rng(0)}
     samples = [sample for trajectory in trajectories for sample in trajectory.samples]
     batches, _ = minibatches(samples, **options)
@@ -116,7 +125,7 @@ def sampler_gap(
 
 def test_recomputed_logprobs_are_the_samplers(codec: Codec) -> None:
     """Whatever a random policy writes, at three temperatures in one batch."""
-    trajectories = play(codec, JOBS)
+    trajectories = sampled(codec, shared_engine(WHOLE))
     assert sum(sample.loss_mask.sum() for t in trajectories for sample in t.samples) > 100
     assert sampler_gap(trajectories) < 1e-4
     cold = lambda b: dataclasses.replace(b, temperature=np.ones_like(b.temperature))  # noqa: E731
@@ -125,7 +134,7 @@ def test_recomputed_logprobs_are_the_samplers(codec: Codec) -> None:
 
 def test_they_are_also_truncated(codec: Codec) -> None:
     how = Truncation(min_p=0.02, top_k=40, top_p=0.8)
-    trajectories = play(codec, JOBS, how)
+    trajectories = sampled(codec, shared_engine(how))
     assert sum(sample.loss_mask.sum() for t in trajectories for sample in t.samples) > 100
     assert sampler_gap(trajectories, truncation=how) < 1e-4
     assert sampler_gap(trajectories) > 0.1
@@ -133,8 +142,8 @@ def test_they_are_also_truncated(codec: Codec) -> None:
 
 def test_they_are_also_across_retrievals(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole well-formed trajectories: passages spliced in, the cache kept, and the same ids as the cold start's."""
-    force(monkeypatch, codec, JOBS)
-    trajectories = play(codec, JOBS)
+    force(monkeypatch, codec)
+    trajectories = sampled(codec, new_engine(WHOLE))
     for trajectory in trajectories:
         assert trajectory.status == Status.ANSWERED
         assert trajectory.retrieved_ids == ("a", "b")

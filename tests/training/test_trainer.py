@@ -30,7 +30,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     "algorithm",
-    [pytest.param(name, marks=pytest.mark.slow if name in ("grpo", "reinforce++") else ()) for name in OPTIONS],
+    [pytest.param(name, marks=pytest.mark.slow if name in ("rloo", "reinforce++") else ()) for name in OPTIONS],
 )
 def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Path, tmp_path: Path) -> None:
     settings = {"rl.algorithm": algorithm, "rl.questions": 3, "rl.batch_rows": 8, "rl.row_length": 320}

@@ -41,14 +41,15 @@ from r3rag_jax.training.state import shift_right
 from r3rag_jax.types import SFTBatch
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+MESH_PARAMS = [pytest.param(sizes, marks=pytest.mark.slow if 1 in sizes else ()) for sizes in MESHES]
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", MESH_PARAMS)
 def test_sft_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
     assert_close(sft_grads(make_mesh(tiny.mesh_config(*sizes)), sft_batch()), on_one_device("sft"))
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", MESH_PARAMS)
 def test_rl_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
     assert_close(rl_grads(make_mesh(tiny.mesh_config(*sizes)), rl_batch()), on_one_device("rl"))
 
