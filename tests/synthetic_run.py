@@ -178,13 +178,13 @@ def evaluation(system: str) -> dict[str, Any]:
 
 def _attempts(system: str) -> Iterable[Trajectory]:
     """Of each type: newly right, right both times, newly wrong, wrong both times."""
-    plays = {
+    outcomes = {
         "cold_start": (malformed, right, right, wrong),
         "r3rag": (right, right, no_answer, wrong),
     }[system]
     for number, kind in enumerate(TYPES):
-        for place, play in enumerate(plays):
-            yield play(question(4 * number + place, kind))
+        for place, outcome in enumerate(outcomes):
+            yield outcome(question(4 * number + place, kind))
 
 
 def _rollouts() -> Iterable[dict[str, Any]]:

@@ -88,10 +88,10 @@ def test_evaluations_and_trajectories(protocol: str, finished: Callable[[str], P
         assert (summary["system"], summary["num_questions"], summary["groups"]["all"]["num"]) == (system, 4, 4)
         marks.append(summary["fingerprint"])
         rows = [row for _, row in read_rows(run_dir / "trajectories" / f"{system}.jsonl")]
-        played = [trajectory_from_dict(row) for row in rows]
+        trajectories = [trajectory_from_dict(row) for row in rows]
         asked = read_questions(run_dir / "data" / "test.jsonl")
-        assert [t.question for t in played] == asked
-        assert max(t.num_retrievals for t in played) <= {"closed_book": 0, "oneshot_rag": 1}.get(system, 3)
+        assert [t.question for t in trajectories] == asked
+        assert max(t.num_retrievals for t in trajectories) <= {"closed_book": 0, "oneshot_rag": 1}.get(system, 3)
     assert all(differences(mark, marks[0]) == [] for mark in marks)
     assert [mark["policy"].split()[0] for mark in marks] == ["base", "base", "sft", "rl"]
     rows = [row for _, row in read_rows(run_dir / "trajectories" / "rl.jsonl")]

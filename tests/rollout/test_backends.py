@@ -55,11 +55,11 @@ needs_devices = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight 
 def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Callable[[str], Path]) -> None:
     components = tiny_run.open_components(finished(protocol))
     params = components.policy.load(components.run.policy("rl"))
-    jobs = [
+    requests = [
         RolloutRequest(question)
         for question in [*components.dataset.questions("rl")[:4], *components.dataset.questions("test")]
     ]
-    local = rollout(components.engine_backends(lambda: params), components.search_env, components.retriever, jobs)
+    local = rollout(components.engine_backends(lambda: params), components.search_env, components.retriever, requests)
     assert sum(t.num_retrievals for t in local) > 3  # so that passages are in the contexts
     reply = EngineReply(components, components.engine.load(params))
     for dialect in ("vllm", "tokens", "llama", "sglang", "openai"):
@@ -71,9 +71,9 @@ def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Ca
             client.retriever = components.retriever
             heard: list[Trajectory] = []
             backend = client.backends(lambda: None)
-            served = rollout(backend, client.search_env, client.retriever, jobs, on_done=heard.append)
+            served = rollout(backend, client.search_env, client.retriever, requests, on_done=heard.append)
         assert [t.status for t in served] == [t.status for t in local]
-        assert sorted(t.question.id for t in heard) == sorted(job.question.id for job in jobs)
+        assert sorted(t.question.id for t in heard) == sorted(request.question.id for request in requests)
         for mine, theirs in zip(local, served, strict=True):
             if dialect in ("llama", "openai") and mine.status == Status.FORMAT_ERROR:
                 assert theirs.steps[:-1] == mine.steps[:-1]  # which token ended a malformed step they do not tell
@@ -145,7 +145,7 @@ def codec(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Codec:
 def ask(
     codec: Codec,
     url: str,
-    jobs: Sequence[RolloutRequest],
+    requests: Sequence[RolloutRequest],
     on_done: Callable[[Trajectory], None] | None = None,
     served: dict[str, Any] | None = None,
     **settings: Any,
@@ -155,23 +155,23 @@ def ask(
     config = RolloutConfig(**{"server": server, "max_length": 2000} | settings)
     backend = ServerBackend(config, codec.tokenizer, first_wait_s=0.01)
     env_factory = search_env_factory(codec, config, top_k=1, max_passages=10)
-    return rollout(backend, env_factory, tiny.DictRetriever(PASSAGES), jobs, on_done=on_done)
+    return rollout(backend, env_factory, tiny.DictRetriever(PASSAGES), requests, on_done=on_done)
 
 
-def play(
+def serve_rollouts(
     codec: Codec,
     reply: Callable[[dict[str, Any]], Reply],
-    jobs: Sequence[RolloutRequest] = (),
+    requests: Sequence[RolloutRequest] = (),
     on_done: Callable[[Trajectory], None] | None = None,
     headers: dict[str, str] | None = None,
     **settings: Any,
 ) -> tuple[list[Trajectory], RunningServer]:
     with serve(reply, headers) as endpoint:
-        played = ask(codec, endpoint.url, jobs or [job(0)], on_done, **settings)
-    return played, endpoint
+        trajectories = ask(codec, endpoint.url, requests or [request(0)], on_done, **settings)
+    return trajectories, endpoint
 
 
-def job(number: int, **fields: Any) -> RolloutRequest:
+def request(number: int, **fields: Any) -> RolloutRequest:
     return RolloutRequest(Question(f"q{number}", f"Who wrote Origin, number {number}?", ("Charles Darwin",)), **fields)
 
 
@@ -191,19 +191,19 @@ def answering(codec: Codec) -> Callable[[dict[str, Any]], Reply]:
 
 
 def test_ids_budgets_and_seeds_of_the_requests(codec: Codec) -> None:
-    jobs = [job(0, temperature=0.7, seed=3), job(0, sample_index=1, temperature=0.2, seed=3)]
+    requests = [request(0, temperature=0.7, seed=3), request(0, sample_index=1, temperature=0.2, seed=3)]
     settings = {"max_new_tokens": 300, "max_length": 800, "min_p": 0.1, "top_p": 0.9, "top_k_tokens": 40, "slots": 1}
-    played, endpoint = play(codec, answering(codec), jobs, **settings)
-    assert [t.answer for t in played] == ["Charles Darwin"] * 2
-    assert [t.sample_index for t in played] == [0, 1]
+    trajectories, endpoint = serve_rollouts(codec, answering(codec), requests, **settings)
+    assert [t.answer for t in trajectories] == ["Charles Darwin"] * 2
+    assert [t.sample_index for t in trajectories] == [0, 1]
     for body in endpoint.bodies:
         assert body["max_tokens"] == min(300, 800 - len(body["prompt"]))
         assert (body["top_p"], body["min_p"], body["top_k"], body["model"]) == (0.9, 0.1, 40, MODEL)
         assert "<|im_end|>" in body["stop"] and set(codec.stop_ids) <= set(body["stop_token_ids"])
     assert sorted(body["temperature"] for body in endpoint.bodies) == [0.2, 0.2, 0.7, 0.7]
     seeds = {(body["temperature"], body["seed"]) for body in endpoint.bodies}
-    assert seeds == {(j.temperature, int(j.key(step)[0]) >> 1) for j in jobs for step in (0, 1)}
-    context = played[0].samples[-1]
+    assert seeds == {(r.temperature, int(r.key(step)[0]) >> 1) for r in requests for step in (0, 1)}
+    context = trajectories[0].samples[-1]
     written = codec.step_ids(LAST, 2)
     assert context.ids[-len(written) :].tolist() == written  # the end is restored
 
@@ -216,7 +216,7 @@ def test_a_server_is_told_every_end_of_a_turn(tmp_path: Path) -> None:
     written = tokenizer.encode("<think> I know. </think><answer> Darwin")
     for end in tokenizer.end_ids:
         reply = 200, completion(tokenizer.decode(written), token_ids=[*written, end])
-        [trajectory], endpoint = play(codec, lambda _, reply=reply: reply)
+        [trajectory], endpoint = serve_rollouts(codec, lambda _, reply=reply: reply)
         assert endpoint.bodies[0]["stop"] == ["</query>", "</answer>", "<|im_end|>", "<|endoftext|>"]
         assert endpoint.bodies[0]["stop_token_ids"] == [*codec.stop_ids, 2, 0, 1]
         assert (trajectory.status, trajectory.num_policy_tokens) == (Status.FORMAT_ERROR, len(written) + 1)
@@ -224,7 +224,7 @@ def test_a_server_is_told_every_end_of_a_turn(tmp_path: Path) -> None:
 
 
 def test_who_tells_no_logprobs_cannot_be_trained_on(codec: Codec) -> None:
-    [trajectory], _ = play(codec, answering(codec))
+    [trajectory], _ = serve_rollouts(codec, answering(codec))
     assert not any(sample.has_logprobs for sample in trajectory.samples)
     with pytest.raises(ValueError, match="must hold the log-probabilities"):
         pack(trajectory.samples, row_length=2000)
@@ -235,19 +235,19 @@ def test_a_tag_spelled_out_in_letters_ends_no_step(tokenizer: Tokenizer) -> None
     ids = tokenizer.encode("<think> I know. </think><answer> Darwin ")
     ids += tokenizer.encode("</answer>", allow_special=False)
     reply = 200, completion(tokenizer.decode(ids), token_ids=ids, stop_reason="</answer>")
-    [trajectory], _ = play(codec, lambda _: reply)
+    [trajectory], _ = serve_rollouts(codec, lambda _: reply)
     assert trajectory.status == Status.FORMAT_ERROR
     assert trajectory.samples[0].ids[-len(ids) :].tolist() == ids
 
 
 def test_a_step_cut_off_by_its_budget_is_malformed(codec: Codec) -> None:
-    [trajectory], _ = play(codec, lambda _: (200, completion(text_of(codec, LAST, 1), "length")))
+    [trajectory], _ = serve_rollouts(codec, lambda _: (200, completion(text_of(codec, LAST, 1), "length")))
     assert trajectory.status == Status.FORMAT_ERROR
     assert trajectory.samples[0].ids[-1] not in (*codec.stop_ids, codec.turn_end_id)
 
 
 def test_an_end_of_turn_at_once_is_a_malformed_step(codec: Codec) -> None:
-    [trajectory], _ = play(codec, lambda _: (200, completion("")))
+    [trajectory], _ = serve_rollouts(codec, lambda _: (200, completion("")))
     assert trajectory.status == Status.FORMAT_ERROR
     assert trajectory.num_policy_tokens == 1
 
@@ -259,11 +259,11 @@ def test_trajectories_do_not_depend_on_their_neighbours_or_the_order(codec: Code
         number = codec.tokenizer.decode(body["prompt"]).partition("number ")[2][0]
         return 200, completion(text_of(codec, Step("I know.", answer=f"Answer {number} {body['seed']}"), 1))
 
-    jobs = [job(number, temperature=1.0) for number in range(9)]
-    played, _ = play(codec, reply, jobs, slots=8)
-    assert [t.question.id for t in played] == [j.question.id for j in jobs]
-    again, _ = play(codec, reply, jobs[::-1], slots=2)
-    assert [t.steps for t in again[::-1]] == [t.steps for t in played]
+    requests = [request(number, temperature=1.0) for number in range(9)]
+    trajectories, _ = serve_rollouts(codec, reply, requests, slots=8)
+    assert [t.question.id for t in trajectories] == [r.question.id for r in requests]
+    again, _ = serve_rollouts(codec, reply, requests[::-1], slots=2)
+    assert [t.steps for t in again[::-1]] == [t.steps for t in trajectories]
 
 
 def test_as_many_requests_are_in_flight_as_there_are_slots(codec: Codec) -> None:
@@ -273,8 +273,10 @@ def test_as_many_requests_are_in_flight_as_there_are_slots(codec: Codec) -> None
         together.wait(timeout=20)
         return answering(codec)(body)
 
-    played, endpoint = play(codec, reply, [job(number) for number in range(4)], slots=4, served={"model": "m"})
-    assert [t.answer for t in played] == ["Charles Darwin"] * 4
+    trajectories, endpoint = serve_rollouts(
+        codec, reply, [request(number) for number in range(4)], slots=4, served={"model": "m"}
+    )
+    assert [t.answer for t in trajectories] == ["Charles Darwin"] * 4
     assert endpoint.most_busy == 4
 
 
@@ -288,7 +290,7 @@ def failing(times: int, status: int, then: Callable[[dict[str, Any]], Reply]) ->
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(codec: Codec, status: int) -> None:
-    [trajectory], endpoint = play(codec, failing(2, status, answering(codec)))
+    [trajectory], endpoint = serve_rollouts(codec, failing(2, status, answering(codec)))
     assert trajectory.answer == "Charles Darwin"
     assert len(endpoint.bodies) == 2 + 2
 
@@ -311,7 +313,7 @@ def test_a_server_that_keeps_failing_loses_nothing_finished(codec: Codec) -> Non
     with pytest.raises(
         UserError, match=r"http://127\.0\.0\.1:\d+/v1/completions failed, attempt 3 of 3: 500 out of mem"
     ):
-        play(codec, reply, [job(number) for number in range(4)], heard.append, slots=4)
+        serve_rollouts(codec, reply, [request(number) for number in range(4)], heard.append, slots=4)
     assert sorted(t.question.id for t in heard) == ["q0", "q1", "q3"]
 
 
@@ -319,7 +321,7 @@ def test_a_server_that_keeps_failing_loses_nothing_finished(codec: Codec) -> Non
 def test_a_malformed_reply_is_an_error_and_never_an_empty_step(tokenizer: Tokenizer, value: Any) -> None:
     codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=200)
     with pytest.raises(UserError, match=r"/v1/completions must answer"):
-        play(codec, lambda _: (200, value))
+        serve_rollouts(codec, lambda _: (200, value))
 
 
 def test_baselines_tell_what_has_come_before_an_error(tokenizer: Tokenizer) -> None:
@@ -334,7 +336,7 @@ def test_baselines_tell_what_has_come_before_an_error(tokenizer: Tokenizer) -> N
         config = Config(phases=("index",), rollout=RolloutConfig(server=ServerConfig(url=endpoint.url, retries=0)))
         closed_book, backend = BASELINES["closed_book"](config, tokenizer), ServerBackend(config.rollout, tokenizer)
         with pytest.raises(UserError, match="attempt 1 of 1: 500"):
-            rollout(backend, closed_book, tiny.DictRetriever([]), [job(0), job(1)], on_done=heard.append)
+            rollout(backend, closed_book, tiny.DictRetriever([]), [request(0), request(1)], on_done=heard.append)
     assert [t.answer for t in heard] == ["Charles Darwin"]
 
 

@@ -1,4 +1,4 @@
-"""The rollout loop, typed out: in which order a backend and a retriever are called, whatever is played."""
+"""The rollout loop, typed out: in which order a backend and a retriever are called, whatever the Env."""
 
 from __future__ import annotations
 

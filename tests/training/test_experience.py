@@ -36,32 +36,32 @@ def test_questions_that_teach_nothing_make_room_for_others(monkeypatch: pytest.M
     questions = [Question(str(i), f"q{i}", ("x",)) for i in range(12)]
     rl_config = RLConfig(algorithm="grpo", questions=4, max_resamples=2)
     config = Config(rl=rl_config, rollout=RolloutConfig(samples=2, temperatures=(1.0,)))
-    played: list[list[int]] = []
+    drawn: list[list[int]] = []
 
-    def play(
+    def rollout(
         backend: Any, env_factory: Any, retriever: Any, requests: list[RolloutRequest], **_: Any
     ) -> list[Trajectory]:
-        played.append([int(request.question.id) for request in requests[::2]])
+        drawn.append([int(request.question.id) for request in requests[::2]])
         is_right = [int(request.question.id) % 2 == 0 and request.sample_index == 0 for request in requests]
         steps = [(Step("a", answer="x" if right else "y"),) for right in is_right]
         return [Trajectory(request.question, s, Status.ANSWERED) for request, s in zip(requests, steps, strict=True)]
 
-    monkeypatch.setattr(experience, "rollout", play)
+    monkeypatch.setattr(experience, "rollout", rollout)
     scorer = Scorer(config.rewards, Resources(config.rollout.max_steps))
     sampler = IterationSampler(config, questions, env_factory=None, retriever=None, scorer=scorer)
     for iteration in range(3):
-        played.clear()
+        drawn.clear()
         rollouts = sampler.run(iteration, backend=None)
         found = rollouts.score(scorer, totals=False)
         assert_same_scores(found.scores, scorer.score(found.trajectories))
         is_even = [int(t.question.id) % 2 == 0 for t in found.trajectories]
         assert found.zero_variance.tolist() == [not even for even in is_even]
-        numbers = [number for draw in played for number in draw]
-        assert len(set(numbers)) == len(numbers) and 1 < len(played) <= 3
-        for draw, before in zip(played[1:], itertools.accumulate(played), strict=False):
+        numbers = [number for draw in drawn for number in draw]
+        assert len(set(numbers)) == len(numbers) and 1 < len(drawn) <= 3
+        for draw, before in zip(drawn[1:], itertools.accumulate(drawn), strict=False):
             assert len(draw) == min(4 - sum(n % 2 == 0 for n in before), 12 - len(before))  # as many as are missing
         assert [int(t.question.id) for t in found.trajectories[::2]] == numbers
-        again = [*played]
-        played.clear()
+        again = [*drawn]
+        drawn.clear()
         sampler.run(iteration, backend=None)
-        assert played == again
+        assert drawn == again

@@ -33,12 +33,12 @@ def test_rollouts_ahead_are_one_step_behind_and_resume_as_they_were(
         "mesh__sampler_devices": sampler_devices, "rl__async_rollouts": "true", "rl__iterations": 5,
         "rl__checkpoint_every": 3, "rl__eval_every": 5, "phases": "[index, rl]", "rl__entropy_coef": 0.1,
     }  # fmt: skip  # with entropy even the first update moves the policy, whatever the rewards
-    base, played = finished("tags") / "policy" / "sft", []
+    base, sampled_with = finished("tags") / "policy" / "sft", []
     run_rollouts, update = IterationSampler.run, RLTrainer.update
 
     def observed_run(sampler, iteration, backend):
         rollouts = run_rollouts(sampler, iteration, backend)
-        played.append((iteration, jax.tree.leaves(backend._policy)))
+        sampled_with.append((iteration, jax.tree.leaves(backend._policy)))
         return rollouts
 
     def mortal_update(trainer, targets):
@@ -49,8 +49,8 @@ def test_rollouts_ahead_are_one_step_behind_and_resume_as_they_were(
     with monkeypatch.context() as patch:
         patch.setattr(IterationSampler, "run", observed_run)
         tiny_run.train(tmp_path / "whole", base, **settings)
-    assert [iteration for iteration, _ in played] == [0, 1, 2, 3, 4]
-    policies = [params for _, params in played]
+    assert [iteration for iteration, _ in sampled_with] == [0, 1, 2, 3, 4]
+    policies = [params for _, params in sampled_with]
     # 1 has the policy of 0, 2 that behind the first update; 3 is sampled behind the checkpoint, by the policy of then.
     assert are_equal(policies[0], policies[1]) and not are_equal(policies[1], policies[2])
     assert are_equal(policies[3], policies[4]) and not are_equal(policies[2], policies[3])

@@ -37,8 +37,8 @@ def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Pa
     keys = {name.replace(".", "__"): value for name, value in (settings | OPTIONS[algorithm]).items()}
     config = tiny_run.config(tmp_path, base, keys.pop("rollout__protocol", "tags"), **keys)
     components = Components(config, config.run_directory)
-    plays = zip("xxyyzz", (0, 1) * 3, (3, 1, 2, 2, 1, 2), strict=True)
-    trajectories = [trajectory(components, q, i, n) for q, i, n in plays]
+    names = zip("xxyyzz", (0, 1) * 3, (3, 1, 2, 2, 1, 2), strict=True)
+    trajectories = [trajectory(components, q, i, n) for q, i, n in names]
     scores = scores_of([[0.5, 0.5, 2], [-1], [0.8, 2], [0.8, 2], [0], [1, -0.5]])
     one = trainer_of(components)
     metrics = iterate(one, trajectories, scores)
