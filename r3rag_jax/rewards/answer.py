@@ -1,10 +1,11 @@
 """Outcome rewards `em`, `f1`, `cover_em`: exact match, F1 and cover exact match after SQuAD normalisation.
 
 The best gold answer (alias) of a question counts. The host turns text into padded word ids; one jitted function of the
-ids computes all three.
+ids computes all three. docs/configuration.md compares the definitions with those of other projects.
 Shape suffixes: B questions, G gold answers, W words of a prediction, X words of a gold answer.
 """
 
+import math
 import re
 import string
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from r3rag_jax.types import Trajectory
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PREDICTION_PAD, _GOLD_PAD = -1, -2  # unequal, so that padding never matches padding
+MAX_CELLS = 1 << 22  # of a padded array of word ids, [B, G, X]: more rows are scored in several batches
+_VECTORISED_WORDS = 32  # a gold answer of more words is compared word by word: memory then grows with X, not with X^2
 _NO_ANSWER = -1  # length of a missing prediction or gold answer; 0 is a text without words, such as "The"
 
 
@@ -37,30 +40,59 @@ class AnswerBatch:
 
 def em_rewards(trajectories: Sequence[Trajectory], resources: Resources) -> np.ndarray:
     """Exact match of the final answers, float32 [B]."""
-    return answer_metrics(trajectories)["em"]
+    return _metrics(trajectories, resources)["em"]
 
 
 def f1_rewards(trajectories: Sequence[Trajectory], resources: Resources) -> np.ndarray:
     """F1 of the final answers' words, float32 [B]."""
-    return answer_metrics(trajectories)["f1"]
+    return _metrics(trajectories, resources)["f1"]
 
 
 def cover_em_rewards(trajectories: Sequence[Trajectory], resources: Resources) -> np.ndarray:
     """Cover exact match of the final answers, float32 [B]."""
-    return answer_metrics(trajectories)["cover_em"]
+    return _metrics(trajectories, resources)["cover_em"]
+
+
+def _metrics(trajectories: Sequence[Trajectory], resources: Resources) -> dict[str, np.ndarray]:
+    return answer_metrics(trajectories) if resources.answers is None else resources.answers
 
 
 def answer_metrics(trajectories: Sequence[Trajectory]) -> dict[str, np.ndarray]:
     """`answer_scores` (em, f1, cover_em) of the final answers over all gold answers, float32 [B]; 0 without an answer.
 
-    B is padded to a power of two for the jitted part.
+    The jitted part gets batches of at most MAX_CELLS padded word ids, whose B is a power of two.
     """
-    num = len(trajectories)
-    padding = next_power_of_two(num) - num
-    predictions = [trajectory.answer for trajectory in trajectories] + [None] * padding
-    golds: list[Sequence[str]] = [trajectory.question.golden_answers for trajectory in trajectories]
-    scores = answer_scores(encode_answers(predictions, golds + [("",)] * padding))
-    return {name: np.array(values)[:num] for name, values in scores.items()}
+    found = {name: np.zeros(len(trajectories), np.float32) for name in ("em", "f1", "cover_em")}
+    for rows in _batches([(t.answer or "", *t.question.golden_answers) for t in trajectories]):
+        padding = next_power_of_two(len(rows)) - len(rows)
+        predictions = [trajectories[i].answer for i in rows] + [None] * padding
+        golds: list[Sequence[str]] = [trajectories[i].question.golden_answers for i in rows]
+        scores = answer_scores(encode_answers(predictions, golds + [("",)] * padding))
+        for name, values in scores.items():
+            found[name][rows] = np.asarray(values)[: len(rows)]
+    return found
+
+
+def _batches(texts: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Indices of the rows of each batch: one of all rows, or, if they are too large, several of similar sizes.
+
+    `texts` are the prediction and the gold answers of each row. A text has at most (characters + 1) / 2 words.
+    """
+    shapes = [(len(row) - 1, max((len(text) + 1) // 2 for text in row)) for row in texts]
+
+    def num_cells(rows: Sequence[int]) -> int:
+        counts = len(rows), max(shapes[i][0] for i in rows), max(shapes[i][1] for i in rows)
+        return math.prod(map(next_power_of_two, counts))
+
+    everything = list(range(len(texts)))
+    if not everything or num_cells(everything) <= MAX_CELLS:
+        return [everything] if everything else []
+    batches: list[list[int]] = [[]]
+    for i in sorted(everything, key=lambda i: math.prod(shapes[i])):
+        if batches[-1] and num_cells([*batches[-1], i]) > MAX_CELLS:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def normalize_answer(text: str) -> str:
@@ -183,13 +215,25 @@ def _score_pair(prediction_W, prediction_length, gold_X, gold_length):
     cover_em = jnp.where(gold_length > 0, jnp.any(starts_W), both_empty)
     em = starts_W[0] & (prediction_length == gold_length)
 
-    # The k-th "to" of the gold answer is shared if the prediction has at least k of them.
-    rank_X = jnp.sum(jnp.tril(gold_X[:, None] == gold_X[None, :]), axis=1)
-    available_X = jnp.sum(gold_X[:, None] == prediction_W[None, :], axis=1)
-    shared = jnp.sum(rank_X <= available_X, dtype=jnp.float32)
+    shared = _num_shared(prediction_W, gold_X)
     f1 = jnp.where(both_empty, 1.0, 2 * shared / jnp.maximum(prediction_length + gold_length, 1))
     return {
         "em": jnp.where(valid, em, False).astype(jnp.float32),
         "f1": jnp.where(valid, f1, 0.0),
         "cover_em": jnp.where(valid, cover_em, False).astype(jnp.float32),
     }
+
+
+def _num_shared(prediction_W, gold_X):
+    """Size of the multiset of shared words: the k-th "to" of the gold answer is shared if there are k of them."""
+    num_words = gold_X.shape[0]
+    if num_words <= _VECTORISED_WORDS:
+        rank_X = jnp.sum(jnp.tril(gold_X[:, None] == gold_X[None, :]), axis=1)
+        available_X = jnp.sum(gold_X[:, None] == prediction_W[None, :], axis=1)
+        return jnp.sum(rank_X <= available_X, dtype=jnp.float32)
+
+    def add_word(x, shared):
+        rank = jnp.sum((gold_X == gold_X[x]) & (jnp.arange(num_words) <= x))
+        return shared + (rank <= jnp.sum(prediction_W == gold_X[x]))
+
+    return lax.fori_loop(0, num_words, add_word, jnp.float32(0))

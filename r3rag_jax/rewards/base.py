@@ -27,6 +27,7 @@ class Resources:
     encoder: Encoder | None = None
     judge: Judge | None = None
     verdicts_N: np.ndarray | None = None  # float32, in the order of the term's own `inquiries`; NaN = failed
+    answers: dict[str, np.ndarray] | None = None  # `answer_metrics` of the same trajectories; None: not yet computed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -90,8 +90,8 @@ class Scorer:
         process_BK = self._process.rewards(trajectories, process_resources)
         if self._config.compat == "r3":
             process_BK = np.where(shows_new(trajectories, self._resources.max_steps), process_BK, np.float32(0))
-        correct_B = self._outcome.rewards(trajectories, outcome_resources)
         answers = answer_metrics(trajectories)
+        correct_B = self._outcome.rewards(trajectories, dataclasses.replace(outcome_resources, answers=answers))
         if self._outcome.inquiries is not None:
             answers["acc"] = correct_B
         shaped = self._shape(outlines, process_BK, correct_B)

@@ -3,11 +3,14 @@
 import collections
 import random
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r3rag_jax.rewards.answer import answer_scores, encode_answers, normalize_answer
+from r3rag_jax.rewards import answer
+from r3rag_jax.rewards.answer import AnswerBatch, answer_metrics, answer_scores, encode_answers, normalize_answer
+from r3rag_jax.types import Question, Status, Step, Trajectory
 
 
 def _scores(prediction, golds):
@@ -90,6 +93,43 @@ def test_answer_scores_match_squad_on_random_texts():
         assert scores[name].shape == (500,) and scores[name].dtype == jnp.float32
         np.testing.assert_allclose(scores[name], expected[:, column], rtol=1e-6, err_msg=name)
         assert 0.05 < expected[:, column].mean() < 0.95  # the texts exercise both outcomes
+
+
+def test_long_gold_answers_match_squad_too():
+    rng = random.Random(1)
+    predictions = [" ".join(rng.choices("abcdefgh", k=rng.randint(0, 60))) for _ in range(20)]
+    golds = [[" ".join(rng.choices("bcdefghi", k=rng.randint(1, 70))), "b"] for _ in predictions]
+    golds[0][0], golds[1][0] = predictions[0], " ".join(predictions[1].split()[2:9])
+    scores = answer_scores(encode_answers(predictions, golds))
+    expected = np.array([_reference_scores(p, g) for p, g in zip(predictions, golds, strict=True)], np.float32)
+    for column, name in enumerate(("em", "f1", "cover_em")):
+        np.testing.assert_allclose(scores[name], expected[:, column], rtol=1e-6, err_msg=name)
+
+
+def test_the_memory_grows_with_the_longest_gold_answer_and_not_with_its_square():
+    # One gold answer of 256 words among 2048 predictions once asked for 13 GB.
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.int32)  # noqa: E731
+    batch = AnswerBatch(shape(2048, 256), shape(2048), shape(2048, 1, 256), shape(2048, 1))
+    analysis = answer_scores.lower(batch).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < 16 * 2048 * 256 * 4
+
+
+def test_large_batches_are_scored_in_parts_with_the_same_result(monkeypatch):
+    rng = random.Random(2)
+    trajectories = []
+    for i in range(50):
+        golds = tuple(" ".join(rng.choices("abcd", k=rng.choice([1, 2, 40]))) for _ in range(rng.randint(1, 9)))
+        step = Step("", answer=rng.choice([rng.choice(golds), "b c", ""]))
+        status = Status.NO_ANSWER if i % 7 == 3 else Status.ANSWERED
+        trajectories.append(Trajectory(Question("q", "?", golds), (step,), status))
+    whole = answer_metrics(trajectories)
+    assert 0.1 < whole["em"].mean() < 0.9 and whole["em"][3] == 0
+    monkeypatch.setattr(answer, "MAX_CELLS", 1000)
+    rows = answer._batches([(t.answer or "", *t.question.golden_answers) for t in trajectories])
+    assert len(rows) > 5 and sorted(i for batch in rows for i in batch) == list(range(50))
+    for name, values in answer_metrics(trajectories).items():
+        np.testing.assert_array_equal(values, whole[name])
+    assert answer_metrics([])["em"].shape == (0,)
 
 
 def test_answer_shapes_are_few_and_nothing_is_cut():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from r3rag_jax.rewards.answer import answer_metrics
+from r3rag_jax.rewards.answer import answer_metrics, em_rewards
 from r3rag_jax.rewards.base import Resources, required
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.judge.prompts import Inquiry
@@ -25,7 +25,7 @@ def correctness_rewards(trajectories: Sequence[Trajectory], resources: Resources
     Raises:
         ValueError: there are no verdicts.
     """
-    correct_B = answer_metrics(trajectories)["em"]
+    correct_B = em_rewards(trajectories, resources).copy()
     correct_B[_unmatched(trajectories, correct_B)] = required(resources.verdicts_N, "the judge's verdicts")
     return correct_B
 
