@@ -28,6 +28,7 @@ from r3rag_jax.config.schema import schema, section_names
 from r3rag_jax.config.values import convert, override_node
 from r3rag_jax.retrieval.factory import RETRIEVERS, build_index, open_retriever
 from r3rag_jax.rewards.base import Resources
+from r3rag_jax.rewards.answer import answer_scores, encode_answers
 from r3rag_jax.rewards.scorer import Scorer
 from r3rag_jax.rewards.terms import PROCESS_REWARDS
 from r3rag_jax.rl.algorithms import ALGORITHMS
@@ -164,6 +165,15 @@ def test_every_dependency_has_its_reason() -> None:
 
 
 # ------------------------------------------------------------------------------------ commands and their flags
+def test_the_examples_of_metrics_are_what_the_metrics_say() -> None:
+    section = (ROOT / "docs" / "configuration.md").read_text("utf-8").partition("| prediction | gold answer |")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.partition("\n\n")[0].splitlines()[2:]]
+    assert len(rows) == 8
+    scores = answer_scores(encode_answers([row[0] for row in rows], [(row[1],) for row in rows]))
+    for column, name in enumerate(("em", "f1", "cover_em"), 2):
+        np.testing.assert_allclose(scores[name], [float(row[column]) for row in rows], atol=5e-4)
+
+
 
 
 def commands() -> list[str]:
