@@ -83,7 +83,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("rl.itertions=3", "did you mean 'rl.iterations'?"),
         ("rl.iterations=many", "rl.iterations must be an integer; got 'many'"),
-        ("rl.clip=-1", "rl.clip must be above 0; got -1.0"),
+        ("rl.clip=-1", "rl.clip must be at least 0; got -1.0"),
         ("model.path=nowhere", "model.path must be a Hugging Face directory with config.json; got nowhere"),
         ("rollout.protocol=tag", "rollout.protocol must be one of tags, steps; got 'tag'"),
         ("world.num_dev=100000", "world.num_dev must be at most what the split holds"),

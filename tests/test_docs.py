@@ -24,11 +24,12 @@ from test_layers import ENTRY_POINTS, FOLDERS, PACKAGE
 
 from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.config import Config, RetrievalConfig, RewardConfig, RLConfig, RolloutConfig, load_config
+from r3rag_jax.config.presets import PRESETS, SOURCES
 from r3rag_jax.config.schema import schema, section_names
 from r3rag_jax.config.values import convert, override_node
 from r3rag_jax.retrieval.factory import RETRIEVERS, build_index, open_retriever
-from r3rag_jax.rewards.base import Resources
 from r3rag_jax.rewards.answer import answer_scores, encode_answers
+from r3rag_jax.rewards.base import Resources
 from r3rag_jax.rewards.scorer import Scorer
 from r3rag_jax.rewards.terms import PROCESS_REWARDS
 from r3rag_jax.rl.algorithms import ALGORITHMS
@@ -164,7 +165,6 @@ def test_every_dependency_has_its_reason() -> None:
     assert required and named - {"---"} == required
 
 
-# ------------------------------------------------------------------------------------ commands and their flags
 def test_the_examples_of_metrics_are_what_the_metrics_say() -> None:
     section = (ROOT / "docs" / "configuration.md").read_text("utf-8").partition("| prediction | gold answer |")[2]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.partition("\n\n")[0].splitlines()[2:]]
@@ -174,6 +174,7 @@ def test_the_examples_of_metrics_are_what_the_metrics_say() -> None:
         np.testing.assert_allclose(scores[name], [float(row[column]) for row in rows], atol=5e-4)
 
 
+# ------------------------------------------------------------------------------------ commands and their flags
 
 
 def commands() -> list[str]:
@@ -187,7 +188,7 @@ def commands() -> list[str]:
 
 
 def configurations() -> list[tuple[str, tuple[str, ...]]]:
-    """Recipe and overrides of every training command, and of the algorithms' keys, which are for any recipe."""
+    """Recipe and overrides of every training command, and of keys of algorithms and presets, for any recipe."""
     quickstart = "configs/quickstart.yaml"
     found = []
     for command in commands():
@@ -197,12 +198,21 @@ def configurations() -> list[tuple[str, tuple[str, ...]]]:
             given = tuple(word for word in words[1:] if "=" in word and not word.startswith("-"))
             found.append((quickstart if recipe in ("RECIPE", "FILE") else recipe, given))
     keys = (span.split() for page in PAGES for span in spans(page) if span.startswith("rl.algorithm="))
-    return found + [(quickstart, tuple(words)) for words in keys if len(words) > 1]
+    found += [(quickstart, tuple(words)) for words in keys if len(words) > 1]
+    return found + [(quickstart, (f"rl.preset={name}",)) for name in PRESETS]
 
 
 @pytest.mark.parametrize(("recipe", "given"), configurations())
 def test_every_training_command_is_a_configuration(recipe: str, given: tuple[str, ...]) -> None:
     load_config(ROOT / recipe, given)
+
+
+def test_every_preset_stands_in_the_table_with_its_source() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `([\w+]+)` \|.*?(arXiv [\d.]+)", text, re.MULTILINE))
+    for name, source in SOURCES.items():
+        arxiv = re.search(r"arXiv [\d.]+", source)
+        assert arxiv is not None and rows[name] == arxiv[0]
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import yaml
 
 from r3rag_jax.config.experiment import Config
+from r3rag_jax.config.presets import PRESETS
 from r3rag_jax.config.renamed import RENAMED
 from r3rag_jax.config.schema import did_you_mean, schema, section_names
 from r3rag_jax.config.section import ConfigError
 from r3rag_jax.config.values import STRING_TAG, clip, compose, convert, override_node, show
 
+PRESET = "rl.preset"
 BUDGET, BUDGETS = "budget", "budgets"  # the key that chooses, and the section of a file to choose from
 
 
@@ -36,6 +39,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
 
     Without a path the overrides change the defaults.
 
+    `rl.preset` sets the keys that it stands for except those given in the same place: an override wins over all of a
+    file's keys, and the other overrides win over it.
+
     Keys are nested or dotted. A recipe may come in sizes: under `budgets:` each has a name and the keys in which it
     differs, and `budget=NAME` takes one. (The configuration that a run keeps has the name and no `budgets`.)
 
@@ -46,7 +52,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     given, budgets = _read_file(Path(path)) if path is not None else ({}, {})
     changed = dict(map(_read_override, overrides))
     place = str(path or "the command line")
-    given = given | _chosen_budget(given | changed, budgets, place) | changed
+    budget = _chosen_budget(given | changed, budgets, place)
+    given = _with_preset(given) | _with_preset(budget) | _with_preset(changed)
     values = {name: convert(schema()[name], item.node, item.place) for name, item in given.items()}
     try:
         return _build(values)
@@ -54,6 +61,18 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         places = [given[name].place for name in error.keys if name in given]
         places.sort(key=lambda place: not place.startswith("override "))
         raise ConfigError(f"{places[0] if places else place}: {error}", error.keys) from None
+
+
+def _with_preset(given: dict[str, Given]) -> dict[str, Given]:
+    """The values of a file, a budget or the overrides, and those of the preset that one of them names."""
+    if PRESET not in given:
+        return given
+    item = given[PRESET]
+    preset = PRESETS.get(convert(schema()[PRESET], item.node, item.place), {})
+    place = f"{item.place} ({PRESET})"
+    values = {f"rl.{name}": json.dumps(value).strip('"') for name, value in preset.items()}
+    nodes = {name: override_node(schema()[name].type, text, place) for name, text in values.items()}
+    return {name: Given(node, place) for name, node in nodes.items()} | given
 
 
 def _build(values: dict[str, Any]) -> Config:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from r3rag_jax.config.presets import PRESETS, SOURCES, Preset, filled
 from r3rag_jax.config.section import Section, key, require, section
 
 GROUPED = ("grpo", "rloo")  # algorithms that compare the samples of a question, as `rl/algorithms.py` says
@@ -71,6 +72,11 @@ class RLConfig(Section):
 
     dotted: ClassVar[str] = "rl"
 
+    preset: Preset = key(
+        "none",
+        "a published algorithm: sets the keys below that define it, except those given beside it; "
+        + "; ".join(f"`{name}`: {source}" for name, source in SOURCES.items()),
+    )
     algorithm: Literal["ppo", "grpo", "rloo", "reinforce++"] = key(
         "ppo",
         "advantages: `ppo`: GAE of a critic; else returns minus the mean return of the question's samples (`grpo`), of "
@@ -104,7 +110,9 @@ class RLConfig(Section):
     returns: Literal["to_go", "total"] = key(
         "to_go", "return of a token: `to_go`: rewards from this token on; `total`: all rewards (not with ppo)"
     )
-    normalize_std: bool = key(False, "grpo: advantages are divided by the standard deviation of the question's returns")
+    normalize_std: bool = key(
+        False, "grpo: advantages are divided by the standard deviation (over n - 1) of the question's n returns"
+    )
     whiten_advantages: bool = key(
         True, "advantages are shifted and scaled to mean 0 and standard deviation 1 over an iteration's tokens"
     )
@@ -121,8 +129,16 @@ class RLConfig(Section):
         "rounds",
         ge=0,
     )
+    overlong_share: float = key(
+        0.0,
+        "soft overlong punishment of DAPO: the last step's reward falls linearly by 1 over this last share of the "
+        "tokens that a trajectory may sample",
+        "fraction",
+        ge=0,
+        le=1,
+    )
     # Policy loss.
-    clip: float = key(0.2, "probability ratios new / old are clipped at 1 - clip", gt=0)
+    clip: float = key(0.2, "probability ratios new / old are clipped at 1 - clip; 0: not at all", ge=0)
     clip_high: float = key(0.0, "probability ratios are clipped at 1 + clip_high; 0: at 1 + clip", ge=0)
     loss_aggregation: Literal["token", "step", "sequence", "constant"] = key(
         "token",
@@ -142,6 +158,11 @@ class RLConfig(Section):
     kl: KLConfig = section(KLConfig())
     critic: CriticConfig = section(CriticConfig())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        return filled(given, PRESETS.get(str(given.get("preset")), {})) if isinstance(given, dict) else given
+
     @model_validator(mode="after")
     def _check_returns(self) -> Self:
         require(
@@ -157,6 +178,12 @@ class RLConfig(Section):
 
     @model_validator(mode="after")
     def _check_algorithm(self) -> Self:
+        require(
+            self.clip > 0 or self.clip_high == 0,
+            f"rl.clip_high must be 0 when rl.clip is 0, which clips no ratio; got {self.clip_high}",
+            "rl.clip_high",
+            "rl.clip",
+        )
         require(
             self.algorithm != "reinforce++" or self.whiten_advantages,
             "rl.whiten_advantages must be true when rl.algorithm is reinforce++, whose baseline it is; got false",

@@ -67,6 +67,11 @@ class RolloutConfig(Section):
     server: ServerConfig = section(ServerConfig())
 
     @property
+    def max_sampled_tokens(self) -> int:
+        """The most tokens that a trajectory may sample over all its steps."""
+        return self.max_trajectory_tokens or self.max_steps * self.max_new_tokens
+
+    @property
     def truncates(self) -> bool:
         """Whether sampling leaves out unlikely tokens (`min_p`, `top_k_tokens`, `top_p`)."""
         return self.min_p > 0 or self.top_k_tokens > 0 or self.top_p < 1

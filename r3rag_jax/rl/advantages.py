@@ -133,7 +133,8 @@ def leave_one_out(returns_NK: jax.Array, mask_NK: jax.Array, groups_N: jax.Array
 def group_mean_std(returns_NK: jax.Array, mask_NK: jax.Array, groups_N: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation of the returns from the same step on, over a trajectory's group with itself.
 
-    The baseline of GRPO (arXiv 2402.03300, section 4.1.2), applied to each step. The deviation is the population's.
+    The baseline of GRPO (arXiv 2402.03300, section 4.1.2), applied to each step. The deviation of n returns is over
+    n - 1, as of torch.std in TRL and verl; 0 of one return.
 
     Args:
         returns_NK, mask_NK, groups_N: as of `leave_one_out`.
@@ -142,10 +143,12 @@ def group_mean_std(returns_NK: jax.Array, mask_NK: jax.Array, groups_N: jax.Arra
         mean_NK and std_NK, float32 [N, K], 0 where mask is False.
     """
     mask_NK = mask_NK.astype(jnp.float32)
-    count = jnp.maximum(_group_sum(mask_NK, groups_N), 1)
-    mean_NK = _group_sum(jnp.where(mask_NK > 0, returns_NK.astype(jnp.float32), 0.0), groups_N) / count
+    count = _group_sum(mask_NK, groups_N)
+    total = _group_sum(jnp.where(mask_NK > 0, returns_NK.astype(jnp.float32), 0.0), groups_N)
+    mean_NK = total / jnp.maximum(count, 1)
     centred_NK = jnp.where(mask_NK > 0, returns_NK - mean_NK, 0.0)
-    return mask_NK * mean_NK, mask_NK * jnp.sqrt(_group_sum(jnp.square(centred_NK), groups_N) / count)
+    variance_NK = _group_sum(jnp.square(centred_NK), groups_N) / jnp.maximum(count - 1, 1)
+    return mask_NK * mean_NK, mask_NK * jnp.sqrt(variance_NK)
 
 
 def _group_sum(x_NK: jax.Array, groups_N: jax.Array) -> jax.Array:

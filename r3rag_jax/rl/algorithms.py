@@ -122,7 +122,7 @@ def clipped_loss(
     """`ppo_policy_loss` with the bounds of the configuration."""
     return ppo_policy_loss(
         logprobs, old_logprobs, advantages, mask,
-        clip=config.clip, clip_high=config.clip_high or None, weights=weights, mean=mean,
+        clip=config.clip or None, clip_high=config.clip_high or None, weights=weights, mean=mean,
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def ppo_policy_loss(
     advantages: jax.Array,
     mask: jax.Array,
     *,
-    clip: float,
+    clip: float | None,
     clip_high: float | None = None,
     weights: jax.Array | None = None,
     mean: Callable[[jax.Array, jax.Array], jax.Array] = masked_mean,
@@ -87,7 +87,7 @@ def ppo_policy_loss(
             of `truncated_weights`.
         advantages: same shape; no gradient flows through them.
         mask: bool, same shape, True = keep; the other arrays may hold anything where not kept.
-        clip: the ratio is clipped at 1 - clip.
+        clip: the ratio is clipped at 1 - clip; None: not at all, whatever clip_high is.
         clip_high: the ratio is clipped at 1 + clip_high; None: at 1 + clip.
         weights: float, same shape, without gradient; None: 1.
         mean: (values of tokens, mask) -> scalar, e.g. `loss_mean`.
@@ -101,7 +101,7 @@ def ppo_policy_loss(
     log_ratio = jnp.where(mask, (logprobs - old_logprobs).astype(jnp.float32), 0.0)
     log_ratio = jnp.clip(log_ratio, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio = jnp.exp(log_ratio)
-    low, high = 1 - clip, 1 + (clip if clip_high is None else clip_high)
+    low, high = (-jnp.inf, jnp.inf) if clip is None else (1 - clip, 1 + (clip if clip_high is None else clip_high))
     advantages = lax.stop_gradient(jnp.where(mask, advantages.astype(jnp.float32), 0.0))
     surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, low, high) * advantages)
     if weights is not None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from r3rag_jax.config import Config
 from r3rag_jax.models import lora
 from r3rag_jax.models.policy import Policy
+from r3rag_jax.rewards.length import add_to_last_step, overlong_penalties
 from r3rag_jax.rl.algorithms import ALGORITHMS
 from r3rag_jax.rl.losses import adapted_kl
 from r3rag_jax.run.directory import RunDirectory
@@ -102,12 +103,21 @@ class RLTrainer:
     def pack(self, experience: Experience) -> IterationBatches:
         """Pack the trajectories of the iteration into batches; deterministic in seed and iteration."""
         config, trajectories = self._config.rl, experience.trajectories
+        penalties = overlong_penalties(
+            [trajectory.num_policy_tokens for trajectory in trajectories],
+            limit=self._config.rollout.max_sampled_tokens,
+            share=config.overlong_share,
+        )
+        rewards = add_to_last_step(experience.scores.rewards, penalties)
         if self._shares_prefixes:
             trajectories = [
                 dataclasses.replace(t, samples=share_prefixes(t.samples, config.row_length)) for t in trajectories
             ]
         rng = np.random.default_rng((self._config.seed, self.iteration))
-        return pack_iteration(trajectories, experience.scores.rewards, experience.zero_variance, config, rng)
+        packed = pack_iteration(trajectories, rewards, experience.zero_variance, config, rng)
+        if config.overlong_share > 0:
+            packed.metrics["overlong_penalty"] = float(penalties.mean())
+        return packed
 
     def targets(self, packed: IterationBatches) -> IterationTargets:
         """Advantages, and with a critic returns, of the iteration's batches."""

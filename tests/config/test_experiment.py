@@ -28,7 +28,8 @@ ErrorOf = Callable[..., str]  # the fixture: message of the error that loading r
 @pytest.mark.parametrize(
     ("overrides", "rule"),
     [
-        (["rl.clip=0"], "rl.clip must be above 0; got 0.0"),
+        (["rl.max_grad_norm=0"], "rl.max_grad_norm must be above 0; got 0.0"),
+        (["rl.clip=0", "rl.clip_high=0.3"], "rl.clip_high must be 0 when rl.clip is 0, which clips no ratio; got 0.3"),
         (["rl.batch_rows=0"], "rl.batch_rows must be at least 1; got 0"),
         (["rl.gamma=1.1"], "rl.gamma must be in [0, 1]; got 1.1"),
         (["rl.returns=total"], "rl.returns must be to_go with rl.algorithm=ppo and unless rl.gamma and"

@@ -12,6 +12,7 @@ from r3rag_jax.config import (
     CriticConfig,
     EndpointConfig,
     JudgeConfig,
+    KLConfig,
     RetrievalConfig,
     RewardConfig,
     RLConfig,
@@ -19,8 +20,9 @@ from r3rag_jax.config import (
     load_config,
     to_yaml,
 )
+from r3rag_jax.config.presets import PRESETS, SOURCES
 from r3rag_jax.config.renamed import RENAMED
-from r3rag_jax.config.schema import schema, section_names
+from r3rag_jax.config.schema import help_text, schema, section_names, value_of
 
 Write = Callable[[str], Path]
 ErrorOf = Callable[..., str]  # the fixture: message of the error that loading raises
@@ -61,6 +63,41 @@ def test_a_malformed_step_costs_less_in_the_papers_shaping_unless_a_key_says_oth
     assert load_config(recipe, ["rewards.malformed=0"]).rewards.malformed == 0
     assert RewardConfig(compat="paper").malformed == RewardConfig().replace(compat="paper").malformed == -0.9
     assert RewardConfig(compat="paper", malformed=-1.0).replace(clip=5.0).malformed == -1.0
+
+
+def test_a_preset_sets_what_was_not_given_in_the_same_place(write: Write) -> None:
+    recipe = write("rl:\n  preset: grpo\n  clip: 0.1\n  kl:\n    coef: 0.001\n  lr: 1.0e-3\n")
+    of_file = load_config(recipe).rl
+    assert of_file == RLConfig(preset="grpo", clip=0.1, lr=1e-3, kl=KLConfig(coef=0.001))
+    assert (of_file.normalize_std, of_file.drop_zero_variance, of_file.kl.placement) == (True, False, "loss")
+    # An override wins over the file, also a preset over the keys in it; the other overrides win over the preset.
+    override = load_config(recipe, ["rl.clip_high=0.5", "rl.preset=dapo"]).rl
+    assert override == RLConfig(preset="dapo", clip_high=0.5, lr=1e-3, kl=override.kl)
+    assert (override.clip, override.kl.coef, override.kl.estimator) == (0.2, 0.0, "k1")
+    assert load_config(recipe, ["rl.preset=none"]).rl.replace(preset="grpo") == of_file
+    kept = load_config(recipe, ["rl.preset=reinforce++"])
+    assert load_config(write(to_yaml(kept))) == kept
+    sized = "budgets:\n  small:\n    rl.preset: dr_grpo\n    rl.loss_length: 7\n"
+    small = load_config(write("rl:\n  clip: 0.1\n" + sized), ["budget=small"]).rl
+    assert (small.preset, small.clip, small.loss_length, small.loss_aggregation) == ("dr_grpo", 0.2, 7, "constant")
+
+
+def test_an_error_in_what_a_preset_sets_names_the_preset(write: Write, error_of: ErrorOf) -> None:
+    message = error_of(write("rl:\n  preset: reinforce++\n"), "rl.whiten_advantages=false")
+    assert "rl.whiten_advantages must be true when rl.algorithm is reinforce++" in message
+    assert "must be one of none, ppo_paper, grpo, dr_grpo, dapo, rloo, reinforce++; got 'gspo'" in error_of(
+        write("name: x\n"), "rl.preset=gspo"
+    )
+    message = error_of(write("rollout:\n  samples: 1\nrl:\n  preset: grpo\n"))
+    assert "rollout.samples must be at least 2 when rl.algorithm is grpo" in message
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_sets_keys_of_the_section_and_names_its_source(preset: str) -> None:
+    assert all(f"rl.{name}" in schema() for name in PRESETS[preset])
+    config = load_config(None, [f"rl.preset={preset}"])
+    assert {name: value_of(config, f"rl.{name}") for name in PRESETS[preset]} == PRESETS[preset]
+    assert f"`{preset}`: {SOURCES[preset]}" in help_text() and "arXiv" in SOURCES[preset]
 
 
 def test_overrides_win_over_the_file_and_the_last_wins_over_the_first(write: Write) -> None:

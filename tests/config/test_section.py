@@ -27,7 +27,7 @@ from r3rag_jax.errors import UserError
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: RLConfig(clip=-1), "rl.clip must be above 0; got -1"),
+        (lambda: RLConfig(clip=-1), "rl.clip must be at least 0; got -1"),
         (lambda: RLConfig(clip="wide"), "rl.clip must be a finite number; got 'wide'"),
         (lambda: RLConfig(epochs=1.5), "rl.epochs must be an integer; got 1.5"),
         (lambda: RLConfig(epochs=True), "rl.epochs must be an integer; got True"),
@@ -59,7 +59,7 @@ def test_a_section_is_frozen_and_hashable_and_equal_by_value() -> None:
 def test_replace_validates_and_keeps_what_is_not_named() -> None:
     config = Config(name="a").replace(rl=RLConfig().replace(clip=0.3))
     assert (config.name, config.rl.clip, config.rl.epochs) == ("a", 0.3, 1)
-    with pytest.raises(ConfigError, match=r"rl\.clip must be above 0; got -1"):
+    with pytest.raises(ConfigError, match=r"rl\.clip must be at least 0; got -1"):
         config.rl.replace(clip=-1)
     with pytest.raises(ConfigError, match=r"unknown key 'rl\.clp'"):
         config.rl.replace(clp=0.3)

@@ -137,7 +137,7 @@ def test_group_mean_and_std():
     mask = np.array([[1, 1], [1, 1], [1, 0], [1, 1]], bool)
     mean, std = jax.jit(group_mean_std)(returns, mask, np.array([0, 0, 0, 1]))
     np.testing.assert_allclose(mean, [[3, 1.5], [3, 1.5], [3, 0], [4, 4]])
-    np.testing.assert_allclose(std, [[(8 / 3) ** 0.5, 0.5]] * 2 + [[(8 / 3) ** 0.5, 0], [0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(std, [[4**0.5, 0.5**0.5]] * 2 + [[4**0.5, 0], [0, 0]], rtol=1e-6)  # over n - 1
 
 
 def test_discounts_ends_and_starts_of_steps():

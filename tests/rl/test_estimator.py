@@ -28,6 +28,7 @@ TABLE = TrajectoryTable(
     groups=np.array([0, 0, 1, 1]),
 )
 PLAIN = {"whiten_advantages": False}
+HALF = 0.5**0.5
 
 
 def _estimate(table=TABLE, values=0.0, penalties=0.0, **keys):
@@ -49,9 +50,10 @@ def _estimate(table=TABLE, values=0.0, penalties=0.0, **keys):
         # the baseline is of the step's first token, where gamma 0.5 has left 0.5 + 0.5 of 1 and 2
         ({"algorithm": "rloo", "gamma": 0.5}, [[2, 3, 2], [-2, 0, 0], [-3, 0, 0], [3, 0, 0]]),
         ({"algorithm": "grpo"}, [[2, 2, 0], [-2, 0, 0], [-1.5, 0, 0], [1.5, 0, 0]]),
-        ({"algorithm": "grpo", "normalize_std": True}, [[1, 1, 0], [-1, 0, 0], [-1, 0, 0], [1, 0, 0]]),
+        # of two numbers the deviation over n - 1 is their distance over sqrt 2
+        ({"algorithm": "grpo", "normalize_std": True}, [[HALF, HALF, 0], [-HALF, 0, 0], [-HALF, 0, 0], [HALF, 0, 0]]),
         ({"algorithm": "grpo", "normalize_std": True, "returns": "total"},
-         [[1, 1, 1], [-1, 0, 0], [-1, 0, 0], [1, 0, 0]]),
+         [[HALF, HALF, HALF], [-HALF, 0, 0], [-HALF, 0, 0], [HALF, 0, 0]]),
         # of ppo with values of 1: td errors 0 + 1 - 1, 1 + 1 - 1, 2 - 1, and half of the next advantage
         ({"algorithm": "ppo", "critic": CriticConfig(gae_lambda=0.5), "values": 1.0},
          [[0.75, 1.5, 1], [-2, 0, 0], [-1, 0, 0], [2, 0, 0]]),

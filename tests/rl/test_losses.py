@@ -61,6 +61,9 @@ def test_ppo_policy_loss_with_two_bounds_and_weights_typed_out():
     np.testing.assert_allclose(gradient, [-1.25 / 4, 0, 0, 0, 0], rtol=1e-6)
     stats = loss(jnp.log(ratio), jnp.zeros(5), advantages)[1]
     np.testing.assert_allclose(stats["clip_fraction"], 3 / 4)
+    unclipped, stats = ppo_policy_loss(jnp.log(ratio), jnp.zeros(5), advantages, mask, clip=None, weights=weights)
+    np.testing.assert_allclose(unclipped, -(1.25 + 2 * 1.5 - 0.5 * 0.75 - 0.7) / 4, rtol=1e-6)
+    assert stats["clip_fraction"] == 0
 
 
 @pytest.mark.parametrize(
