@@ -14,6 +14,7 @@ from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.evaluation.checkpoint import add_checkpoint_flags, choose_policy, load_run_config
 from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.reporting.rendering import print_trajectory
+from r3rag_jax.rollout.fit import misfit
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.types import Question
 
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.corpus is not None:
         components.use_corpus(args.corpus)
     question = Question("asked", args.question.strip(), ())
+    if fault := misfit(question, {"r3rag": components.search_env}, config.rollout.max_length):
+        raise UserError(fault)
     [trajectory] = components.evaluator.rollouts(SYSTEMS["r3rag"], [question], policy=policy)
     print_trajectory(trajectory, components.console)
     return 0

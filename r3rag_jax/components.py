@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from rich.console import Console
 from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.questions import iterate_passages
-from r3rag_jax.data.records import OnError
+from r3rag_jax.data.records import OnError, Records
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.dev import DevEvaluation
 from r3rag_jax.evaluation.evaluator import Evaluator
 from r3rag_jax.evaluation.fingerprint import JUDGE, TOKENIZER
-from r3rag_jax.evaluation.systems import BASE_POLICY
+from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
@@ -39,6 +40,7 @@ from r3rag_jax.rewards.terms import needed_resources
 from r3rag_jax.rollout.backend_factory import EngineBackends, MakeBackend, ServerBackends
 from r3rag_jax.rollout.backends import RolloutBackend
 from r3rag_jax.rollout.env import EnvFactory
+from r3rag_jax.rollout.fit import fitting_questions
 from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.run.digests import MODEL_FILES, SETTINGS_FILES, FileDigests
 from r3rag_jax.run.directory import RL_TRAJECTORIES, RunDirectory
@@ -57,6 +59,7 @@ from r3rag_jax.text.transcript import Codec
 from r3rag_jax.training.memory_plan import plan_phases, will_hold_policy
 from r3rag_jax.training.rl import RLParts
 from r3rag_jax.training.sft import SFTParts
+from r3rag_jax.types import Question
 
 
 class Components:
@@ -249,16 +252,22 @@ class Components:
         return SFTParts(
             mesh=self.mesh, policy=self.policy, codec=self.codec, trajectories=trajectories,
             shares_prefixes=self.shares_prefixes, run=self.run, provenance=self.provenance("sft"), log=self.log,
-            console=self.console,
+            console=self.console, on_error=self.on_error,
         )  # fmt: skip
 
     @property
     def rl_parts(self) -> RLParts:
+        """The inputs of RL.
+
+        Raises:
+            UserError: a question does not fit the context, and `data.on_error` is stop.
+        """
         return RLParts(
             mesh=self.mesh, sampler_mesh=self.sampler_mesh, policy=self.policy, make_backend=self.engine_backends,
             env_factory=self.search_env, retriever=self.retriever, scorer=self.scorer,
-            questions=self.dataset.questions("rl"), evaluate=self.dev_evaluation, shares_prefixes=self.shares_prefixes,
-            run=self.run, provenance=self.provenance("rl"), log=self.log, trajectory_log=self.trajectory_log,
+            questions=self._fitting(self.dataset.questions("rl")), evaluate=self.dev_evaluation,
+            shares_prefixes=self.shares_prefixes, run=self.run, provenance=self.provenance("rl"), log=self.log,
+            trajectory_log=self.trajectory_log,
             console=self.console,
         )  # fmt: skip
 
@@ -280,6 +289,7 @@ class Components:
         """The evaluation on dev questions during RL; None if there are no dev questions."""
         if not (questions := self.dataset.questions("dev")):
             return None
+        questions = self._fitting(questions)
         overlap = self.config.rollout.search_overlap
         return DevEvaluation(questions, self.search_env, self.retriever, search_overlap=overlap)
 
@@ -293,6 +303,30 @@ class Components:
             open_backend=self.open_backend, open_judge=lambda: self.judge, digest_of=self.digest_of,
             console=self.console,
         )  # fmt: skip
+
+    def test_questions(self) -> Records[Question]:
+        """The questions of the eval phase: the first `eval.max_questions`, which every one of `eval.systems` can read.
+
+        Raises:
+            UserError: one does not fit a system's context, and `data.on_error` is stop.
+        """
+        questions = self.dataset.questions("test")
+        questions = questions.take(range(len(questions))[: self.config.eval.max_questions or None])
+        return self._fitting(questions, self.config.eval.systems)
+
+    def read_questions(self, path: Path, system: str) -> Records[Question]:
+        """The questions of a file, which a system can read.
+
+        Raises:
+            UserError: as `test_questions`.
+        """
+        return self._fitting(self.dataset.read(path), [system])
+
+    def _fitting(self, questions: Records[Question], systems: Sequence[str] = ()) -> Records[Question]:
+        """Those that fit the context of all systems; by default of R3-RAG."""
+        factories = {system: SYSTEMS[system].make_env(self.evaluator) for system in systems}
+        factories = factories or {"r3rag": self.search_env}
+        return fitting_questions(questions, factories, self.config.rollout.max_length, self.on_error)
 
     def open_backend(self, policy: str) -> RolloutBackend:
         """Open a rollout backend with a policy: `base`, or a finished phase's. An inference server ignores it."""

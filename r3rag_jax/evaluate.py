@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.corpus is not None:
         components.use_corpus(args.corpus)
     path = args.questions or components.dataset.path_of("test")
-    questions = components.dataset.read(path)
+    questions = components.read_questions(path, args.system or "r3rag")
     for notice in context_notices(config) if args.system not in BASELINES else ():
         components.console.print(notice, highlight=False)
     evaluator, live = components.evaluator, config.log.progress

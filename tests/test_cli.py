@@ -87,7 +87,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("model.path=nowhere", "model.path must be a Hugging Face directory with config.json; got nowhere"),
         ("rollout.protocol=tag", "rollout.protocol must be one of tags, steps; got 'tag'"),
         ("world.num_dev=100000", "world.num_dev must be at most what the split holds"),
-        ("sft.row_length=64", "every sample must fit a row of row_length=64 tokens"),
+        ("sft.row_length=64", "every sample must fit a row of sft.row_length=64 tokens"),
         ("--resume", "unknown flag '--resume'"),
     ],
 )
@@ -196,6 +196,24 @@ def test_an_untrained_run_has_no_policy(recipe: Path, tmp_path: Path, capsys: py
     assert train.main(["--config", str(recipe), "phases=index"]) == 0
     line = error_line(evaluate.main, ["--checkpoint", str(tmp_path / "run")], capsys)
     assert "has no trained policy" in line
+
+
+def test_a_question_that_does_not_fit_is_named_before_anything_is_sampled(
+    finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = finished("tags")
+    before = tiny_run.files(run_dir)
+    path = tmp_path / "long.jsonl"
+    rows = [{"id": id, "question": text, "golden_answers": ["x"]} for id, text in (("a", "Who?"), ("b", "Who? " * 999))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ask_file = ["--checkpoint", str(run_dir), "--questions", str(path)]
+    for system in ("r3rag", "closed_book"):
+        line = error_line(evaluate.main, [*ask_file, "--system", system], capsys)
+        assert f"long.jsonl:2: prompt and completion of {system} must fit rollout.max_length=" in line
+        assert "tokens with question 'b'; correct the file, or leave such records out: data.on_error=skip" in line
+    line = error_line(ask.main, ["--checkpoint", str(run_dir), "Who? " * 999], capsys)
+    assert "prompt and completion of r3rag must fit rollout.max_length=" in line
+    assert tiny_run.files(run_dir) == before
 
 
 def test_bad_questions(finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

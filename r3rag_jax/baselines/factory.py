@@ -17,13 +17,13 @@ from r3rag_jax.text.tokenizer import Tokenizer
 def closed_book(config: Config, tokenizer: Tokenizer) -> EnvFactory:
     """See `closed_book.py`."""
     reader = _reader(config, tokenizer, with_passages=False)
-    return EnvFactory(lambda request: ClosedBookEnv(request, reader), line_stops(tokenizer))
+    return EnvFactory(lambda request: ClosedBookEnv(request, reader), line_stops(tokenizer), reader.num_tokens)
 
 
 def oneshot_rag(config: Config, tokenizer: Tokenizer) -> EnvFactory:
     """See `oneshot_rag.py`."""
     reader, top_k = _reader(config, tokenizer, with_passages=True), config.retrieval.oneshot_top_k
-    return EnvFactory(lambda request: OneShotRAGEnv(request, reader, top_k), line_stops(tokenizer))
+    return EnvFactory(lambda request: OneShotRAGEnv(request, reader, top_k), line_stops(tokenizer), reader.num_tokens)
 
 
 def ircot(config: Config, tokenizer: Tokenizer) -> EnvFactory:
@@ -32,7 +32,7 @@ def ircot(config: Config, tokenizer: Tokenizer) -> EnvFactory:
     make = functools.partial(
         IRCoTEnv, writer=writer, top_k=config.retrieval.top_k, max_passages=config.retrieval.max_passages
     )
-    return EnvFactory(make, line_stops(tokenizer, "."))
+    return EnvFactory(make, line_stops(tokenizer, "."), writer.num_tokens)
 
 
 BASELINES: dict[str, Callable[[Config, Tokenizer], EnvFactory]] = {

@@ -17,9 +17,15 @@ from r3rag_jax.retrieval.base import Hit
 from r3rag_jax.retrieval.selection import select_passages
 from r3rag_jax.rollout.env import Done, Search
 from r3rag_jax.rollout.request import RolloutRequest
-from r3rag_jax.text.prompts import ANSWER_MARK, chain_example_turns, chain_instruction_prompt, chain_reading_prompt
+from r3rag_jax.text.prompts import (
+    ANSWER_MARK,
+    chain_example_turns,
+    chain_frame,
+    chain_instruction_prompt,
+    chain_reading_prompt,
+)
 from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
-from r3rag_jax.types import Completion, Context, Passage, Status, Step, Trajectory
+from r3rag_jax.types import Completion, Context, Passage, Question, Status, Step, Trajectory
 
 MAX_SENTENCES = 4
 MAX_SENTENCE_TOKENS = 64
@@ -39,14 +45,26 @@ class ChainWriter:
         self._encode = encoder(tokenizer, is_chat=is_chat)
         self._prefix, self._suffix = chat_frame(tokenizer, chain_example_turns()) if is_chat else ([], [])
 
-    def ids(self, question: str, passages: Sequence[Passage], sentences: Sequence[str], budget: int) -> list[int]:
-        """Return the ids of a prompt that leaves `budget` tokens free, or `[]` if not even the fixed part does.
+    def num_tokens(self, question: Question) -> int:
+        """The number of tokens that the first prompt has at least, and of a sentence."""
+        return len(self._prefix) + self._num_least(question.question, ()) + len(self._suffix) + MAX_SENTENCE_TOKENS
 
-        A prompt that is too long loses its oldest passages first, since the chain already says what was in them.
+    def _num_least(self, question: str, sentences: Sequence[str]) -> int:
+        """The number of tokens of the text that no prompt lacks; the examples of plain text are not part of it."""
+        is_chat = self._is_chat
+        return len(
+            self._encode(chain_instruction_prompt(question, ()) if is_chat else chain_frame(question, (), sentences))
+        )
+
+    def ids(self, question: str, passages: Sequence[Passage], sentences: Sequence[str], budget: int) -> list[int]:
+        """Return the ids of a prompt that leaves `budget` tokens free, or `[]` if not even question and chain do.
+
+        A prompt that is too long loses its oldest passages first, since the chain already says what was in them, then
+        the examples with which plain text begins.
         """
         chain = self.tokenizer.encode(" ".join(sentences), allow_special=False) if self._is_chat else []
         room = self._max_length - budget - len(self._prefix) - len(self._suffix) - len(chain)
-        if room < 1:
+        if self._num_least(question, sentences) > room:
             return []
         shown = (passages[number:] for number in range(len(passages) + 1))
         prompts = (

@@ -13,7 +13,7 @@ from r3rag_jax.rollout.env import Done, StopRule
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.text.prompts import example_turns, instruction_prompt, reading_prompt
 from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
-from r3rag_jax.types import Completion, Context, Passage, Status, Step, Trajectory
+from r3rag_jax.types import Completion, Context, Passage, Question, Status, Step, Trajectory
 
 MAX_ANSWER_TOKENS = 24
 
@@ -54,15 +54,20 @@ class LineReader:
             max_length: maximum number of tokens of prompt and answer together.
             with_passages: whether the examples of a chat prompt show passages.
         """
-        self._tokenizer, self._is_chat, self._encode = tokenizer, is_chat, encoder(tokenizer, is_chat=is_chat)
+        self._tokenizer, self._encode = tokenizer, encoder(tokenizer, is_chat=is_chat)
+        self._prompt_of = instruction_prompt if is_chat else reading_prompt
         self._prefix, self._suffix = chat_frame(tokenizer, example_turns(with_passages)) if is_chat else ([], [])
         self._max_prompt = max_length - MAX_ANSWER_TOKENS - len(self._prefix) - len(self._suffix)
 
+    def num_tokens(self, question: Question) -> int:
+        """The number of tokens of the prompt without passages and of an answer."""
+        num_prompt = len(self._encode(self._prompt_of(question.question, ())))
+        return len(self._prefix) + num_prompt + len(self._suffix) + MAX_ANSWER_TOKENS
+
     def context(self, request: RolloutRequest, passages: Sequence[Passage]) -> Context:
         """Return the prompt that asks for the answer."""
-        prompt_of = instruction_prompt if self._is_chat else reading_prompt
         question = request.question.question
-        prompts = (prompt_of(question, passages[:count]) for count in range(len(passages), -1, -1))
+        prompts = (self._prompt_of(question, passages[:count]) for count in range(len(passages), -1, -1))
         ids = [*self._prefix, *first_that_fits(self._encode, prompts, self._max_prompt), *self._suffix]
         key = request.key(0) if request.temperature > 0 else None
         return Context(ids, MAX_ANSWER_TOKENS, request.temperature, key)

@@ -13,7 +13,8 @@ from r3rag_jax.config import DataConfig
 from r3rag_jax.errors import UserError
 
 T = TypeVar("T")
-MAX_NAMED = 5  # faults that a message names; the others are counted
+S = TypeVar("S")
+MAX_NAMED = 10  # faults that a message names; the others are counted
 
 
 class Records(list[T]):
@@ -28,6 +29,10 @@ class Records(list[T]):
     def place(self, index: int) -> str:
         """`file:line` of an item."""
         return f"{self.path}:{self.lines[index]}"
+
+    def map(self, function: Callable[[T], S]) -> Records[S]:
+        """What a function makes of the items, at their lines."""
+        return Records(self.path, zip(self.lines, map(function, self), strict=True))
 
     def take(self, indices: Iterable[int]) -> Records[T]:
         """The items at these indices, with their lines."""

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from r3rag_jax.retrieval.base import Hit
 from r3rag_jax.rollout.request import RolloutRequest
-from r3rag_jax.types import Completion, Context, Trajectory
+from r3rag_jax.types import Completion, Context, Question, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,8 @@ class EnvFactory:
 
     make: Callable[[RolloutRequest], Env]
     stops: StopRule  # of all completions of these Envs
+    # Tokens that a question needs at least, for its first prompt without passages and a completion; None: not known.
+    num_tokens: Callable[[Question], int] | None = None
 
     def __call__(self, request: RolloutRequest) -> Env:
         """Return a new Env for the request."""

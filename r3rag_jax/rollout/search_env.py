@@ -17,14 +17,18 @@ from r3rag_jax.retrieval.selection import select_passages
 from r3rag_jax.rollout.env import Done, EnvFactory, Search, StopRule
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.text.transcript import Codec, Transcript
-from r3rag_jax.types import Completion, Context, Status, Step, Trajectory
+from r3rag_jax.types import Completion, Context, Question, Status, Step, Trajectory
 
 
 def search_env_factory(codec: Codec, config: RolloutConfig, *, top_k: int, max_passages: int) -> EnvFactory:
     """Return the factory of SearchEnvs; the arguments are those of `SearchEnv`."""
     make = functools.partial(SearchEnv, codec=codec, config=config, top_k=top_k, max_passages=max_passages)
     pause_ids, stop_ids = codec.ends
-    return EnvFactory(make, StopRule(pause_ids, stop_ids, config.stop_strings))
+
+    def num_tokens(question: Question) -> int:
+        return len(Transcript(codec, question.question).context) + config.max_new_tokens
+
+    return EnvFactory(make, StopRule(pause_ids, stop_ids, config.stop_strings), num_tokens)
 
 
 class SearchEnv:
@@ -45,7 +49,7 @@ class SearchEnv:
         self._num_sampled = 0  # tokens, over all steps
 
     def start(self) -> Context:
-        """See `Env.start`. The backend refuses a question that does not fit the context."""
+        """See `Env.start`. A question that does not fit the context is to be left out before; see `fit.py`."""
         return self._context()
 
     def step(self, completion: Completion) -> Search | Done:

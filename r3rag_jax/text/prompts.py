@@ -69,10 +69,10 @@ CHAIN_EXAMPLES = (
 def chain_reading_prompt(question: str, passages: Sequence[Passage | str], sentences: Sequence[str]) -> str:
     """IRCoT's prompt for a base model: examples, then the question's passages and the chain of thought so far."""
     examples = "".join(
-        f"{_chain_frame(asked, documents, thoughts)} {ANSWER_MARK} {answer}\n\n"
+        f"{chain_frame(asked, documents, thoughts)} {ANSWER_MARK} {answer}\n\n"
         for documents, asked, thoughts, answer in CHAIN_EXAMPLES
     )
-    return examples + _chain_frame(question, passages, sentences)
+    return examples + chain_frame(question, passages, sentences)
 
 
 def chain_instruction_prompt(question: str, passages: Sequence[Passage | str]) -> str:
@@ -91,7 +91,8 @@ def chain_example_turns() -> Turns:
     return turns
 
 
-def _chain_frame(question: str, passages: Sequence[Passage | str], sentences: Sequence[str]) -> str:
+def chain_frame(question: str, passages: Sequence[Passage | str], sentences: Sequence[str]) -> str:
+    """The end of IRCoT's prompt for a base model, which asks the question."""
     chain = "".join(f" {sentence}" for sentence in sentences)
     return f"{_listed(passages)}Question: {question}\nReasoning:{chain}"
 

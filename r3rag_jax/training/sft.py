@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -14,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from r3rag_jax.config import Config
+from r3rag_jax.data.records import OnError, Records
 from r3rag_jax.data.sft import SFTBatches, SFTSample
 from r3rag_jax.errors import UserError
 from r3rag_jax.models import lora
@@ -30,7 +29,7 @@ from r3rag_jax.training.guards import is_finite
 from r3rag_jax.training.prefix_tree import share_prefixes
 from r3rag_jax.training.state import init_state
 from r3rag_jax.training.steps import make_sft_step
-from r3rag_jax.types import SFTBatch, Trajectory
+from r3rag_jax.types import Sample, SFTBatch, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +39,21 @@ class SFTParts:
     mesh: Mesh
     policy: Policy
     codec: Codec
-    trajectories: Sequence[Trajectory]  # the teacher's
+    trajectories: Records[Trajectory]  # the teacher's
     shares_prefixes: bool  # samples that begin alike are trained in one sequence
     run: RunDirectory
     provenance: Provenance
     log: MetricsLog
     console: Console
+    on_error: OnError
 
 
 def run_sft(config: Config, parts: SFTParts) -> None:
     """Train from the base and export the result; resumes from the phase's checkpoint.
 
     Raises:
-        UserError: the phase began from something else, a step is longer than `sft.row_length`, or a loss or gradient
-            is not finite (`guards.nonfinite`).
+        UserError: the phase began from something else, a sample is longer than `sft.row_length` and `data.on_error` is
+            stop, or a loss or gradient is not finite (`guards.nonfinite`).
     """
     checkpoints = open_checkpoints("sft", parts.run.checkpoints("sft"), parts.provenance)
     batches = make_batches(config, parts)
@@ -86,12 +86,26 @@ def run_sft(config: Config, parts: SFTParts) -> None:
 
 
 def make_batches(config: Config, parts: SFTParts) -> SFTBatches:
-    """The teacher's steps in batches of packed rows."""
+    """The teacher's steps in batches of packed rows.
+
+    Raises:
+        UserError: a sample is longer than a row, and `data.on_error` is stop.
+    """
     sft = config.sft
-    samples_of = [teacher_samples(parts.codec, trajectory) for trajectory in parts.trajectories]
-    if parts.shares_prefixes:
-        samples_of = [share_prefixes(samples, sft.row_length) for samples in samples_of]
-    samples = [SFTSample(s.ids, s.loss_mask, s.positions, s.branch_ids) for s in itertools.chain(*samples_of)]
+
+    def taught(trajectory: Trajectory) -> tuple[str, tuple[Sample, ...]]:
+        samples = teacher_samples(parts.codec, trajectory)
+        shared = share_prefixes(samples, sft.row_length) if parts.shares_prefixes else samples
+        return trajectory.question.id, shared
+
+    def fault_of(taught: tuple[str, tuple[Sample, ...]]) -> str | None:
+        id, samples = taught
+        longest = max(map(len, samples))
+        rule = f"every sample must fit a row of sft.row_length={sft.row_length} tokens"
+        return f"{rule}; got {longest} with question {id!r}" if longest > sft.row_length else None
+
+    kept = parts.on_error.check(parts.trajectories.map(taught), fault_of)
+    samples = [SFTSample(s.ids, s.loss_mask, s.positions, s.branch_ids) for _, made in kept for s in made]
     return SFTBatches(
         samples, row_length=sft.row_length, batch_rows=sft.batch_rows, epochs=sft.epochs, seed=config.seed
     )

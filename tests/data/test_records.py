@@ -33,8 +33,8 @@ def test_skipping_leaves_out_what_cannot_be_read_and_says_where(tmp_path: Path) 
 
 def test_only_the_first_few_are_named(tmp_path: Path) -> None:
     said, skip = collector()
-    assert len(read_questions(write(tmp_path, QUESTION, *["{"] * 9), skip)) == 1
-    assert said[0].splitlines()[-1].strip() == "and 4 more" and len(said[0].splitlines()) == 7
+    assert len(read_questions(write(tmp_path, QUESTION, *["{"] * 14), skip)) == 1
+    assert said[0].splitlines()[-1].strip() == "and 4 more" and len(said[0].splitlines()) == 12
 
 
 def test_a_file_without_a_fault_is_not_spoken_of(tmp_path: Path) -> None:
