@@ -18,6 +18,7 @@ from rich.console import Console
 
 from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
+from r3rag_jax.data.evidence import Evidence
 from r3rag_jax.data.questions import iterate_passages
 from r3rag_jax.data.records import OnError, Records
 from r3rag_jax.errors import UserError
@@ -32,6 +33,7 @@ from r3rag_jax.parallel.processes import on_process_0
 from r3rag_jax.retrieval.base import Encoder, Retriever
 from r3rag_jax.retrieval.factory import build_index, open_encoder, open_retriever, open_store
 from r3rag_jax.retrieval.manifest import has_index, read_manifest
+from r3rag_jax.retrieval.store import PassageStore
 from r3rag_jax.rewards.base import Resources
 from r3rag_jax.rewards.judge.factory import open_judge
 from r3rag_jax.rewards.judge.judge import Judge
@@ -125,7 +127,16 @@ class Components:
 
     @functools.cached_property
     def dataset(self) -> Dataset:
-        return Dataset(self.config, self.run, lambda: open_store(self.index_dir), self.on_error)
+        return Dataset(self.config, self.run, lambda: self.corpus, self.on_error)
+
+    @functools.cached_property
+    def corpus(self) -> PassageStore:
+        """The passages of the index.
+
+        Raises:
+            UserError: there is no index, or a file of it is damaged.
+        """
+        return open_store(self.index_dir)
 
     @functools.cached_property
     def on_error(self) -> OnError:
@@ -260,14 +271,16 @@ class Components:
         """The inputs of RL.
 
         Raises:
-            UserError: a question does not fit the context, and `data.on_error` is stop.
+            UserError: a question does not fit the context, and `data.on_error` is stop; or no question has the evidence
+                that its process reward needs.
         """
+        questions = self._fitting(self.dataset.questions("rl"))
+        self._evidence(questions).check(self.config.rewards, self.on_error.say)
         return RLParts(
             mesh=self.mesh, sampler_mesh=self.sampler_mesh, policy=self.policy, make_backend=self.engine_backends,
             env_factory=self.search_env, retriever=self.retriever, scorer=self.scorer,
-            questions=self._fitting(self.dataset.questions("rl")), evaluate=self.dev_evaluation,
-            shares_prefixes=self.shares_prefixes, run=self.run, provenance=self.provenance("rl"), log=self.log,
-            trajectory_log=self.trajectory_log,
+            questions=questions, evaluate=self.dev_evaluation, shares_prefixes=self.shares_prefixes, run=self.run,
+            provenance=self.provenance("rl"), log=self.log, trajectory_log=self.trajectory_log,
             console=self.console,
         )  # fmt: skip
 
@@ -323,10 +336,16 @@ class Components:
         return self._fitting(self.dataset.read(path), [system])
 
     def _fitting(self, questions: Records[Question], systems: Sequence[str] = ()) -> Records[Question]:
-        """Those that fit the context of all systems; by default of R3-RAG."""
+        """Those that fit the context of all systems, by default of R3-RAG; says which evidence is not in the corpus."""
+        self._evidence(questions).report(self.on_error.say)
         factories = {system: SYSTEMS[system].make_env(self.evaluator) for system in systems}
         factories = factories or {"r3rag": self.search_env}
         return fitting_questions(questions, factories, self.config.rollout.max_length, self.on_error)
+
+    def _evidence(self, questions: Records[Question]) -> Evidence:
+        # What a server searches may be more than data.corpus.
+        is_asked = self.config.retrieval.kind != "http" and any(question.supporting_ids for question in questions)
+        return Evidence.of(questions, self.corpus if is_asked else None)
 
     def open_backend(self, policy: str) -> RolloutBackend:
         """Open a rollout backend with a policy: `base`, or a finished phase's. An inference server ignores it."""

@@ -253,6 +253,14 @@ def test_data_that_leaves_nothing_or_holds_too_little_is_the_users_to_fix(config
         Components(many, one.run.path).dataset.trajectories()
 
 
+def test_rl_by_gold_passages_needs_questions_that_name_some(config: Config, tmp_path: Path) -> None:
+    none = files_of_ones_own(config, tmp_path / "data", disjoint=False)
+    one = Components(none, open_run(none))
+    PHASES["index"](one)
+    with pytest.raises(UserError, match=r"train\.jsonl: rewards\.process=gold needs .*; none of 10 questions has any"):
+        _ = one.rl_parts
+
+
 def test_refreshing_places_what_is_wrong_with_the_trajectories(config: Config, tmp_path: Path) -> None:
     again = files_of_ones_own(config, tmp_path / "data", refresh_retrieved=True)
     with (tmp_path / "data" / "taught.jsonl").open("a") as file:
