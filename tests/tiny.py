@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,25 +85,27 @@ def with_several_ends(source: Path, path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
+def decoder_config(vocab_size: int = 267) -> dict[str, Any]:
+    """The config.json of two layers of width 32."""
+    return {
+        "model_type": "qwen2",
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 512,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }
+
+
 def decoder(vocab_size: int = 267, seed: int = 0, scale: float = 0.7) -> Decoder:
     """Two layers of width 32; embeddings scaled so that its distributions are neither uniform nor peaked."""
-    config = DecoderConfig.from_hf(
-        {
-            "model_type": "qwen2",
-            "vocab_size": vocab_size,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-            "max_position_embeddings": 512,
-            "rope_theta": 10000.0,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": True,
-            "hidden_act": "silu",
-        }
-    )
-    model = Decoder(config, rngs=nnx.Rngs(seed))
+    model = Decoder(DecoderConfig.from_hf(decoder_config(vocab_size)), rngs=nnx.Rngs(seed))
     model.embed[...] = model.embed[...] * jnp.float32(scale)
     return model
 

@@ -186,7 +186,7 @@ def directory(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(model)
     tiny.tokenizer(path, SPECIALS[model])
     (path / "tokenizer_config.json").write_text(json.dumps(SETTINGS[model]))
-    (path / "config.json").write_text("{}")
+    (path / "config.json").write_text(json.dumps(tiny.decoder_config(Tokenizer(path).vocab_size)))
     return path
 
 
