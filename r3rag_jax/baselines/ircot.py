@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from r3rag_jax.baselines.reading import MAX_ANSWER_TOKENS, encoder, first_that_fits
+from r3rag_jax.baselines.reading import MAX_ANSWER_TOKENS, first_that_fits
 from r3rag_jax.retrieval.base import Hit
 from r3rag_jax.retrieval.selection import select_passages
 from r3rag_jax.rollout.env import Done, Search
 from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.text.message_frame import MessageFrame
 from r3rag_jax.text.prompts import (
     ANSWER_MARK,
     chain_example_turns,
@@ -24,7 +25,7 @@ from r3rag_jax.text.prompts import (
     chain_instruction_prompt,
     chain_reading_prompt,
 )
-from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
+from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Completion, Context, Passage, Question, Status, Step, Trajectory
 
 MAX_SENTENCES = 4
@@ -42,19 +43,17 @@ class ChainWriter:
             is_chat: use an instruction in the model's chat template instead of plain text to continue.
         """
         self.tokenizer, self._max_length, self._is_chat = tokenizer, max_length, is_chat
-        self._encode = encoder(tokenizer, is_chat=is_chat)
-        self._prefix, self._suffix = chat_frame(tokenizer, chain_example_turns()) if is_chat else ([], [])
+        self._frame = MessageFrame.chat(tokenizer, chain_example_turns()) if is_chat else MessageFrame(tokenizer)
 
     def num_tokens(self, question: Question) -> int:
         """The number of tokens that the first prompt has at least, and of a sentence."""
-        return len(self._prefix) + self._num_least(question.question, ()) + len(self._suffix) + MAX_SENTENCE_TOKENS
+        return self._num_least(question.question, ()) + MAX_SENTENCE_TOKENS
 
     def _num_least(self, question: str, sentences: Sequence[str]) -> int:
-        """The number of tokens of the text that no prompt lacks; the examples of plain text are not part of it."""
-        is_chat = self._is_chat
-        return len(
-            self._encode(chain_instruction_prompt(question, ()) if is_chat else chain_frame(question, (), sentences))
-        )
+        """The number of tokens that no prompt lacks; the examples of plain text are not part of it."""
+        if self._is_chat:
+            return len(self._frame.ids(chain_instruction_prompt(question, ()), " ".join(sentences)))
+        return len(self._frame.ids(chain_frame(question, (), sentences)))
 
     def ids(self, question: str, passages: Sequence[Passage], sentences: Sequence[str], budget: int) -> list[int]:
         """Return the ids of a prompt that leaves `budget` tokens free, or `[]` if not even question and chain do.
@@ -62,10 +61,10 @@ class ChainWriter:
         A prompt that is too long loses its oldest passages first, since the chain already says what was in them, then
         the examples with which plain text begins.
         """
-        chain = self.tokenizer.encode(" ".join(sentences), allow_special=False) if self._is_chat else []
-        room = self._max_length - budget - len(self._prefix) - len(self._suffix) - len(chain)
-        if self._num_least(question, sentences) > room:
+        max_tokens = self._max_length - budget
+        if self._num_least(question, sentences) > max_tokens:
             return []
+        chain = " ".join(sentences) if self._is_chat else ""
         shown = (passages[number:] for number in range(len(passages) + 1))
         prompts = (
             chain_instruction_prompt(question, some)
@@ -73,7 +72,7 @@ class ChainWriter:
             else chain_reading_prompt(question, some, sentences)
             for some in shown
         )
-        return [*self._prefix, *first_that_fits(self._encode, prompts, room), *self._suffix, *chain]
+        return first_that_fits(self._frame, prompts, max_tokens, chain)
 
 
 class IRCoTEnv:

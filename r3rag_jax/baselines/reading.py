@@ -6,13 +6,13 @@ chat template, after three examples of short answers. A prompt that exceeds the 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from r3rag_jax.rollout.env import Done, StopRule
 from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.text.message_frame import MessageFrame
 from r3rag_jax.text.prompts import example_turns, instruction_prompt, reading_prompt
-from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
+from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Completion, Context, Passage, Question, Status, Step, Trajectory
 
 MAX_ANSWER_TOKENS = 24
@@ -26,22 +26,16 @@ def line_stops(tokenizer: Tokenizer, *others: str) -> StopRule:
     return StopRule(stop_ids=tuple(stop_ids), stop_strings=("\n", *others))
 
 
-Encode = Callable[[str], list[int]]
+def first_that_fits(frame: MessageFrame, texts: Iterable[str], max_tokens: int, tail: str = "") -> list[int]:
+    """Return the ids of the first prompt with at most `max_tokens`, or of the last one with its text cut to that.
 
-
-def encoder(tokenizer: Tokenizer, *, is_chat: bool) -> Encode:
-    """Return what encodes a prompt: as the content of a user message, or as plain text to continue."""
-    return tokenizer.encode_content if is_chat else functools.partial(tokenizer.encode, allow_special=False)
-
-
-def first_that_fits(encode: Encode, prompts: Iterable[str], max_tokens: int) -> list[int]:
-    """Return the ids of the first prompt with at most `max_tokens` (> 0), or the last ids of the last prompt."""
-    ids: list[int] = []
-    for prompt in prompts:
-        ids = encode(prompt)
-        if len(ids) <= max_tokens:
-            break
-    return ids[-max_tokens:]
+    Returns `[]` if not even the frame fits.
+    """
+    text = ""
+    for text in texts:
+        if len(ids := frame.ids(text, tail)) <= max_tokens:
+            return ids
+    return frame.cut(text, max_tokens, tail)
 
 
 class LineReader:
@@ -54,21 +48,20 @@ class LineReader:
             max_length: maximum number of tokens of prompt and answer together.
             with_passages: whether the examples of a chat prompt show passages.
         """
-        self._tokenizer, self._encode = tokenizer, encoder(tokenizer, is_chat=is_chat)
+        self._tokenizer, self._max_prompt = tokenizer, max_length - MAX_ANSWER_TOKENS
         self._prompt_of = instruction_prompt if is_chat else reading_prompt
-        self._prefix, self._suffix = chat_frame(tokenizer, example_turns(with_passages)) if is_chat else ([], [])
-        self._max_prompt = max_length - MAX_ANSWER_TOKENS - len(self._prefix) - len(self._suffix)
+        turns = example_turns(with_passages)
+        self._frame = MessageFrame.chat(tokenizer, turns) if is_chat else MessageFrame(tokenizer)
 
     def num_tokens(self, question: Question) -> int:
         """The number of tokens of the prompt without passages and of an answer."""
-        num_prompt = len(self._encode(self._prompt_of(question.question, ())))
-        return len(self._prefix) + num_prompt + len(self._suffix) + MAX_ANSWER_TOKENS
+        return len(self._frame.ids(self._prompt_of(question.question, ()))) + MAX_ANSWER_TOKENS
 
     def context(self, request: RolloutRequest, passages: Sequence[Passage]) -> Context:
         """Return the prompt that asks for the answer."""
         question = request.question.question
         prompts = (self._prompt_of(question, passages[:count]) for count in range(len(passages), -1, -1))
-        ids = [*self._prefix, *first_that_fits(self._encode, prompts, self._max_prompt), *self._suffix]
+        ids = first_that_fits(self._frame, prompts, self._max_prompt)
         key = request.key(0) if request.temperature > 0 else None
         return Context(ids, MAX_ANSWER_TOKENS, request.temperature, key)
 

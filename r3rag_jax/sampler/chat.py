@@ -8,7 +8,8 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.engine import Engine, complete_all
 from r3rag_jax.sampler.stops import StopTokens
-from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
+from r3rag_jax.text.message_frame import MessageFrame
+from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Context
 
 CHUNK = 32  # maximum tokens per row in one decode call
@@ -38,7 +39,7 @@ class EngineChat:
         """
         self._engine, self._decoder, self._tokenizer = engine, decoder, tokenizer
         self.model, self.identity = model, identity
-        self._frame, self._max_tokens = chat_frame(tokenizer), max_tokens
+        self._frame, self._max_tokens = MessageFrame.chat(tokenizer), max_tokens
         self._stops = StopTokens(stop_ids=tokenizer.end_ids)
         self._has_given_up = False
 
@@ -49,11 +50,10 @@ class EngineChat:
     def reply_all(self, prompts: Sequence[str]) -> Iterator[tuple[int, str | UserError]]:
         """See `Chat.reply_all`."""
         self._has_given_up = False
-        prefix, suffix = self._frame
         max_prompt_tokens = self._engine.max_length - self._max_tokens
         indices, contexts = [], []
         for index, prompt in enumerate(prompts):
-            ids = [*prefix, *self._tokenizer.encode_content(prompt), *suffix]
+            ids = self._frame.ids(prompt)
             if len(ids) > max_prompt_tokens:
                 yield (
                     index,

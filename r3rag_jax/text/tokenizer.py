@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import bisect
 import functools
-import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as _Backend
+from tokenizers.models import Unigram
 
 from r3rag_jax.errors import UserError
 from r3rag_jax.text.chat_template import CONTENT, ChatTemplate
+from r3rag_jax.text.pieces import PieceEncoder
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -26,6 +27,7 @@ SPECIALS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
 _SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
+_NAMED_KEYS = (*_SPECIAL_KEYS, "sep_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -49,6 +51,11 @@ class Tokenizer:
             self._backend = _Backend.from_file(str(file))
         except Exception as error:  # the library raises no narrower class
             raise ValueError(f"{file} must be a tokenizer of the library tokenizers: {error}") from error
+        if isinstance(self._backend.model, Unigram):
+            raise ValueError(
+                f"{file} must hold a model of type BPE; got Unigram, which finds special tokens in any text, also from "
+                "outside"
+            )
         # A file may ask for truncation and padding; both would silently change the ids.
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -56,9 +63,9 @@ class Tokenizer:
             **_read_json(self._path / SPECIALS_FILE),
             **_read_json(self._path / CONFIG_FILE),
         }
+        self._add_tokens_of_config()
         text = self._find_template() if chat_template is None else chat_template
         self._template = None if text is None else ChatTemplate(text)
-        self._plain: _Backend | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -137,36 +144,32 @@ class Tokenizer:
             self._special_id(key)
         _ = self.eos_id
 
-    def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
-        """Return the ids of a text; no special token is added.
+    def encode(self, text: str, *, allow_special: bool = True, continues: bool = False) -> list[int]:
+        """Return the ids of a text, those that `PreTrainedTokenizerFast` of transformers gives; none is added.
 
         Args:
             allow_special: special tokens written in the text become their ids. Pass False for text
                 from outside (passages, questions), so that a document that spells a control token
                 stays a document.
+            continues: the text follows other text: a tokenizer that puts a space before a text (`▁Who`) puts none.
         """
-        backend = self._backend if allow_special else self._plain_backend()
+        if continues and self._pieces.prefix_space != "never":
+            return self._pieces.encode([text] if allow_special else ["", text], continues=True)
+        backend = self._backend if allow_special else self._pieces.plain
         return backend.encode(text, add_special_tokens=False).ids
 
-    def encode_pieces(self, pieces: Sequence[str]) -> list[int]:
+    def encode_pieces(self, pieces: Sequence[str], *, continues: bool = False) -> list[int]:
         """Return the ids of the pieces as one text, in which only the first piece and every second one after it may
         hold special tokens: a piece between them that spells one stays text.
-        """
-        ids = self.encode("".join(pieces))
-        allowed = itertools.chain.from_iterable(self.encode(piece) for piece in pieces[::2])
-        if self.num_special(ids) == self.num_special(allowed):
-            return ids
-        parts = [self.encode(piece, allow_special=number % 2 == 0) for number, piece in enumerate(pieces)]
-        return [*itertools.chain.from_iterable(parts)]
 
-    def num_special(self, ids: Iterable[int]) -> int:
-        """Number of ids that are special tokens."""
-        return sum(map(self._special_ids.__contains__, ids))
+        Args:
+            continues: see `encode`.
+        """
+        return self._pieces.encode(pieces, continues=continues)
 
     @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
-        added = self._backend.get_added_tokens_decoder()
-        return frozenset(id for id, token in added.items() if token.special)
+    def _pieces(self) -> PieceEncoder:
+        return PieceEncoder(self._backend)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Return the text of ids, with special tokens written out unless skipped."""
@@ -207,8 +210,7 @@ class Tokenizer:
 
     def add_special_tokens(self, tokens: Sequence[str]) -> int:
         """Make each string a special token; returns the number of tokens added to the vocabulary."""
-        self._plain = None
-        for name in ("end_ids", "_special_ids"):
+        for name in ("end_ids", "_pieces"):  # cached
             self.__dict__.pop(name, None)
         added = [AddedToken(token, special=True, normalized=False) for token in tokens]
         return self._backend.add_special_tokens(added)
@@ -249,14 +251,11 @@ class Tokenizer:
         before, _, after = text.partition(CONTENT)
         return before, after
 
-    def encode_content(self, text: str) -> list[int]:
-        """Return the ids of a user message's content; special tokens in it stay text.
-
-        A template that strips spaces from the ends of a content gets it stripped here.
-        """
+    def strip_content(self, text: str) -> str:
+        """Return the content of a user message as the chat template shows it: stripped where the template strips."""
         strips_start, strips_end = self._strips
         text = text.lstrip() if strips_start else text
-        return self.encode(text.rstrip() if strips_end else text, allow_special=False)
+        return text.rstrip() if strips_end else text
 
     @functools.cached_property
     def _strips(self) -> tuple[bool, bool]:
@@ -280,14 +279,6 @@ class Tokenizer:
             config["chat_template"] = self._template.text
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (path / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-
-    def _plain_backend(self) -> _Backend:
-        """Return a copy of the tokenizer that reads special tokens as ordinary text."""
-        if self._plain is None:
-            plain = _Backend.from_str(self._backend.to_str())
-            plain.encode_special_tokens = True
-            self._plain = plain
-        return self._plain
 
     def _special(self, key: str) -> str | None:
         """Return the text of a special token; the files write a string or {"content": ...}."""
@@ -334,6 +325,26 @@ class Tokenizer:
         ids = self.encode(behind.lstrip())[:1] if content else []
         return next((i for i in ids if i in self._backend.get_added_tokens_decoder()), None)
 
+    def _add_tokens_of_config(self) -> None:
+        """Make tokens that only the configuration names added tokens, as transformers does.
+
+        They are those of `added_tokens_decoder` and additional special tokens, and named special tokens that are in the
+        vocabulary without being marked as special in tokenizer.json.
+        """
+        decoder = self._config.get("added_tokens_decoder") or {}
+        entries = [decoder[id] for id in sorted(decoder, key=int)]
+        extra = self._config.get("extra_special_tokens") or []
+        more = [*(extra.values() if isinstance(extra, dict) else extra)]
+        more += self._config.get("additional_special_tokens") or []
+        named = [text for key in _NAMED_KEYS if (text := self._special(key)) is not None and text in self]
+        known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        tokens = [_added_token(entry) for entry in entries]
+        tokens += [_added_token(entry, is_special=True) for entry in (*named, *more)]
+        for token in tokens:
+            if token.content not in known:
+                known.add(token.content)
+                self._backend.add_tokens([token])
+
     def _find_template(self) -> str | None:
         """Return the default chat template, from chat_template.jinja or else from tokenizer_config.json."""
         file = self._path / TEMPLATE_FILE
@@ -354,6 +365,14 @@ def chat_frame(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]] = ()) ->
     """
     prefix, suffix = tokenizer.frame_of_user_message(turns)
     return tokenizer.encode(prefix), tokenizer.encode(suffix)
+
+
+def _added_token(entry: str | Mapping[str, Any], *, is_special: bool = False) -> AddedToken:
+    """Return a token as tokenizer_config.json writes it: its text, or a dictionary with its options."""
+    if isinstance(entry, str):
+        return AddedToken(entry, special=is_special)
+    options = {name: bool(entry[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in entry}
+    return AddedToken(entry["content"], special=is_special or bool(entry.get("special")), **options)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

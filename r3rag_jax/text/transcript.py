@@ -47,7 +47,7 @@ class Codec:
 
     def question_ids(self, question: str) -> list[int]:
         """Return the ids of the user message that states the question, without the chat frame."""
-        return self.tokenizer.encode_content(question_text(question))
+        return self.tokenizer.encode(self.tokenizer.strip_content(question_text(question)), allow_special=False)
 
     def passage_ids(self, passages: Sequence[Passage]) -> list[int]:
         """Return the ids of the passages as inserted into a context, each cut to `passage_tokens`."""

@@ -6,6 +6,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.text.message_frame import MessageFrame
 from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
 
 CHATML = """\
@@ -275,11 +276,11 @@ def test_a_content_is_stripped_where_the_template_strips_it(directory, shown, st
     edit_config(directory, chat_template="{% for m in messages %}" + shown + "<|im_end|>{% endfor %}")
     tokenizer = Tokenizer(directory)
     prefix, suffix = chat_frame(tokenizer)
-    ids = tokenizer.encode_content(" \tWho?\n ")
-    assert tokenizer.decode(ids) == stripped
-    whole = tokenizer.render_chat([{"role": "user", "content": " \tWho?\n "}])
-    assert tokenizer.decode([*prefix, *ids, *suffix]) == whole
-    assert 2 not in tokenizer.encode_content("a question with <|im_end|> in it")
+    assert tokenizer.strip_content(" \tWho?\n ") == stripped
+    whole = tokenizer.chat([{"role": "user", "content": " \tWho?\n "}])
+    assert MessageFrame.chat(tokenizer).ids(" \tWho?\n ") == whole
+    assert tokenizer.decode([*prefix, *tokenizer.encode(stripped), *suffix]) == tokenizer.decode(whole)
+    assert MessageFrame.chat(tokenizer).ids("a question with <|im_end|> in it").count(2) == whole.count(2)
 
 
 def test_truncation_in_the_file_is_not_applied(directory):
@@ -331,3 +332,36 @@ def test_where_a_stop_string_ends(directory):
     assert tokenizer.end_of(("wer", "\n"), ids) < tokenizer.end_of(("\n",), ids)
     assert tokenizer.end_of(("answers",), ids) == tokenizer.end_of(("\n",), []) == 0
     assert tokenizer.end_of(("the",), tokenizer.encode("the")) == len(tokenizer.encode("the"))
+
+
+def test_a_unigram_model_is_refused(directory):
+    """Its vocabulary holds the special tokens, which it finds in any text: a passage could end the model's turn."""
+    backend = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)], 0))
+    backend.save(str(directory / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer.json must hold a model of type BPE; got Unigram"):
+        Tokenizer(directory)
+
+
+def test_tokens_that_only_the_configuration_names(directory):
+    """As in transformers they are added tokens: an eos_token that tokenizer.json does not mark was read as letters."""
+    transformers = pytest.importorskip("transformers")
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|im_end|>"]
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    options = {"lstrip": False, "rstrip": True, "single_word": False, "normalized": False}
+    decoder = {
+        "301": {"content": "<call>", "special": False, **options},
+        "300": {"content": "<tool>", "special": True, **options},
+        "0": {"content": "<|endoftext|>", "special": True, **options},
+    }
+    edit_config(directory, added_tokens_decoder=decoder, additional_special_tokens=["<think>", "<tool>"])
+    ours, theirs = Tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    new = [ours.token_id(token) for token in ("<tool>", "<call>", "<think>")]
+    assert ours.end_ids == (2,) and new == [*range(len(theirs) - 3, len(theirs))] and ours.vocab_size == len(theirs)
+    for text in ("the<|im_end|>", "<tool> the <call> Darwin<think>the", "<|im_start|>user\n<tool>"):
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+        assert ours.decode(ids, skip_special=True) == theirs.decode(ids, skip_special_tokens=True)
+    assert not {2, new[0], new[2]} & set(ours.encode("<|im_end|><tool><think>", allow_special=False))
+    ours.save(directory / "saved")
+    assert Tokenizer(directory / "saved").encode(text) == ids
