@@ -18,14 +18,18 @@ import numpy as np
 import pytest
 
 from r3rag_jax import evaluate, train
+from r3rag_jax.config import RewardConfig
 from r3rag_jax.config.renamed import RENAMED
 from r3rag_jax.data.questions import read_passages
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.rewards.answer import answer_scores, encode_answers
+from r3rag_jax.rewards.base import Resources, RewardTerm
+from r3rag_jax.rewards.scorer import Scorer
+from r3rag_jax.rewards.terms import PROCESS_REWARDS
 from r3rag_jax.text.protocols import make_protocol
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.text.transcript import Codec, Transcript
-from r3rag_jax.types import Passage
+from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
 
 CASES = Path(os.environ.get("R3RAG_CASES", Path(__file__).parents[2] / "shared" / "cases"))
 pytestmark = [
@@ -290,3 +294,18 @@ def test_parity_of_prompts_and_parser() -> None:
             assert kind in ("bad", case["ours"][0]), case["case"]
         if case["case"] in ("empty query then answer", "header same line"):
             assert kind == "bad", case["case"]
+
+
+def test_parity_of_rewards() -> None:
+    """`compat: paper` against the rewards of the released code, which each row ends with."""
+    question = Question("q", "?", ("x",))
+    for name, (process, _, _, released) in json.loads((CASES / "parity" / "reward_paper.json").read_text()).items():
+        steps = [Step("", query=f"{k}") for k in range(len(process))] or [Step("", is_well_formed=False)]
+        status = Status.NO_ANSWER if process else Status.FORMAT_ERROR
+        config = RewardConfig(compat="paper", use_process="'orm'" not in name, use_outcome="'prm'" not in name)
+        relevance = np.asarray([process or [0.0]], np.float32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(PROCESS_REWARDS, "gold", RewardTerm(lambda *_, found=relevance: found))
+            trajectory = Trajectory(question, tuple(steps), status)
+            [rewards] = Scorer(config, Resources(len(steps))).score([trajectory]).rewards
+        np.testing.assert_allclose(rewards, released, rtol=1e-6, err_msg=name)
