@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as _Backend
 from tokenizers.models import Unigram
 
@@ -166,6 +166,28 @@ class Tokenizer:
             continues: see `encode`.
         """
         return self._pieces.encode(pieces, continues=continues)
+
+    def encoding(self, text: str) -> Encoding:
+        """Return the ids of a text with the characters (`offsets`) and the word (`word_ids`) of each.
+
+        Special tokens stay text.
+        """
+        return self._pieces.plain.encode(text, add_special_tokens=False)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all special tokens."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(id for id, token in added.items() if token.special)
+
+    @property
+    def pipeline(self) -> dict[str, Any]:
+        """Normalizer, pre-tokenizer, model and added tokens as in tokenizer.json, without vocabulary and merges."""
+        content = json.loads(self._backend.to_str())
+        parts = {name: content[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+        for name in ("vocab", "merges"):
+            parts["model"].pop(name, None)
+        return parts
 
     @functools.cached_property
     def _pieces(self) -> PieceEncoder:

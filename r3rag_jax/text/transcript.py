@@ -1,10 +1,16 @@
 """Token ids of a growing trajectory, in both protocols; rollouts and the cold start share this code.
 
-Steps keep the ids that the policy sampled and are never re-tokenised. Only the question, the passages and the chat
-template's text are encoded, each separately.
+A step that the policy sampled keeps its ids where it is trained; it is never re-tokenised there.
 
     tags    prompt | step 1 | passages | step 2 …                            one sequence per trajectory
     steps   prefix question [\\n step 1 \\n passages …] suffix | step k       one sequence per step
+
+A prompt is encoded as one text, as the published checkpoints saw it: the template's text, the question and, in `steps`,
+the earlier steps (as rendered) and their passages. So a token may hold the end of one part and the beginning of the
+next (`?\\n`), and the prompt of a step does not begin with exactly the tokens of the prompt before it, but with all but
+its last few. In `tags`, passages are encoded one by one between the ids of their tags.
+
+Text from outside never becomes a special token.
 """
 
 from __future__ import annotations
@@ -16,8 +22,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from r3rag_jax.text.chat_template import CONTENT
+from r3rag_jax.text.lines import LineEncoder
 from r3rag_jax.text.protocols import TextProtocol, question_text
-from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
+from r3rag_jax.text.tokenizer import Tokenizer
+from r3rag_jax.text.truncation import truncate
 from r3rag_jax.types import Passage, Sample, Step, Trajectory
 
 MAX_SHOWN = 120  # characters of a text in an error message
@@ -30,35 +38,42 @@ class Codec:
     def __init__(self, tokenizer: Tokenizer, protocol: TextProtocol, passage_tokens: int):
         """`passage_tokens`: maximum number of tokens of a passage; longer ones are cut."""
         self.tokenizer, self.protocol, self.passage_tokens = tokenizer, protocol, passage_tokens
-        self.prefix, self.suffix = chat_frame(tokenizer)
+        self._frame = tokenizer.frame_of_user_message()
         self.turn_end_id, self.end_ids = tokenizer.turn_end_id, tokenizer.end_ids
         self.stop_ids = tuple(tokenizer.token_id(text) for text in protocol.stop_strings)
+        self._lines = LineEncoder(tokenizer)
         self._newline = tokenizer.encode("\n")
-        frame = protocol.render_passages([CONTENT])
-        before, _, after = frame.partition(CONTENT)
+        before, _, after = protocol.render_passages([CONTENT]).partition(CONTENT)
         self._before_passages, self._after_passages = tokenizer.encode(before), tokenizer.encode(after)
         # The same passages are retrieved for many questions.
-        self._content_ids = functools.lru_cache(CACHED_PASSAGES)(self._encode_contents)
+        self._truncated = functools.lru_cache(CACHED_PASSAGES)(
+            lambda contents: truncate(tokenizer, contents, passage_tokens)
+        )
 
     @property
     def ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Stop tokens as (those after which passages may follow, all others)."""
         return (self.stop_ids, self.end_ids) if self.protocol.is_one_sequence else (self.end_ids, ())
 
-    def question_ids(self, question: str) -> list[int]:
-        """Return the ids of the user message that states the question, without the chat frame."""
-        return self.tokenizer.encode(self.tokenizer.strip_content(question_text(question)), allow_special=False)
+    def prompt_ids(self, message: str) -> list[int]:
+        """Return the ids of a prompt: a user message in the chat template, which ends with an assistant turn's opening.
+
+        No part of the message becomes a special token.
+        """
+        before, after = self._frame
+        return self._lines.encode_pieces([before, self.tokenizer.strip_content(message), after])
+
+    def passage_text(self, passages: Sequence[Passage]) -> str:
+        """Return the text of the passages as a user message shows them, each cut to `passage_tokens`."""
+        return self.protocol.render_passages([self._truncated(passage.contents).text for passage in passages])
 
     def passage_ids(self, passages: Sequence[Passage]) -> list[int]:
-        """Return the ids of the passages as inserted into a context, each cut to `passage_tokens`."""
+        """Return the ids of the passages as inserted into one sequence, each cut to `passage_tokens`."""
         ids = [*self._before_passages]
         for number, passage in enumerate(passages):
             ids += self._newline if number else []
-            ids += self._content_ids(passage.contents)
+            ids += self._truncated(passage.contents).ids
         return ids + self._after_passages
-
-    def _encode_contents(self, contents: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(contents, allow_special=False)[: self.passage_tokens])
 
     def step_ids(self, step: Step, number: int) -> list[int]:
         """Return the ids that a policy would sample to write this step, including the stop token."""
@@ -92,10 +107,10 @@ class Codec:
         # Ids may hold a text otherwise, e.g. in Unicode's composed form.
         return self.tokenizer.decode(self.tokenizer.encode(written, allow_special=False)).strip() == read
 
-    def joined_step(self, ids: Sequence[int]) -> list[int]:
-        """Return a step's ids as they appear in the next user message of the protocol `steps`."""
-        ids = [i for i in ids if i not in self.end_ids]
-        return [*self._newline, *ids, *self._newline]
+    def step_text(self, ids: Sequence[int], number: int) -> str:
+        """Return step `number` (from 1) as later user messages of the protocol `steps` repeat it: its fields alone."""
+        step = self.parse_step(ids, number)
+        return self.protocol.render_step(step, number) if step.is_well_formed else step.analysis
 
 
 class Transcript:
@@ -103,8 +118,8 @@ class Transcript:
 
     def __init__(self, codec: Codec, question: str):
         self._codec = codec
-        self._history = codec.question_ids(question)  # protocol `steps`: the user message so far
-        self.context: list[int] = [*codec.prefix, *self._history, *codec.suffix]
+        self._message = question_text(question)  # protocol `steps`: it grows by steps and passages
+        self.context: list[int] = codec.prompt_ids(self._message)
         self._written: list[tuple[int, int, np.ndarray, list[int]]] = []  # start, end, logprobs, whole sequence
 
     @property
@@ -133,16 +148,15 @@ class Transcript:
         if self._codec.protocol.is_one_sequence:
             self.context = sequence
         else:
-            self._history = [*self._history, *self._codec.joined_step(ids)]
+            self._message += f"\n{self._codec.step_text(ids, self.num_steps)}\n"
 
     def add_passages(self, passages: Sequence[Passage]) -> None:
         """Append the passages retrieved for the last query; `context` is then the prompt of the next step."""
-        ids = self._codec.passage_ids(passages)
         if self._codec.protocol.is_one_sequence:
-            self.context = [*self.context, *ids]
+            self.context = [*self.context, *self._codec.passage_ids(passages)]
         else:
-            self._history = [*self._history, *ids]
-            self.context = [*self._codec.prefix, *self._history, *self._codec.suffix]
+            self._message += self._codec.passage_text(passages)
+            self.context = self._codec.prompt_ids(self._message)
 
     def samples(self, temperature: float) -> tuple[Sample, ...]:
         """Return the training sequences; each ends with the last token that the policy wrote in it."""

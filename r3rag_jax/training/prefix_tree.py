@@ -1,7 +1,8 @@
 """Prefix sharing: samples that begin alike become one sequence, a tree, in which their common prefix occurs once.
 
 Each sample is trained as if it stood alone. In the protocol `steps` the prompt of a step holds all steps and passages
-before it, so the samples of a trajectory repeat them:
+before it, so the samples of a trajectory repeat them (all but the last tokens of a prompt, which may be split otherwise
+where more text follows):
 
     q a | x        q b a | y        q b c a | z          three samples, | is where the policy writes, 12 tokens
     q   a x   b   a y   c   a z                          one tree, 9 tokens

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import merging
 import numpy as np
 import pytest
 import tiny
@@ -94,6 +97,24 @@ def test_every_sample_is_on_its_path(grown: list[tuple[list[int], int]], data: s
     assert sum(map(len, trees)) <= sum(map(len, samples))
     kept = [one for one, written in zip(as_they_were(samples), grown, strict=True) if written[1] > 0]
     assert [path for tree in trees for path in split(tree) if any(path[3])] == kept
+
+
+def test_prompts_that_are_encoded_anew_still_share_a_tree(tmp_path: Path) -> None:
+    """A prompt begins with the prompt before it but for its last tokens: `?` and what follows may be one token."""
+    tokenizer = merging.tokenizer(tmp_path, "qwen2")
+    codec, steps = Codec(tokenizer, make_protocol("steps"), passage_tokens=40), list[Step]()
+    transcript = Transcript(codec, "Who wrote it?")
+    for number in range(1, 4):
+        steps.append(Step("I need the author.", query=f"{number}?", passages=(Passage("p", f"Passage {number}?"),)))
+        transcript.write(codec.step_ids(steps[-1], number))
+        transcript.add_passages(steps[-1].passages)
+    samples = transcript.samples(temperature=1.0)
+    for one, other in itertools.pairwise(samples):
+        prompt = one.ids[: int(np.argmax(one.loss_mask))]
+        before = prompt.tolist().index(tokenizer.token_id("<|im_end|>")) - 1
+        assert other.ids[:before].tolist() == prompt[:before].tolist() and other.ids[before] != prompt[before]
+    [tree] = share_prefixes(samples, max_length=1000)
+    assert split(tree) == as_they_were(list(samples))
 
 
 # ------------------------------------------------------------------------------------- gradients
