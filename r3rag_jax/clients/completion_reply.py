@@ -12,7 +12,7 @@ The token that ended a completion is the first of these:
 
     the last id, or the end of the text
     stop_reason (vLLM) or matched_stop (SGLang)
-    the closing tag of the tag that the text leaves open, if closing tags such as `</answer>` are stop tokens
+    the closing tag of the tag that the text leaves open, if closing tags such as `</answer>` end a step
     the end of the turn
 
 Two cases are ambiguous in a reply without the first two: an end of turn inside a tag is read as the tag's closing, and
@@ -40,9 +40,9 @@ class MalformedReplyError(ValueError):
 class CompletionReader:
     """Reads the replies to requests of one tokenizer and set of stop tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int]):
-        """`stop_ids` end a completion, in addition to the tokenizer's `turn_end_id`."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Sequence[int], stop_strings: Sequence[str] = ()):
+        """`stop_ids` and `stop_strings` end a completion, in addition to the tokenizer's `turn_end_id`."""
+        self._tokenizer, self.stop_strings = tokenizer, tuple(stop_strings)
         # id -> its text; empty for an id that the tokenizer does not know
         self.stop_texts = {id: tokenizer.decode([id]) for id in (*stop_ids, tokenizer.turn_end_id)}
 
@@ -65,8 +65,10 @@ class CompletionReader:
         ids, logprobs = self._ids_and_logprobs(choice)
         if ids is None:
             ids, logprobs = self._tokenizer.encode(text), []
-        if finish == "stop" and not self._is_ended(ids):
-            ids = [*ids, self._ending(choice, text)]
+        if num_kept := self._tokenizer.end_of(self.stop_strings, ids) if self.stop_strings else 0:
+            ids, logprobs = ids[:num_kept], logprobs[:num_kept]
+        elif finish == "stop" and not self._is_ended(ids):
+            ids = [*ids, *self._ending(choice, text)]
         if not ids:
             raise MalformedReplyError("at least one sampled token")
         is_known = len(logprobs) == len(ids) and all(
@@ -125,15 +127,17 @@ class CompletionReader:
         texts = tuple(text for text in self.stop_texts.values() if text)
         return bool(ids) and (ids[-1] in self.stop_texts or self._tokenizer.decode(ids).endswith(texts))
 
-    def _ending(self, choice: dict[str, Any], text: str) -> int:
-        """The token that ended a completion whose text lacks it."""
+    def _ending(self, choice: dict[str, Any], text: str) -> list[int]:
+        """The token, or those of the stop string, that ended a completion whose text lacks it."""
         reason = choice.get("stop_reason", choice.get("matched_stop"))
-        for id, stop in self.stop_texts.items():
-            if reason is not None and reason in (id, stop):
-                return id
+        ends = [(stop, self._tokenizer.encode(stop, allow_special=False)) for stop in self.stop_strings]
+        ends += [(stop, [id]) for id, stop in self.stop_texts.items()]
+        for stop, ids in ends:
+            if reason is not None and (reason == stop or [reason] == ids):
+                return ids
         if reason is None:
-            closing = {id: stop for id, stop in self.stop_texts.items() if stop.startswith("</")}
-            opened_at = {text.rfind(f"<{tag[2:]}"): id for id, tag in closing.items() if tag not in text}
+            closing = [(stop, ids) for stop, ids in ends if stop.startswith("</") and stop not in text]
+            opened_at = {text.rfind(f"<{stop[2:]}"): ids for stop, ids in closing}
             if opened_at and max(opened_at) >= 0:
                 return opened_at[max(opened_at)]
-        return self._tokenizer.turn_end_id
+        return [self._tokenizer.turn_end_id]

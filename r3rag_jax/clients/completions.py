@@ -32,11 +32,13 @@ class CompletionsClient:
         tokenizer: Tokenizer,
         *,
         stop_ids: Sequence[int],
+        stop_strings: Sequence[str] = (),
         first_wait_s: float = FIRST_WAIT_S,
     ):
         """
         Args:
             stop_ids: tokens that end a completion, the most important ones first: OpenAI's API has few stop strings.
+            stop_strings: text that ends a completion, wherever in a token it ends.
             first_wait_s: seconds before the first retry of a request.
 
         Raises:
@@ -44,7 +46,7 @@ class CompletionsClient:
         """
         self.max_length = config.max_length
         self._config, self._tokenizer = config, tokenizer
-        self._reader = CompletionReader(tokenizer, stop_ids)
+        self._reader = CompletionReader(tokenizer, stop_ids, stop_strings)
         hint = "for a server that refuses fields beyond OpenAI's: rollout.server.extra_fields=false"
         self._endpoint = Endpoint(
             config.server, name="rollout.server", first_wait_s=first_wait_s,
@@ -78,6 +80,7 @@ class CompletionsClient:
 
     def _body(self, context: Context) -> dict[str, Any]:
         config, stops = self._config, self._reader.stop_texts
+        stop_texts = dict.fromkeys([*self._reader.stop_strings, *stops.values()])
         ids = [int(i) for i in context.ids]
         body: dict[str, Any] = {
             "model": self.model,
@@ -85,7 +88,7 @@ class CompletionsClient:
             "max_tokens": min(context.budget, self.max_length - len(ids)),
             "temperature": context.temperature,
             "top_p": config.top_p,
-            "stop": [text for text in stops.values() if text][:MAX_STOPS],
+            "stop": [text for text in stop_texts if text][:MAX_STOPS],
             "logprobs": 1,
         }
         if context.key is not None:

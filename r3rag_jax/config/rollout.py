@@ -32,7 +32,9 @@ class RolloutConfig(Section):
 
     dotted: ClassVar[str] = "rollout"
 
-    protocol: Literal["tags", "steps"] = key("tags", "text format of a trajectory")
+    protocol: Literal["tags", "steps", "search_r1"] = key(
+        "tags", "text format of a trajectory; `steps`: of published R3-RAG checkpoints, `search_r1`: of Search-R1's"
+    )
     max_steps: int = key(5, "budget of reasoning steps of a trajectory", "steps", ge=1)
     max_new_tokens: int = key(64, "budget of sampled tokens of a step", "tokens", ge=1)
     max_trajectory_tokens: int = key(

@@ -160,14 +160,15 @@ class ServerBackend:
 
     @contextlib.contextmanager
     def generate(self, stops: StopRule) -> Iterator[ServerGeneration]:
-        """See `RolloutBackend.generate`. The server stops at tokens only: `stop_strings` are not sent.
+        """See `RolloutBackend.generate`.
 
         Raises:
             UserError: the environment variable with the server's key is not set.
         """
         server = CompletionsClient(
-            self._config, self._tokenizer, stop_ids=[*stops.pause_ids, *stops.stop_ids], first_wait_s=self._first_wait_s
-        )
+            self._config, self._tokenizer, stop_ids=[*stops.pause_ids, *stops.stop_ids],
+            stop_strings=stops.stop_strings, first_wait_s=self._first_wait_s,
+        )  # fmt: skip
         with ThreadPoolExecutor(self.num_slots) as pool, server.session():
             yield ServerGeneration(server, pool)
 

@@ -28,7 +28,8 @@ def search_env_factory(codec: Codec, config: RolloutConfig, *, top_k: int, max_p
     def num_tokens(question: Question) -> int:
         return len(Transcript(codec, question.question).context) + config.max_new_tokens
 
-    return EnvFactory(make, StopRule(pause_ids, stop_ids, config.stop_strings), num_tokens)
+    stops = StopRule(pause_ids, stop_ids, (*codec.stop_strings, *config.stop_strings))
+    return EnvFactory(make, stops, num_tokens)
 
 
 class SearchEnv:
@@ -91,7 +92,7 @@ class SearchEnv:
         """Whether a budget ended the step."""
         if ids[-1] in (*self._codec.end_ids, *self._codec.stop_ids):
             return False
-        strings = self._config.stop_strings
+        strings = (*self._codec.stop_strings, *self._config.stop_strings)
         return not strings or self._codec.tokenizer.end_of(strings, ids) == 0
 
     def _limit_reached(self, ids: Sequence[int]) -> Status:

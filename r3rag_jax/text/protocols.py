@@ -1,8 +1,9 @@
-"""The two text protocols of a trajectory, `tags` and `steps`: rendering and parsing.
+"""The text protocols of a trajectory, `tags`, `steps` and `search_r1`: rendering and parsing.
 
 `steps` is byte for byte the format of the published R3-RAG checkpoints (arXiv 2505.23794): each step is an assistant
 turn of its own, and the user message holds the history. `tags` is the format in the paper's figure: one growing
-assistant turn, with documents inserted after `</query>`.
+assistant turn, with documents inserted after `</query>`. `search_r1` is the format of the published Search-R1
+checkpoints (arXiv 2503.09516): one growing assistant turn, too, in which tags are ordinary text.
 
 A protocol works on text; `transcript.py` converts the text to token ids.
 """
@@ -23,7 +24,7 @@ class TextProtocol(Protocol):
 
     @property
     def name(self) -> str:
-        """`tags` or `steps`."""
+        """`tags`, `steps` or `search_r1`."""
         ...
 
     @property
@@ -32,8 +33,25 @@ class TextProtocol(Protocol):
         ...
 
     @property
-    def stop_strings(self) -> tuple[str, ...]:
+    def stop_tokens(self) -> tuple[str, ...]:
         """Special tokens that end a step, in addition to the end of turn."""
+        ...
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Text that ends a step, wherever in a token it ends."""
+        ...
+
+    @property
+    def splices_ids(self) -> bool:
+        """In one sequence: whether passages are encoded one by one, between tags that are special tokens.
+
+        False: what is inserted is encoded as one text.
+        """
+        ...
+
+    def user_message(self, question: str) -> str:
+        """The user message that asks a question."""
         ...
 
     def step_pieces(self, step: Step, number: int) -> list[str]:
@@ -70,12 +88,17 @@ class TagsProtocol:
 
     name = "tags"
     is_one_sequence = True
-    stop_strings = ("</query>", "</answer>")
+    stop_tokens = ("</query>", "</answer>")
+    stop_strings: tuple[str, ...] = ()
+    splices_ids = True
     _step = re.compile(
         r"\s*<think>(?P<analysis>.*?)</think>\s*"
         r"(?:<query>(?P<query>.*?)</query>|<answer>(?P<answer>.*?)</answer>)\s*",
         re.DOTALL,
     )
+
+    def user_message(self, question: str) -> str:
+        return question_text(question)
 
     def step_pieces(self, step: Step, number: int) -> list[str]:
         tag, value = ("query", step.query) if step.answer is None else ("answer", step.answer)
@@ -103,7 +126,9 @@ class StepsProtocol:
 
     name = "steps"
     is_one_sequence = False
+    stop_tokens: tuple[str, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    splices_ids = False
     _query = "The retrieval query:"
     _answer = "The final answer:"
     _analysis = "The problem analysis:"
@@ -111,6 +136,9 @@ class StepsProtocol:
     _next = re.compile(
         r"^Step \d+:$|The (?:problem analysis|retrieval query|retrieval documents|final answer):", re.MULTILINE
     )
+
+    def user_message(self, question: str) -> str:
+        return question_text(question)
 
     def step_pieces(self, step: Step, number: int) -> list[str]:
         return ["", self.render_step(step, number)]
@@ -144,18 +172,71 @@ class StepsProtocol:
         return Step(analysis, query=value) if label == self._query else Step(analysis, answer=value)
 
 
+class SearchR1Protocol:
+    """`<think> … </think>`, then `<search> … </search>` or `<answer> … </answer>`, as Search-R1's checkpoints write.
+
+    The tags are ordinary text. Passages come as `Doc 1(Title: "title") text` in `<information>` after `</search>`.
+    """
+
+    name = "search_r1"
+    is_one_sequence = True
+    stop_tokens: tuple[str, ...] = ()
+    stop_strings = ("</search>", "</answer>")
+    splices_ids = False
+    _action = re.compile(r"<(?P<tag>search|answer)>(?P<value>.*?)</(?P=tag)>", re.DOTALL)
+    _instruction = (
+        "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get "
+        "new information. After reasoning, if you find you lack some knowledge, you can call a search engine by "
+        "<search> query </search> and it will return the top searched results between <information> and "
+        "</information>. You can search as many times as your want. If you find no further external knowledge needed, "
+        "you can directly provide the answer inside <answer> and </answer>, without detailed illustrations. For "
+        "example, <answer> Beijing </answer>. Question: "
+    )
+
+    def user_message(self, question: str) -> str:
+        """The instruction that the checkpoints were trained with; a question ends with a question mark."""
+        question = question.strip()
+        return f"{self._instruction}{question}{'' if question.endswith('?') else '?'}\n"
+
+    def step_pieces(self, step: Step, number: int) -> list[str]:
+        return ["", self.render_step(step, number)]
+
+    def render_step(self, step: Step, number: int) -> str:
+        tail = f"<search> {step.query} </search>" if step.answer is None else f"<answer> {step.answer} </answer>"
+        return f"<think> {step.analysis} </think>\n{tail}"
+
+    def render_passages(self, passages: Sequence[str]) -> str:
+        lines = []
+        for number, contents in enumerate(passages, 1):
+            title, _, text = contents.partition("\n")
+            lines.append(f"Doc {number}(Title: {title}) {text}")
+        shown = "\n".join(lines).strip()
+        return f"\n\n<information>{shown}</information>\n\n"
+
+    def parse_step(self, text: str, number: int) -> Step:
+        """Parse a step: the first `<search>…</search>` or `<answer>…</answer>` counts, and what stands before it.
+
+        As in the released code nothing else is required, not even a `<think>`: checkpoints leave it out at times.
+        """
+        action = self._action.search(text)
+        if action is None or not (value := action["value"].strip()):
+            return _malformed(text)
+        analysis = text[: action.start()].strip().removeprefix("<think>").removesuffix("</think>").strip()
+        return Step(analysis, query=value) if action["tag"] == "search" else Step(analysis, answer=value)
+
+
 def question_text(question: str | Question) -> str:
-    """The question as the user message states it, in both protocols."""
+    """The question as the user message of `tags` and `steps` states it."""
     return f"The question: {question.question if isinstance(question, Question) else question}"
 
 
 def make_protocol(name: str) -> TextProtocol:
-    """Return the protocol named `tags` or `steps`.
+    """Return the protocol named `tags`, `steps` or `search_r1`.
 
     Raises:
         ValueError: another name.
     """
-    protocols: dict[str, TextProtocol] = {"tags": TagsProtocol(), "steps": StepsProtocol()}
+    protocols: dict[str, TextProtocol] = {p.name: p for p in (TagsProtocol(), StepsProtocol(), SearchR1Protocol())}
     if name not in protocols:
         raise ValueError(f"protocol must be one of {sorted(protocols)}; got {name!r}")
     return protocols[name]

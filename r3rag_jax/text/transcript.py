@@ -23,7 +23,7 @@ import numpy as np
 
 from r3rag_jax.text.chat_template import CONTENT
 from r3rag_jax.text.lines import LineEncoder
-from r3rag_jax.text.protocols import TextProtocol, question_text
+from r3rag_jax.text.protocols import TextProtocol
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.text.truncation import truncate
 from r3rag_jax.types import Passage, Sample, Step, Trajectory
@@ -40,7 +40,8 @@ class Codec:
         self.tokenizer, self.protocol, self.passage_tokens = tokenizer, protocol, passage_tokens
         self._frame = tokenizer.frame_of_user_message()
         self.turn_end_id, self.end_ids = tokenizer.turn_end_id, tokenizer.end_ids
-        self.stop_ids = tuple(tokenizer.token_id(text) for text in protocol.stop_strings)
+        self.stop_ids = tuple(tokenizer.token_id(text) for text in protocol.stop_tokens)
+        self.stop_strings = protocol.stop_strings
         self._lines = LineEncoder(tokenizer)
         self._newline = tokenizer.encode("\n")
         before, _, after = protocol.render_passages([CONTENT]).partition(CONTENT)
@@ -67,8 +68,18 @@ class Codec:
         """Return the text of the passages as a user message shows them, each cut to `passage_tokens`."""
         return self.protocol.render_passages([self._truncated(passage.contents).text for passage in passages])
 
-    def passage_ids(self, passages: Sequence[Passage]) -> list[int]:
-        """Return the ids of the passages as inserted into one sequence, each cut to `passage_tokens`."""
+    def passage_ids(self, passages: Sequence[Passage], step: Sequence[int] = ()) -> list[int]:
+        """Return the ids of the passages as inserted into one sequence, each cut to `passage_tokens`.
+
+        Args:
+            step: ids after which they are inserted. The token that completes a stop string may hold line ends, too
+                (`>\\n\\n`); these are then not inserted again.
+        """
+        if not self.protocol.splices_ids:
+            text, before = self.passage_text(passages), self.tokenizer.decode(step)
+            count = len(before) - len(before.rstrip("\n"))
+            leading = len(text) - len(text.lstrip("\n"))
+            return self.tokenizer.encode(text[min(count, leading) :], allow_special=False, continues=True)
         ids = [*self._before_passages]
         for number, passage in enumerate(passages):
             ids += self._newline if number else []
@@ -118,7 +129,7 @@ class Transcript:
 
     def __init__(self, codec: Codec, question: str):
         self._codec = codec
-        self._message = question_text(question)  # protocol `steps`: it grows by steps and passages
+        self._message = codec.protocol.user_message(question)  # protocol `steps`: it grows by steps and passages
         self.context: list[int] = codec.prompt_ids(self._message)
         self._written: list[tuple[int, int, np.ndarray, list[int]]] = []  # start, end, logprobs, whole sequence
 
@@ -153,7 +164,8 @@ class Transcript:
     def add_passages(self, passages: Sequence[Passage]) -> None:
         """Append the passages retrieved for the last query; `context` is then the prompt of the next step."""
         if self._codec.protocol.is_one_sequence:
-            self.context = [*self.context, *self._codec.passage_ids(passages)]
+            start = self._written[-1][0]
+            self.context = [*self.context, *self._codec.passage_ids(passages, self.context[start:])]
         else:
             self._message += self._codec.passage_text(passages)
             self.context = self._codec.prompt_ids(self._message)

@@ -137,9 +137,16 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture(params=["tags", "steps"])
-def codec(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Codec:
-    return Codec(tokenizer, make_protocol(request.param), passage_tokens=200)
+@pytest.fixture(scope="module")
+def chat_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Without tags as special tokens."""
+    return tiny.tokenizer(tmp_path_factory.mktemp("chat_tokenizer"), tiny.SPECIALS[:3])
+
+
+@pytest.fixture(params=["tags", "steps", "search_r1"])
+def codec(request: pytest.FixtureRequest, tokenizer: Tokenizer, chat_tokenizer: Tokenizer) -> Codec:
+    has_tags = request.param != "search_r1"
+    return Codec(tokenizer if has_tags else chat_tokenizer, make_protocol(request.param), passage_tokens=200)
 
 
 def ask(
@@ -177,6 +184,8 @@ def request(number: int, **fields: Any) -> RolloutRequest:
 
 def text_of(codec: Codec, step: Step, number: int) -> str:
     """What a server without frills says: the step without what ended it."""
+    if codec.stop_strings:
+        return codec.protocol.render_step(step, number).rpartition("</")[0]
     return codec.tokenizer.decode(codec.step_ids(step, number)[:-1])
 
 
@@ -221,6 +230,28 @@ def test_a_server_is_told_every_end_of_a_turn(tmp_path: Path) -> None:
         assert endpoint.bodies[0]["stop_token_ids"] == [*codec.stop_ids, 2, 0, 1]
         assert (trajectory.status, trajectory.num_policy_tokens) == (Status.FORMAT_ERROR, len(written) + 1)
         assert trajectory.steps[-1].analysis == tokenizer.decode(written)
+
+
+def test_stop_strings_are_sent_and_end_a_completion(chat_tokenizer: Tokenizer) -> None:
+    """A server may stop later, within a token that holds more, or say no more than that it stopped."""
+    tokenizer = chat_tokenizer
+    codec = Codec(tokenizer, make_protocol("search_r1"), passage_tokens=200)
+    written = codec.step_ids(LAST, 1)
+    more = [*written, *tokenizer.encode("\n\nDone.")]
+    whole, trimmed = tokenizer.decode(more), text_of(codec, LAST, 1)
+    replies = [
+        completion(whole, token_ids=more, logprobs={"token_logprobs": [-0.5] * len(more)}, stop_reason="</answer>"),
+        completion(whole, "length", token_ids=more, logprobs={"token_logprobs": [-0.5] * len(more)}),
+        completion(trimmed, stop_reason="</answer>"),
+        completion(trimmed),
+    ]
+    for number, reply in enumerate(replies):
+        [trajectory], endpoint = serve_rollouts(codec, lambda _, reply=reply: (200, reply))
+        assert endpoint.bodies[0]["stop"] == ["</search>", "</answer>", "<|im_end|>"]
+        assert trajectory.answer == "Charles Darwin"
+        [sample] = trajectory.samples
+        assert sample.ids[sample.loss_mask].tolist() == written
+        assert sample.has_logprobs == (number < 2)
 
 
 def test_who_tells_no_logprobs_cannot_be_trained_on(codec: Codec) -> None:

@@ -35,7 +35,7 @@ def tokenizer(tmp_path_factory):
     return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture(params=["tags", "steps"])
+@pytest.fixture(params=["tags", "steps", "search_r1"])
 def codec(request, tokenizer):
     return Codec(tokenizer, make_protocol(request.param), passage_tokens=200)
 
@@ -60,7 +60,7 @@ def test_a_whole_trajectory(codec):
     assert trajectory.answer == "Shrewsbury"
     assert trajectory.retrieved_ids == ("a", "b")
     assert trajectory.steps[1].query == "Charles Darwin born"
-    assert len(trajectory.samples) == (1 if codec.protocol.name == "tags" else 3)
+    assert len(trajectory.samples) == (1 if codec.protocol.is_one_sequence else 3)
     assert len(backend.contexts) == 3
 
 
@@ -73,7 +73,7 @@ def test_policy_tokens_are_the_sampled_ids_and_the_rest_is_masked(codec):
         assert np.all(sample.behaviour_logprobs[sample.loss_mask] == np.float32(-0.5))
         assert np.all(sample.behaviour_logprobs[~sample.loss_mask] == 0)
         text = codec.tokenizer.decode(sample.ids[~sample.loss_mask])
-        assert "The question: Where was" in text
+        assert codec.protocol.user_message(QUESTION.question) in text
     last = trajectory.samples[-1]
     assert "written by Charles Darwin" in codec.tokenizer.decode(last.ids[~last.loss_mask])
 

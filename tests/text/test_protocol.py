@@ -77,7 +77,7 @@ def test_reading_prompt_is_plain_text() -> None:
 
 
 def test_unknown_protocol_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"protocol must be one of \['steps', 'tags'\]; got 'xml'"):
+    with pytest.raises(ValueError, match=r"protocol must be one of \['search_r1', 'steps', 'tags'\]; got 'xml'"):
         make_protocol("xml")
 
 
