@@ -62,6 +62,7 @@ from r3rag_jax.training.memory_plan import plan_phases, will_hold_policy
 from r3rag_jax.training.rl import RLParts
 from r3rag_jax.training.sft import SFTParts
 from r3rag_jax.types import Question
+from r3rag_jax.world.dataset import prepare_data
 
 
 class Components:
@@ -116,7 +117,7 @@ class Components:
             base = self.policy.base_path
             raise UserError(
                 f"rollout.protocol=tags needs a tokenizer with {' '.join(TAGS)}; that of {base} lacks "
-                f"{' '.join(missing)}: python -m r3rag_jax.convert {base} OUT --add-tags"
+                f"{' '.join(missing)}: rollout.protocol=steps, or python -m r3rag_jax.convert {base} OUT --add-tags"
             )
         return Codec(tokenizer, protocol, self.config.retrieval.passage_tokens)
 
@@ -163,8 +164,20 @@ class Components:
     def retriever(self) -> Retriever:
         return open_retriever(self.config.retrieval, self.index_dir, lambda: self.encoder)
 
-    def use_corpus(self, corpus: Path) -> None:
-        """Search `corpus` instead; its index is built in a temporary directory, which is deleted with this object."""
+    def open_corpus(self, corpus: Path | None, *, builds_index: bool) -> None:
+        """Search `corpus`, if one is given, instead of the run's index.
+
+        Args:
+            corpus: its index is built in a temporary directory, which is deleted with this object.
+            builds_index: without `corpus`, build the run's index from the corpus of the configuration, if it is not
+                there.
+        """
+        if corpus is not None:
+            self._use_corpus(corpus)
+        elif builds_index:
+            prepare_data(self.config, self.run, self.dataset.path_of("corpus"), self.index_dir, self.console)
+
+    def _use_corpus(self, corpus: Path) -> None:
         directory = tempfile.mkdtemp(prefix="r3rag-index-")
         weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
         self.index_dir = Path(directory) / "index"

@@ -1,9 +1,11 @@
-"""Evaluate a trained run, or a baseline with the run's base model, on any FlashRAG JSONL files.
+"""Evaluate a trained run, a model from elsewhere, or a baseline with either, on any FlashRAG JSONL files.
 
     python -m r3rag_jax.evaluate --checkpoint runs/quickstart --questions FILE --corpus FILE [key=value …]
     python -m r3rag_jax.evaluate --checkpoint runs/quickstart --system ircot
+    python -m r3rag_jax.evaluate --checkpoint MODEL --config RECIPE --questions FILE
 
-Writes `<run>/eval/<name>.json` and `<run>/trajectories/<name>.jsonl`, and prints a table of the metrics.
+Writes `<run>/eval/<name>.json` and `<run>/trajectories/<name>.jsonl`, and prints a table of the metrics; for a model
+from elsewhere <run> is runs/eval-<model>, or what run_dir=… names.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.components import Components
 from r3rag_jax.config import FlagParser
 from r3rag_jax.errors import main_guard
-from r3rag_jax.evaluation.checkpoint import add_checkpoint_flags, choose_policy, load_run_config
+from r3rag_jax.evaluation.checkpoint import add_checkpoint_flags, open_checkpoint
 from r3rag_jax.evaluation.results import replaced_result, result_name
 from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.reporting.rendering import results_table
@@ -41,16 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="name of the result files; default: folder and name of the question file (hotpotqa-dev, or `test` for "
         "the run's test questions), followed by the system if one is given",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
     args = parser.parse_intermixed_args(argv)
     use_compile_cache()
-    config = load_run_config(args.checkpoint, args.overrides)
+    checkpoint = open_checkpoint(args)
+    config = checkpoint.config
     name = result_name(args.name, args.questions, args.system)
     system = SYSTEMS[args.system or "r3rag"]
-    components = Components(config, args.checkpoint)
-    policy = choose_policy(components.run, config, args.phase or (system.policy if args.system else None))
-    if args.corpus is not None:
-        components.use_corpus(args.corpus)
+    components = Components(config, checkpoint.directory)
+    policy = checkpoint.choose_policy(args.phase or (system.policy if args.system else None))
+    # A model that cannot be used is reported before an index is built.
+    _ = components.policy.tokenizer if args.system in BASELINES else components.codec
+    components.open_corpus(args.corpus, builds_index=checkpoint.builds_index)
     path = args.questions or components.dataset.path_of("test")
     questions = components.read_questions(path, args.system or "r3rag")
     for notice in context_notices(config) if args.system not in BASELINES else ():

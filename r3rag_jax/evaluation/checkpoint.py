@@ -1,8 +1,9 @@
-"""The trained run that an entry point works with: its command-line flags, its configuration, and its policies."""
+"""What evaluation and `ask` work with: a trained run, or a model from elsewhere, and the configuration of either."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,14 +11,85 @@ from r3rag_jax.config import Config, load_config
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.systems import BASE_POLICY
 from r3rag_jax.models.hf.conversion import POLICY_PHASES
+from r3rag_jax.models.hf.tensor_files import CONFIG_FILE
+from r3rag_jax.models.paths import model_path
 from r3rag_jax.run.directory import RunDirectory
+
+NEEDS_PASSAGES = (
+    "a Hugging Face directory comes without passages: --corpus FILE, or --config RECIPE with data.corpus, or "
+    "retrieval.index_dir=DIR"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A trained run or a model.
+
+    Fields:
+        config: how it is used, without training.
+        directory: where results go: the run's directory, or one that is made for those of the model.
+        is_run: whether it is a run, which has its index and may have several policies.
+    """
+
+    config: Config
+    directory: Path
+    is_run: bool
+
+    @property
+    def builds_index(self) -> bool:
+        """Whether an index of `data.corpus` is built in `directory`, unless it is there."""
+        retrieval = self.config.retrieval
+        return not self.is_run and not retrieval.index_dir and retrieval.kind != "http"
+
+    def choose_policy(self, policy: str | None = None) -> str:
+        """Return the policy to work with: `policy` (BASE_POLICY or a phase), or the last one that a run has trained.
+
+        Raises:
+            UserError: see the function `choose_policy`.
+        """
+        return choose_policy(RunDirectory(self.directory), self.config, policy) if self.is_run else BASE_POLICY
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags `--checkpoint`, `--corpus` and `--phase`."""
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run directory of a training")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the run's own index")
+    """Add the flags `--checkpoint`, `--config`, `--corpus` and `--phase`, and the words `key=value`."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR",
+        help="a run directory, or a model: a Hugging Face directory or package:NAME",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="with a model: a YAML recipe for protocol, retrieval and data"
+    )
+    parser.add_argument(
+        "--corpus", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the run's index, or the recipe's corpus"
+    )
     parser.add_argument("--phase", choices=POLICY_PHASES, help="which policy of the run; default: the last one trained")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")
+
+
+def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
+    """Return what the flags and words of `add_checkpoint_flags` name.
+
+    Raises:
+        UserError: --checkpoint is neither a run nor a model, a flag does not go with it, or the configuration is wrong.
+    """
+    path = Path(args.checkpoint)
+    if RunDirectory(path).config_file.is_file():
+        if args.config is not None:
+            raise UserError(f"--config must be left out with a run, which has its own; got {args.config}")
+        return Checkpoint(load_run_config(path, args.overrides), path, is_run=True)
+    path = model_path(args.checkpoint)
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(
+            "--checkpoint must be a run directory with config.yaml or a Hugging Face directory with "
+            f"{CONFIG_FILE}; got {args.checkpoint}"
+        )
+    if args.phase is not None:
+        raise UserError(f"--phase must be left out with a model, which is one policy; got {args.phase}")
+    config = _model_config(path, args.config, args.overrides)
+    is_given = args.corpus is not None or args.config is not None or "data.source=world" in args.overrides
+    if not is_given and config.data.source == "world" and Checkpoint(config, path, is_run=False).builds_index:
+        raise UserError(NEEDS_PASSAGES)
+    return Checkpoint(config, config.run_directory, is_run=False)
 
 
 def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
@@ -31,6 +103,31 @@ def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"--checkpoint must be a run directory with config.yaml; got {run_dir}")
     # Relations that only training needs are not checked: no training phase is listed.
     return load_config(path, [*overrides, f"run_dir={run_dir}", "phases=index"])
+
+
+def _model_config(path: Path, recipe: Path | None, overrides: Sequence[str]) -> Config:
+    """Return the configuration to use a model with: of a recipe, or the defaults."""
+    is_named = "name" in {word.partition("=")[0].strip() for word in overrides}
+    # A recipe's own run directory is that of its training.
+    own = ["run_dir=" if is_named else f"run_dir=runs/eval-{_model_name(path)}"]
+    fixed = [f"model.path={path}", "model.init=pretrained", "data.refresh_retrieved=false", "phases=index"]
+    config = load_config(recipe, [*own, *overrides, *fixed])
+    directory = config.run_directory
+    if path.resolve() in (directory.resolve(), *directory.resolve().parents):
+        raise UserError(f"run_dir must be outside of the model's directory {path}; got {directory}")
+    if RunDirectory(directory).config_file.exists():
+        raise UserError(
+            f"run_dir must not be a run, which has results of its own; got {directory}. Its index is named by "
+            f"retrieval.index_dir={RunDirectory(directory).index}"
+        )
+    return config
+
+
+def _model_name(path: Path) -> str:
+    """Return a model's name: that of its directory or, in Hugging Face's cache, of its repository."""
+    path = path.resolve()
+    is_cached = path.parent.name == "snapshots"
+    return path.parent.parent.name.rpartition("--")[2] if is_cached else path.name
 
 
 def choose_policy(run: RunDirectory, config: Config, policy: str | None = None) -> str:
