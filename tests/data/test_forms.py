@@ -41,14 +41,14 @@ def parquet(tmp_path: Path, rows: list[dict[str, Any]]) -> Path:
         b"\xef\xbb\xbf" + LINES,
         LINES.replace(b"\n", b"\r\n"),
         LINES + b"\xef\xbb\xbf",
-        gzip.compress(LINES),
-        gzip.compress(LINES[:200]) + gzip.compress(LINES[200:]),
+        gzip.compress(LINES, mtime=0),
+        gzip.compress(LINES[:200], mtime=0) + gzip.compress(LINES[200:], mtime=0),
         bz2.compress(LINES),
         lzma.compress(LINES),
         json.dumps(ROWS).encode(),
         b"\n  " + json.dumps(ROWS, indent=1).encode() + b"\n\n",
         b"\xef\xbb\xbf" + json.dumps(ROWS, separators=(",", ":")).encode(),
-        gzip.compress(json.dumps(ROWS, indent=2).encode()),
+        gzip.compress(json.dumps(ROWS, indent=2).encode(), mtime=0),
     ],
 )
 def test_the_same_questions_in_every_form(tmp_path: Path, data: bytes) -> None:
@@ -82,7 +82,9 @@ def test_values_that_json_lacks_become_text(tmp_path: Path) -> None:
 
 def test_a_corpus_is_read_in_every_form_too(tmp_path: Path) -> None:
     passages = [{"id": 1, "contents": "a"}, {"id": "2", "contents": "b"}]
-    assert [p.id for p in iterate_passages(written(tmp_path, gzip.compress(json.dumps(passages).encode())))] == [
+    assert [
+        p.id for p in iterate_passages(written(tmp_path, gzip.compress(json.dumps(passages).encode(), mtime=0)))
+    ] == [
         "1",
         "2",
     ]
@@ -95,8 +97,8 @@ def test_a_corpus_is_read_in_every_form_too(tmp_path: Path) -> None:
         ("é\n".encode("utf-16"), "any_name: expected JSON in UTF-8, or Parquet; got UTF-16: save it as UTF-8"),
         (b"\x28\xb5\x2f\xfd....", "any_name: expected JSON in UTF-8, or Parquet; got zstd: decompress it"),
         (b"PK\x03\x04....", "any_name: expected JSON in UTF-8, or Parquet; got a zip archive: unzip it"),
-        (gzip.compress(LINES)[:-20], "any_name: expected a whole compressed file; "),
-        (gzip.compress(LINES)[:40] + b"\xff" * 40, "any_name: expected a whole compressed file; "),
+        (gzip.compress(LINES, mtime=0)[:-20], "any_name: expected a whole compressed file; "),
+        (gzip.compress(LINES, mtime=0)[:40] + b"\xff" * 40, "any_name: expected a whole compressed file; "),
         (b"\x1f\x8b\x01 no method of gzip's", "any_name: expected a whole compressed file; "),
         (b"PAR1 and no more", "any_name: expected a whole Parquet file; "),
         (b"[]", "any_name: expected at least one record"),

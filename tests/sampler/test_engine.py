@@ -16,6 +16,7 @@ from r3rag_jax.config import MeshConfig
 from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.parallel.mesh import AXES, make_mesh, make_sampler_mesh
 from r3rag_jax.parallel.shardings import batch_shardings, batch_ways, device_put_batch, replicated
+from r3rag_jax.parallel.target import ONE_CPU
 from r3rag_jax.rl.token_losses import chunked_logprobs
 from r3rag_jax.sampler import decode as decode_module
 from r3rag_jax.sampler import prefill_plan, windows
@@ -126,7 +127,9 @@ def test_recorded_logprobs_are_the_trainers_for_every_truncation(model, min_p, t
     engine.decode(policy, 80, leave_at=4)
     tokens = engine.rows.tokens[:, :88]
     hidden = jax.jit(model)(tokens, np.broadcast_to(np.arange(88), tokens.shape))[:, 7:-1]
-    score = functools.partial(chunked_logprobs, chunk=64, tied=model.config.tie_embeddings, truncation=how)
+    score = functools.partial(
+        chunked_logprobs, chunk=64, tied=model.config.tie_embeddings, truncation=how, target=ONE_CPU
+    )
     scored_at = np.broadcast_to(np.where(temperatures > 0, temperatures, 1)[:, None], (4, 80))
     logprobs, _ = jax.jit(score)(hidden, model.output_weight(), tokens[:, 8:], scored_at, np.ones((4, 80), bool))
     np.testing.assert_allclose(engine.rows.logprobs[:, 8:88], logprobs, rtol=0, atol=1e-4)

@@ -32,7 +32,7 @@ def test_a_run_whose_judge_goes_down_goes_on_where_it_was(
         if is_down:
             return 503, b"out of memory"
         digest = hashlib.sha256(prompt.encode()).digest()[0]
-        if digest % 8 == 0:
+        if digest % 8 < 3:
             return 200, chat("Hm.")
         judged.append(prompt)
         if "Search query" in prompt:
