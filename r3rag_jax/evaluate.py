@@ -1,4 +1,4 @@
-"""Evaluate a trained run, a model from elsewhere, or a baseline with either, on any FlashRAG JSONL files.
+"""Evaluate a trained run, a model from elsewhere, or a baseline with either, on any questions.
 
     python -m r3rag_jax.evaluate --checkpoint runs/quickstart --questions FILE --corpus FILE [key=value …]
     python -m r3rag_jax.evaluate --checkpoint runs/quickstart --system ircot
@@ -34,9 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--system", choices=SYSTEMS, help="the system to evaluate; default: R3-RAG with the run's policy"
     )
-    parser.add_argument(
-        "--questions", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the run's test questions"
-    )
+    parser.add_argument("--questions", type=Path, metavar="FILE", help="questions; default: the run's test questions")
     parser.add_argument(
         "--name",
         default="",

@@ -2,7 +2,7 @@
 
     python -m r3rag_jax.index build --corpus FILE --out DIR [--config RECIPE] [retrieval.key=value …]
 
-Runs use the index with `retrieval.index_dir=DIR` and the same `retrieval` keys. FILE is FlashRAG JSONL: {id, contents}.
+Runs use the index with `retrieval.index_dir=DIR` and the same `retrieval` keys. FILE holds passages, {id, contents}.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from r3rag_jax.run.progress import bar_of_unknown_length
 def main(argv: Sequence[str] | None = None) -> int:
     parser = FlagParser(prog="python -m r3rag_jax.index", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("action", choices=("build",), help="the only action")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", required=True, help="FlashRAG JSONL: {id, contents}")
+    parser.add_argument("--corpus", type=Path, metavar="FILE", required=True, help="passages {id, contents}")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="directory of the index")
     parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe; only `retrieval` and data.on_error are used")
     parser.add_argument(

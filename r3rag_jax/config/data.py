@@ -19,11 +19,11 @@ class DataConfig(Section):
         "world", "`world`: generate the fictional encyclopedia; `files`: read the paths below"
     )
     dir: str = key("", "directory that the relative paths below start from", "path")
-    corpus: str = key("", "passages, FlashRAG JSONL {id, contents}", "path")
-    sft: str = key("", "trajectories for the cold start, JSONL {question, golden_answers, steps}", "path")
-    rl: str = key("", "questions for RL, FlashRAG JSONL", "path")
-    dev: str = key("", "questions for the evaluations while training, FlashRAG JSONL", "path")
-    test: str = key("", "questions for the final tables, FlashRAG JSONL", "path")
+    corpus: str = key("", "passages {id, contents}; JSON Lines, a JSON array or Parquet, as all files below", "path")
+    sft: str = key("", "trajectories for the cold start {id, question, golden_answers, steps}", "path")
+    rl: str = key("", "questions for RL {id, question, golden_answers, metadata}", "path")
+    dev: str = key("", "questions for the evaluations while training", "path")
+    test: str = key("", "questions for the final tables", "path")
     num_sft: int = key(
         0, "trajectories that the cold start uses, a random subset drawn with the seed; 0: all", "trajectories", ge=0
     )

@@ -52,10 +52,12 @@ class Evidence:
         if not is_needed or not self.num_without:
             return
         num, path = len(self.questions), self.questions.path
-        rule = "rewards.process=gold needs metadata.supporting_ids of the corpus"
         if self.num_without == num:
             raise UserError(
-                f"{path}: {rule}; none of {num} questions has any: take rewards.process=embedding or "
-                "rewards.process=judge, or rewards.use_process=false"
+                f"{path}: rewards.process=gold needs metadata.supporting_ids of the corpus; none of {num} questions "
+                "has any: take rewards.process=embedding or rewards.process=judge, or rewards.use_process=false"
             )
-        say(f"{path}: {rule}; {self.num_without} of {num} questions have none: their searches earn nothing")
+        say(
+            f"{path}: {self.num_without} of {num} questions have no metadata.supporting_ids of the corpus: with "
+            "rewards.process=gold their searches earn nothing"
+        )

@@ -60,7 +60,7 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="FILE", help="with a model: a YAML recipe for protocol, retrieval and data"
     )
     parser.add_argument(
-        "--corpus", type=Path, metavar="FILE", help="FlashRAG JSONL; default: the run's index, or the recipe's corpus"
+        "--corpus", type=Path, metavar="FILE", help="passages; default: the run's index, or the recipe's corpus"
     )
     parser.add_argument("--phase", choices=POLICY_PHASES, help="which policy of the run; default: the last one trained")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys to change")

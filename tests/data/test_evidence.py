@@ -36,8 +36,8 @@ def test_ids_that_are_not_in_the_corpus_are_counted() -> None:
     assert said(found) == [
         "rl.jsonl: 3 of 5 metadata.supporting_ids are no passages of the corpus: '9' (line 1), "
         "'9' (line 3), '8' (line 3)",
-        "rl.jsonl: rewards.process=gold needs metadata.supporting_ids of the corpus; 1 of 3 questions "
-        "have none: their searches earn nothing",
+        "rl.jsonl: 1 of 3 questions have no metadata.supporting_ids of the corpus: with rewards.process=gold "
+        "their searches earn nothing",
     ]
 
 

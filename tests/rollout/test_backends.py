@@ -116,7 +116,7 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
         settings = [f"run_dir={copy}", "phases=index,eval", "eval.systems=r3rag", served]
         train.run(load_config(run_dir / "config.yaml", settings), Console(quiet=True))
     assert (copy / "trajectories" / "r3rag.jsonl").read_text() == (run_dir / "trajectories" / "r3rag.jsonl").read_text()
-    assert json.loads((copy / "eval" / "r3rag.json").read_text())["fingerprint"]["server"] == endpoint.url
+    assert json.loads((copy / "eval" / "r3rag.json").read_text())["fingerprint"]["server"]["url"] == endpoint.url
     rows = {
         name: [row for _, row in read_rows(run_dir / "trajectories" / f"{name}.jsonl")] for name in ("local", "served")
     }
