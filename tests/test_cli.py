@@ -85,7 +85,7 @@ def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         ("rl.iterations=many", "rl.iterations must be an integer; got 'many'"),
         ("rl.clip=-1", "rl.clip must be at least 0; got -1.0"),
         ("model.path=nowhere", "model.path must be a Hugging Face directory with config.json; got nowhere"),
-        ("rollout.protocol=tag", "rollout.protocol must be one of tags, steps; got 'tag'"),
+        ("rollout.protocol=tag", "rollout.protocol must be one of tags, steps, search_r1; got 'tag'"),
         ("world.num_dev=100000", "world.num_dev must be at most what the split holds"),
         ("sft.row_length=64", "every sample must fit a row of sft.row_length=64 tokens"),
         ("--resume", "unknown flag '--resume'"),
