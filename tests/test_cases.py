@@ -172,21 +172,23 @@ def test_hf_directory(tmp_path: Path, capsys: Capture) -> None:
 
 def test_long_passage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a passage of nearly two million characters a few hundred are encoded, for the same ids."""
-    codec, encode, lengths = (
-        Codec(Tokenizer(CASES / "_common" / "base"), make_protocol("tags"), 12),
-        Tokenizer.encode,
-        [],
-    )
+    codec, lengths = Codec(Tokenizer(CASES / "_common" / "base"), make_protocol("tags"), 12), []
 
-    def counted(self: Tokenizer, text: str, *args: Any, **options: Any) -> list[int]:
-        lengths.append(len(text))
-        return encode(self, text, *args, **options)
+    def count(name: str) -> None:
+        method = getattr(Tokenizer, name)
 
-    monkeypatch.setattr(Tokenizer, "encode", counted)
+        def counted(self: Tokenizer, text: str, *args: Any, **options: Any) -> Any:
+            lengths.append(len(text))
+            return method(self, text, *args, **options)
+
+        monkeypatch.setattr(Tokenizer, name, counted)
+
+    count("encode")
+    count("encoding")
     text = "The river runs past the old mill and then on. "
     ids = [codec.passage_ids([Passage("1", '"Big"\n' + text * count)]) for count in (100, 40_000)]
     assert ids[0] == ids[1]
-    assert max(lengths) < 10_000
+    assert 0 < max(lengths) < 10_000
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])

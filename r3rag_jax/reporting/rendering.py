@@ -50,7 +50,7 @@ COLUMNS: tuple[Column, ...] = (
     ("retrievals", "retrievals", "searches per question", 2, False),
     ("support_found", "support", "supporting passages found, %", 1, True),
     ("tokens_per_correct", "tokens/correct", "tokens written per correct answer", 0, False),
-    ("context_full", "context full", "trajectories that filled their context before an answer, %", 1, False),
+    ("context_full", "full", "trajectories whose context was full before an answer, %", 1, False),
     ("num", "n", "questions", 0, False),
 )
 OPTIONAL = ("acc",)  # columns shown only if an evaluation has the metric

@@ -167,7 +167,7 @@ def test_judged_accuracy_is_a_column_where_a_judge_was_asked():
     judged = copy.deepcopy(EVALS)
     judged[3]["groups"]["all"]["acc"] = 80.04
     header = printed(results_table(judged)).splitlines()[1].split()
-    assert header == [title for _, title, *_ in COLUMNS if title != "context full"]
+    assert header == [title for _, title, *_ in COLUMNS if title != "full"]
     at = header.index("ACC")
     assert [row.cells[at].text for row in result_rows(judged)] == ["—", "—", "—", "80.0"]
     assert ">ACC</th>" in results_html(judged) and ">ACC</th>" not in results_html(EVALS)
@@ -178,14 +178,14 @@ def test_full_contexts_are_a_column_where_there_were_any():
     with_none[3]["groups"]["all"]["context_full"] = 0.0
     with_some[3]["groups"]["all"]["context_full"] = 12.5
     assert [row.cells[-2].text for row in result_rows(with_some)] == ["—", "—", "—", "12.5"]
-    assert ">context full</th>" in results_html(with_some) and "context full" in printed(results_table(with_some))
+    assert ">full</th>" in results_html(with_some) and "full" in printed(results_table(with_some))
     assert result_rows(with_none) == result_rows(EVALS)
 
 
 def test_tables_in_a_terminal():
     text = printed(results_table(EVALS))
     header = text.splitlines()[1].split()
-    assert header == [title for _, title, *_ in COLUMNS if title not in ("ACC", "context full")]  # no judge was asked
+    assert header == [title for _, title, *_ in COLUMNS if title not in ("ACC", "full")]  # no judge was asked
     assert text.splitlines()[5].split() == [
         "R3-RAG",
         "73.0",
