@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 USER_ERROR_STATUS = 2
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(ValueError):
@@ -20,7 +22,7 @@ class UserError(ValueError):
 
 
 def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
-    """Decorate an entry point: a UserError becomes one `error: …` line on stderr and exit status 2.
+    """Decorate an entry point: a UserError, or a full disk, becomes one `error: …` line on stderr and exit status 2.
 
     The decorated function returns the exit status (None counts as 0); any other exception is a bug
     and propagates with its traceback. Use: `if __name__ == "__main__": sys.exit(main())`.
@@ -31,7 +33,13 @@ def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return USER_ERROR_STATUS
+            message = str(error)
+        except OSError as error:
+            if error.errno not in FULL_DISK:
+                raise
+            where = error.filename or "a file"
+            message = f"{where} cannot be written: {error.strerror}; make room and start the same command again"
+        print(f"error: {message}", file=sys.stderr)
+        return USER_ERROR_STATUS
 
     return guarded

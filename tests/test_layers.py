@@ -29,6 +29,14 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_POINT_LINES = 500, 60, 80
 # Factories, which choose a part once for the devices at hand; nothing else asks what they are.
 MAY_ASK_FOR_PLATFORM = {"parallel.mesh", "retrieval.encoders.factory"}
 PLATFORM_QUERY = re.compile(r"(?<!host\.)\b(default_backend|platform|on_several_devices|collectives_race)\(\)")
+# A file that is written in place is half a file after a crash, and an empty one on a full disk.
+WRITES = re.compile(r"""\.write_(text|bytes)\(|open\(([^()]*, ?)?["'][wax]|np\.save|write_index\(|json\.dump\(""")
+MAY_WRITE = {
+    "run.files",  # the helpers
+    "run.checkpoints",  # into a file that a helper has opened
+    "rewards.judge.judgements",  # appends a line at once, for several runs
+    "retrieval.store", "retrieval.encoders.hashed", "retrieval.faiss", "retrieval.builder", "retrieval.bm25",
+}  # fmt: skip
 
 
 @functools.cache
@@ -134,6 +142,11 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     """`code` in a fresh interpreter in which every query for a device fails."""
     environment = os.environ | {"JAX_PLATFORMS": "nosuchplatform", "PYTHONPATH": str(PACKAGE.parent)}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def test_files_are_written_by_the_helpers_that_write_whole_files() -> None:
+    writing = {name for name, file in modules().items() if WRITES.search(file.read_text())}
+    assert writing == MAY_WRITE
 
 
 def test_imports_touch_no_device_and_no_heavy_library() -> None:

@@ -28,7 +28,7 @@ from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.parallel.shardings import tree_shardings
 from r3rag_jax.run.digests import PROVENANCE_FILE
-from r3rag_jax.run.files import write_json
+from r3rag_jax.run.files import new_directory, write_json
 from r3rag_jax.text.chat_template import TEMPLATES, read_template
 from r3rag_jax.text.tokenizer import Tokenizer
 
@@ -146,15 +146,14 @@ class Policy:
         Args:
             provenance: what the parameters were trained from; it is kept beside them.
         """
-        partial = path.with_name(f".{path.name}.partial")
         with reading(self.base_path):
             generation = self.tokenizer.complete_generation(load_generation(self.base_path))
-        save_decoder(nnx.merge(self.graphdef, params), partial, dtype="float32", generation=generation)
-        if jax.process_index() == 0:
-            self.tokenizer.save(partial)
-            if provenance is not None:
-                write_json(partial / PROVENANCE_FILE, dict(provenance))
-            partial.rename(path)
+        is_writer = jax.process_index() == 0
+        with new_directory(path, is_writer=is_writer) as partial:
+            save_decoder(nnx.merge(self.graphdef, params), partial, dtype="float32", generation=generation)
+            if is_writer:
+                self.tokenizer.save(partial)
+                write_json(partial / PROVENANCE_FILE, dict(provenance or {}))
         barrier(f"policy {path.name}")
 
     def trainable(self, params: Any) -> TrainableSplit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from r3rag_jax.retrieval.manifest import new_directory, write_manifest
+from r3rag_jax.retrieval.manifest import replaced_directory, write_manifest
 from r3rag_jax.retrieval.store import PassageStore, write_store
 from r3rag_jax.types import Passage
 
@@ -19,7 +19,7 @@ def write_index(directory: Path, kind: str, passages: Iterable[Passage], write_f
     Raises:
         UserError: there are no passages, two have the same id, or `write_files` raised it.
     """
-    with new_directory(directory) as new:
+    with replaced_directory(directory) as new:
         corpus = write_store(new, passages)
         store = PassageStore(new)
         depends_on = write_files(store, new)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from r3rag_jax.errors import UserError
 from r3rag_jax.run.digests import file_digest
+from r3rag_jax.run.files import flush_directory, write_text
 
 MANIFEST_FILE = "fingerprint.json"
 LAYOUT = 2  # of the files in an index directory; another one is refused
@@ -44,7 +45,7 @@ def write_manifest(directory: Path, kind: str, num_passages: int, corpus: str, d
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     files = {path.relative_to(directory).as_posix(): file_digest(path) for path in paths}
     manifest = dataclasses.asdict(Manifest(kind, num_passages, corpus, depends_on, files))
-    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    write_text(directory / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -100,15 +101,14 @@ def check_files(directory: Path, manifest: Manifest, names: Iterable[str]) -> No
 
 
 @contextlib.contextmanager
-def new_directory(directory: Path) -> Iterator[Path]:
+def replaced_directory(directory: Path) -> Iterator[Path]:
     """An empty directory that takes the place of `directory` when the block ends, and is deleted when it raises."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
         yield new
-        for path in new.rglob("*"):
-            _flush(path)
+        flush_directory(new)
         has_old = directory.exists()
         if has_old:  # a directory cannot be renamed onto one that is not empty
             os.rename(directory, old)
@@ -118,12 +118,3 @@ def new_directory(directory: Path) -> Iterator[Path]:
             if has_old:
                 os.rename(old, directory)
             raise
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or directory is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

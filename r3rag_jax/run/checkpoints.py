@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.run.files import open_atomic_binary
 
 
 def save_arrays(path: Path, tree: Any) -> None:
@@ -19,10 +20,10 @@ def save_arrays(path: Path, tree: Any) -> None:
     Every array must be fully addressable by process 0, e.g. replicated.
     """
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
         arrays: Any = {jax.tree_util.keystr(key, simple=True, separator="."): np.asarray(x) for key, x in leaves}
-        np.savez(path, **arrays)
+        with open_atomic_binary(path) as file:
+            np.savez(file, **arrays)
 
 
 def load_arrays(path: Path, like: Any) -> Any:

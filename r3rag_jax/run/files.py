@@ -1,13 +1,19 @@
-"""Files that appear whole or not at all: after a crash the old content is there or the new, never a part of it."""
+"""Files that appear whole or not at all: after a crash or on a full disk the old content is there, or the new.
+
+All files of a run are written by these functions. A file that grows by lines may end in half a line; `keep_rows` drops
+it before the next one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 SUFFIX = ".partial"
 
@@ -19,11 +25,23 @@ def open_atomic(path: str | Path) -> Iterator[TextIO]:
     The text goes to a hidden file beside `path`, is flushed to disk, and the file is renamed. Missing parent
     directories are created.
     """
+    with open_atomic_binary(path) as binary:
+        file = io.TextIOWrapper(binary, encoding="utf-8", newline="")
+        try:
+            yield file
+            file.flush()
+        finally:
+            file.detach()  # the binary file is closed by its own block
+
+
+@contextlib.contextmanager
+def open_atomic_binary(path: str | Path) -> Iterator[BinaryIO]:
+    """As `open_atomic`, for bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -32,8 +50,43 @@ def open_atomic(path: str | Path) -> Iterator[TextIO]:
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_directory(path: Path, *, is_writer: bool = True) -> Iterator[Path]:
+    """Give the path of a directory that becomes `path` when the block ends, and is deleted when the block raises.
+
+    Its files are flushed to disk before it is renamed. What a killed process left of it is deleted first.
+
+    Args:
+        path: there must be none, or an empty directory.
+        is_writer: whether this process writes; the others only get the path.
+    """
+    path = path.absolute()  # Path(".") has no name
+    partial = path.with_name(f".{path.name}{SUFFIX}")
+    try:
+        if is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        yield partial
+        if is_writer:
+            flush_directory(partial)
+            partial.rename(path)
+    finally:
+        if is_writer:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def flush_directory(directory: Path) -> None:
+    """Wait until a directory and everything in it is on disk."""
+    for path in (*directory.rglob("*"), directory):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def is_partial(path: Path) -> bool:
-    """Whether a file is what a process that was killed inside `open_atomic` left behind."""
+    """Whether a file or directory is what a killed process left behind."""
     return path.name.startswith(".") and path.suffix == SUFFIX
 
 

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as _Backend
 from tokenizers.models import Unigram
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.run.files import write_text
 from r3rag_jax.text.chat_template import CONTENT, ChatTemplate
 from r3rag_jax.text.pieces import PieceEncoder
 
@@ -293,14 +294,14 @@ class Tokenizer:
         """Write the tokenizer to directory `path`, in the files that this class and transformers read."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(path / TOKENIZER_FILE))
+        write_text(path / TOKENIZER_FILE, self._backend.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config}
         # added_tokens_decoder duplicates tokenizer.json and would hide tokens added by add_special_tokens.
         config.pop("added_tokens_decoder", None)
         if self._template is not None:
             config["chat_template"] = self._template.text
         text = json.dumps(config, indent=2, ensure_ascii=False)
-        (path / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        write_text(path / CONFIG_FILE, text + "\n")
 
     def _special(self, key: str) -> str | None:
         """Return the text of a special token; the files write a string or {"content": ...}."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import tokenizers
 
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder, rope_frequencies
+from r3rag_jax.run.files import write_json, write_text
 from r3rag_jax.text.protocols import TAGS
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.world.pretraining import documents, make_world
@@ -125,12 +125,12 @@ def make_tokenizer(out: Path) -> Tokenizer:
     )
     bpe.train_from_iterator(texts, trainer)
     out.mkdir(parents=True, exist_ok=True)
-    bpe.save(str(out / "tokenizer.json"))
+    write_text(out / "tokenizer.json", bpe.to_str(pretty=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "chat_template": CHAT_TEMPLATE,
     }
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_json(out / "tokenizer_config.json", settings)
     return Tokenizer(out)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+from tiny_run import files as tiny_files
 
 import r3rag_jax
-from r3rag_jax.run.files import is_partial, open_atomic, write_json, write_text
+from r3rag_jax.run.files import (
+    append_rows,
+    is_partial,
+    keep_rows,
+    new_directory,
+    open_atomic,
+    open_atomic_binary,
+    write_json,
+    write_text,
+)
 
 
 def test_a_file_is_written_and_replaced(tmp_path: Path) -> None:
@@ -41,6 +53,52 @@ def test_a_killed_process_leaves_the_old_content_and_a_file_that_is_told_apart(t
     assert path.read_text() == "old"
     [left] = [other for other in tmp_path.iterdir() if other != path]
     assert left.read_text() == "new" and is_partial(left) and not is_partial(path)
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync"])
+def test_a_full_disk_leaves_the_old_content(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "config.yaml", "old")
+
+    def fail(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if moment == "fsync":
+            patch.setattr(os, "fsync", fail)
+        else:
+            patch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="No space left"):
+            write_text(tmp_path / "config.yaml", "new")
+        with pytest.raises(OSError, match="No space left"), open_atomic_binary(tmp_path / "weights") as file:
+            file.write(b"w")
+    assert (tmp_path / "config.yaml").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_directory_appears_with_all_of_its_files(tmp_path: Path) -> None:
+    left = tmp_path / ".policy.partial"  # of a process that was killed
+    left.mkdir()
+    (left / "stale").write_text("of another model")
+    assert is_partial(left)
+    with new_directory(tmp_path / "policy") as partial:
+        (partial / "weights").write_bytes(b"w")
+        assert [path.name for path in tmp_path.iterdir()] == [".policy.partial"]
+    assert tiny_files(tmp_path) == {"policy/weights": b"w"}
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "other") as partial:
+        (partial / "weights").write_bytes(b"half")
+        raise KeyboardInterrupt
+    with new_directory(tmp_path / "other", is_writer=False) as partial:
+        assert partial == tmp_path / ".other.partial"
+    assert tiny_files(tmp_path) == {"policy/weights": b"w"}
+
+
+def test_rows_are_appended_and_those_to_keep_are_kept_letter_by_letter(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"n": 1, "text": "Gödel\u2028"}])
+    append_rows(path, [{"n": 2}, {"n": 3}])
+    with path.open("ab") as file:
+        file.write(b'{"n":   4 }\n\xff\n[]\n\n' + b"[" * 100_000 + b'\n{"n": 5')
+    keep_rows(path, lambda row: row["n"] != 2)
+    assert path.read_text("utf-8") == '{"n": 1, "text": "Gödel\u2028"}\n{"n": 3}\n{"n":   4 }\n'
 
 
 def test_json_is_for_people(tmp_path: Path) -> None:

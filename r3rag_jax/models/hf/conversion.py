@@ -22,6 +22,7 @@ from r3rag_jax.models.hf.decoder_files import (
 )
 from r3rag_jax.models.hf.tensor_files import CONFIG_FILE, TensorFiles
 from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.files import new_directory
 from r3rag_jax.text.protocols import TAGS
 from r3rag_jax.text.tokenizer import Tokenizer
 
@@ -59,11 +60,9 @@ def find_model(source: Path) -> Path:
 
 def export(source: Source, out: Path, dtype: str) -> None:
     """Write weights, configurations and tokenizer to a temporary directory, which is then renamed to `out`."""
-    out = out.absolute()  # Path(".") has an empty name
-    partial = out.with_name(f".{out.name}.partial")
-    write_model(partial, source.config, source.tensor, dtype=dtype, generation=source.generation)
-    source.tokenizer.save(partial)
-    partial.rename(out)
+    with new_directory(out) as partial:
+        write_model(partial, source.config, source.tensor, dtype=dtype, generation=source.generation)
+        source.tokenizer.save(partial)
 
 
 @contextlib.contextmanager

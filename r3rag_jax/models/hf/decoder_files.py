@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from r3rag_jax.models.hf.tensor_files import (
     write_dtype,
     write_tensors,
 )
+from r3rag_jax.run.files import write_json
 from r3rag_jax.text.tokenizer import GENERATION_FILE, Tokenizer
 
 TOKEN_IDS = (
@@ -252,6 +252,6 @@ def write_model(
         path.mkdir(parents=True, exist_ok=True)
         for file, value in ((CONFIG_FILE, hf), (GENERATION_FILE, generation)):
             if value:
-                (path / file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+                write_json(path / file, value)
     shapes = {hf_name: one.shape for hf_name, one in hf_tensors(config).items()}
     write_tensors(path, shapes, tensor, dtype=dtype, max_file_bytes=max_file_bytes, is_writer=is_writer)

@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from r3rag_jax.run.files import open_atomic_binary, write_json
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -288,7 +290,7 @@ def write_tensors(
     for number, names in enumerate(groups, 1):
         file = WEIGHTS_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
-        with (path / file).open("wb") if is_writer else contextlib.nullcontext() as out:
+        with open_atomic_binary(path / file) if is_writer else contextlib.nullcontext() as out:
             if out is not None:
                 out.write(_header({name: shapes[name] for name in names}, code, itemsize))
             for name in names:
@@ -300,7 +302,7 @@ def write_tensors(
     if is_writer and len(groups) > 1:
         size = sum(math.prod(shape) for shape in shapes.values()) * itemsize
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        (path / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(path / INDEX_FILE, index)
 
 
 def write_dtype(dtype: str) -> tuple[str, Any]:

@@ -31,6 +31,7 @@ from r3rag_jax.retrieval.encoders.sentence_transformers import (
     read_prefix,
     read_tokenizer,
 )
+from r3rag_jax.run.files import write_text
 
 ENCODER_FILE = "encoder.json"  # in an index directory
 _CHUNK = 4096  # texts that are tokenized and sorted by length at once
@@ -170,7 +171,7 @@ class BertEncoder:
     def save(self, directory: Path) -> None:
         """Write path and settings to `encoder.json`: documentation for those who want to use the index again."""
         settings = {"kind": "bert", "path": str(self._path), **self._settings, "batch_tokens": self._batch_tokens}
-        (directory / ENCODER_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_text(directory / ENCODER_FILE, json.dumps(settings, indent=1) + "\n")
 
 
 def _jit_embed(graphdef: Any, pooling: str, compiler_options: Mapping[str, Any] | None) -> Callable[..., jax.Array]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.run.files import write_text
 from r3rag_jax.run.trackers.base import import_extra
 
 
@@ -59,7 +60,7 @@ class TrackioTracker:
             return identity
         started = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         identity = {"project": self._project, "run": started, "id": uuid.uuid4().hex}
-        self._identity_file.write_text(json.dumps(identity) + "\n")
+        write_text(self._identity_file, json.dumps(identity) + "\n")
         return identity
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
