@@ -20,7 +20,7 @@ from r3rag_jax.parallel.processes import start_distributed
 from r3rag_jax.reporting.rendering import all_tables
 from r3rag_jax.reporting.report_page import write_report
 from r3rag_jax.run.caches import use_compile_cache
-from r3rag_jax.run.directory import open_run
+from r3rag_jax.run.directory import hold_run
 from r3rag_jax.run.provenance import has_finished
 from r3rag_jax.training.memory_plan import notices
 from r3rag_jax.training.rl import run_rl
@@ -59,8 +59,7 @@ def run(config: Config, console: Console | None = None) -> Components:
     c, did_work = Components(config, config.run_directory, console), False
     say = c.console.print
     plans, log = c.memory_plans, c.log  # bad configurations fail before the run directory is created
-    open_run(config)
-    with log:
+    with hold_run(config), log:
         for name in config.phases:
             started = time.monotonic()
             for notice in notices(config, name, plans, c.mesh, c.sampler_mesh):

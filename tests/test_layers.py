@@ -33,6 +33,7 @@ PLATFORM_QUERY = re.compile(r"(?<!host\.)\b(default_backend|platform|on_several_
 WRITES = re.compile(r"""\.write_(text|bytes)\(|open\(([^()]*, ?)?["'][wax]|np\.save|write_index\(|json\.dump\(""")
 MAY_WRITE = {
     "run.files",  # the helpers
+    "run.lock",  # its file holds nothing that is read again
     "run.checkpoints",  # into a file that a helper has opened
     "rewards.judge.judgements",  # appends a line at once, for several runs
     "retrieval.store", "retrieval.encoders.hashed", "retrieval.faiss", "retrieval.builder", "retrieval.bm25",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -12,6 +14,7 @@ from r3rag_jax.config.resume import changed_keys
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import barrier
 from r3rag_jax.run.files import is_partial, write_text
+from r3rag_jax.run.lock import locked
 from r3rag_jax.run.provenance import check_order
 
 RL_TRAJECTORIES = "rl"  # name of the trajectories that RL keeps
@@ -30,6 +33,11 @@ class RunDirectory:
     def config_file(self) -> Path:
         """The resolved configuration (YAML)."""
         return self.path / "config.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """The file that a training run locks; see `locked`."""
+        return self.path / ".lock"
 
     @property
     def metrics_file(self) -> Path:
@@ -96,6 +104,17 @@ class RunDirectory:
         return self.trajectory_dir / f"{name}.jsonl"
 
 
+@contextlib.contextmanager
+def hold_run(config: Config) -> Iterator[RunDirectory]:
+    """As `open_run`, and no other process may hold the run until the block ends. All processes must call.
+
+    Raises:
+        UserError: as `open_run`; or another process holds the run.
+    """
+    with locked(_check_run(config).lock):
+        yield open_run(config)
+
+
 def open_run(config: Config) -> RunDirectory:
     """Create the run directory, or check that the run in it was made with this configuration. All processes must call.
 
@@ -105,6 +124,15 @@ def open_run(config: Config) -> RunDirectory:
         UserError: the directory holds a run with other settings or with a configuration that cannot be read, RL that
             did not begin from the cold start that is to be trained, or something else than a run. Nothing is written.
     """
+    run = _check_run(config)
+    barrier("run directory checked")  # process 0 must not write what the other processes are still checking
+    if jax.process_index() == 0:
+        write_text(run.config_file, to_yaml(config))
+    barrier("run directory")
+    return run
+
+
+def _check_run(config: Config) -> RunDirectory:
     run = RunDirectory(config.run_directory)
     if run.config_file.exists():
         try:
@@ -120,11 +148,7 @@ def open_run(config: Config) -> RunDirectory:
                 f"{run.path} holds a run with other settings ({name} was {old!r}, now {new!r}): "
                 "choose another name=… or remove the directory"
             )
-    elif run.path.exists() and not all(map(is_partial, run.path.iterdir())):
+    elif run.path.exists() and not all(path == run.lock or is_partial(path) for path in run.path.iterdir()):
         raise UserError(f"{run.path} is not empty and holds no run: choose another name=… or run_dir=…")
     check_order(config.phases, run.policy("sft"), run.policy("rl"), run.checkpoints("rl"))
-    barrier("run directory checked")  # process 0 must not write what the other processes are still checking
-    if jax.process_index() == 0:
-        write_text(run.config_file, to_yaml(config))
-    barrier("run directory")
     return run

@@ -32,6 +32,7 @@ def test_every_path_of_a_run_has_its_place(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     paths = {
         "config.yaml": run.config_file,
+        ".lock": run.lock,
         "metrics.jsonl": run.metrics_file,
         "report.html": run.report,
         "judgements.jsonl": run.judgements,
@@ -51,16 +52,8 @@ def test_every_path_of_a_run_has_its_place(tmp_path: Path) -> None:
 
 def test_a_finished_run_has_nothing_elsewhere(finished: Any) -> None:
     run = RunDirectory(finished("tags"))
-    known = [
-        run.config_file,
-        run.metrics_file,
-        run.report,
-        run.digests,
-        run.index,
-        run.data("x").parent,
-        run.policy("x").parent,
-    ]
-    known += [run.checkpoints("x").parent, run.evaluation("x").parent, run.trajectories("x").parent]
+    known = [run.config_file, run.lock, run.metrics_file, run.report, run.digests, run.index, run.data_dir]
+    known += [run.policy("x").parent, run.checkpoints("x").parent, run.evaluation_dir, run.trajectory_dir]
     assert {path.name for path in run.path.iterdir()} == {path.name for path in known}
 
 
