@@ -20,6 +20,7 @@ import httpx
 
 from r3rag_jax.clients.transport import MAX_REPLY_BYTES, Reply, ReplyTooLargeError, Transport, TransportError
 from r3rag_jax.config import EndpointConfig
+from r3rag_jax.config.redact import VARIABLE
 from r3rag_jax.errors import UserError
 
 T = TypeVar("T")
@@ -227,14 +228,16 @@ class Endpoint:
 
 
 def _read_key(key_env: str, name: str) -> str:
-    """The API key in an environment variable; empty where none is named."""
+    """The API key in an environment variable, without blanks around it (`export KEY="$(cat file)"`); empty: none."""
     if not key_env:
         return ""
-    key = os.environ.get(key_env, "")
+    is_name = VARIABLE.fullmatch(key_env) is not None  # else a key may have been put in its place
+    shown = f"the environment variable {key_env}" if is_name else "an environment variable"
+    key = os.environ.get(key_env, "").strip()
     if not key:
-        raise UserError(f"{name}.key_env names the environment variable {key_env}: it is not set")
+        raise UserError(f"{name}.key_env names {shown}: it is not set")
     if not (key.isascii() and key.isprintable()) or " " in key:  # the error of a refused header would show it
-        raise UserError(f"{name}.key_env: the variable {key_env} must hold visible ASCII characters alone")
+        raise UserError(f"{name}.key_env names {shown}: it must hold visible ASCII characters alone")
     return key
 
 

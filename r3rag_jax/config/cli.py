@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from r3rag_jax.config.experiment import Config
 from r3rag_jax.config.loader import load_config
+from r3rag_jax.config.redact import redact_override
 from r3rag_jax.config.schema import did_you_mean, help_text, schema
 from r3rag_jax.config.section import ConfigError
 from r3rag_jax.config.values import clip
@@ -18,6 +19,11 @@ class FlagParser(argparse.ArgumentParser):
     """argparse whose errors are one line: `error: …`, exit status 2."""
 
     def error(self, message: str) -> NoReturn:
+        """End with argparse's message, which repeats words of the command line."""
+        self.fail(" ".join(map(redact_override, message.split())))
+
+    def fail(self, message: str) -> NoReturn:
+        """End with a message of our own."""
         self.exit(USER_ERROR_STATUS, f"error: {' '.join(message.split())}\n")
 
     def flags(self) -> list[str]:
@@ -56,11 +62,11 @@ def parse_args(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="a configuration key to change")
     options, unknown = parser.parse_known_intermixed_args(argv)
     for word in unknown:
-        parser.error(_unknown_flag(word, parser.flags()))
+        parser.fail(_unknown_flag(word, parser.flags()))
     try:
         return load_config(options.config, options.overrides), options
     except ConfigError as error:
-        parser.error(str(error))
+        parser.fail(str(error))
 
 
 def _unknown_flag(word: str, flags: list[str]) -> str:
@@ -68,4 +74,4 @@ def _unknown_flag(word: str, flags: list[str]) -> str:
     name = word.lstrip("-").partition("=")[0]
     hint = f"; did you mean {name + '=…'!r}?" if name in schema() else ""
     hint = hint or did_you_mean(word.partition("=")[0], flags)
-    return f"unknown flag {clip(word)!r}{hint or '; --help lists all flags and keys'}"
+    return f"unknown flag {clip(redact_override(word))!r}{hint or '; --help lists all flags and keys'}"

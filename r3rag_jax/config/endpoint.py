@@ -6,9 +6,11 @@ import re
 
 from pydantic import field_validator
 
+from r3rag_jax.config.redact import redact_url
 from r3rag_jax.config.section import Section, key
 
 URL = re.compile(r"https?://[^\s/@?#]+(/[^\s@?#]*)?")  # no user, query or fragment, where a secret could stand
+MAX_NAME = 100  # characters of an environment variable's name
 
 
 class EndpointConfig(Section):
@@ -28,11 +30,16 @@ class EndpointConfig(Section):
     @classmethod
     def _check_url(cls, url: str) -> str:
         if url and URL.fullmatch(url) is None:
-            shown = url.rpartition("@")[2]  # a user's password is not repeated
-            raise ValueError(
-                f"must be an http(s) URL without user, query or fragment, e.g. http://localhost:8000/v1; got {shown!r}"
-            )
+            rule = "must be an http(s) URL without user, query or fragment, e.g. http://localhost:8000/v1"
+            raise ValueError(f"{rule}; got {redact_url(url)!r}")
         return url
+
+    @field_validator("key_env")
+    @classmethod
+    def _check_key_env(cls, name: str) -> str:
+        if name and (re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None or len(name) > MAX_NAME):
+            raise ValueError("must be the name of an environment variable, not a key itself; got something else")
+        return name
 
     @property
     def is_given(self) -> bool:

@@ -70,9 +70,10 @@ class JudgeConfig(Section):
             return self
         for name in ("url", "model", "key_env"):
             value = getattr(self.endpoint, name)
+            shown = "one" if name == "key_env" else repr(value)  # it could be a key
             require(
                 value == "",
-                f"judge.endpoint.{name} must be empty when judge.kind is local; got {value!r}",
+                f"judge.endpoint.{name} must be empty when judge.kind is local; got {shown}",
                 f"judge.endpoint.{name}",
                 "judge.kind",
             )

@@ -17,6 +17,7 @@ import yaml
 
 from r3rag_jax.config.experiment import Config
 from r3rag_jax.config.presets import PRESETS
+from r3rag_jax.config.redact import redact_override
 from r3rag_jax.config.renamed import RENAMED
 from r3rag_jax.config.schema import did_you_mean, schema, section_names
 from r3rag_jax.config.section import ConfigError
@@ -190,7 +191,7 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path) -> Iterator[tuple[str
 
 def _read_override(text: str) -> tuple[str, Given]:
     """The dotted key and value of one `key=value` word."""
-    place = f"override {clip(text)!r}"
+    place = f"override {clip(redact_override(text))!r}"
     name, equals, value = text.partition("=")
     name = name.strip()
     if not equals:

@@ -173,6 +173,8 @@ def test_a_redirect_is_refused_and_carries_the_key_nowhere(status: int, monkeypa
 def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"judge\.endpoint\.key_env names the environment variable MY_KEY: it is not s"):
         open_at("http://x", key_env="MY_KEY")
+    with pytest.raises(UserError, match=r"key_env names an environment variable: it is not set"):
+        open_at("http://x", key_env="a1b2secret3")  # the key in place of its name
     key = 'secret-"1\\'
     monkeypatch.setenv("MY_KEY", key)
     for content in ({"error": f"no such key: {key}"}, f"no such key: {key}".encode()):
@@ -182,9 +184,13 @@ def test_the_key_is_sent_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> Non
         assert "secret" not in str(caught.value) and "no such key: ***" in str(caught.value)
         assert "(judge.endpoint.key_env names the variable that holds the key)" in str(caught.value)
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
-    for wrong in ("secret 1", "secret\n", "sécret"):
+    monkeypatch.setenv("MY_KEY", "\tsecret-2\r\n")  # read from a file with its line end
+    with serve(failing(0, 0)) as server:
+        open_at(server.url, key_env="MY_KEY").call(PATH, BODY)
+    assert server.headers[0]["Authorization"] == "Bearer secret-2"
+    for wrong in ("secret 1", "secret\n1", "secret\x7f", "sécret"):
         monkeypatch.setenv("MY_KEY", wrong)
-        with pytest.raises(UserError, match="MY_KEY must hold visible ASCII characters alone") as caught:
+        with pytest.raises(UserError, match="MY_KEY: it must hold visible ASCII characters alone") as caught:
             open_at("http://x", key_env="MY_KEY")
         assert "cret" not in str(caught.value)
 

@@ -20,6 +20,7 @@ from r3rag_jax.config import (
     ServerConfig,
     loader,
 )
+from r3rag_jax.config.redact import redact_override
 
 Write = Callable[[str], Path]
 ErrorOf = Callable[..., str]  # the fixture: message of the error that loading raises
@@ -74,7 +75,7 @@ ErrorOf = Callable[..., str]  # the fixture: message of the error that loading r
         (["rollout.server.url=localhost:8000"], "rollout.server.url must be an http(s) URL without user, query or"
          " fragment, e.g. http://localhost:8000/v1; got 'localhost:8000'"),
         (["rollout.server.url=http://me:secret@h/v1"], "rollout.server.url must be an http(s) URL without user,"
-         " query or fragment, e.g. http://localhost:8000/v1; got 'h/v1'"),
+         " query or fragment, e.g. http://localhost:8000/v1; got 'http://…@h/v1'"),
         (["rollout.server.url=http://h/v1"], "phases must not have rl when rollout.server.url is given: RL samples"
          " with the policy that it trains; got index, sft, rl, eval"),
         (["phases=eval", "rollout.server.url=http://h/v1"], "eval.systems must be of one policy, the served one,"
@@ -95,11 +96,13 @@ ErrorOf = Callable[..., str]  # the fixture: message of the error that loading r
         (["phases=index", "eval.judge=true"], "judge.endpoint.url must be given when eval.judge is true (and"
          " judge.kind is server); got none"),
         (["judge.endpoint.url=http://me:secret@h/v1"], "judge.endpoint.url must be an http(s) URL without user,"
-         " query or fragment, e.g. http://localhost:8000/v1; got 'h/v1'"),
+         " query or fragment, e.g. http://localhost:8000/v1; got 'http://…@h/v1'"),
         (["judge.kind=local", "judge.endpoint.url=http://h"], "judge.endpoint.url must be empty when judge.kind is"
          " local; got 'http://h'"),
         (["judge.kind=local", "judge.endpoint.key_env=K"], "judge.endpoint.key_env must be empty when judge.kind is"
-         " local; got 'K'"),
+         " local; got one"),
+        (["judge.endpoint.key_env=sk-secret.1"], "judge.endpoint.key_env must be the name of an environment variable,"
+         " not a key itself; got something else"),
         (["judge.kind=local", "judge.local.max_length=256"], "judge.max_tokens must be less than"
          " judge.local.max_length=256; got 256"),
         (["judge.local.path=package:x"], "judge.local.path must be empty unless judge.kind is local; got 'package:x'"),
@@ -118,7 +121,7 @@ def test_broken_relations_name_the_key_and_the_override(
 ) -> None:
     # An override is blamed before a line of the file, even where both have a part in the relation.
     path = write("rollout: {max_length: 512}\nretrieval: {top_k: 2}\n")
-    assert error_of(path, *overrides) == f"override '{overrides[-1]}': {rule}"
+    assert error_of(path, *overrides) == f"override '{redact_override(overrides[-1])}': {rule}"
 
 
 def test_broken_relations_name_the_line_of_the_file_or_else_the_file(write: Write, error_of: ErrorOf) -> None:

@@ -297,7 +297,7 @@ def test_a_renamed_key_is_refused_with_its_new_name(write: Write, error_of: Erro
     section, _, name = old.rpartition(".")
     assert error_of(write(f"seed: 1\n{section}:\n  {name}: 0\n")) == f"unknown key {old!r} (x.yaml:3){words}"
     assert error_of(write(f"{old}: 0\n")) == f"unknown key {old!r} (x.yaml:1){words}"
-    assert error_of(write("seed: 1\n"), f"{old}=0") == f"unknown key {old!r} (override '{old}=0'){words}"
+    assert error_of(write("seed: 1\n"), f"{old}=N") == f"unknown key {old!r} (override '{old}=N'){words}"
 
 
 def test_new_names_are_keys_and_old_names_are_none() -> None:
