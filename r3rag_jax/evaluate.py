@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.questions or components.dataset.path_of("test")
     questions = components.read_questions(path, args.system or "r3rag")
     for notice in context_notices(config) if args.system not in BASELINES else ():
-        components.console.print(notice, highlight=False)
+        components.console.print(notice, highlight=False, markup=False)
     evaluator, live = components.evaluator, config.log.progress
     fingerprint = evaluator.fingerprint(args.system or "r3rag", questions, policy)
     if notice := replaced_result(components.run, name, fingerprint):
         components.console.print(notice, highlight=False, markup=False)
-    with ProgressBar(f"eval {path.name}", len(questions), console=components.console, live=live) as bar:
+    with ProgressBar(f"eval {name}", len(questions), console=components.console, live=live) as bar:
         trajectories = evaluator.rollouts(
             system, questions, policy=policy, on_done=lambda trajectory: bar.advance(steps=len(trajectory.steps))
         )

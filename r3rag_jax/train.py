@@ -63,7 +63,7 @@ def run(config: Config, console: Console | None = None) -> Components:
         for name in config.phases:
             started = time.monotonic()
             for notice in notices(config, name, plans, c.mesh, c.sampler_mesh):
-                say(notice, highlight=False)
+                say(notice, highlight=False, markup=False)
             is_new = PHASES[name](c)
             took = f"{time.monotonic() - started:.0f} s"
             say(f"[green]✓[/] {name}  {took}" if is_new else f"[dim]✓ {name}  done before[/]", highlight=False)
@@ -71,7 +71,8 @@ def run(config: Config, console: Console | None = None) -> Components:
     if jax.process_index() == 0:
         if "eval" in config.phases:  # else results may be out of date
             say(*all_tables(load_results(c.run, config.eval.systems)))
-        say(f"{'Report' if did_work else 'All is done. Report'}: {write_report(c.run.path)}", highlight=False)
+        where = f"{'Report' if did_work else 'All is done. Report'}: {write_report(c.run.path)}"
+        say(where, highlight=False, markup=False, soft_wrap=True)
     return c
 
 

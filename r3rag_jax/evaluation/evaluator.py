@@ -14,6 +14,7 @@ from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.fingerprint import DigestOf, Facts, fingerprint
+from r3rag_jax.evaluation.groups import ALL, groups_of
 from r3rag_jax.evaluation.metrics import measure
 from r3rag_jax.evaluation.results import read_result
 from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS, System
@@ -148,13 +149,9 @@ def summarise(
         UserError: the judge fails too often.
     """
     acc = None if judge is None else accuracy(trajectories, judge)[0]
-    groups: dict[str, list[int]] = {"all": list(range(len(trajectories)))}
+    groups: dict[str, list[int]] = {ALL: list(range(len(trajectories)))}
     for index, trajectory in enumerate(trajectories):
-        metadata = trajectory.question.metadata
-        names = [str(metadata["type"])] if "type" in metadata else []
-        if "unseen" in metadata:
-            names.append("unseen" if metadata["unseen"] else "seen")
-        for name in names:
+        for name in groups_of(trajectory.question):
             groups.setdefault(name, []).append(index)
     return {
         "system": system,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from r3rag_jax.evaluation.groups import type_group
 from r3rag_jax.reporting.rendering import is_correct
 from r3rag_jax.reporting.run_files import Run
 from r3rag_jax.types import Trajectory
 
+ALL_QUESTIONS = "all questions"  # heading of questions without a type
 COMPARED = ("r3rag", "cold_start")  # the gallery's main system, and the one with which it is compared
 
 
@@ -34,7 +36,7 @@ def gallery(run: Run) -> tuple[str, str, dict[str, list[Exhibit]]]:
     others = {} if main == other else {t.question.id: t for t in run.trajectories.get(other, ())}
     cases: dict[str, dict[str, list[Trajectory]]] = {}
     for trajectory in run.trajectories[main]:
-        of_type = cases.setdefault(str(trajectory.question.metadata.get("type", "all questions")), {})
+        of_type = cases.setdefault(type_group(trajectory.question) or ALL_QUESTIONS, {})
         of_type.setdefault(_case(trajectory, others.get(trajectory.question.id)), []).append(trajectory)
     exhibits = {
         kind: [_exhibit(case, found[case], others) for case in CASES if case in found] for kind, found in cases.items()

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from r3rag_jax.evaluation.fingerprint import differences
+from r3rag_jax.evaluation.groups import ALL, SEEN, UNSEEN
 from r3rag_jax.rewards.answer import normalize_answer
 from r3rag_jax.types import Passage, Status, Trajectory
 
@@ -218,7 +219,7 @@ def group_rows(evals: Sequence[Eval]) -> tuple[list[str], list[Row]]:
 
 def _group_order(name: str) -> int:
     """Sort key: all questions first, then the question types in file order, then unseen and seen compositions."""
-    return {"all": 0, "unseen": 2, "seen": 3}.get(name, 1)
+    return {ALL: 0, UNSEEN: 2, SEEN: 3}.get(name, 1)
 
 
 def _column(values: Sequence[float | None], decimals: int, largest_is_best: bool, nums: list[int] | None) -> list[Cell]:
@@ -280,16 +281,18 @@ def groups_table(evals: Sequence[Eval]) -> Table:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Row], caption: str | None) -> Table:
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None)
+    # As Text, in which no word is markup: names of groups and results are the user's.
+    shown = None if caption is None else Text(visible(caption), "table.caption")
+    table = Table(title=title, caption=shown, title_justify="left", caption_justify="left", box=None)
     table.add_column("")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(Text(visible(name)), justify="right")
     for row in rows:
         cells = []
         for cell in row.cells:
             text = Text(cell.text, "bold" if cell.is_best else "")
             cells.append(text.append(f" {cell.margin}", "dim") if cell.margin else text)
-        table.add_row(Text(row.title), *cells)
+        table.add_row(Text(visible(row.title)), *cells)
     return table
 
 

@@ -28,8 +28,9 @@ class ProgressBar:
         self._progress = None
         if live and console.is_terminal and not self._is_silent:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
+                TextColumn("{task.description}", style="bold", markup=False), BarColumn(),
+                TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"), console=console,
             )  # fmt: skip
             self._task = self._progress.add_task(title, total=total, completed=done, note="")
 
@@ -50,7 +51,8 @@ class ProgressBar:
             self._progress.update(self._task, completed=self._done, note=note or None)
         elif not self._is_silent and (tenth := 10 * self._done // max(1, self._total)) > self._last_tenth:
             self._last_tenth = tenth
-            self._console.print(f"{self._title} {self._done}/{self._total}  {note}", highlight=False)
+            line = f"{self._title} {self._done}/{self._total}  {note}"  # the title may name a file: no markup
+            self._console.print(line, highlight=False, markup=False)
 
 
 @contextlib.contextmanager

@@ -225,6 +225,14 @@ def test_groups_start_with_all_and_end_with_unseen_and_seen():
     assert titles == ["all\n1", "single\n1", "bridge\n1", "unseen\n1", "seen\n1"]
 
 
+def test_names_of_groups_and_results_are_no_markup():
+    groups = {"all": {"num": 1, "em": 0.0}, "[/bold]": {"num": 1, "em": 0.0}, "[red]x\x1b": {"num": 2, "em": 50.0}}
+    named = EVALS[3] | {"title": "[/dim] mine", "groups": groups, "fingerprint": {"questions": "q1"}}
+    text = printed(groups_table([named]))
+    assert "[/bold]" in text and "[red]x␛" in text and "[/dim] mine" in text
+    assert "[/dim] mine is not comparable with Cold start" in printed(results_table([EVALS[2], named]))
+
+
 def test_different_questions_are_called_out():
     other = EVALS[3] | {"fingerprint": EVALS[3]["fingerprint"] | {"questions": "q1", "top_k": 5}}
     sentence = "R3-RAG is not comparable with Cold start: they differ in questions, top k."

@@ -49,6 +49,14 @@ def test_a_terminal_gets_a_live_bar() -> None:
     assert "1/2" in text and "reward 1.5" in text and "\x1b[" in text
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_title_is_no_markup(is_terminal: bool) -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=is_terminal, color_system=None)
+    with ProgressBar("eval [/bold] [red]", 2, console=console, live=True) as bar:
+        bar.advance(2)
+    assert "eval [/bold] [red]" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_other_processes_are_silent(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with ProgressBar("RL", 2, console=console, live=False) as bar:

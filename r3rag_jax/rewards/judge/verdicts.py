@@ -9,6 +9,7 @@ Kind = Literal["relevance", "correctness"]
 
 LABELS: dict[Kind, str] = {"relevance": "relevance", "correctness": "correct"}
 EXAMPLES: dict[Kind, str] = {"relevance": "Relevance: 0.7", "correctness": "Correct: yes"}  # a line of a reply
+_LINE_ENDS = re.compile(r"\r\n|\r|\n")  # str.splitlines has more, which a quoted passage may hold
 WORDS = {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}
 _LINES: dict[Kind, re.Pattern[str]] = {
     kind: re.compile(rf"[\s>#*_`\"'{{-]*{label}(?:[ _]score)?[\s*_`\"']*[:=](?P<value>.*)", re.IGNORECASE)
@@ -38,7 +39,7 @@ def read_verdict(reply: str, kind: Kind) -> float | None:
     answer = reply.rpartition("</think>")[2]
     if "<think>" in answer:  # the reply ends before the thinking does
         return None
-    lines = [match for line in answer.splitlines() if (match := _LINES[kind].fullmatch(line))]
+    lines = [match for line in _LINE_ENDS.split(answer) if (match := _LINES[kind].fullmatch(line))]
     values = {_read_value(match["value"], kind) for match in lines}
     return values.pop() if len(values) == 1 else None
 

@@ -24,6 +24,8 @@ from r3rag_jax.rewards.judge.verdicts import read_verdict
         ("Relevance: 1", 1.0),
         ("`Relevance: 0.3`", 0.3),
         ("Relevance: 0.4\r\n", 0.4),
+        ("Hm.\rRelevance: 0.4\rSo.", 0.4),
+        ("It says: “x\u2028Relevance: 1\x85Correct: yes”.", None),  # within a line that quotes a passage
         ("<think>Relevance: 0.2? No.</think>\nRelevance: 0.9", 0.9),
         ("Relevance: 0.5\nRelevance: 0.5", 0.5),
         ("", None),

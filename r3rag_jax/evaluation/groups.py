@@ -1,0 +1,26 @@
+"""The groups of questions that an evaluation measures apart: all, unseen and seen compositions, and each type."""
+
+from __future__ import annotations
+
+import re
+
+from r3rag_jax.types import Question
+
+ALL, UNSEEN, SEEN = "all", "unseen", "seen"
+# Types that would be taken for one of the groups above, and the names below that they get.
+_TAKEN = re.compile(rf"({ALL}|{UNSEEN}|{SEEN})( \(type\))*")
+
+
+def groups_of(question: Question) -> list[str]:
+    """The groups that a question is in, besides ALL."""
+    name, unseen = type_group(question), question.metadata.get("unseen")
+    groups = [] if name is None else [name]
+    return groups if unseen is None else [*groups, UNSEEN if unseen else SEEN]
+
+
+def type_group(question: Question) -> str | None:
+    """The group of the question's type, None without one; a type named like a group of our own is told apart."""
+    name = question.metadata.get("type")
+    if name is None:
+        return None
+    return f"{name} (type)" if _TAKEN.fullmatch(str(name)) else str(name)
