@@ -11,7 +11,13 @@ from r3rag_jax.config.schema import schema, value_of
 FREE_KEYS = {
     "where it is and what is done next": ("run_dir", "phases"),
     "a name: the keys of a budget are compared one by one": ("budget",),
-    "results that depend on it are evaluated again": ("eval", "retrieval.oneshot_top_k", "rollout.server"),
+    "its passages are compared with what was indexed and trained on": ("retrieval.index_dir",),
+    "results that depend on it are evaluated again": (
+        "eval",
+        "data.test",
+        "retrieval.oneshot_top_k",
+        "rollout.server",
+    ),
     "what is shown and recorded": ("log",),
     "what ends a run": ("guards",),
     "with `stop`, nothing was computed from a file with a record that `skip` leaves out": ("data.on_error",),

@@ -51,7 +51,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
         holder = file.read(200).decode("utf-8", "replace").strip() or "another process"
         raise UserError(
             f"a run directory is written by one run at a time; {path.parent} is in use by {holder}: wait for its end, "
-            "or choose another name=…"
+            f"choose another name=…, or, where a server has kept the lock of a machine that died, remove {path}"
         ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n".encode())

@@ -6,6 +6,7 @@ import pytest
 
 from r3rag_jax.config import (
     Config,
+    DataConfig,
     EncoderConfig,
     EndpointConfig,
     EvalConfig,
@@ -50,9 +51,10 @@ def test_every_free_key_is_a_key_or_a_section() -> None:
         {"mesh": MeshConfig(fsdp=2)},
         {"log": LogConfig(trackers=("trackio",))},
         {"budget": "cpu"},
+        {"data": DataConfig(test="other.jsonl")},
         {"model": ModelConfig(remat="dots", micro_tokens=512)},
         {"rollout": RolloutConfig(slots=3, shard_weights=True, decode_chunk=5, search_overlap=2)},
-        {"retrieval": RetrievalConfig(oneshot_top_k=3, encoder=EncoderConfig(batch_tokens=99))},
+        {"retrieval": RetrievalConfig(oneshot_top_k=3, index_dir="moved", encoder=EncoderConfig(batch_tokens=99))},
         {"sft": SFTConfig(checkpoint_every=7), "rl": RLConfig(checkpoint_every=7, eval_every=3)},
         {"phases": ("index",), "rollout": RolloutConfig(server=ServerConfig(url="http://h", model="m", retries=1))},
         {"retrieval": RetrievalConfig(endpoint=EndpointConfig(url="http://h", retries=1, timeout_s=60.0))},
@@ -73,6 +75,7 @@ def test_what_computes_the_same_may_change(change: dict[str, Any]) -> None:
         ({"rollout": RolloutConfig(slots=3, max_steps=4)}, {"rollout.max_steps": (5, 4)}),
         ({"rollout": RolloutConfig(kv_dtype="int8")}, {"rollout.kv_dtype": ("auto", "int8")}),
         ({"model": ModelConfig(attention="splash", remat="full")}, {"model.attention": ("xla", "splash")}),
+        ({"data": DataConfig(rl="other.jsonl")}, {"data.rl": ("", "other.jsonl")}),
         ({"sft": SFTConfig(epochs=4, checkpoint_every=7)}, {"sft.epochs": (3, 4)}),
         (
             {"retrieval": RetrievalConfig(endpoint=EndpointConfig(model="m", timeout_s=60.0))},
