@@ -30,13 +30,13 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_POINT_LINES = 500, 60, 80
 MAY_ASK_FOR_PLATFORM = {"parallel.mesh", "retrieval.encoders.factory"}
 PLATFORM_QUERY = re.compile(r"(?<!host\.)\b(default_backend|platform|on_several_devices|collectives_race)\(\)")
 # A file that is written in place is half a file after a crash, and an empty one on a full disk.
-WRITES = re.compile(r"""\.write_(text|bytes)\(|open\(([^()]*, ?)?["'][wax]|np\.save|write_index\(|json\.dump\(""")
+WRITES = re.compile(r"""\.write_(text|bytes)\(|open\(([^()]*, ?)?["'][wax]|np\.save|\.write_index\(|json\.dump\(""")
 MAY_WRITE = {
     "run.files",  # the helpers
     "run.lock",  # its file holds nothing that is read again
     "run.checkpoints",  # into a file that a helper has opened
     "rewards.judge.judgements",  # appends a line at once, for several runs
-    "retrieval.store", "retrieval.encoders.hashed", "retrieval.faiss", "retrieval.builder", "retrieval.bm25",
+    "retrieval.store", "retrieval.encoders.hashed", "retrieval.faiss",  # into a new directory, which is then renamed
 }  # fmt: skip
 
 

@@ -153,7 +153,8 @@ class Policy:
             save_decoder(nnx.merge(self.graphdef, params), partial, dtype="float32", generation=generation)
             if is_writer:
                 self.tokenizer.save(partial)
-                write_json(partial / PROVENANCE_FILE, dict(provenance or {}))
+                if provenance is not None:
+                    write_json(partial / PROVENANCE_FILE, dict(provenance))
         barrier(f"policy {path.name}")
 
     def trainable(self, params: Any) -> TrainableSplit:

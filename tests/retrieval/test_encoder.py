@@ -668,9 +668,9 @@ def test_a_run_trains_evaluates_and_asks_with_a_bert_encoder(
     corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
     corpus.write_text("".join(json.dumps({"id": p.id, "contents": p.contents}) + "\n" for p in PASSAGES))
     questions.write_text(json.dumps({"id": "1", "question": "Who is by ann?", "golden_answers": ["bo"]}) + "\n")
-    flags = ["--checkpoint", str(run_dir), "--questions", str(questions)]
+    flags = ["--checkpoint", str(run_dir), "--questions", str(questions), "--name", "mine"]
     assert evaluate.main([*flags, "--corpus", str(corpus)]) == 0
-    mark = json.loads((run_dir / "eval" / "questions.json").read_text())["fingerprint"]
+    mark = json.loads((run_dir / "eval" / "mine.json").read_text())["fingerprint"]
     encoder = BertEncoder(built, query_prefix="query: ")
     assert mark["index"] == FaissRetriever.of(encoder, PASSAGES).fingerprint
     assert evaluate.main([*flags, "retrieval.encoder.pooling=cls"]) == 2  # not the encoder of the index

@@ -24,6 +24,7 @@ from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.config import Config, RolloutConfig, ServerConfig, load_config
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.fingerprint import differences
 from r3rag_jax.rollout.backends import ServerBackend
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.scheduler import rollout
@@ -122,7 +123,8 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
     }
     assert rows["served"] == rows["local"]
     marks = {name: json.loads((run_dir / "eval" / f"{name}.json").read_text())["fingerprint"] for name in rows}
-    assert marks["served"] == marks["local"] | {"server": endpoint.url}
+    assert differences(marks["served"], marks["local"]) == ["server"]
+    assert marks["served"]["server"]["url"] == endpoint.url and marks["served"]["policy"] == ""
     own = rollout(components.engine_backends(lambda: params), oneshot_rag, components.retriever, requests)
     assert [(t.steps, t.status, t.num_policy_tokens) for t in trajectories] == [
         (t.steps, t.status, t.num_policy_tokens) for t in own

@@ -28,9 +28,7 @@ def test_the_second_run_in_a_directory_is_refused_and_writes_nothing(tmp_path: P
     config = Config(run_dir=str(tmp_path / "run"))
     with hold_run(config) as run:
         before = tiny_run.files(tmp_path)
-        words = (
-            rf"{run.path} is in use by process {os.getpid()} on .*: wait for its end, choose another .*/\.lock$"
-        )
+        words = rf"{run.path} is in use by process {os.getpid()} on .*: wait for its end, choose another .*/\.lock$"
         with pytest.raises(UserError, match=words), hold_run(config.replace(phases=("index",))):
             raise AssertionError("two runs at once")
         assert tiny_run.files(tmp_path) == before
