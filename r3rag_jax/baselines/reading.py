@@ -21,7 +21,7 @@ MAX_ANSWER_TOKENS = 24
 def line_stops(tokenizer: Tokenizer, *others: str) -> StopRule:
     """Return what ends a line of text: a newline, one of the `others`, or the end of the turn."""
     texts = ("\n", "\n\n", *others)
-    single_tokens = {ids[0] for text in texts if len(ids := tokenizer.encode(text)) == 1}
+    single_tokens = {ids[0] for text in texts if len(ids := tokenizer.encode(text, continues=True)) == 1}
     stop_ids = dict.fromkeys((*single_tokens, *tokenizer.end_ids, tokenizer.pad_id))
     return StopRule(stop_ids=tuple(stop_ids), stop_strings=("\n", *others))
 

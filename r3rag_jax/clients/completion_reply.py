@@ -64,7 +64,7 @@ class CompletionReader:
             raise MalformedReplyError("at least one sampled token")
         ids, logprobs = self._ids_and_logprobs(choice)
         if ids is None:
-            ids, logprobs = self._tokenizer.encode(text), []
+            ids, logprobs = self._tokenizer.encode(text, continues=True), []
         if num_kept := self._tokenizer.end_of(self.stop_strings, ids) if self.stop_strings else 0:
             ids, logprobs = ids[:num_kept], logprobs[:num_kept]
         elif finish == "stop" and not self._is_ended(ids):
@@ -130,7 +130,7 @@ class CompletionReader:
     def _ending(self, choice: dict[str, Any], text: str) -> list[int]:
         """The token, or those of the stop string, that ended a completion whose text lacks it."""
         reason = choice.get("stop_reason", choice.get("matched_stop"))
-        ends = [(stop, self._tokenizer.encode(stop, allow_special=False)) for stop in self.stop_strings]
+        ends = [(stop, self._tokenizer.encode(stop, allow_special=False, continues=True)) for stop in self.stop_strings]
         ends += [(stop, [id]) for id, stop in self.stop_texts.items()]
         for stop, ids in ends:
             if reason is not None and (reason == stop or [reason] == ids):

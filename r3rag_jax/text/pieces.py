@@ -39,7 +39,7 @@ class PieceEncoder:
         return self._copy()
 
     @functools.cached_property
-    def _continuing(self) -> Backend:
+    def continuing(self) -> Backend:
         """A copy of `plain` that puts no space before a text."""
         return self.plain if self.prefix_space == "never" else self._copy(has_prefix_space=False)
 
@@ -67,13 +67,18 @@ class PieceEncoder:
                 return encoding.ids
         return self._encode_segments(pieces, continues)
 
+    def continues_after(self, before: str) -> bool:
+        """Whether a text that follows `before` has no space put before it."""
+        *_, (segment, _) = self._segments([before])
+        return bool(segment) or (bool(before) and self.prefix_space != "each")
+
     def _encode_segments(self, pieces: Sequence[str], continues: bool) -> list[int]:
         """As `encode`: each text between two special tokens is encoded by itself, as the backend does, too."""
         ids: list[int] = []
         has_space = not continues
         for segment, special in self._segments(pieces):
             if segment:
-                backend = self.plain if has_space else self._continuing
+                backend = self.plain if has_space else self.continuing
                 ids += backend.encode(segment, add_special_tokens=False).ids
             if special is not None:
                 ids.append(special)

@@ -20,6 +20,7 @@ from tokenizers.models import Unigram
 from r3rag_jax.errors import UserError
 from r3rag_jax.run.files import write_text
 from r3rag_jax.text.chat_template import CONTENT, ChatTemplate
+from r3rag_jax.text.llama_tokenizer import apply_class
 from r3rag_jax.text.pieces import PieceEncoder
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -64,6 +65,7 @@ class Tokenizer:
             **_read_json(self._path / SPECIALS_FILE),
             **_read_json(self._path / CONFIG_FILE),
         }
+        apply_class(self._backend, self._config)
         self._add_tokens_of_config()
         text = self._find_template() if chat_template is None else chat_template
         self._template = None if text is None else ChatTemplate(text)
@@ -146,7 +148,7 @@ class Tokenizer:
         _ = self.eos_id
 
     def encode(self, text: str, *, allow_special: bool = True, continues: bool = False) -> list[int]:
-        """Return the ids of a text, those that `PreTrainedTokenizerFast` of transformers gives; none is added.
+        """Return the ids of a text, those that `AutoTokenizer` of transformers 5 gives; none is added.
 
         Args:
             allow_special: special tokens written in the text become their ids. Pass False for text
@@ -168,12 +170,15 @@ class Tokenizer:
         """
         return self._pieces.encode(pieces, continues=continues)
 
-    def encoding(self, text: str) -> Encoding:
-        """Return the ids of a text with the characters (`offsets`) and the word (`word_ids`) of each.
+    def continues_after(self, before: str) -> bool:
+        """Whether a text that follows `before` is encoded as `encode` does with `continues`."""
+        return self._pieces.continues_after(before)
 
-        Special tokens stay text.
+    def encoding(self, text: str) -> Encoding:
+        """Return the ids of a text that continues another, with the characters (`offsets`) and the word (`word_ids`) of
+        each; special tokens stay text.
         """
-        return self._pieces.plain.encode(text, add_special_tokens=False)
+        return self._pieces.continuing.encode(text, add_special_tokens=False)
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -378,16 +383,6 @@ class Tokenizer:
             named = {entry["name"]: entry["template"] for entry in template}
             return named.get("default")
         return template
-
-
-def chat_frame(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]] = ()) -> tuple[list[int], list[int]]:
-    """Ids that the chat template puts before and after a user message that follows `turns`: (prefix, suffix).
-
-    Raises:
-        UserError: the template does not show the content of a user message exactly once and unchanged.
-    """
-    prefix, suffix = tokenizer.frame_of_user_message(turns)
-    return tokenizer.encode(prefix), tokenizer.encode(suffix)
 
 
 def _added_token(entry: str | Mapping[str, Any], *, is_special: bool = False) -> AddedToken:

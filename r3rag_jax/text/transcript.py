@@ -43,9 +43,11 @@ class Codec:
         self.stop_ids = tuple(tokenizer.token_id(text) for text in protocol.stop_tokens)
         self.stop_strings = protocol.stop_strings
         self._lines = LineEncoder(tokenizer)
-        self._newline = tokenizer.encode("\n")
+        # Without any text after the message, a step follows the message.
+        self._first_step_continues = tokenizer.continues_after(f"?{self._frame[1]}")
+        self._newline = tokenizer.encode("\n", continues=True)
         before, _, after = protocol.render_passages([CONTENT]).partition(CONTENT)
-        self._before_passages, self._after_passages = tokenizer.encode(before), tokenizer.encode(after)
+        self._before_passages, self._after_passages = tokenizer.encode(before), tokenizer.encode(after, continues=True)
         # The same passages are retrieved for many questions.
         self._truncated = functools.lru_cache(CACHED_PASSAGES)(
             lambda contents: truncate(tokenizer, contents, passage_tokens)
@@ -88,7 +90,8 @@ class Codec:
 
     def step_ids(self, step: Step, number: int) -> list[int]:
         """Return the ids that a policy would sample to write this step, including the stop token."""
-        ids = self.tokenizer.encode_pieces(self.protocol.step_pieces(step, number))
+        continues = self._first_step_continues or (number > 1 and self.protocol.is_one_sequence)
+        ids = self.tokenizer.encode_pieces(self.protocol.step_pieces(step, number), continues=continues)
         return ids if self.protocol.is_one_sequence else [*ids, self.turn_end_id]
 
     def parse_step(self, ids: Sequence[int], number: int) -> Step:

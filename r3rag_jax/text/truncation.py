@@ -19,7 +19,9 @@ class Truncated(NamedTuple):
 
 
 def truncate(tokenizer: Tokenizer, text: str, max_tokens: int) -> Truncated:
-    """Return the first `max_tokens` (> 0) ids of a text and their characters; special tokens stay text.
+    """Return the first `max_tokens` (> 0) ids of a text that continues another, and their characters.
+
+    Special tokens stay text.
 
     Only a window at the beginning of the text is encoded. It grows until the last token that is kept belongs to a word
     (of the tokenizer's pre-tokenization) that at least two more words follow: pre-tokenizers look no further ahead, and

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import json
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece_like
 from sentencepiece_like import KINDS, SPECIALS, TEMPLATES
 
+from r3rag_jax.text.protocols import make_protocol
 from r3rag_jax.text.tokenizer import Tokenizer
+from r3rag_jax.text.transcript import Codec, teacher_samples
+from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
 
 PARTS = (
     "The",
@@ -76,6 +81,26 @@ def test_whole_texts_and_conversations_are_those_of_transformers(open_kind: Open
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_class_llama_tokenizer_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
+    """It takes vocabulary and merges of tokenizer.json, and all else from `legacy` and `add_prefix_space`."""
+    transformers = pytest.importorskip("transformers")
+    sentencepiece_like.write(tmp_path, kind)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"tokenizer_class": "LlamaTokenizer"}
+    for fields in ({}, {"legacy": True}, {"legacy": False, "add_prefix_space": True}, {"add_prefix_space": False}):
+        file.write_text(json.dumps(settings | fields))
+        ours, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in texts(12, 100, (*PARTS, *SPECIALS, "[TAIL]")):
+            ids = ours.encode(text)
+            assert ids == theirs(text, add_special_tokens=False)["input_ids"]
+            assert ours.decode(ids) == theirs.decode(ids)
+        ours.save(tmp_path / "saved")  # also transformers 4 reads the saved file so
+        assert Tokenizer(tmp_path / "saved").encode(text) == ids
+        assert transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved").encode(text) == ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_pieces_have_the_ids_of_the_whole_text(open_kind: Open, kind: str) -> None:
     """Also where each text between special tokens is encoded by itself, as it is if a piece spells a special token."""
     tokenizer = open_kind(kind)
@@ -118,3 +143,42 @@ def test_a_text_that_continues_another_has_no_space_before_it(open_kind: Open, k
                 assert [*ids, *continued] == whole, (before, text)
     assert num_compared > 100
     assert tokenizer.encode("", continues=True) == []
+
+
+ORIGIN = Passage("a", '"Origin"\nThe author of Origin is Darwin.')
+STEPS = (
+    Step(
+        "I need the author.",
+        query="Who is the author of Origin?",
+        passages=(ORIGIN, Passage("b", "the book\nis </s> read")),
+    ),
+    Step("The author is Darwin.", answer="Darwin"),
+)
+
+
+@pytest.mark.parametrize("protocol", ["steps", "search_r1", "tags"])
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cold_start_trains_on_the_ids_of_the_whole_text(
+    open_kind: Open, kind: str, template: str, protocol: str
+) -> None:
+    """What follows a text has no space before it: neither a step, nor a passage, nor the line end between two."""
+    tokenizer = open_kind(kind, template)
+    codec = Codec(tokenizer, make_protocol(protocol), passage_tokens=64)
+    trajectory = Trajectory(Question("q", "Who wrote the book?", ("Darwin",)), STEPS, Status.ANSWERED)
+    samples = teacher_samples(codec, trajectory)
+    assert codec.unreadable_step(trajectory) is None
+    before, after = tokenizer.frame_of_user_message()
+    message = codec.protocol.user_message("Who wrote the book?")
+    shown = codec.protocol.render_passages([passage.contents for passage in STEPS[0].passages])
+    first, last = (codec.protocol.render_step(step, number) for number, step in enumerate(STEPS, 1))
+    if protocol == "steps":
+        wholes = [[before, message, after, first], [before, f"{message}\n{first}\n{shown}", after, last]]
+    elif protocol == "search_r1":  # whose tags are ordinary text
+        wholes = [[before, message, after, f"{first}{shown}{last}"]]
+    else:
+        inside = shown.removeprefix("<doc>").removesuffix("</doc>")
+        wholes = [[before, message, f"{after}{first}<doc>", inside, f"</doc>{last}"]]
+    end = [tokenizer.turn_end_id] if protocol == "steps" else []
+    for sample, pieces in zip(samples, wholes, strict=True):
+        assert sample.ids.tolist() == [*tokenizer.encode_pieces(pieces), *end]

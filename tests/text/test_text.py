@@ -7,7 +7,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from r3rag_jax.errors import UserError
 from r3rag_jax.text.message_frame import MessageFrame
-from r3rag_jax.text.tokenizer import Tokenizer, chat_frame
+from r3rag_jax.text.tokenizer import Tokenizer
 
 CHATML = """\
 {%- if messages[0]['role'] == 'system' %}
@@ -214,7 +214,7 @@ def test_template_errors_are_reported(directory):
         Tokenizer(directory).chat(MESSAGES)
     edit_config(directory, chat_template=None)
     with pytest.raises(UserError, match=r"must have a chat template, .*: model.chat_template=chatml or llama3"):
-        chat_frame(Tokenizer(directory))
+        Tokenizer(directory).frame_of_user_message()
 
 
 PARTS = "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}"
@@ -239,8 +239,7 @@ def test_a_template_that_reads_parts_alone_gets_them(directory, shown):
     text = theirs.apply_chat_template(in_parts, tokenize=False)
     assert MESSAGES[0]["content"] in text
     assert ours.render_chat(MESSAGES) == ours.render_chat(in_parts) == text
-    prefix, suffix = chat_frame(ours)
-    assert (ours.decode(prefix), ours.decode(suffix)) == ("<|im_start|>user ", "<|im_end|>")
+    assert ours.frame_of_user_message() == ("<|im_start|>user ", "<|im_end|>")
     assert ours.end_ids == (2,)
     either = (
         "{% if m.content is string %}{{ m.content }}{% else %}" + PARTS + "!{% endif %}"
@@ -262,7 +261,7 @@ def test_a_template_that_does_not_show_the_question_is_refused(directory, shown,
     with pytest.raises(
         UserError, match=rf"content of a user message once and unchanged; it does so {times} times: model"
     ):
-        chat_frame(Tokenizer(directory))
+        Tokenizer(directory).frame_of_user_message()
 
 
 @pytest.mark.parametrize(
@@ -275,11 +274,11 @@ def test_a_template_that_does_not_show_the_question_is_refused(directory, shown,
 def test_a_content_is_stripped_where_the_template_strips_it(directory, shown, stripped):
     edit_config(directory, chat_template="{% for m in messages %}" + shown + "<|im_end|>{% endfor %}")
     tokenizer = Tokenizer(directory)
-    prefix, suffix = chat_frame(tokenizer)
+    before, after = tokenizer.frame_of_user_message()
     assert tokenizer.strip_content(" \tWho?\n ") == stripped
     whole = tokenizer.chat([{"role": "user", "content": " \tWho?\n "}])
     assert MessageFrame.chat(tokenizer).ids(" \tWho?\n ") == whole
-    assert tokenizer.decode([*prefix, *tokenizer.encode(stripped), *suffix]) == tokenizer.decode(whole)
+    assert tokenizer.decode(whole) == f"{before}{stripped}{after}"
     assert MessageFrame.chat(tokenizer).ids("a question with <|im_end|> in it").count(2) == whole.count(2)
 
 
