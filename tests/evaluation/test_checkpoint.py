@@ -111,8 +111,13 @@ def test_what_does_not_go_with_a_model_or_a_run(model: str, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+@pytest.mark.parametrize("name", [pytest.param("index", marks=pytest.mark.slow), "corpus"])
 def test_a_policy_from_elsewhere_does_what_it_does_in_its_run(
-    finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    finished: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Over the run's index, and over one that is built from the recipe's corpus and kept."""
     run = finished("tags")
@@ -123,14 +128,16 @@ def test_a_policy_from_elsewhere_does_what_it_does_in_its_run(
     test = ["--questions", str(run / "data" / "test.jsonl")]
     files = ["data.source=files", f"data.corpus={run / 'data' / 'corpus.jsonl'}"]
     want = (run / "trajectories" / "r3rag.jsonl").read_text()
-    for name, keys in (("one", [f"retrieval.index_dir={run / 'index'}"]), ("two", files)):
-        assert evaluate.main([*words, *test, "--name", name, *keys]) == 0
-        assert (tmp_path / "runs/eval-agent/trajectories" / f"{name}.jsonl").read_text() == want
+    keys = [f"retrieval.index_dir={run / 'index'}"] if name == "index" else files
+    assert evaluate.main([*words, *test, "--name", name, *keys]) == 0
+    assert (tmp_path / "runs/eval-agent/trajectories" / f"{name}.jsonl").read_text() == want
     own, elsewhere = (
         json.loads((directory / "eval" / f"{name}.json").read_text())["groups"]
-        for directory, name in ((run, "r3rag"), (tmp_path / "runs/eval-agent", "two"))
+        for directory, name in ((run, "r3rag"), (tmp_path / "runs/eval-agent", name))
     )
     assert own == elsewhere
+    if name == "index":
+        return
     built = tiny_run.files(tmp_path / "runs/eval-agent/index")
     question = json.loads(want.splitlines()[0])["question"]
     capsys.readouterr()

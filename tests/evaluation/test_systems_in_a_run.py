@@ -20,7 +20,7 @@ from r3rag_jax.run.directory import RunDirectory
 def test_ircot_on_a_finished_run(
     finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As a system of the eval phase, by `evaluate --system`, and there with a trained policy instead of the base."""
+    """As a system of the eval phase, and by `evaluate --system`."""
     run = RunDirectory(shutil.copytree(finished("tags"), tmp_path / "run"))
     settings = [f"run_dir={run.path}", "phases=index,eval", "eval.systems=r3rag,ircot"]
     console = Console(record=True, width=200, file=io.StringIO())
@@ -36,9 +36,14 @@ def test_ircot_on_a_finished_run(
     assert [row for _, row in read_rows(run.trajectories("test-ircot"))] == rows
     fingerprint = json.loads(run.evaluation("test-ircot").read_text())["fingerprint"]
     assert (fingerprint["policy"].split()[0], fingerprint["system"]) == ("base", "ircot")
-    trained = ["--phase", "rl", "--name", "ircot-rl"]
-    assert evaluate.main(["--checkpoint", str(run.path), "--system", "ircot", *trained]) == 0
-    assert json.loads(run.evaluation("ircot-rl").read_text())["fingerprint"]["policy"].startswith("rl ")
     assert "EM" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(run.path), "--system", "ircod"])
+
+
+@pytest.mark.slow
+def test_ircot_with_a_trained_policy(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    run = RunDirectory(shutil.copytree(finished("tags"), tmp_path / "run"))
+    trained = ["--phase", "rl", "--name", "ircot-rl"]
+    assert evaluate.main(["--checkpoint", str(run.path), "--system", "ircot", *trained]) == 0
+    assert json.loads(run.evaluation("ircot-rl").read_text())["fingerprint"]["policy"].startswith("rl ")

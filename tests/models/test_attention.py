@@ -62,7 +62,7 @@ def assert_same_numbers(implementation: str, shape: tuple[int, ...], dtype: Any,
 @pytest.mark.parametrize(
     ("shape", "dtype", "segments"),
     [
-        ((1, 100, 2, 1, 128), jnp.float32, None),
+        pytest.param((1, 100, 2, 1, 128), jnp.float32, None, marks=pytest.mark.slow),
         ((1, 600, 4, 2, 8), jnp.float32, segments_of(500, 61, 39)),  # two blocks, of 384; a segment in both
         ((2, 130, 4, 2, 128), jnp.bfloat16, segments_of(70, 40, 20).repeat(2, 0)),  # 128**-0.5: not exact in bfloat16
     ],
@@ -117,6 +117,7 @@ def policy(implementation: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+@pytest.mark.slow
 def test_one_answer_on_a_mesh_under_scan_and_remat() -> None:
     def loss_and_gradients(mesh: Mesh, implementation: str) -> Any:
         graphdef, params = policy(implementation)

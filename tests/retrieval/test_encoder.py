@@ -633,21 +633,27 @@ def test_batches_fit_the_backend(built: Path, monkeypatch: pytest.MonkeyPatch, b
 
 
 @pytest.mark.parametrize("kind", ["hash", "bert"])
-def test_relevance_is_the_cosine_of_query_and_passage_as_the_encoder_reads_them(built: Path, kind: str) -> None:
+def test_relevance_is_the_smaller_cosine_as_the_encoder_reads_question_query_and_passage(
+    built: Path, kind: str
+) -> None:
     # E5 has a prefix of its own for passages; the hash encoder's constant would make their cosines small.
     contents = [passage.contents for passage in PASSAGES]
     encoder = BertEncoder(built, query_prefix="query: ", passage_prefix="passage: ")
     hashed = HashEncoder(64).fit(contents)
     query = "film by ann"
-    steps = [Step("think", query, passages=tuple(PASSAGES[:2])), Step("think", query, passages=(PASSAGES[3],))]
+    queries = [query, "born in paris"]
+    steps = [
+        Step("think", queries[0], passages=tuple(PASSAGES[:2])),
+        Step("think", queries[1], passages=(PASSAGES[3],)),
+        Step("think", queries[0], passages=(PASSAGES[2],)),  # a query again
+    ]
     chosen = encoder if kind == "bert" else hashed
     scorer = Scorer(RewardConfig(process="embedding"), Resources(max_steps=3, encoder=chosen))
     found = scorer.score([trajectory(steps)]).process
-    cosine = {
-        "bert": encoder.encode([query]) @ encoder.encode(contents, kind="passage").T,
-        "hash": hashed.encode([query]) @ hashed.encode(contents).T,
-    }[kind][0]
-    np.testing.assert_allclose(found[0], np.round([cosine[:2].max(), cosine[3], 0.0], 1).clip(0, 1), atol=1e-6)
+    passages = encoder.encode(contents, kind="passage") if kind == "bert" else hashed.encode(contents)
+    cosines, [question] = chosen.encode(queries) @ passages.T, chosen.encode(["Who?"]) @ chosen.encode(queries).T
+    want = np.minimum(question, [cosines[0, :2].max(), cosines[1, 3]])
+    np.testing.assert_allclose(found[0], [*np.round(want, 1).clip(0, 1), 0.0], atol=1e-6)
 
 
 def trajectory(steps: list[Step]) -> Trajectory:

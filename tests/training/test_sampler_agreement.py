@@ -15,6 +15,7 @@ import tiny
 from tiny_training import RL, VOCAB, modules, one_device, targets_like
 
 from r3rag_jax.config import RolloutConfig
+from r3rag_jax.parallel.target import Target
 from r3rag_jax.rollout.backends import EngineBackend
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.scheduler import rollout
@@ -106,7 +107,8 @@ def force(monkeypatch: pytest.MonkeyPatch, codec: Codec) -> None:
 
 @functools.cache
 def jitted_loss(truncation: Truncation) -> Callable[..., Any]:
-    return jax.jit(functools.partial(rl_loss, modules()[0], config=RL, remat="none", truncation=truncation))
+    options = {"config": RL, "remat": "none", "truncation": truncation, "target": Target.of(one_device())}
+    return jax.jit(functools.partial(rl_loss, modules()[0], **options))
 
 
 def sampler_gap(
