@@ -54,12 +54,16 @@ REQUESTS = [
 
 
 MAX_LENGTH = 512
+FILLER = 50  # sampled after the end of a step by a row that a stop string ends, and dropped
 
 
 @pytest.fixture(scope="module", params=["tags", "steps"])
 def codec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Codec:
     tokenizer = tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return Codec(tokenizer, make_protocol(request.param), passage_tokens=60)
+    protocol = make_protocol(request.param)
+    if request.param == "search_r1":  # its instruction alone is longer than MAX_LENGTH in bytes
+        protocol.user_message = make_protocol("tags").user_message  # type: ignore[method-assign]
+    return Codec(tokenizer, protocol, passage_tokens=60)
 
 
 def new_engine(truncation: Truncation) -> Engine:
@@ -83,7 +87,7 @@ def force(monkeypatch: pytest.MonkeyPatch, codec: Codec) -> None:
     transcript, keys, table = Transcript(codec, QUESTION.question), [], []
     for number, (step, passage) in enumerate(zip(STEPS, [*PASSAGES, None], strict=True)):
         start, ids = len(transcript.context), codec.step_ids(step, number + 1)
-        row = np.full(MAX_LENGTH, -1, np.int32)
+        row = np.full(MAX_LENGTH, FILLER, np.int32)
         row[start : start + len(ids)] = ids
         keys += [request.key(number) for request in REQUESTS]
         table += [row] * len(REQUESTS)
@@ -142,6 +146,7 @@ def test_they_are_also_truncated(codec: Codec) -> None:
     assert sampler_gap(trajectories) > 0.1
 
 
+@pytest.mark.parametrize("codec", ["tags", "steps", "search_r1"], indirect=True)
 def test_they_are_also_across_retrievals(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole well-formed trajectories: passages spliced in, the cache kept, and the same ids as the cold start's."""
     force(monkeypatch, codec)
