@@ -86,6 +86,24 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished_run, tmp_path / "same_name")
 
 
+QUICKSTART = Path(os.environ.get("R3RAG_QUICKSTART", Path(__file__).parents[1] / "runs" / "quickstart"))
+
+
+@pytest.mark.skipif(not QUICKSTART.is_dir(), reason=f"needs a finished quickstart, $R3RAG_QUICKSTART; got {QUICKSTART}")
+def test_context_full_is_format_error(tmp_path: Path, capsys: Capture) -> None:
+    """A step that a short context cuts off is none that is malformed, and the limits are warned of."""
+    run = shutil.copytree(QUICKSTART, tmp_path / "qs")
+    words = ["--questions", CASES / "context_full_is_format_error" / "q60.jsonl", "retrieval.top_k=8"]
+    counts = {}
+    for length in (480, 2048):
+        settings = ["retrieval.max_passages=40", f"rollout.max_length={length}", "--name", f"L{length}"]
+        assert evaluated(run, *words, *settings) == 0
+        rows = rows_of(run / "trajectories" / f"L{length}.jsonl")
+        counts[length] = [sum(row["status"] == name for row in rows) for name in ("CONTEXT_FULL", "FORMAT_ERROR")]
+        assert ("rollout.max_length" in capsys.readouterr().out) == (length == 480)
+    assert counts[480][0] > 20 > counts[480][1] and counts[2048][0] == 0
+
+
 def test_corpus_changed(tmp_path: Path, capsys: Capture) -> None:
     data = shutil.copytree(CASES / "_common" / "data", tmp_path / "d")
     for file in data.iterdir():
