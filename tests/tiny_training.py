@@ -113,7 +113,7 @@ def modules(critic: str = "head") -> tuple[dict[str, Any], dict[str, Any]]:
     """(graphdefs, params) of a policy and a critic whose head is not zero."""
     policy = tiny.decoder(VOCAB)
     value_model = new_critic(policy, critic)
-    value_model.head[...] = 0.1 * tiny.normal(5, *value_model.head.shape)
+    value_model.head[...] = 0.1 * jax.random.normal(jax.random.key(5), value_model.head.shape)
     split = {"policy": nnx.split(policy), "critic": nnx.split(value_model)}
     return {name: graphdef for name, (graphdef, _) in split.items()}, {name: p for name, (_, p) in split.items()}
 

@@ -170,10 +170,10 @@ def engine_backend(tokenizer: Tokenizer) -> Callable[[int], RolloutBackend]:
 def test_the_engine_plays_it(tokenizer: Tokenizer, engine_backend: Callable[[int], RolloutBackend]) -> None:
     """A random model writes bytes: its sentences are cut by their budget, or end where a stop is drawn."""
     env_factory = BASELINES["ircot"](config_of(max_length=1600), tokenizer)
-    requests = [RolloutRequest(Question(str(i), f"Who is {i} of Origin?", ("x",)), i, 1.0, seed=2) for i in range(3)]
-    together, alone = (rollout(engine_backend(n), env_factory, Retriever(), requests) for n in (2, 1))
+    requests = [RolloutRequest(Question(str(i), f"Who is {i} of Origin?", ("x",)), i, 1.0, seed=2) for i in range(5)]
+    together, alone = (rollout(engine_backend(n), env_factory, Retriever(), requests) for n in (3, 1))
     assert [t.steps for t in together] == [t.steps for t in alone]
-    assert [t.sample_index for t in together] == [0, 1, 2]
+    assert [t.sample_index for t in together] == [0, 1, 2, 3, 4]
     for trajectory in together:
         queries = [step for step in trajectory.steps if step.query is not None]
         assert 1 <= len(queries) <= 1 + MAX_SENTENCES and queries[0].query == trajectory.question.question
