@@ -40,7 +40,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def recipe(out: Path, name: str) -> Path:
-    """One of the cases' recipes, in the keys of today."""
+    """One of the cases' recipes, with the keys that replaced its own."""
     lines = (CASES / "_common" / f"{name}.yaml").read_text().replace("$CASES", str(CASES)).splitlines()
     values = dict(line.split(": ", 1) for line in lines if line)
     path = out / f"{name}.yaml"

@@ -46,9 +46,10 @@ def test_typed_out():
 def test_attention_in_eight_bits():
     """The weights of keys and the sum of values, each with its own scale, whatever their sizes."""
     B, C, K, H, S = 2, 3, CONFIG.num_kv_heads, CONFIG.head_dim, 8
-    sizes = np.exp(tiny.normal(33, B, C, K, 1))
-    k, v = (sizes * np.asarray(tiny.normal(seed, B, C, K, H)) for seed in (0, 1))
-    q = tiny.normal(2, B, C, CONFIG.num_heads, H)
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = jnp.exp(jax.random.normal(keys[3], (B, C, K, 1)))
+    k, v = (sizes * jax.random.normal(key, (B, C, K, H)) for key in keys[:2])
+    q = jax.random.normal(keys[2], (B, C, CONFIG.num_heads, H))
     positions = jnp.array([[0, 1, 2], [3, 4, 5]])
     outs = []
     for dtype in (jnp.float32, jnp.int8):
