@@ -330,7 +330,7 @@ class Components:
             console=self.console,
         )  # fmt: skip
 
-    def test_questions(self) -> Records[Question]:
+    def eval_questions(self) -> Records[Question]:
         """The questions of the eval phase: the first `eval.max_questions`, which every one of `eval.systems` can read.
 
         Raises:
@@ -344,7 +344,7 @@ class Components:
         """The questions of a file, which a system can read.
 
         Raises:
-            UserError: as `test_questions`.
+            UserError: as `eval_questions`.
         """
         return self._fitting(self.dataset.read(path), [system])
 

@@ -41,7 +41,7 @@ PHASES: dict[str, Callable[[Components], bool]] = {
     "index": lambda c: prepare_data(c.config, c.run, c.dataset.path_of("corpus"), c.index_dir, c.console),
     "sft": lambda c: train_policy(c, "sft"),
     "rl": lambda c: train_policy(c, "rl"),
-    "eval": lambda c: c.evaluator.run(c.test_questions()),
+    "eval": lambda c: c.evaluator.run(c.eval_questions()),
 }
 
 

@@ -189,7 +189,7 @@ def test_hf_directory(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_long_passage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a passage of nearly two million characters a few hundred are encoded, for the same ids."""
+    """Of a passage of nearly two million characters a few thousand are encoded, for the same ids."""
     codec, lengths = Codec(Tokenizer(CASES / "_common" / "base"), make_protocol("tags"), 12), []
 
     def count(name: str) -> None:

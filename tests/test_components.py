@@ -279,3 +279,10 @@ def test_refreshing_brings_this_runs_passages_and_keeps_what_a_step_needs(config
         shown = [passage.id for passage in trajectory.steps[0].passages]
         assert str(number) in shown and len(shown) == again.retrieval.top_k
         assert set(shown) <= {str(number), *(hit.passage.id for hit in found)}
+
+
+def test_an_evaluation_takes_the_first_questions(finished: Callable[[str], Path]) -> None:
+    every, first = (
+        tiny_run.open_components(finished("tags"), f"eval.max_questions={count}").eval_questions() for count in (0, 1)
+    )
+    assert len(every) == 4 and list(first) == every[:1]

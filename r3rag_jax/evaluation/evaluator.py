@@ -54,14 +54,13 @@ class Evaluator:
         return self.make_search_env()
 
     def run(self, questions: Sequence[Question]) -> bool:
-        """Evaluate `eval.systems` on the first `eval.max_questions` questions; return whether one was missing.
+        """Evaluate `eval.systems` on questions; return whether one was missing.
 
         A system whose result has the fingerprint of this evaluation is left as it is.
 
         Raises:
             UserError: the phase that trains a system's policy has not finished, or the judge fails too often.
         """
-        questions = questions[: self.config.eval.max_questions or None]
         for name in self.config.eval.systems:
             self._check_policy(name, SYSTEMS[name].policy)
         expected = {name: self.fingerprint(name, questions) for name in self.config.eval.systems}

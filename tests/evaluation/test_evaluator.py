@@ -153,8 +153,8 @@ def test_the_phase_evaluates_what_has_no_result_with_its_fingerprint(tokenizer: 
     (tmp_path / "eval" / "closed_book.json").unlink()
     assert evaluator.run(QUESTIONS) and len(opened) == 3
     assert evaluator.run(QUESTIONS[:1]) and len(opened) == 5  # other questions
-    first = config_of(eval=EvalConfig(systems=("closed_book",), max_questions=1))
-    assert not evaluator_of(tmp_path, tokenizer, first).run(QUESTIONS)
+    first = config_of(eval=EvalConfig(systems=("closed_book",)))
+    assert not evaluator_of(tmp_path, tokenizer, first).run(QUESTIONS[:1])
 
 
 def test_rl_is_not_shown_after_a_cold_start_that_it_did_not_begin_from(tokenizer: Tokenizer, tmp_path: Path) -> None:
