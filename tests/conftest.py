@@ -23,6 +23,7 @@ for flag, value in ((DEVICES, 8), (PATIENCE, 600)):
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # tiny programs: compiling is what takes the time
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # no operation needs to know where it was traced
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # helpers such as tiny.py; the package, installed or not
 sys.path += [str(folder) for folder in TESTS.iterdir() if folder.is_dir()]  # tests that share what they build
