@@ -16,8 +16,8 @@ import r3rag_jax
 
 PACKAGE = Path(r3rag_jax.__file__).parent
 FOLDERS = (
-    "types errors config parallel run text data clients models retrieval sampler rollout rewards rl training baselines "
-    "coldstart evaluation reporting world components"
+    "types errors config parallel run text data clients models retrieval sampler rollout rewards rl training compiling "
+    "baselines coldstart evaluation reporting world components"
 ).split()  # the order of docs/concepts.md: each imports only from those before it
 ENTRY_POINTS = "train evaluate ask index serve convert compile demo report pretrain".split()
 RANK = {name: rank for rank, name in enumerate(FOLDERS)} | dict.fromkeys(ENTRY_POINTS, len(FOLDERS))
