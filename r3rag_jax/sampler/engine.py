@@ -10,7 +10,6 @@ log-probabilities under the same distribution.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,27 +17,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.parallel.shardings import (
-    batch_shardings,
-    batch_ways,
-    device_put_batch,
-    device_put_global,
-    replicated,
-)
-from r3rag_jax.sampler import decode as programs
-from r3rag_jax.sampler.cache.base import padded
-from r3rag_jax.sampler.cache.kv_cache import KVCache
+from r3rag_jax.parallel.shardings import device_put_batch, device_put_global
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
 from r3rag_jax.sampler.ops import SamplerOps
-from r3rag_jax.sampler.prefill_plan import Missing, PrefillPlan
-from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
+from r3rag_jax.sampler.prefill_plan import Missing
+from r3rag_jax.sampler.programs import SamplerPrograms
+from r3rag_jax.sampler.state import Rows, RowStatus
 from r3rag_jax.sampler.stops import NO_STOPS, EndOf, StopTokens
-from r3rag_jax.sampler.windows import windows
 from r3rag_jax.types import Context
 
 
@@ -71,34 +60,17 @@ class Engine:
             shard_weights: `split` of `CachedDecoder.shardings`.
             ops: None: the fastest operations for the mesh's devices.
         """
-        ops = SamplerOps.of(mesh) if ops is None else ops
+        self.programs = SamplerPrograms(
+            config, mesh, slots=slots, max_length=max_length, decode_chunk=decode_chunk, truncation=truncation,
+            dtype=dtype, shard_weights=shard_weights, ops=ops,
+        )  # fmt: skip
         self.mesh, self.slots, self.max_length = mesh, slots, max_length
         self.rows = Rows.empty(slots, max_length)
         self._decode_chunk = decode_chunk
         self._starts = np.zeros(slots, np.int32)  # length of each row's context
-        cache_of = functools.partial(KVCache.init, config, slots, padded(max_length), dtype, ops)
-        cache = jax.eval_shape(cache_of)
-        control = self.rows.decode_rows(np.arange(slots), decode_chunk)
-        self._shardings = DecodeState(cache=cache.shardings(mesh), rows=batch_shardings(mesh, control))
-        self._cache = jax.jit(cache_of, out_shardings=self._shardings.cache)()
-
-        def load(params: Any) -> CachedDecoder:
-            decoder = jax.tree.map(jnp.copy, CachedDecoder.of(nnx.merge(graphdef, params), ops))
-            return jax.lax.with_sharding_constraint(decoder, decoder.shardings(mesh, shard_weights))
-
-        self._load = jax.jit(load)
-        replicated_rows = jax.tree.map(lambda _: replicated(mesh), self._shardings.rows)
-        self._plan = PrefillPlan(ops.target, slots, batch_ways(mesh, slots))
-        self._windows = windows(cache, mesh, max_length)
-        self._decode = jax.jit(
-            functools.partial(programs.decode, truncation=truncation),
-            static_argnames="positions",
-            donate_argnums=1,  # the cache; the rows come back replicated, in another layout
-            out_shardings=DecodeState(cache=self._shardings.cache, rows=replicated_rows),
-        )
-        self._prefill = jax.jit(programs.prefill, donate_argnums=1, out_shardings=self._shardings.cache)
-        self._copy = jax.jit(programs.copy, donate_argnums=0, out_shardings=self._shardings.cache)
-        self._needs_warm_up = not ops.target.is_cpu
+        self._cache = self.programs.init_cache()
+        self._load = self.programs.load(graphdef)
+        self._needs_warm_up = not self.programs.ops.target.is_cpu
         self.num_prefilled = 0  # tokens, without padding
         self.num_sampled = 0
 
@@ -114,18 +86,10 @@ class Engine:
 
     def warm_up(self, decoder: CachedDecoder) -> None:
         """Compile every program of the engine in parallel threads: at most 19, or 15 on an accelerator."""
-        nothing = np.zeros(self.slots, np.int32)
-        calls = [functools.partial(self._copy.lower, self._cache, nothing, nothing)]
-        for chunk in self._plan.empty_chunks():
-            args = device_put_batch(self.mesh, tuple(chunk))
-            calls.append(functools.partial(self._prefill.lower, decoder, self._cache, *args))
-        for window in self._windows:
-            args = self._decode_args(np.arange(window.rows, dtype=np.int32), 0, 1, NO_STOPS)
-            calls.append(functools.partial(self._decode.lower, decoder, self._cache, *args, positions=window.positions))
-        with ThreadPoolExecutor(len(calls)) as pool:
-            list(
-                pool.map(lambda lower: lower().compile(), calls)
-            )  # later calls of the jitted functions hit jit's cache
+        programs = self.programs.all(decoder)
+        with ThreadPoolExecutor(len(programs)) as pool:
+            # Later calls of the jitted functions hit jit's cache.
+            list(pool.map(lambda program: program.lower().compile(), programs))
         self._needs_warm_up = False
 
     def reset(self) -> None:
@@ -157,15 +121,15 @@ class Engine:
                     copies.append((source, row))
             self._start(row, context)
         while missing:
-            chunk, missing, num_tokens = self._plan.next_chunk(missing)
-            self._cache = self._prefill(decoder, self._cache, *device_put_batch(self.mesh, tuple(chunk)))
+            chunk, missing, num_tokens = self.programs.plan.next_chunk(missing)
+            self._cache = self.programs.prefill(decoder, self._cache, *device_put_batch(self.mesh, tuple(chunk)))
             self.num_prefilled += num_tokens
         if copies:
             sources, targets = np.zeros(self.slots, np.int32), np.full(self.slots, self.slots, np.int32)
             sources[: len(copies)], targets[: len(copies)] = np.transpose(
                 copies
             )  # unused targets are out of range: not written
-            self._cache = self._copy(self._cache, sources, targets)
+            self._cache = self.programs.copy(self._cache, sources, targets)
 
     def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int, stops: StopTokens = NO_STOPS) -> None:
         """Sample up to `max_tokens` per active row; returns early once `leave_at` rows have paused or ended."""
@@ -206,11 +170,11 @@ class Engine:
     ) -> None:
         """Run one device call in the cheapest window for the active rows, filled up with inactive rows."""
         reach = int(np.max(self.rows.lengths[active] + np.minimum(max_tokens, self.rows.budgets[active])))
-        window = next(w for w in self._windows if w.rows >= len(active) and w.positions >= reach)
+        window = next(w for w in self.programs.windows if w.rows >= len(active) and w.positions >= reach)
         others = np.setdiff1d(np.arange(self.slots), active)[: window.rows - len(active)]
         rows = np.union1d(active, others).astype(np.int32)
         args = self._decode_args(rows, max_tokens, leave_at, stops)
-        state = self._decode(decoder, self._cache, *args, positions=window.positions)
+        state = self.programs.decode(decoder, self._cache, *args, positions=window.positions)
         self._cache = state.cache
         self.rows.update(rows, jax.device_get(state.rows))
         if stops.end_of is not None:
@@ -218,7 +182,7 @@ class Engine:
 
     def _decode_args(self, rows: np.ndarray, max_tokens: int, leave_at: int, stops: StopTokens) -> tuple[Any, ...]:
         """The arguments of `decode.decode` from `cache_rows` to `pause_ids`."""
-        control = device_put_global(self.rows.decode_rows(rows, self._decode_chunk), self._shardings.rows)
+        control = device_put_global(self.rows.decode_rows(rows, self._decode_chunk), self.programs.rows_shardings)
         return rows, control, np.int32(max_tokens), np.int32(leave_at), stops.all_ids, stops.padded_pause_ids
 
     def _stop_at_strings(self, rows: Sequence[int], end_of: EndOf) -> None:

@@ -52,7 +52,7 @@ class PrefillPlan:
 
     def empty_chunks(self) -> list[Chunk]:
         """One chunk of every shape that `next_chunk` can return, with out-of-range rows only."""
-        return [self._empty(size, length) for length in self._shapes.lengths for size in self._num_rows(length)]
+        return [self.empty_chunk(size, length) for length in self._shapes.lengths for size in self._num_rows(length)]
 
     def next_chunk(self, missing: Sequence[Missing]) -> tuple[Chunk, list[Missing], int]:
         """Pack the rows that lack the most tokens; returns the chunk, what is missing after it, and its token count."""
@@ -62,7 +62,7 @@ class PrefillPlan:
         most = max(Counter(one.row // self._rows_per_device for one in missing).values())
         sizes = self._num_rows(length)
         size = next((size for size in sizes if size >= most), sizes[-1])
-        chunk = self._empty(size, length)
+        chunk = self.empty_chunk(size, length)
         used, left, num_tokens = [0] * self._ways, [], 0
         for one in missing:
             device, row = divmod(one.row, self._rows_per_device)
@@ -78,7 +78,7 @@ class PrefillPlan:
                 left.append(one._replace(start=end))
         return chunk, left, num_tokens
 
-    def _empty(self, size: int, length: int) -> Chunk:
+    def empty_chunk(self, size: int, length: int) -> Chunk:
         """A chunk with `size` out-of-range rows per device and `length` tokens per row."""
         rows = np.tile(self._rows_per_device + np.arange(size, dtype=np.int32), (self._ways, 1))
         return Chunk(rows, np.zeros((*rows.shape, length), np.int32), np.zeros(rows.shape, np.int32))

@@ -13,23 +13,20 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from r3rag_jax.config import MeshConfig
-from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.parallel.mesh import AXES, make_mesh, make_sampler_mesh
-from r3rag_jax.parallel.shardings import batch_shardings, batch_ways, device_put_batch, replicated
 from r3rag_jax.parallel.target import ONE_CPU
 from r3rag_jax.rl.token_losses import chunked_logprobs
 from r3rag_jax.sampler import decode as decode_module
 from r3rag_jax.sampler import prefill_plan, windows
 from r3rag_jax.sampler.cache.base import KEY_BLOCK, padded
 from r3rag_jax.sampler.cache.kv_cache import KVCache
-from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.memory import bytes_per_device
-from r3rag_jax.sampler.ops import SamplerOps
+from r3rag_jax.sampler.programs import SamplerPrograms
 from r3rag_jax.sampler.sampling import first_largest, invert
-from r3rag_jax.sampler.state import DecodeState, Rows, RowStatus
-from r3rag_jax.sampler.stops import MAX_STOPS, NO_STOPS, StopTokens
+from r3rag_jax.sampler.state import RowStatus
+from r3rag_jax.sampler.stops import StopTokens
 from r3rag_jax.types import Context
 
 MAX_LENGTH = 96
@@ -259,14 +256,10 @@ def test_any_mesh_samples_what_one_device_does(model, monkeypatch, mesh, is_spli
 def test_devices_exchange_neither_cache_nor_hidden_states_nor_weights(model, mesh, is_split):
     """But for the sums over `tensor`. What a row has sampled, [B] or [B, tokens], goes back to every host."""
     engine, policy = make_engine(model, slots=16, mesh=mesh, shard_weights=is_split)
-    prefill = engine._prefill.lower(
-        policy, engine._cache, *device_put_batch(engine.mesh, tuple(engine._plan._empty(2, 32)))
-    )
-    args = engine._decode_args(np.arange(16, dtype=np.int32), 0, 1, NO_STOPS)
-    decode = engine._decode.lower(policy, engine._cache, *args, positions=MAX_LENGTH)
+    programs = engine.programs.prefill_program(policy, 2, 32), engine.programs.decode_program(policy)
     moved = [
-        {tuple(map(int, shape.split(","))) for shape in re.findall(MOVED, lowered.compile().as_text())}
-        for lowered in (prefill, decode)
+        {tuple(map(int, shape.split(","))) for shape in re.findall(MOVED, program.lower().compile().as_text())}
+        for program in programs
     ]
     assert moved[0] == set()
     assert {(16, 32)} <= moved[1] <= {(16,), (16, 2), (16, 32)}  # 32: the tokens of a call
@@ -396,38 +389,17 @@ def test_the_sampler_compiles_for_a_pod(pod, sizes, is_split):
     """An 8 B model's layers on a v5e 4x4 slice, 64 rows of 3,072 positions, a prefill call of an accelerator's size."""
     mesh = Mesh(np.array(pod).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
     config, slots, length = tiny.LLAMA_8B_OF_TWO_LAYERS, 64, 3072
-
-    def place(tree, shardings):
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-    ops = SamplerOps.of(mesh)
-    policy = jax.eval_shape(lambda: CachedDecoder.of(Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16), ops))
-    policy = place(policy, policy.shardings(mesh, is_split))
-    cache = jax.eval_shape(lambda: KVCache.init(config, slots, length, jnp.bfloat16, ops))
-    cache = place(cache, cache.shardings(mesh))
-    ways = batch_ways(mesh, slots)
-    chunk = tuple(jax.ShapeDtypeStruct((ways, 4, *rest), jnp.int32) for rest in ((), (512,), ()))
-    rows = Rows.empty(slots, length).decode_rows(np.arange(slots), 64)
-    rows = jax.eval_shape(lambda: rows)
-    shardings = jax.tree.map(lambda x: x.sharding, cache)
-    whole = jax.tree.map(lambda _: replicated(mesh), rows)
-    prefill = jax.jit(decode_module.prefill, donate_argnums=1, out_shardings=shardings)
-    decode = jax.jit(
-        functools.partial(decode_module.decode, truncation=WHOLE, positions=length),
-        donate_argnums=1,
-        out_shardings=DecodeState(cache=shardings, rows=whole),
+    programs = SamplerPrograms(
+        config, mesh, slots=slots, max_length=length, decode_chunk=64, dtype=jnp.bfloat16, shard_weights=is_split
     )
-    one, stops = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((MAX_STOPS,), jnp.int32)
-    places, rows = jax.ShapeDtypeStruct((slots,), jnp.int32), place(rows, batch_shardings(mesh, rows))
-    lowered = (
-        prefill.lower(policy, cache, *place(chunk, batch_shardings(mesh, chunk))),
-        decode.lower(policy, cache, places, rows, one, one, stops, stops),
-    )
+    policy = programs.abstract_decoder(jnp.bfloat16)
+    lowered = programs.prefill_program(policy, 4, 512).lower(), programs.decode_program(policy).lower()
     compiled = [program.compile() for program in lowered]
     for program in compiled:
         shapes = [tuple(map(int, shape.split(","))) for shape in re.findall(MOVED, program.as_text())]
         large = [shape for shape in shapes if shape[-1] != length and math.prod(shape) >= config.hidden_size]
         assert bool(large) == is_split  # weights
         assert program.memory_analysis().temp_size_in_bytes < 2**30
-    held = bytes_per_device(cache, shardings) + bytes_per_device(policy, policy.shardings(mesh, is_split))
+    arrays = programs.cache, policy
+    held = bytes_per_device(arrays, jax.tree.map(lambda x: x.sharding, arrays))
     assert compiled[1].memory_analysis().argument_size_in_bytes == pytest.approx(held, rel=0.05)

@@ -18,8 +18,6 @@ from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.sampler import memory
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.memory import MemoryPlan, device_memory, plan
-from r3rag_jax.sampler.state import Rows
-from r3rag_jax.sampler.stops import NO_STOPS
 from r3rag_jax.types import Context
 
 CONFIG = tiny.decoder().config
@@ -39,7 +37,9 @@ def test_the_plan_is_what_the_engine_allocates(slots, dtype):
     planned = plan(mesh, {}, CONFIG, slots=slots, max_length=64, dtype=jnp.dtype(dtype))
     graphdef, _ = nnx.split(tiny.decoder())
     engine = Engine(graphdef, CONFIG, mesh, slots=slots, max_length=64, dtype=jnp.dtype(dtype))
-    part = max((rows * positions for rows, positions in engine._windows[:-1]), default=0)  # that a call works on
+    part = max(
+        (rows * positions for rows, positions in engine.programs.windows[:-1]), default=0
+    )  # that a call works on
     assert (part == 0) == (slots != 3)  # 64 positions are too few for a part of them, rows over eight devices stay
     assert planned.cache_bytes == planned.total_bytes == held(engine._cache) / 64 * (64 + math.ceil(part / slots))
 
@@ -56,15 +56,9 @@ def test_decoding_peaks_within_a_tenth_of_the_plan():
     [device] = jax.devices()[:1]
     mesh = jax.make_mesh((1, 1, 1), AXES, devices=[device], axis_types=(AxisType.Auto,) * 3)
     engine, planned = Engine(graphdef, config, mesh, **shape), plan(mesh, {"weights": weights}, config, **shape)
-    limits, policy, peaks = (
-        (np.int32(8), np.int32(1), NO_STOPS.all_ids, NO_STOPS.padded_pause_ids),
-        engine.load(params),
-        [],
-    )
-    for rows, positions in engine._windows:
-        control = Rows.empty(rows, 1024).decode_rows(np.arange(rows), 32)
-        arguments = policy, engine._cache, np.arange(rows, dtype=np.int32), control, *limits
-        counted = engine._decode.lower(*arguments, positions=positions).compile().memory_analysis()
+    policy, peaks = engine.load(params), []
+    for window in engine.programs.windows:
+        counted = engine.programs.decode_program(policy, window).lower().compile().memory_analysis()
         held = counted.argument_size_in_bytes + counted.output_size_in_bytes - counted.alias_size_in_bytes
         peaks.append(held + counted.temp_size_in_bytes)
     assert max(peaks) == pytest.approx(planned.total_bytes, rel=0.1)
