@@ -16,7 +16,7 @@ from r3rag_jax.components import Components
 from r3rag_jax.config import Config, parse_args
 from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.results import load_results
-from r3rag_jax.parallel.processes import start_distributed
+from r3rag_jax.parallel.processes import joined
 from r3rag_jax.reporting.rendering import all_tables
 from r3rag_jax.reporting.report_page import write_report
 from r3rag_jax.run.caches import use_compile_cache
@@ -48,9 +48,9 @@ PHASES: dict[str, Callable[[Components], bool]] = {
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     config, _ = parse_args(argv, prog="python -m r3rag_jax.train", description=(__doc__ or "").splitlines()[0])
-    start_distributed(config.mesh)
-    use_compile_cache()
-    run(config)
+    with joined(config.mesh):
+        use_compile_cache()
+        run(config)
     return 0
 
 

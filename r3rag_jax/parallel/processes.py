@@ -1,22 +1,24 @@
-"""Multi-process runs: start-up, barrier, and broadcasts from process 0."""
+"""Multi-process runs: start-up, a common end, barrier, and what process 0 decides and broadcasts."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src import distributed  # the coordination service's client has no public name
-from jax.experimental import multihost_utils
 
 from r3rag_jax.config import MeshConfig
 from r3rag_jax.errors import UserError
+from r3rag_jax.parallel.failures import HEARTBEAT_S, FailureWatch
 
 
 def start_distributed(config: MeshConfig) -> None:
@@ -27,14 +29,56 @@ def start_distributed(config: MeshConfig) -> None:
     if not config.distributed:
         return
     if config.coordinator:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+        jax.distributed.initialize(
+            config.coordinator, config.num_processes, config.process_id, heartbeat_timeout_seconds=HEARTBEAT_S
+        )
     else:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S)
 
 
+@contextlib.contextmanager
+def joined(config: MeshConfig) -> Iterator[None]:
+    """Run the block as one of the processes that the config describes, all of which end together.
+
+    If one raises, it prints its error and ends, and within half a minute every other prints that error, too, and ends,
+    also while it waits for a device program; see `failures.py`. With one process nothing is done.
+    """
+    start_distributed(config)
+    if not config.distributed:
+        yield
+        return
+    state = distributed.global_state  # known before any device is
+    watch = FailureWatch(state.client, state.process_id, state.num_processes)
+    watch.start()
+    try:
+        yield
+        barrier("end")  # the failure of a process that is not there yet still ends all
+    except SystemExit:  # all processes leave with a status of their choice
+        barrier("end")
+        raise
+    except BaseException as error:
+        watch.leave(error)
+    finally:
+        watch.stop()
+
+
+def _client() -> Any:
+    """The client of the coordination service."""
+    return distributed.global_state.client
+
+
+BARRIER_S = 3600.0  # default time limit of a barrier, in seconds; longer than process 0 takes to write a large policy
 _WAIT_S = 60.0  # timeout of one request to the coordination service; requests repeat until the time limit
-_num_broadcasts: collections.Counter[str] = collections.Counter()  # name -> number of broadcasts
+_num_calls: collections.Counter[str] = collections.Counter()  # name of a broadcast or a barrier -> number of calls
 _lock = threading.Lock()
+
+
+def _key(kind: str, name: str) -> str:
+    """The key of the next broadcast or barrier with this name: the same on all processes."""
+    with _lock:
+        key = f"r3rag_jax/{kind}/{name}"
+        _num_calls[key] += 1
+        return f"{key}/{_num_calls[key]}"
 
 
 def broadcast_json(value: Any, name: str, *, timeout_s: float = math.inf) -> Any:
@@ -56,10 +100,7 @@ def broadcast_json(value: Any, name: str, *, timeout_s: float = math.inf) -> Any
     """
     if jax.process_count() == 1:
         return value
-    with _lock:
-        key = f"r3rag_jax/broadcast/{name}/{_num_broadcasts[name]}"
-        _num_broadcasts[name] += 1
-    client: Any = distributed.global_state.client
+    key, client = _key("broadcast", name), _client()
     if jax.process_index() == 0:
         client.key_value_set_bytes(f"{key}/value", json.dumps(value).encode())
         return value
@@ -113,7 +154,42 @@ def from_process_0(compute: Callable[[], np.ndarray]) -> np.ndarray:
     return np.asarray(on_process_0(lambda: compute().tolist(), "array"), np.float32)
 
 
-def barrier(name: str) -> None:
-    """Block until all processes have called this with the same name."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def barrier(name: str, *, timeout_s: float = BARRIER_S) -> None:
+    """Block until all processes have called this as often with the same name.
+
+    It goes through the coordination service, as `broadcast_json` does, and not through the devices.
+
+    Raises:
+        TimeoutError: a process did not come in time.
+    """
+    if jax.process_count() == 1:
+        return
+    try:
+        _client().wait_at_barrier(_key("barrier", name), int(1000 * timeout_s))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise TimeoutError(f"all processes must reach barrier {name!r} within {timeout_s:g} s: {error}") from None
+
+
+def exists(path: Path) -> bool:
+    """Whether process 0 sees a path; all processes must call this.
+
+    What is done next must not depend on what each process sees: a network file system shows a new file to one process
+    earlier than to another.
+    """
+    return bool(on_process_0(path.exists, f"exists {path}"))
+
+
+def check_same(value: Any, what: str) -> None:
+    """Compare a JSON value, e.g. a digest of what each process has read, with that of process 0; all must call this.
+
+    Raises:
+        UserError: it differs. All processes then end (`joined`).
+    """
+    expected = broadcast_json(value, f"same {what}")
+    if value != expected:
+        raise UserError(
+            f"all processes must have the same {what}; process {jax.process_index()} has {value!r}, process 0 "
+            f"{expected!r}: does a network file system show it an old file?"
+        )

@@ -8,10 +8,6 @@ sockets, for every decoded token, and both wait for it at full speed: there are 
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,8 +15,8 @@ import numpy as np
 import pytest
 import tiny_run
 from safetensors.numpy import load_file
+from two_processes import finish, free_port, spawn
 
-from r3rag_jax import train
 from r3rag_jax.models.hf.decoder_files import load_decoder, save_decoder
 
 SMALL = {"sft__epochs": 24, "rl__iterations": 2, "rl__eval_every": 2, "rollout__max_steps": 2, "world__num_test": 2}
@@ -28,25 +24,7 @@ SMALL = {"sft__epochs": 24, "rl__iterations": 2, "rl__eval_every": 2, "rollout__
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 OVERRIDES = ["mesh.fsdp=4", "eval.systems=r3rag"]  # the parameters are cut into four
-
-
-def spawn(command: list[str], num_devices: int, directory: Path) -> subprocess.Popen[str]:
-    """A Python process with `num_devices` devices of its own."""
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-        "PYTHONPATH": str(Path(train.__file__).parent.parent),
-    }
-    return subprocess.Popen(
-        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        cwd=directory,
-    )  # fmt: skip
 
 
 ONE_PROCESS = """
@@ -60,17 +38,6 @@ shutil.copytree(policy, own_copy)
 shutil.copytree(theirs, policy, dirs_exist_ok=True)
 assert train.main(["--config", recipe, *overrides]) == 0
 """
-
-
-def finish(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What the processes said; all must have ended well."""
-    try:
-        said = [process.communicate()[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
-    return said
 
 
 def test_two_processes_train_the_same_run(base: Path, tmp_path: Path) -> None:

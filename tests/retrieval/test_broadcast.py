@@ -1,23 +1,24 @@
-"""Two real processes with one retriever: process 0 searches, both get equal hits, and a failure ends both."""
+"""Two real processes with one retriever: process 0 searches, both get equal hits, and a failed search fails on both.
+
+At the end process 1 fails alone, while process 0 waits for it in a device program: both say why, and end.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 from corpora import encyclopedia
+from two_processes import Pair
 
-import r3rag_jax
 from r3rag_jax.config.retrieval import RetrievalConfig
+from r3rag_jax.parallel.failures import PEER_FAILED_STATUS
 from r3rag_jax.retrieval.factory import build_index, open_retriever
 
-PROGRAM = """
+IMPORTS = """
 import json
 import sys
 import time
@@ -27,17 +28,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from r3rag_jax.config.mesh import MeshConfig
+from r3rag_jax.config import load_config
 from r3rag_jax.config.retrieval import RetrievalConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.parallel.processes import broadcast_json, from_process_0, start_distributed
+from r3rag_jax.parallel.processes import broadcast_json, check_same, from_process_0, joined
 from r3rag_jax.retrieval.base import RetrievalError
 from r3rag_jax.retrieval.broadcast import BroadcastRetriever
 from r3rag_jax.retrieval.factory import open_retriever
 
-index_dir, coordinator, rank = sys.argv[1:]
-rank = int(rank)
-start_distributed(MeshConfig(distributed=True, coordinator=coordinator, num_processes=2, process_id=rank))
+index_dir, *words = sys.argv[1:]
+mesh_config = load_config(None, words).mesh
+rank = mesh_config.process_id
+"""
+
+PROGRAM = """
 out = {}
 
 # Values of any size and every float, in the order of the calls with a name.
@@ -99,33 +103,26 @@ try:
     open_retriever(RetrievalConfig(), index_dir if rank else "nowhere")
 except ValueError as error:
     out["open"] = f"{type(error).__name__}: {error}"
+try:
+    check_same([1, rank], "files")
+except UserError as error:
+    out["differs"] = str(error)
 print("OUT" + json.dumps(out), flush=True)
-broken.search(["What?"], 1)
+if rank == 1:
+    raise UserError("only this process fails")
+jax.jit(jnp.sum)(ones).block_until_ready()  # needs the other one
 """
 
 
 def test_two_processes_get_the_same_hits_and_the_same_error(tmp_path: Path) -> None:
     build_index(RetrievalConfig(), encyclopedia(), tmp_path / "index")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(Path(r3rag_jax.__file__).parent.parent),
-    }
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "index"), coordinator]
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stdout=-1, stderr=-1, text=True, cwd=tmp_path)
-        for rank in range(2)
-    ]
+    program = f"{IMPORTS}\nwith joined(mesh_config):\n{textwrap.indent(PROGRAM, '    ')}"
+    with Pair.start(["-c", program, str(tmp_path / "index")], tmp_path, devices=2) as pair:
+        statuses = pair.statuses(240)
+    said = pair.said()
+    shown = "\n".join(text[-6000:] for text in said)
     try:
-        said = [process.communicate(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    shown = "\n".join(f"{out[-2000:]}\n{error[-4000:]}" for out, error in said)
-    try:
-        first, second = (json.loads(out.split("OUT", 1)[1]) for out, _ in said)
+        first, second = (json.loads(text.split("OUT", 1)[1].splitlines()[0]) for text in said)
     except IndexError:
         pytest.fail(shown)
     for one in (first, second):
@@ -145,5 +142,10 @@ def test_two_processes_get_the_same_hits_and_the_same_error(tmp_path: Path) -> N
     assert (first["error"], second["error"]) == ("no search for 'Who?'", "process 0: no search for 'Who?'")
     assert first["open"].startswith("UserError: an index directory holds fingerprint.json; nowhere")
     assert second["open"].startswith("UserError: process 0: an index directory holds fingerprint.json; nowhere")
-    assert all(process.returncode not in (0, None) for process in processes), shown  # neither is left waiting
-    assert all("RetrievalError" in error for _, error in said), shown
+    assert first.keys() - {"differs"} == second.keys() - {"differs"}
+    assert second["differs"].startswith(
+        "all processes must have the same files; process 1 has [1, 1], process 0 [1, 0]"
+    )
+    assert statuses == [PEER_FAILED_STATUS, 2], shown
+    assert "error: process 1: UserError: only this process fails\n" in said[0]
+    assert "error: only this process fails\n" in said[1]
