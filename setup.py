@@ -84,6 +84,7 @@ setup(
         "gguf": ["gguf>=0.19", "accelerate>=1.15", "torch>=2.13"],
         "tensorboard": TENSORBOARD,
         "trackio": TRACKIO,
+        "gcs": ["gcsfs>=2025.3"],  # gs:// folders
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
     },

@@ -2,7 +2,8 @@
 # Train r3rag_jax on a SLURM GPU cluster: allocate, set up once, train on every node, resume, tear down.
 #
 #   launch/slurm.sh run --name r3 --nodes 2 --gpus-per-node 8 --partition h100 --time 24:00:00 \
-#       --config configs/r3rag_qwen2.5_7b.yaml --run-dir /scratch/runs/r3 rl.lr=1e-6
+#       --config configs/r3rag_qwen2.5_7b.yaml --run-dir /scratch/runs/r3 \
+#       --stage hf://Qwen/Qwen2.5-7B-Instruct=models/Qwen2.5-7B-Instruct rl.lr=1e-6
 #
 # Usage: launch/slurm.sh COMMAND [FLAG VALUE | FLAG=VALUE]... [KEY=VALUE]...
 #
@@ -18,18 +19,22 @@
 #   --name NAME           name of the job and of its log file
 #   --nodes N --gpus-per-node N --time TIME                as for sbatch
 #   --partition P --account A --cpus-per-task N            as for sbatch (optional)
+#   --mem SIZE            memory of a node, as for sbatch (default 0: all of it)
 #   --task-per gpu|node   processes: one for each GPU (default) or one for each node
 #   --sbatch-arg ARG      one more argument of sbatch, e.g. --qos=high (repeatable)
 #   --grace-s SECONDS     time to save before the limit; then the job requeues itself (default 120)
 # Setup
 #   --source DIR          checkout on a file system that all nodes share (default: this one)
-#   --venv DIR            virtual environment to make, or to install into (default: SOURCE/.venv)
+#   --venv DIR            virtual environment to make, or to install into (default: SOURCE/.venv); launch/constraints.txt
+#                         pins what it holds
 #   --python PROGRAM      Python that makes it, 3.11 or newer (default python3)
 #   --container IMAGE     run setup and training in this image (needs the pyxis plugin)
 #   --mounts LIST         more container mounts, e.g. /scratch:/scratch
 # Training
 #   --config FILE         recipe, relative to the checkout
 #   --run-dir PATH        run directory on a file system that all nodes share
+#   --stage SOURCE=TARGET copy a folder to the shared file system before training; SOURCE gs://…, s3://…, hf://ORG/NAME
+#                         or a path; TARGET relative to the checkout (repeatable; launch/stage.py)
 #   --env KEY=VALUE       environment variable of the training processes (repeatable)
 #   KEY=VALUE             configuration override, as in `python -m r3rag_jax.train`
 # Other
@@ -39,38 +44,25 @@
 
 set -euo pipefail
 
-usage_error() {
-  printf 'slurm.sh: %s (--help lists the flags)\n' "$1" >&2
-  exit 2
-}
-
-print_help() { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
-# Prints its arguments, quoted for bash, on one line; single quotes where they do, for the reader's sake.
-quote() {
-  local word line='' escaped="'\\''"
-  for word in "$@"; do
-    if [[ $word == *[[:cntrl:]]* ]]; then
-      printf -v word '%q' "$word"
-    elif [[ ! $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
-      word="'${word//\'/$escaped}'"
-    fi
-    line+="$word "
-  done
-  printf '%s\n' "${line% }"
-}
-
-run_command() {
-  if [[ -n $dry_run ]]; then quote "$@"; else "$@"; fi
-}
+readonly PROGRAM=slurm.sh
+readonly VALUE_FLAGS=' --name --nodes --gpus-per-node --time --partition --account --mem --cpus-per-task --task-per
+  --grace-s --source --venv --python --container --mounts --config --run-dir --log-dir '
+readonly LIST_FLAGS=' --sbatch-arg --env --stage '
+readonly SWITCHES=' --follow --dry-run '
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=common.sh
+source "$here/common.sh"
 
 # ---- the job -----------------------------------------------------------------------------------
 
 # Two jobs may start at once: the lock lets one set up while the other waits.
 setup_command() {
   local done_file=$venv/.r3rag_jax_ready
-  printf 'cd %q && mkdir -p %q && exec 9>%q && flock 9 && { [ -e %q ] || { %q -m venv %q && %q -m pip install --quiet -e %q && touch %q; }; }\n' \
-    "$source" "$venv" "$venv/.lock" "$done_file" "$python" "$venv" "$venv/bin/python" '.[cuda]' "$done_file"
+  printf 'cd %q && mkdir -p %q && exec 9>%q && flock 9 && { [ -e %q ] || { %q -m venv %q && %q -m pip install --quiet -c launch/constraints.txt -e %q && touch %q; }; }' \
+    "$source" "$venv" "$venv/.lock" "$done_file" "$python" "$venv" "$venv/bin/python" '.[cuda,gcs]' "$done_file"
+  # Under the same lock: two jobs must not copy to one folder at the same time.
+  if ((${#stages[@]})); then printf ' && %s' "$(quote "$venv/bin/python" launch/stage.py "${stages[@]}")"; fi
+  printf '\n'
 }
 
 container_args() { # fills the array `inside`
@@ -90,7 +82,7 @@ training_command() {
     ids=$(seq -s, 0 $((gpus_per_node - 1)))
     argv+=("JAX_LOCAL_DEVICE_IDS=$ids")
   fi
-  argv+=("${environment[@]}" "$venv/bin/python" -m r3rag_jax.train --config "$config" "${overrides[@]}")
+  argv+=("${envs[@]}" "$venv/bin/python" -m r3rag_jax.train --config "$config" "${overrides[@]}")
   quote "${argv[@]}"
 }
 
@@ -130,7 +122,7 @@ submit() {
   if [[ $task_per == node ]]; then tasks=1; fi
   # singleton: two jobs must never write one run directory at the same time.
   args=(--job-name="$name" --dependency=singleton --nodes="$nodes" --ntasks-per-node="$tasks"
-    --gpus-per-node="$gpus_per_node" --time="$time" --requeue --open-mode=append
+    --gpus-per-node="$gpus_per_node" --mem="$mem" --time="$time" --requeue --open-mode=append
     --signal="B:USR1@$((grace_s + 60))" --chdir="$source" --output="$log_dir/$name.out")
   if [[ -n $partition ]]; then args+=(--partition="$partition"); fi
   if [[ -n $account ]]; then args+=(--account="$account"); fi
@@ -155,63 +147,16 @@ setup() {
 
 # ---- command line ------------------------------------------------------------------------------
 
-# Flags that take one value, kept in the variable of the same name (run-dir in run_dir).
-readonly VALUE_FLAGS=' --name --nodes --gpus-per-node --time --partition --account --cpus-per-task --task-per
-  --grace-s --source --venv --python --container --mounts --config --run-dir --log-dir '
-# Flags that may come again and again; each adds to an array.
-readonly LIST_FLAGS=' --sbatch-arg --env '
 name='' nodes='' gpus_per_node='' time='' partition='' account='' cpus_per_task='' task_per=gpu grace_s=120
-source=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv='' python=python3 container='' mounts='' config='' run_dir='' log_dir='' follow='' dry_run=''
-sbatch_args=() environment=(PYTHONUNBUFFERED=1) overrides=(mesh.distributed=true)
-
-set_flag() { # FLAG VALUE
-  local variable=${1#--}
-  case $1 in
-    --sbatch-arg) sbatch_args+=("$2") ;;
-    --env) environment+=("$2") ;;
-    *) printf -v "${variable//-/_}" '%s' "$2" ;;
-  esac
-}
-
-parse() {
-  local flag
-  while (($#)); do
-    flag=${1%%=*}
-    case $1 in
-      --help) print_help && exit 0 ;;
-      --follow) follow=1 ;;
-      --dry-run) dry_run=1 ;;
-      -*)
-        if [[ ! $VALUE_FLAGS$LIST_FLAGS =~ [[:space:]]"$flag"[[:space:]] ]]; then usage_error "unknown flag $flag"; fi
-        if [[ $1 == *=* ]]; then
-          set_flag "$flag" "${1#*=}"
-        elif [[ $# -lt 2 || ($2 == --* && $VALUE_FLAGS =~ [[:space:]]"$flag"[[:space:]]) ]]; then
-          usage_error "$flag must have a value"
-        else
-          set_flag "$flag" "$2" && shift
-        fi
-        ;;
-      *=*) overrides+=("$1") ;;
-      *) usage_error "arguments must be flags or KEY=VALUE overrides; got '$1'" ;;
-    esac
-    shift
-  done
-}
+source=$(dirname "$here") mem=0 venv='' python=python3 container='' mounts='' config='' run_dir='' log_dir=''
+follow='' dry_run=''
+sbatch_args=() envs=(PYTHONUNBUFFERED=1) stages=() overrides=(mesh.distributed=true)
 
 from() { # DIR PATH: PATH as seen from DIR
   if [[ $2 == /* ]]; then printf '%s\n' "$2"; else printf '%s/%s\n' "$1" "$2"; fi
 }
 
-require() {
-  local variable
-  for variable in "$@"; do
-    if [[ -z ${!variable} ]]; then usage_error "$command needs --${variable//_/-}"; fi
-  done
-}
-
 check() {
-  local variable
   case $command in
     run | resume)
       require name nodes gpus_per_node time config
@@ -223,11 +168,8 @@ check() {
     status | logs | cancel) require name ;;
     *) usage_error "unknown command '$command'" ;;
   esac
-  for variable in nodes gpus_per_node grace_s cpus_per_task; do
-    if [[ -n ${!variable} && ! ${!variable} =~ ^[1-9][0-9]*$ ]]; then
-      usage_error "--${variable//_/-} must be a positive whole number; got '${!variable}'"
-    fi
-  done
+  require_numbers nodes gpus_per_node grace_s cpus_per_task
+  check_stages ${stages[@]+"${stages[@]}"}
   if [[ ! $task_per =~ ^(gpu|node)$ ]]; then usage_error "--task-per must be gpu or node; got '$task_per'"; fi
 }
 

@@ -2,14 +2,15 @@
 # Train r3rag_jax on a TPU pod slice: create it, set it up, train on every host, resume, tear down.
 #
 #   launch/tpu_pod.sh up --name r3 --zone us-east5-b --accelerator v6e-64 --spot --queued \
-#       --config configs/r3rag_qwen2.5_7b.yaml --run-dir gs://my-bucket/runs/r3 rl.lr=1e-6
+#       --config configs/r3rag_qwen2.5_7b.yaml --run-dir gs://my-bucket/runs/r3 \
+#       --stage gs://my-bucket/models=models --stage gs://my-bucket/data=data rl.lr=1e-6
 #
 # Usage: launch/tpu_pod.sh COMMAND [FLAG VALUE | FLAG=VALUE]... [KEY=VALUE]...
 #
 # Commands and the flags that each must have
 #   create    make the slice                                --name --zone --accelerator
 #   setup     code, virtual environment, install, all hosts --name --zone
-#   run       train on all hosts                            --name --zone --config
+#   run       stage, then train, on all hosts               --name --zone --config
 #   up        create, setup, run                            --name --zone --accelerator --config
 #   resume    run again; a preempted slice is made anew     --name --zone --accelerator --config
 #   status    state of the slice, then of each host         --name --zone
@@ -20,7 +21,8 @@
 # Slice
 #   --name NAME           name of the slice (and of its queued resource)
 #   --zone ZONE           e.g. us-east5-b
-#   --accelerator TYPE    e.g. v6e-64, v5litepod-64, v5p-128, v4-32
+#   --accelerator TYPE    e.g. v5e-64 (v5litepod-64), v6e-32, v5p-128, v4-32
+#   --slices N            slices that train together over the data-centre network (default 1; more need --queued)
 #   --project PROJECT     default: the project of your gcloud configuration
 #   --runtime VERSION     TPU software version; default: the one that suits --accelerator
 #   --spot | --reserved   spot capacity, or your reservation
@@ -31,10 +33,12 @@
 # Setup
 #   --source DIR          git checkout to copy, ignored files left out (default: this one)
 #   --repo-url URL        fetch from a git server instead of copying; --ref REF (default HEAD)
-#   --python VERSION      Python of the virtual environment (default 3.12)
+#   --python VERSION      Python of the virtual environment (default 3.12); launch/constraints.txt pins what it holds
 # Training
 #   --config FILE         recipe, relative to the checkout
 #   --run-dir PATH        run directory that all hosts share: gs://bucket/path, or a mounted disk
+#   --stage SOURCE=TARGET copy a folder to every host before training, e.g. gs://my-bucket/models=models; SOURCE also
+#                         hf://ORG/NAME, s3://…; TARGET relative to the checkout (repeatable; launch/stage.py)
 #   --env KEY=VALUE       environment variable of the training processes (repeatable)
 #   --detach              start and return; follow with `logs --follow`
 #   --delete-on-exit      delete the slice when the command ends, whether it worked or failed
@@ -46,46 +50,47 @@
 
 set -euo pipefail
 
-usage_error() {
-  printf 'tpu_pod.sh: %s (--help lists the flags)\n' "$1" >&2
-  exit 2
-}
-
-fail() {
-  printf 'tpu_pod.sh: %s\n' "$1" >&2
-  exit 1
-}
-
-print_help() { sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; }
-
-# Prints its arguments, quoted for bash, on one line; single quotes where they do, for the reader's sake.
-quote() {
-  local word line='' escaped="'\\''"
-  for word in "$@"; do
-    if [[ $word == *[[:cntrl:]]* ]]; then
-      printf -v word '%q' "$word"
-    elif [[ ! $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
-      word="'${word//\'/$escaped}'"
-    fi
-    line+="$word "
-  done
-  printf '%s\n' "${line% }"
-}
-
-run_command() {
-  if [[ -n $dry_run ]]; then quote "$@"; else "$@"; fi
-}
+readonly PROGRAM=tpu_pod.sh
+readonly VALUE_FLAGS=' --name --zone --accelerator --slices --project --runtime --poll-s --source --repo-url --ref
+  --python --config --run-dir --worker '
+readonly LIST_FLAGS=' --create-arg --ssh-arg --env --stage '
+readonly SWITCHES=' --spot --reserved --queued --detach --delete-on-exit --follow --dry-run '
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=common.sh
+source "$here/common.sh"
 
 # ---- gcloud ------------------------------------------------------------------------------------
 
-tpu_vm() { run_command gcloud compute tpus tpu-vm "$1" "$name" "${where[@]}" "${@:2}"; }
+# Names of the slices, a line each: that of the only one, or those that a request for several gives them.
+node_names() {
+  local number
+  if ((slices == 1)); then
+    printf '%s\n' "$name"
+  else
+    for ((number = 0; number < slices; number++)); do printf '%s-%d\n' "$name" "$number"; done
+  fi
+}
+
+tpu_vm() { run_command gcloud compute tpus tpu-vm "$1" "$2" "${where[@]}" "${@:3}"; } # VERB NODE ARGUMENT…
 
 queued_resource() {
   run_command gcloud compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"
 }
 
+# On several slices at the same time: a training process waits for all others.
 on_hosts() { # WORKER REMOTE_COMMAND
-  tpu_vm ssh --worker="$1" ${ssh_args[@]+"${ssh_args[@]}"} --command="$2"
+  local node pid pids=() status=0
+  local args=(--worker="$1" ${ssh_args[@]+"${ssh_args[@]}"} --command="$2")
+  for node in $(node_names); do
+    if [[ $slices == 1 || -n $dry_run ]]; then
+      tpu_vm ssh "$node" "${args[@]}" || return
+    else
+      tpu_vm ssh "$node" "${args[@]}" &
+      pids+=("$!")
+    fi
+  done
+  for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid" || status=$?; done
+  return "$status"
 }
 
 runtime_of() { # cloud.google.com/tpu/docs/runtimes
@@ -121,10 +126,13 @@ slice_state() {
       return
     fi
   fi
-  node=$(state_or_missing tpu_vm describe --format='value(state)') || return
+  for node in $(node_names); do
+    state=$(state_or_missing tpu_vm describe "$node" --format='value(state)') || return
+    if [[ $state != READY ]]; then break; fi
+  done
   # An ACTIVE request whose node is gone still holds the name: it must be deleted first.
-  if [[ -n $queued && $node == MISSING ]]; then node=PREEMPTED; fi
-  printf '%s\n' "$node"
+  if [[ -n $queued && $state == MISSING ]]; then state=PREEMPTED; fi
+  printf '%s\n' "$state"
 }
 
 await_queue() {
@@ -144,14 +152,16 @@ await_queue() {
 # ---- stages ------------------------------------------------------------------------------------
 
 create_slice() {
-  local args=(--accelerator-type="$accelerator")
-  if [[ -n $capacity ]]; then args+=("$capacity"); fi
+  local names=(--node-id="$name") args=(--accelerator-type="$accelerator")
+  if ((slices > 1)); then names=(--node-count="$slices" --node-prefix="$name"); fi
+  if [[ -n $spot ]]; then args+=(--spot); fi
+  if [[ -n $reserved ]]; then args+=(--reserved); fi
   args+=(${create_args[@]+"${create_args[@]}"})
   if [[ -z $queued ]]; then
-    tpu_vm create --version="$runtime" "${args[@]}"
+    tpu_vm create "$name" --version="$runtime" "${args[@]}"
     return
   fi
-  queued_resource create --node-id="$name" --runtime-version="$runtime" "${args[@]}"
+  queued_resource create "${names[@]}" --runtime-version="$runtime" "${args[@]}"
   if [[ -z $dry_run ]]; then
     await_queue
   else
@@ -165,7 +175,7 @@ setup_hosts() {
   # shellcheck disable=SC2016  # $HOME is the host's
   printf -v install '[ -x .venv/bin/python ] || "$HOME/.local/bin/uv" venv --seed --python %q .venv' "$python"
   install="cd r3rag_jax && python3 -m pip install --quiet --user uv && { $install; }"
-  install+=" && .venv/bin/python -m pip install --quiet -e '.[tpu]'"
+  install+=" && .venv/bin/python -m pip install --quiet -c launch/constraints.txt -e '.[tpu,gcs]'"
   if [[ -n $repo_url ]]; then
     printf -v fetch 'git init -q r3rag_jax && git -C r3rag_jax fetch -q --depth 1 %q %q' "$repo_url" "$ref"
     fetch+=" && git -C r3rag_jax checkout -q --force --detach FETCH_HEAD"
@@ -177,37 +187,41 @@ setup_hosts() {
 }
 
 copy_source() {
-  local pack
+  local pack node
   # shellcheck disable=SC2016  # the inner shell expands its own arguments
   pack='set -o pipefail; git -C "$1" ls-files -z --cached --others --exclude-standard | tar -C "$1" --null -T - -czf "$2"'
   archive=/tmp/r3rag_jax.tar.gz
   if [[ -z $dry_run ]]; then archive=$(mktemp); fi
   run_command bash -c "$pack" pack "$source" "$archive"
-  run_command gcloud compute tpus tpu-vm scp "$archive" "$name:r3rag_jax.tar.gz" "${where[@]}" \
-    --worker=all ${ssh_args[@]+"${ssh_args[@]}"}
+  for node in $(node_names); do
+    run_command gcloud compute tpus tpu-vm scp "$archive" "$node:r3rag_jax.tar.gz" "${where[@]}" \
+      --worker=all ${ssh_args[@]+"${ssh_args[@]}"}
+  done
 }
 
 # One process a host: on a TPU slice jax.distributed finds the coordinator and the ranks by itself.
 train() {
   local line
-  line=$(quote env "${environment[@]}" .venv/bin/python -m r3rag_jax.train --config "$config" "${overrides[@]}")
+  line=$(quote env "${envs[@]}" .venv/bin/python -m r3rag_jax.train --config "$config" "${overrides[@]}")
+  if ((${#stages[@]})); then line="$(quote .venv/bin/python launch/stage.py "${stages[@]}") && $line"; fi
   if [[ -n $detach ]]; then
-    on_hosts all "cd r3rag_jax && { nohup $line >>../r3rag_jax.log 2>&1 </dev/null & }"
+    on_hosts all "cd r3rag_jax && { nohup bash -c $(quote "$line") >>../r3rag_jax.log 2>&1 </dev/null & }"
   else
-    on_hosts all "set -o pipefail; cd r3rag_jax && $line 2>&1 | tee -a ../r3rag_jax.log"
+    on_hosts all "set -o pipefail; cd r3rag_jax && { $line; } 2>&1 | tee -a ../r3rag_jax.log"
   fi
 }
 
 describe_slice() {
+  local node
   if [[ -n $queued ]]; then queued_resource describe --format='value(state.state)'; fi
-  tpu_vm describe --format='value(state)'
+  for node in $(node_names); do tpu_vm describe "$node" --format='value(state)'; done
 }
 
 delete_slice() {
   if [[ -n $queued ]]; then
     queued_resource delete --force --quiet
   else
-    tpu_vm delete --quiet
+    tpu_vm delete "$name" --quiet
   fi
 }
 
@@ -255,67 +269,10 @@ on_exit() {
 
 # ---- command line ------------------------------------------------------------------------------
 
-# Flags that take one value, kept in the variable of the same name (run-dir in run_dir).
-readonly VALUE_FLAGS=' --name --zone --accelerator --project --runtime --poll-s --source --repo-url --ref
-  --python --config --run-dir --worker '
-# Flags that may come again and again; each adds to an array.
-readonly LIST_FLAGS=' --create-arg --ssh-arg --env '
-name='' zone='' accelerator='' project='' runtime='' capacity='' queued='' poll_s=30
-source=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-repo_url='' ref=HEAD python=3.12 config='' run_dir='' detach='' delete_on_exit='' worker=0 follow=''
-dry_run='' archive=''
-create_args=() ssh_args=() environment=(PYTHONUNBUFFERED=1) overrides=(mesh.distributed=true)
-
-set_capacity() {
-  if [[ -n $capacity && $capacity != "$1" ]]; then usage_error "--spot and --reserved exclude each other"; fi
-  capacity=$1
-}
-
-set_flag() { # FLAG VALUE
-  local variable=${1#--}
-  case $1 in
-    --create-arg) create_args+=("$2") ;;
-    --ssh-arg) ssh_args+=("$2") ;;
-    --env) environment+=("$2") ;;
-    *) printf -v "${variable//-/_}" '%s' "$2" ;;
-  esac
-}
-
-parse() {
-  local flag
-  while (($#)); do
-    flag=${1%%=*}
-    case $1 in
-      --help) print_help && exit 0 ;;
-      --spot | --reserved) set_capacity "$1" ;;
-      --queued) queued=1 ;;
-      --detach) detach=1 ;;
-      --delete-on-exit) delete_on_exit=1 ;;
-      --follow) follow=1 ;;
-      --dry-run) dry_run=1 ;;
-      -*)
-        if [[ ! $VALUE_FLAGS$LIST_FLAGS =~ [[:space:]]"$flag"[[:space:]] ]]; then usage_error "unknown flag $flag"; fi
-        if [[ $1 == *=* ]]; then
-          set_flag "$flag" "${1#*=}"
-        elif [[ $# -lt 2 || ($2 == --* && $VALUE_FLAGS =~ [[:space:]]"$flag"[[:space:]]) ]]; then
-          usage_error "$flag must have a value"
-        else
-          set_flag "$flag" "$2" && shift
-        fi
-        ;;
-      *=*) overrides+=("$1") ;;
-      *) usage_error "arguments must be flags or KEY=VALUE overrides; got '$1'" ;;
-    esac
-    shift
-  done
-}
-
-require() {
-  local variable
-  for variable in "$@"; do
-    if [[ -z ${!variable} ]]; then usage_error "$command needs --$variable"; fi
-  done
-}
+name='' zone='' accelerator='' slices=1 project='' runtime='' spot='' reserved='' queued='' poll_s=30
+source=$(dirname "$here") repo_url='' ref=HEAD python=3.12 config='' run_dir='' detach='' delete_on_exit='' worker=0
+follow='' dry_run='' archive=''
+create_args=() ssh_args=() envs=(PYTHONUNBUFFERED=1) stages=() overrides=(mesh.distributed=true)
 
 check() {
   case $command in
@@ -328,6 +285,11 @@ check() {
   if [[ -n $delete_on_exit && (-n $detach || ! $command =~ ^(run|up|resume)$) ]]; then
     usage_error "--delete-on-exit goes with run, up and resume, without --detach"
   fi
+  require_numbers slices
+  check_stages ${stages[@]+"${stages[@]}"}
+  if [[ -n $spot && -n $reserved ]]; then usage_error "--spot and --reserved exclude each other"; fi
+  if ((slices > 1)) && [[ -z $queued ]]; then usage_error "--slices above 1 needs --queued; got $slices"; fi
+  accelerator=$(cloud_name "$accelerator")
   if [[ -n $accelerator && -z $runtime ]]; then runtime=$(runtime_of "$accelerator"); fi
   if [[ $command == up && -z $repo_url && ! -f $source/$config ]]; then
     usage_error "--config must name a file in $source; got '$config'"
@@ -336,7 +298,7 @@ check() {
   if [[ -n $run_dir ]]; then
     overrides+=("run_dir=$run_dir")
   elif [[ -n $config ]]; then
-    printf 'tpu_pod.sh: no --run-dir: what is not on a shared path is lost with the slice\n' >&2
+    warn "no --run-dir: what is not on a shared path is lost with the slice"
   fi
 }
 
