@@ -1,6 +1,6 @@
-"""A model server that speaks OpenAI's API over HTTP: JSON out, JSON in, calls repeated while it is busy or away.
+"""A server that speaks JSON over HTTP, or several that answer alike: calls are repeated while they are busy or away.
 
-All clients of this folder share it: key, retries, rate limit, concurrency and error messages are defined here.
+All clients share it: key, retries, rate limit, concurrency and error messages are defined here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from r3rag_jax.clients.replicas import Replicas
 from r3rag_jax.clients.transport import MAX_REPLY_BYTES, Reply, ReplyTooLargeError, Transport, TransportError
 from r3rag_jax.config import EndpointConfig
 from r3rag_jax.config.redact import VARIABLE
@@ -49,7 +50,7 @@ class RateLimit:
 
 
 class Endpoint:
-    """One server; its methods may be called from many threads."""
+    """One server and its replicas; its methods may be called from many threads."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class Endpoint:
     ):
         """
         Args:
-            config: `url` is the base of all paths, e.g. http://localhost:8000/v1.
+            config: `url` and `replicas` are the bases of all paths, e.g. http://localhost:8000/v1.
             name: the configuration section, e.g. `judge.endpoint`; error messages begin with its key.
             hints: HTTP status of a refusal -> what may help.
             first_wait_s: seconds before the first retry.
@@ -75,23 +76,31 @@ class Endpoint:
         Raises:
             UserError: the URL is invalid, or the environment variable of the key is not set.
         """
-        self.url, self._config, self._name = config.url.rstrip("/"), config, name
+        self._config, self._name = config, name
+        self._replicas = Replicas(config.urls, clock)
         self._first_wait_s, self._max_reply_bytes = first_wait_s, max_reply_bytes
         self._hints = dict.fromkeys((401, 403), f"{name}.key_env names the variable that holds the key")
         self._hints |= dict(hints or {})
         self._key = _read_key(config.key_env, name)
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        url = ""
         try:
-            httpx.URL(self.url)
+            for url in reversed(config.urls):
+                httpx.URL(url)
             self._transport = Transport(headers, timeout_s=config.timeout_s, max_bytes=max_reply_bytes)
         except (httpx.InvalidURL, ValueError) as error:
-            raise UserError(f"{name}.url: {self.url} cannot be called: {error}") from None
+            raise UserError(f"{self._key_of(url)}: {url} cannot be called: {error}") from None
         self._limit = RateLimit(config.requests_per_minute, clock) if config.requests_per_minute else None
         self._has_given_up = threading.Event()
         self._wait = self._has_given_up.wait if wait is None else wait
         self._is_away = False  # a call has run out of its retries, and none has been answered since
         self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """The base URLs, for error messages."""
+        return str(self._replicas)
 
     @property
     def model(self) -> str:
@@ -121,51 +130,56 @@ class Endpoint:
     def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """POST a body (GET without one); returns the JSON reply.
 
-        While the server is busy, broken or away the request is repeated after doubling waits. Once a call has run out
-        of its retries, every further one of the session has a single attempt until one is answered: the server has had
-        its time, and hundreds of calls that each wait their turn would take hours to say so.
+        Servers take turns; where one is busy, broken or away the next is asked. When all have failed the request is
+        repeated after doubling waits. Once a call has run out of its retries, every further one of the session has a
+        single attempt until one is answered: the servers have had their time, and hundreds of calls that each wait
+        their turn would take hours to say so.
 
         Raises:
-            UserError: the server refuses, keeps failing, or answers no JSON.
+            UserError: a server refuses, all keep failing, or the reply is no JSON.
         """
         content = None if body is None else json.dumps(body).encode()
         num_attempts = 1 if self._is_away else self._config.retries + 1
-        reason, attempt = "given up before it was asked", 0
+        asked, attempt, reason = self.url, 0, "given up before it was asked"
         for attempt in range(num_attempts):
-            if self._limit is not None and self._pause(self._limit.reserve()):
-                break
             least_wait_s = 0.0
-            try:
-                reply = self._send(path, content)
-                if reply.status not in RETRIED_STATUSES:
-                    return self._read(path, reply)
-                reason = f"{reply.status} {self.shown(reply.content)}"
-                least_wait_s = _seconds(reply.headers.get("Retry-After", ""))
-            except TransportError as error:
-                reason = self.shown(str(error).encode())
+            for url in self._replicas.order():
+                if self._limit is not None and self._pause(self._limit.reserve()):
+                    break
+                reply, reason = self._send(url, path, content)
+                asked = url
+                if reply is not None and reply.status not in RETRIED_STATUSES:
+                    self._replicas.answered(url)
+                    self._is_away = False
+                    return self._read(url, path, reply)
+                self._replicas.failed(url)
+                least_wait_s = _seconds(reply.headers.get("Retry-After", "")) if reply is not None else 0.0
             if attempt == self._config.retries:
                 self._is_away = True
             wait_s = min(MAX_WAIT_S, max(least_wait_s, self._first_wait_s * 2**attempt))
             if attempt == num_attempts - 1 or self._pause(wait_s):
                 break
         raise UserError(
-            f"{self._name}.url: {self.url}{path} failed, attempt {attempt + 1} of {self._config.retries + 1}: {reason}"
+            f"{self._name}.url: {asked}{path} failed, attempt {attempt + 1} of {self._config.retries + 1}: {reason}"
         )
 
-    def _send(self, path: str, content: bytes | None) -> Reply:
+    def _send(self, url: str, path: str, content: bytes | None) -> tuple[Reply | None, str]:
+        """The reply, None where none came, and why the call has failed if the reply is to be retried."""
         try:
-            return self._transport.send("GET" if content is None else "POST", self.url + path, content)
+            reply = self._transport.send("GET" if content is None else "POST", url + path, content)
+            return reply, f"{reply.status} {self.shown(reply.content)}"
+        except TransportError as error:
+            return None, self.shown(str(error).encode())
         except ReplyTooLargeError:
             rule = f"at most {self._max_reply_bytes} bytes; got more"
-            raise UserError(f"{self._name}.url: {self.url}{path} must answer {rule}") from None
+            raise UserError(f"{self._key_of(url)}: {url}{path} must answer {rule}") from None
 
-    def _read(self, path: str, reply: Reply) -> Any:
+    def _read(self, url: str, path: str, reply: Reply) -> Any:
         """The JSON of an answer that is not to be retried."""
-        self._is_away = False
         if not reply.is_success:
             hint = f" ({self._hints[reply.status]})" if reply.status in self._hints else ""
             answer = f"{reply.status} {self.shown(reply.content)}"
-            raise UserError(f"{self._name}.url: {self.url}{path} answered {answer}{hint}")
+            raise UserError(f"{self._key_of(url)}: {url}{path} answered {answer}{hint}")
         try:
             return json.loads(reply.content)
         except (ValueError, RecursionError):
@@ -174,6 +188,10 @@ class Endpoint:
     def malformed(self, path: str, rule: str, reply: Any) -> UserError:
         """The error for a reply that breaks a rule."""
         return UserError(f"{self._name}.url: {self.url}{path} must answer {rule}; got {self.shown(reply)}")
+
+    def _key_of(self, url: str) -> str:
+        """The configuration key that holds a base URL."""
+        return f"{self._name}.{'url' if url == self._config.urls[0] else 'replicas'}"
 
     def shown(self, reply: Any) -> str:
         """A reply (bytes or a JSON value) as one short text, without the key, which a server may echo."""

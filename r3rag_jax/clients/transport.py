@@ -28,6 +28,7 @@ MAX_REFUSAL_BYTES = 64 << 10  # of the body that comes with an error status: mor
 # An idle connection is closed after so many seconds. Servers close theirs after 5 (uvicorn) or more, and a request
 # that meets the server's closing would fail.
 KEEPALIVE_S = 2.0
+CONNECT_S = 10.0  # a host that is gone answers no SYN, and the next replica is asked
 
 
 class TransportError(Exception):
@@ -72,7 +73,7 @@ class Transport:
         try:
             self._client = httpx.AsyncClient(
                 headers={"Accept-Encoding": "identity"} | dict(headers),  # the size limit would not see what unpacks
-                timeout=None,
+                timeout=httpx.Timeout(None, connect=CONNECT_S),
                 follow_redirects=False,
                 cookies=http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[])),
                 limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEPALIVE_S),

@@ -11,7 +11,7 @@ from r3rag_jax.config.loader import load_config, to_yaml
 from r3rag_jax.config.log import LogConfig
 from r3rag_jax.config.mesh import MeshConfig
 from r3rag_jax.config.model import PROJECTIONS, LoraConfig, ModelConfig
-from r3rag_jax.config.retrieval import EncoderConfig, RetrievalConfig
+from r3rag_jax.config.retrieval import EncoderConfig, RemoteRetrieverConfig, RetrievalConfig
 from r3rag_jax.config.rewards import RewardConfig
 from r3rag_jax.config.rl import CriticConfig, KLConfig, RLConfig
 from r3rag_jax.config.rollout import RolloutConfig, ServerConfig
@@ -41,6 +41,7 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "RLConfig",
+    "RemoteRetrieverConfig",
     "RetrievalConfig",
     "RewardConfig",
     "RolloutConfig",

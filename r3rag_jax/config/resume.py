@@ -37,8 +37,8 @@ FREE_KEYS = {
 # samples.
 FREE_UNLESS_ASYNC = ("rl.checkpoint_every", "rl.eval_every")
 # Where a server is and how patiently it is called; which model it serves (`model`) is no such key.
-CONNECTION_KEYS = ("url", "key_env", "max_in_flight", "requests_per_minute", "retries", "timeout_s")
-FREE_OF_RETRIEVAL = tuple(f"retrieval.endpoint.{name}" for name in CONNECTION_KEYS)
+CONNECTION_KEYS = ("url", "replicas", "key_env", "max_in_flight", "requests_per_minute", "retries", "timeout_s")
+FREE_OF_RETRIEVAL = tuple(f"retrieval.endpoint.{name}" for name in (*CONNECTION_KEYS, "format"))
 # Free even while rewards depend on the judge; its other keys are free only where no reward does.
 FREE_OF_JUDGE = (
     *(f"judge.endpoint.{name}" for name in CONNECTION_KEYS),

@@ -50,6 +50,25 @@ class EncoderConfig(Section):
         return self
 
 
+class RemoteRetrieverConfig(EndpointConfig):
+    """The remote retriever of `retrieval.kind: http`."""
+
+    dotted: ClassVar[str] = "retrieval.endpoint"
+
+    format: Literal["native", "search_r1", "r3rag", "r3rag_batch"] = key(
+        "search_r1",
+        "what the server speaks: `native`: python -m r3rag_jax.serve; `search_r1`: POST /retrieve; `r3rag`, "
+        "`r3rag_batch`: POST /search with one query, or with several",
+    )
+    retries: int = key(
+        8,
+        "repeats of a request while no server answers it, after waits that double from 0.5 s to 30 s: 8 bridge 91 s",
+        "requests",
+        ge=0,
+    )
+    timeout_s: float = key(60.0, "a request fails unless its whole reply has come after this time", "seconds", gt=0)
+
+
 class RetrievalConfig(Section):
     """The retriever, and how many passages a trajectory gets from it."""
 
@@ -64,9 +83,7 @@ class RetrievalConfig(Section):
     passage_tokens: int = key(64, "longer passages are truncated to this length", "tokens", ge=1)
     max_passages: int = key(10, "budget of passages of a trajectory", "passages", ge=1)
     encoder: EncoderConfig = section(EncoderConfig())
-    endpoint: EndpointConfig = section(
-        EndpointConfig(timeout_s=60.0), "The remote retriever of `retrieval.kind: http`."
-    )
+    endpoint: RemoteRetrieverConfig = section(RemoteRetrieverConfig())
 
     @model_validator(mode="after")
     def _check_relations(self) -> Self:

@@ -75,7 +75,13 @@ DIGESTED_KEYS = {
         "guards",
     ),
     "tokenizer": ("model.chat_template",),
-    "index": ("retrieval.kind", "retrieval.index_dir", "retrieval.encoder", "retrieval.endpoint.url"),
+    "index": (
+        "retrieval.kind",
+        "retrieval.index_dir",
+        "retrieval.encoder",
+        "retrieval.endpoint.url",
+        "retrieval.endpoint.format",
+    ),
     "questions": ("world", "data", "eval.max_questions"),
 }
 # Reason -> keys, and sections with all their keys, that cannot change a number of an evaluation.
@@ -94,7 +100,7 @@ KEYS_WITHOUT_EFFECT = {
         *(
             f"{section}.{name}"
             for section in ("rollout.server", "judge.endpoint", "retrieval.endpoint")
-            for name in ("key_env", "max_in_flight", "requests_per_minute", "retries", "timeout_s")
+            for name in ("replicas", "key_env", "max_in_flight", "requests_per_minute", "retries", "timeout_s")
         ),
         "retrieval.endpoint.model",  # never sent
     ),

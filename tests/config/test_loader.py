@@ -13,6 +13,7 @@ from r3rag_jax.config import (
     EndpointConfig,
     JudgeConfig,
     KLConfig,
+    RemoteRetrieverConfig,
     RetrievalConfig,
     RewardConfig,
     RLConfig,
@@ -314,7 +315,7 @@ def test_to_yaml_round_trips_every_kind_of_value(write: Write) -> None:
         name="1e-4",  # text that looks like a number
         run_dir="no",  # text that YAML 1.1 reads as false
         rl=RLConfig(lr=5e-7, critic=CriticConfig(kind="head")),
-        retrieval=RetrievalConfig(kind="http", endpoint=EndpointConfig(url="http://h", retries=0)),
+        retrieval=RetrievalConfig(kind="http", endpoint=RemoteRetrieverConfig(url="http://h", retries=0)),
         judge=JudgeConfig(endpoint=EndpointConfig(url="https://h/v1", model="m")),
         rollout=RolloutConfig(temperatures=(0.1, 1.0)),
     )
