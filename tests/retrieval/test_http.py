@@ -17,7 +17,7 @@ from corpora import encyclopedia
 from search_server import Reply, RunningServer, search_with, serve
 
 from r3rag_jax import evaluate
-from r3rag_jax.config import EndpointConfig, RetrievalConfig
+from r3rag_jax.config import RemoteRetrieverConfig, RetrievalConfig
 from r3rag_jax.retrieval.base import RetrievalError, Retriever
 from r3rag_jax.retrieval.encoders.hashed import HashEncoder
 from r3rag_jax.retrieval.factory import build_index, open_retriever, open_store
@@ -42,7 +42,7 @@ def server(local: FaissRetriever) -> Iterator[RunningServer]:
 
 
 def remote(url: str, **settings: Any) -> Retriever:
-    endpoint = EndpointConfig(url=url, **({"retries": 0, "timeout_s": 20.0} | settings))
+    endpoint = RemoteRetrieverConfig(url=url, **({"retries": 0, "timeout_s": 20.0} | settings))
     return open_retriever(RetrievalConfig(kind="http", endpoint=endpoint), "no index")
 
 
@@ -63,7 +63,7 @@ def test_hits_are_those_of_the_server(server: RunningServer, local: FaissRetriev
 @pytest.mark.parametrize(
     ("status", "value", "message"),
     [
-        (200, {"result": [[]]}, r"'a', 'b': .*/retrieve must answer in Search-R1's format \(result must have a row"),
+        (200, {"result": [[]]}, r"'a', 'b': .*/retrieve must answer in Search-R1's format \(the reply must have a row"),
         (200, None, r"the reply must be an object; got null\)"),
         (200, {"result": None}, r"result must be a list; got null"),
         (200, b"<html>", r"must answer JSON; got <html>"),
@@ -123,7 +123,7 @@ def test_one_batch_that_fails_fails_the_search(local: FaissRetriever) -> None:
 
 
 def test_the_passages_are_kept_for_the_cold_start(server: RunningServer, tmp_path: Path) -> None:
-    config = RetrievalConfig(kind="http", endpoint=EndpointConfig(url=server.url))
+    config = RetrievalConfig(kind="http", endpoint=RemoteRetrieverConfig(url=server.url))
     build_index(config, encyclopedia(), tmp_path / "index")
     assert list(open_store(tmp_path / "index").passages()) == encyclopedia()
     assert server.bodies == []

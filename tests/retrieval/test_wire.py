@@ -1,4 +1,4 @@
-"""Search-R1's JSON: what is read, and that everything else is refused with what came."""
+"""JSON of retrieval servers: what is sent and read, and that everything else is refused with what came."""
 
 from __future__ import annotations
 
@@ -7,14 +7,56 @@ from typing import Any
 import pytest
 
 from r3rag_jax.retrieval.base import Hit
-from r3rag_jax.retrieval.wire import WireError, read_retrieve_reply, retrieve_request
+from r3rag_jax.retrieval.wire import FORMATS, WireError
 from r3rag_jax.types import Passage
 
 ANN, BO = {"id": "7", "contents": '"Ann"\nAnn sings.'}, {"id": 8, "contents": "Bo", "more": [1]}
 
 
-def test_request() -> None:
-    assert retrieve_request(("who?", "é"), 3) == {"queries": ["who?", "é"], "topk": 3, "return_scores": True}
+def read_retrieve_reply(reply: Any, num_queries: int, k: int) -> list[list[Hit]]:
+    return FORMATS["search_r1"].read(reply, num_queries, k)
+
+
+def test_requests() -> None:
+    sent = {name: one.request(("who?",) if one.max_queries == 1 else ("who?", "é"), 3) for name, one in FORMATS.items()}
+    assert sent == {
+        "native": {"queries": ["who?", "é"], "k": 3},
+        "search_r1": {"queries": ["who?", "é"], "topk": 3, "return_scores": True},
+        "r3rag": {"query": "who?"},
+        "r3rag_batch": {"querys": ["who?", "é"]},
+    }
+
+
+def test_replies_of_each_format() -> None:
+    ann, bo = Passage("7", '"Ann"\nAnn sings.'), Passage("8", "Bo")
+    scored = [ANN | {"score": 0.5}, BO | {"score": -2}]
+    assert FORMATS["native"].read({"results": [scored, []]}, 2, 3) == [[Hit(ann, 0.5), Hit(bo, -2.0)], []]
+    ranked = [Hit(ann, 0.0), Hit(bo, -1.0)]
+    assert FORMATS["r3rag"].read([ANN, BO | {"score": "of the corpus"}], 1, 3) == [ranked]
+    assert FORMATS["r3rag"].read([ANN, BO], 1, 1) == [ranked[:1]]  # the server alone says how many come
+    assert FORMATS["r3rag_batch"].read([[ANN, BO], [{"id": 9, "title": "Di", "text": "Dee."}]], 2, 2) == [
+        ranked,
+        [Hit(Passage("9", '"Di"\nDee.'), 0.0)],
+    ]
+    assert FORMATS["r3rag"].read([], 1, 3) == [[]] and FORMATS["r3rag_batch"].read([], 0, 3) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "reply", "message"),
+    [
+        ("native", {"result": [[]]}, "expected a field 'results'; got the fields ['result']"),
+        ("native", {"results": [[ANN]]}, "row 1, document 1: score must be a finite number; got None"),
+        ("r3rag", {"detail": "no"}, 'row 1 must be a list; got {"detail": "no"}'),
+        ("r3rag", [[ANN]], "row 1, document 1: must be an object; got [{"),
+        ("r3rag_batch", {"result": []}, "the reply must be a list; got an object"),
+        ("r3rag_batch", [[], []], "the reply must have a row for each of 1 queries; got 2"),
+        ("r3rag_batch", [ANN], "row 1 must be a list; got {"),
+    ],
+)
+def test_replies_that_each_format_refuses(name: str, reply: Any, message: str) -> None:
+    with pytest.raises(WireError) as error:
+        FORMATS[name].read(reply, 1, 3)
+    assert message in str(error.value)
 
 
 def test_documents_with_scores() -> None:
@@ -36,8 +78,8 @@ def test_bare_documents_are_ranked_as_they_come() -> None:
         ([[]], "the reply must be an object; got a list"),
         ({}, "expected a field 'result'"),
         ({"result": None}, "result must be a list; got null"),
-        ({"result": [[], []]}, "result must have a row for each of 1 queries; got 2"),
-        ({"result": []}, "result must have a row for each of 1 queries; got 0"),
+        ({"result": [[], []]}, "the reply must have a row for each of 1 queries; got 2"),
+        ({"result": []}, "the reply must have a row for each of 1 queries; got 0"),
         ({"result": [None]}, "row 1 must be a list; got null"),
         ({"result": [{"id": "1"}]}, 'row 1 must be a list; got {"id": "1"}'),
         ({"result": [[None]]}, "row 1, document 1: must be an object; got null"),
