@@ -48,7 +48,10 @@ NOTEBOOK = ["matplotlib>=3.10", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=
 # Trackers that `log.trackers` names.
 TENSORBOARD = ["tensorboardX>=2.6"]
 TRACKIO = ["trackio>=0.40"]
+# `python -m r3rag_jax.serve`. prometheus_client is there in any case: orbax brings it along.
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus_client>=0.20"]
 TEST = [
+    *SERVE,
     *NOTEBOOK,
     *TENSORBOARD,
     *TRACKIO,
@@ -82,6 +85,7 @@ setup(
         "test": TEST,
         # `python -m r3rag_jax.convert model.gguf`: transformers reads it with these.
         "gguf": ["gguf>=0.19", "accelerate>=1.15", "torch>=2.13"],
+        "serve": SERVE,
         "tensorboard": TENSORBOARD,
         "trackio": TRACKIO,
         "gcs": ["gcsfs>=2025.3"],  # gs:// folders
