@@ -22,6 +22,7 @@ from r3rag_jax.reporting.report_page import write_report
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import hold_run
 from r3rag_jax.run.provenance import has_finished
+from r3rag_jax.run.watchdog import Watchdog
 from r3rag_jax.training.memory_plan import notices
 from r3rag_jax.training.rl import run_rl
 from r3rag_jax.training.sft import run_sft
@@ -46,12 +47,11 @@ PHASES: dict[str, Callable[[Components], bool]] = {
 
 
 @main_guard
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     config, _ = parse_args(argv, prog="python -m r3rag_jax.train", description=(__doc__ or "").splitlines()[0])
     with joined(config.mesh):
         use_compile_cache()
         run(config)
-    return 0
 
 
 def run(config: Config, console: Console | None = None) -> Components:
@@ -59,7 +59,7 @@ def run(config: Config, console: Console | None = None) -> Components:
     c, did_work = Components(config, config.run_directory, console), False
     say = c.console.print
     plans, log = c.memory_plans, c.log  # bad configurations fail before the run directory is created
-    with hold_run(config), log:
+    with hold_run(config), log, Watchdog(config.log.watchdog_s, c.run.stalls):
         for name in config.phases:
             started = time.monotonic()
             for notice in notices(config, name, plans, c.mesh, c.sampler_mesh):

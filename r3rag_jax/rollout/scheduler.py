@@ -24,6 +24,7 @@ from r3rag_jax.retrieval.base import Hit, Retriever
 from r3rag_jax.rollout.backends import Generation, RolloutBackend
 from r3rag_jax.rollout.env import Done, Env, EnvFactory, Search, Transition
 from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.run.watchdog import moved
 from r3rag_jax.types import Context, Trajectory
 
 OnDone = Callable[[Trajectory], None]
@@ -90,6 +91,7 @@ class _Scheduler:
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
         self._queue.extend(enumerate(requests))
         for call in itertools.count():
+            moved(f"rollouts: call {call}, {len(self._done)} of {len(requests)} done")
             self._finish_searches(before=call)
             self._fill_slots()
             self._start_search(call - 1)  # of questions that begin with one

@@ -79,6 +79,11 @@ class RunDirectory:
         """Directory of all trajectories."""
         return self.path / "trajectories"
 
+    @property
+    def stalls(self) -> Path:
+        """Directory of the watchdog's reports; see `Watchdog`."""
+        return self.path / "stalls"
+
     def data(self, split: str) -> Path:
         """The passages (`corpus`), the questions of a split, or the cold-start trajectories (`sft`), as JSONL."""
         return self.data_dir / f"{split}.jsonl"

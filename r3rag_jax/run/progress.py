@@ -11,6 +11,8 @@ import jax.monitoring
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from r3rag_jax.run.watchdog import moved
+
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # JAX reports it after every compilation
 
 
@@ -35,6 +37,7 @@ class ProgressBar:
             self._task = self._progress.add_task(title, total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressBar:
+        moved(f"{self._title} {self._done}/{self._total}")
         if self._progress is not None:
             self._progress.start()
         return self
@@ -46,6 +49,7 @@ class ProgressBar:
     def advance(self, count: int = 1, /, **numbers: float) -> None:
         """Add `count` units of work and show the numbers, e.g. reward=1.2, em=61.0, tokens_per_s=5400."""
         self._done += count
+        moved(f"{self._title} {self._done}/{self._total}")
         note = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done, note=note or None)

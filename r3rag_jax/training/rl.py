@@ -25,6 +25,7 @@ from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.progress import ProgressBar, num_compiled
 from r3rag_jax.run.provenance import Provenance
 from r3rag_jax.run.trajectories import TrajectoryLog
+from r3rag_jax.run.watchdog import moved
 from r3rag_jax.training.experience import Experience, IterationSampler, Rollouts
 from r3rag_jax.training.rollout_metrics import rollout_metrics
 from r3rag_jax.training.trainer import RLTrainer
@@ -93,6 +94,7 @@ def run_iteration(
     experience = rollouts.score(parts.scorer, totals=config.rl.returns == "total")
     metrics = rollout_metrics(experience.trajectories, experience.scores)
     metrics["rollout_s"] = time.monotonic() - started
+    moved(f"RL iteration {iteration}: {len(experience.trajectories)} trajectories scored")
     experience = experience.learnable()
     targets = trainer.targets(trainer.pack(experience))
     metrics |= trainer.update(targets)

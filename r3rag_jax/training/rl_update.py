@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from r3rag_jax.config import Config
 from r3rag_jax.models.lora import TrainableSplit
 from r3rag_jax.parallel.shardings import device_put_batch
+from r3rag_jax.run.watchdog import moved
 from r3rag_jax.sampler.distribution import Truncation
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.batch import IterationBatches
@@ -104,6 +105,7 @@ class RLUpdate:
             lr_scale = optimizer.schedule((progress.iteration + done) / config.iterations, config.warmup, 0.1)
             inputs = StepInputs(iteration.batches[i], iteration.targets[i], lr_scale, np.float32(progress.kl))
             metrics = self.step(progress, inputs)
+            moved(f"RL iteration {progress.iteration}: update {number + 1} of {len(iteration.order)}")
             if not is_finite(metrics):
                 num_bad += 1
                 if not on_bad_step(

@@ -24,6 +24,7 @@ from r3rag_jax.parallel.processes import from_process_0
 from r3rag_jax.rewards.judge.judgements import Judgements
 from r3rag_jax.rewards.judge.prompts import Inquiry, Prompts
 from r3rag_jax.rewards.judge.verdicts import EXAMPLES, read_verdict
+from r3rag_jax.run.watchdog import moved
 from r3rag_jax.types import Question, Step
 
 MIN_FAILURES = 5  # fewer do not end a round with any reply: one failure in three judgements is a large share already
@@ -117,6 +118,7 @@ class Judge:
         num_without_reply, has_given_up = 0, False
         with self._file.writing() as add:
             for index, reply in self._chat.reply_all([inquiry.prompt for inquiry in inquiries]):
+                moved(f"judge: {index + 1} of {len(inquiries)} replies")
                 value = read_verdict(reply, inquiries[index].kind) if isinstance(reply, str) else None
                 if value is not None:
                     values[index] = value
