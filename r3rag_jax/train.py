@@ -62,7 +62,7 @@ def run(config: Config, console: Console | None = None) -> Components:
     with hold_run(config), log, Watchdog(config.log.watchdog_s, c.run.stalls):
         for name in config.phases:
             started = time.monotonic()
-            for notice in notices(config, name, plans, c.mesh, c.sampler_mesh):
+            for notice in notices(config, name, plans, c.sampler_mesh):
                 say(notice, highlight=False, markup=False)
             is_new = PHASES[name](c)
             took = f"{time.monotonic() - started:.0f} s"

@@ -110,7 +110,7 @@ class Place:
     times: float  # executions in one run of the program
     loops: tuple[str, ...]  # the `while` instructions around it, outermost first
     fusion: str | None = None  # the fusion that it belongs to, whose intermediate results are no buffers
-    has_unknown_trips: bool = False  # a loop around it has a length that only the run decides; it counts once
+    has_unknown_trips: bool = False  # a loop around it has a length that only the run decides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +120,7 @@ class Program:
     computations: Mapping[str, Computation]
     entry: str
     num_partitions: int = 1  # devices of the program
+    unknown_trips: float = 1  # what the outermost loop counts as whose length only the run decides; those in it: 1
 
     @functools.cached_property
     def places(self) -> Mapping[str, tuple[Place, ...]]:
@@ -132,9 +133,10 @@ class Program:
             for instruction in computation.instructions.values():
                 if instruction.opcode == "while":
                     trips = trip_count(self, computation, instruction)
+                    guess = 1.0 if place.has_unknown_trips else self.unknown_trips
                     inner = dataclasses.replace(
                         place,
-                        times=place.times * (1 if trips is None else trips),
+                        times=place.times * (guess if trips is None else trips),
                         loops=(*place.loops, instruction.name),
                         has_unknown_trips=place.has_unknown_trips or trips is None,
                     )
@@ -155,8 +157,11 @@ class Program:
                     yield self.computations[name], instruction, place
 
 
-def read(text: str) -> Program:
+def read(text: str, *, unknown_trips: float = 1) -> Program:
     """Read `compiled.as_text()`.
+
+    Args:
+        unknown_trips: turns of a loop whose length only the run decides.
 
     Raises:
         ValueError: the text has no entry computation.
@@ -175,7 +180,7 @@ def read(text: str) -> Program:
     partitions = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text)
     if not entry:
         raise ValueError("the text of a compiled program must have an ENTRY computation; got none")
-    return Program(computations, entry, int(partitions[1]) if partitions else 1)
+    return Program(computations, entry, int(partitions[1]) if partitions else 1, unknown_trips)
 
 
 def trip_count(program: Program, caller: Computation, loop: Instruction) -> int | None:

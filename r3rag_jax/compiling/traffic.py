@@ -86,6 +86,11 @@ def collectives(program: Program) -> list[Collective]:
     return kept
 
 
+def is_collective(instruction: Instruction) -> bool:
+    """Whether an instruction is, or starts, a collective."""
+    return instruction.opcode in _OPCODES
+
+
 def totals(found: Iterable[Collective]) -> dict[str, Total]:
     """Sums by kind, for the kinds that there are."""
     by_kind: dict[str, list[Collective]] = {}

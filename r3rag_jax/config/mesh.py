@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -15,6 +15,9 @@ class MeshConfig(Section):
 
     dotted: ClassVar[str] = "mesh"
 
+    layout: Literal["given", "auto"] = key(
+        "given", "`auto`: data, fsdp and tensor are chosen from devices, memory and model, and the choice is explained"
+    )
     data: int = key(-1, "size of data parallelism; -1: all devices that the other axes leave", "devices")
     fsdp: int = key(1, "size of parameter sharding (FSDP)", "devices", ge=1)
     tensor: int = key(1, "size of tensor parallelism", "devices", ge=1)
@@ -35,6 +38,19 @@ class MeshConfig(Section):
         if size != -1 and size < 1:
             raise ValueError(f"must be at least 1, or -1 for what is left; got {size}")
         return size
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> Self:
+        require(
+            self.layout == "given" or (self.data, self.fsdp, self.tensor) == (-1, 1, 1),
+            "mesh.data, mesh.fsdp and mesh.tensor must be unset when mesh.layout is auto, which chooses them; got "
+            f"{self.data}, {self.fsdp} and {self.tensor}",
+            "mesh.layout",
+            "mesh.data",
+            "mesh.fsdp",
+            "mesh.tensor",
+        )
+        return self
 
     @model_validator(mode="after")
     def _check_processes(self) -> Self:

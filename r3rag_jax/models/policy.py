@@ -33,6 +33,20 @@ from r3rag_jax.text.chat_template import TEMPLATES, read_template
 from r3rag_jax.text.tokenizer import Tokenizer
 
 
+def model_directory(config: ModelConfig) -> Path:
+    """The Hugging Face directory that `model.path` names.
+
+    Raises:
+        ConfigError: it is not a directory with config.json.
+    """
+    if config.path == "bundled":
+        return Path(str(files("r3rag_jax") / "world" / "base"))
+    path = model_path(config.path)
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"model.path must be a Hugging Face directory with config.json; got {path}")
+    return path
+
+
 class Policy:
     """Architecture and tokenizer of `model.path`; creates, loads and saves parameters for it.
 
@@ -48,17 +62,8 @@ class Policy:
 
     @functools.cached_property
     def base_path(self) -> Path:
-        """The Hugging Face directory of the base checkpoint.
-
-        Raises:
-            ConfigError: `model.path` is not a Hugging Face directory.
-        """
-        if self._config.path == "bundled":
-            return Path(str(files("r3rag_jax") / "world" / "base"))
-        path = model_path(self._config.path)
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"model.path must be a Hugging Face directory with config.json; got {path}")
-        return path
+        """The Hugging Face directory of the base checkpoint; see `model_directory`."""
+        return model_directory(self._config)
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:

@@ -11,6 +11,7 @@ from r3rag_jax.config import MeshConfig
 from r3rag_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+Sizes = tuple[int, int, int]  # along AXES
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -19,12 +20,29 @@ def make_mesh(config: MeshConfig) -> Mesh:
     Raises:
         UserError: the product of the axis sizes is not the number of devices.
     """
-    devices = jax.devices()[: jax.device_count() - config.sampler_devices]
-    num_devices = len(devices)
-    if num_devices < 1:
+    devices = jax.devices()[: num_training_devices(config, jax.device_count())]
+    return mesh_of(devices, mesh_sizes(config, len(devices)))
+
+
+def num_training_devices(config: MeshConfig, num_devices: int) -> int:
+    """How many devices the sampler leaves to training.
+
+    Raises:
+        UserError: none.
+    """
+    if config.sampler_devices >= num_devices:
         raise UserError(
-            f"mesh.sampler_devices must leave one or more of {jax.device_count()} devices; got {config.sampler_devices}"
+            f"mesh.sampler_devices must leave one or more of {num_devices} devices; got {config.sampler_devices}"
         )
+    return num_devices - config.sampler_devices
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> Sizes:
+    """The sizes (data, fsdp, tensor) of a training mesh.
+
+    Raises:
+        UserError: their product is not the number of devices.
+    """
     rest = config.fsdp * config.tensor
     data = num_devices // rest if config.data == -1 else config.data
     if data * rest != num_devices:
@@ -32,14 +50,15 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh.data * mesh.fsdp * mesh.tensor must be the number of devices, {num_devices}; "
             f"got {config.data} * {config.fsdp} * {config.tensor}"
         )
-    return _mesh((data, config.fsdp, config.tensor), devices)
+    return data, config.fsdp, config.tensor
 
 
 def make_sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
     """Make the mesh for rollouts: the last `sampler_devices` devices, each with all weights, or `mesh` if that is 0."""
     num_devices = config.sampler_devices
-    return _mesh((num_devices, 1, 1), jax.devices()[-num_devices:]) if num_devices else mesh
+    return mesh_of(jax.devices()[-num_devices:], (num_devices, 1, 1)) if num_devices else mesh
 
 
-def _mesh(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> Mesh:
+def mesh_of(devices: Sequence[jax.Device], sizes: Sizes) -> Mesh:
+    """Make a mesh of these sizes; the devices need not be of this process."""
     return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)

@@ -59,8 +59,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_ways(mesh: Mesh, num_rows: int) -> int:
     """Number of devices that the rows of a batch are split over; 1 (replicated) if they do not divide evenly."""
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    ways = batch_devices(mesh)
     return ways if num_rows % ways == 0 else 1
+
+
+def batch_devices(mesh: Mesh) -> int:
+    """Number of devices that rows of a batch can be split over: those of (data, fsdp)."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def batch_shardings(mesh: Mesh, tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a phase keeps in the memory of each device, counted before anything is allocated."""
+"""What a phase keeps in the memory of each device, counted before anything is allocated, and the rules of its rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from r3rag_jax.config import Config
+from r3rag_jax.errors import UserError
 from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.models.policy import Policy
-from r3rag_jax.parallel.shardings import batch_ways, tree_shardings
+from r3rag_jax.parallel.shardings import batch_devices, tree_shardings
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.rewards.judge.factory import judge_memory
 from r3rag_jax.rl.algorithms import ALGORITHMS
@@ -26,6 +27,7 @@ from r3rag_jax.sampler.memory import MemoryPlan, bytes_per_device, plan
 from r3rag_jax.sampler.ops import SamplerOps
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.state import new_critic
+from r3rag_jax.training.temporaries import estimated_temporaries
 
 
 def will_hold_policy(config: Config, run: RunDirectory, phase: str) -> bool:
@@ -35,58 +37,103 @@ def will_hold_policy(config: Config, run: RunDirectory, phase: str) -> bool:
     return phase != "index" and not run.policy(phase).exists()
 
 
+class MemoryPlanner:
+    """Plans the phases of a run, also on meshes and with settings that are only considered; shapes are traced once."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+        self.shapes = policy.param_shapes()
+        self._trained: dict[str, tuple[Any, Any]] = {}
+        self._cached: dict[SamplerOps, Any] = {}
+        self._counted: dict[tuple[str, Mesh], int] = {}
+
+    def plan(
+        self,
+        config: Config,
+        phase: str,
+        mesh: Mesh,
+        sampler_mesh: Mesh,
+        kv_dtype: Any,
+        device_bytes: int | None = None,
+    ) -> list[MemoryPlan]:
+        """Count what `sft`, `rl` or `eval` keeps on each device for as long as the phase runs.
+
+        Args:
+            config: with the model and the algorithm of the policy's; rows, slots and the like may be others.
+            mesh: may consist of devices that this process does not have, if `device_bytes` is given.
+            sampler_mesh: where rollouts run; `mesh` itself, or a mesh of other devices.
+            kv_dtype: of the sampler's KV cache.
+            device_bytes: memory of a device; None: what the devices say.
+
+        Returns:
+            One plan, or one for each mesh where the sampler has devices of its own.
+        """
+        decoder, rollout, is_shared = self.policy.decoder_config, config.rollout, sampler_mesh is mesh
+        sizes, trained_bytes = self._sizes(config, phase, mesh)
+        estimated = estimated_temporaries(config, decoder, mesh, trained_bytes)
+        temporaries = {name: estimated[name] for name in {"sft": ("sft",), "rl": ("score", "rl"), "eval": ()}[phase]}
+        if phase == "sft":
+            return [plan(mesh, sizes, temporaries=temporaries, device_bytes=device_bytes)]
+        cached = self._cached_decoder(SamplerOps.of(sampler_mesh))
+        weights = {"sampler weights": bytes_per_device(cached, cached.shardings(sampler_mesh, rollout.shard_weights))}
+        sampling = estimated_temporaries(config, decoder, sampler_mesh, 0)
+        of_sampler = {name: sampling[name] for name in ("prefill", "decode")}
+        before = sizes if is_shared else {"weights": self._size("weights", self.shapes, sampler_mesh)}
+        sampler = plan(
+            sampler_mesh, before | weights,
+            decoder, slots=rollout.slots, max_length=rollout.max_length, dtype=kv_dtype,
+            temporaries=(temporaries if is_shared else {}) | of_sampler, device_bytes=device_bytes,
+        )  # fmt: skip
+        if is_shared:
+            return [sampler]
+        return [plan(mesh, sizes, temporaries=temporaries, device_bytes=device_bytes), sampler]
+
+    def _sizes(self, config: Config, phase: str, mesh: Mesh) -> tuple[dict[str, int], int]:
+        """Bytes of the arrays of training by name, and of the trained parameters among them."""
+        weights = self._size("weights", self.shapes, mesh)
+        sizes = {{"sft": "start", "rl": "reference", "eval": "weights"}[phase]: weights}
+        if (phase == "rl" and config.rewards.needs_judge) or (phase == "eval" and config.eval.judge):
+            sizes |= judge_memory(config.judge, mesh)
+        if phase == "eval":
+            return sizes, 0
+        if phase not in self._trained:
+            self._trained[phase] = jax.eval_shape(lambda: _trained(config, phase, self.policy, self.shapes))
+        params, moments = self._trained[phase]
+        trained_bytes = self._size(f"{phase} parameters", params, mesh)
+        has_critic = phase == "rl" and "critic" in params
+        critic = self._size("critic", params["critic"], mesh) if has_critic else 0
+        sizes |= {"parameters": trained_bytes - critic} | ({"critic": critic} if critic else {})
+        sizes |= {"optimizer": self._size(f"{phase} optimizer", moments, mesh)}
+        if phase == "rl" and config.lora.rank:
+            sizes["merged"] = weights
+        return sizes, trained_bytes
+
+    def _size(self, name: str, tree: Any, mesh: Mesh) -> int:
+        """Bytes on one device; counted once for each name and mesh."""
+        if (name, mesh) not in self._counted:
+            self._counted[name, mesh] = bytes_per_device(tree, tree_shardings(mesh, tree, PARAM_AXES))
+        return self._counted[name, mesh]
+
+    def _cached_decoder(self, ops: SamplerOps) -> Any:
+        if ops not in self._cached:
+            self._cached[ops] = jax.eval_shape(lambda: CachedDecoder.of(self.policy.new_decoder(), ops))
+        return self._cached[ops]
+
+
 def plan_phases(
     config: Config, phases: Sequence[str], policy: Policy, mesh: Mesh, sampler_mesh: Mesh, kv_dtype: Any
 ) -> dict[str, list[MemoryPlan]]:
-    """`plan_memory` of each phase.
+    """The memory plans of phases, by phase.
 
     Raises:
-        UserError: a device has too little memory.
+        UserError: a device has too little memory, or rows do not divide by the devices.
     """
-    plans = {name: plan_memory(config, name, policy, mesh, sampler_mesh, kv_dtype) for name in phases}
+    check_rows(config, phases, mesh, sampler_mesh)
+    planner = MemoryPlanner(policy)
+    plans = {name: planner.plan(config, name, mesh, sampler_mesh, kv_dtype) for name in phases}
     for planned in itertools.chain(*plans.values()):
         planned.check()
     return plans
-
-
-def plan_memory(
-    config: Config, phase: str, policy: Policy, mesh: Mesh, sampler_mesh: Mesh, kv_dtype: Any
-) -> list[MemoryPlan]:
-    """Count what `sft`, `rl` or `eval` keeps on each device for as long as the phase runs.
-
-    Args:
-        sampler_mesh: where rollouts run; `mesh` itself, or a mesh of other devices.
-        kv_dtype: of the sampler's KV cache.
-
-    Returns:
-        One plan, or one for each mesh where the sampler has devices of its own.
-    """
-    shapes = policy.param_shapes()
-
-    def size(tree: Any, on: Mesh = mesh) -> int:
-        return bytes_per_device(tree, tree_shardings(on, tree, PARAM_AXES))
-
-    sizes = {{"sft": "start", "rl": "reference", "eval": "weights"}[phase]: size(shapes)}
-    if (phase == "rl" and config.rewards.needs_judge) or (phase == "eval" and config.eval.judge):
-        sizes |= judge_memory(config.judge, mesh)
-    if phase != "eval":
-        params, moments = jax.eval_shape(lambda: _trained(config, phase, policy, shapes))
-        sizes |= {"trained": size(params), "optimizer": size(moments)}
-        if phase == "rl" and config.lora.rank:
-            sizes["merged"] = size(shapes)
-    if phase == "sft":
-        return [plan(mesh, sizes)]
-    rollout = config.rollout
-    cached = jax.eval_shape(lambda: CachedDecoder.of(policy.new_decoder(), SamplerOps.of(sampler_mesh)))
-    sampler_sizes = {
-        "policy of rollouts": bytes_per_device(cached, cached.shardings(sampler_mesh, rollout.shard_weights))
-    }
-    is_shared = sampler_mesh is mesh
-    sampler = plan(
-        sampler_mesh, (sizes if is_shared else {"weights": size(shapes, sampler_mesh)}) | sampler_sizes,
-        policy.decoder_config, slots=rollout.slots, max_length=rollout.max_length, dtype=kv_dtype,
-    )  # fmt: skip
-    return [sampler] if is_shared else [plan(mesh, sizes), sampler]
 
 
 def _trained(config: Config, phase: str, policy: Policy, shapes: Any) -> tuple[Any, Any]:
@@ -102,21 +149,37 @@ def _trained(config: Config, phase: str, policy: Policy, shapes: Any) -> tuple[A
     return params, optimizer.rl_optimizer(config.rl, moment_dtype).init(params)
 
 
-def indivisible_settings(config: Config, mesh: Mesh, sampler_mesh: Mesh, phase: str) -> list[str]:
-    """Settings of a phase, as `key=value`, whose rows do not divide by the devices, which then all compute all rows."""
-    rows: list[tuple[Mesh, str, int]] = []
-    if phase == "sft":
-        rows.append((mesh, "sft.batch_rows", config.sft.batch_rows))
-    if phase == "rl":
-        rows.append((mesh, "rl.batch_rows", config.rl.batch_rows))
-    if phase in ("rl", "eval") and not config.rollout.server.is_given:
-        rows.append((sampler_mesh, "rollout.slots", config.rollout.slots))
-    return [f"{key}={num}" for on, key, num in rows if on.size > on.shape["tensor"] and batch_ways(on, num) == 1]
+def check_rows(config: Config, phases: Sequence[str], mesh: Mesh, sampler_mesh: Mesh) -> None:
+    """Check that the rows of each phase divide by the devices of `data` and `fsdp`, which compute a share each.
+
+    Raises:
+        UserError: some do not; the message has the nearest that do, as `key=value`.
+    """
+    rows: dict[str, tuple[Mesh, int]] = {}
+    if "sft" in phases:
+        rows["sft.batch_rows"] = mesh, config.sft.batch_rows
+    if "rl" in phases:
+        rows["rl.batch_rows"] = mesh, config.rl.batch_rows
+    if {"rl", "eval"} & set(phases) and not config.rollout.server.is_given:
+        rows["rollout.slots"] = sampler_mesh, config.rollout.slots
+    wrong = {name: (batch_devices(on), num) for name, (on, num) in rows.items() if num % batch_devices(on)}
+    if not wrong:
+        return
+    ways = max(ways for ways, _ in wrong.values())
+    nearest = " ".join(f"{name}={nearest_rows(num, ways)}" for name, (ways, num) in wrong.items())
+    got = ", ".join(f"{name}={num}" for name, (_, num) in wrong.items())
+    raise UserError(
+        f"{' and '.join(wrong)} must divide by the {ways} devices of mesh.data * mesh.fsdp; got {got}; nearest: "
+        f"{nearest} (or devices to mesh.tensor, or fewer devices)"
+    )
 
 
-def notices(
-    config: Config, phase: str, plans: Mapping[str, Sequence[MemoryPlan]], mesh: Mesh, sampler_mesh: Mesh
-) -> list[str]:
+def nearest_rows(num_rows: int, ways: int) -> int:
+    """The multiple of `ways` nearest to a number of rows; of two, the larger one."""
+    return max(1, (2 * num_rows + ways) // (2 * ways)) * ways
+
+
+def notices(config: Config, phase: str, plans: Mapping[str, Sequence[MemoryPlan]], sampler_mesh: Mesh) -> list[str]:
     """What a user should know before a phase begins, as rich markup.
 
     Before the first phase that is whether contexts may be full, and before a phase with a plan its memory.
@@ -125,12 +188,12 @@ def notices(
     found = context_notices(config) if phase == config.phases[0] and has_rollouts else []
     if phase not in plans:
         return found
-    keys = indivisible_settings(config, mesh, sampler_mesh, phase)
     is_slow = phase == next(iter(plans)) and cpu_kernels.are_missing(Target.of(sampler_mesh))
+    tight = "by estimate the temporaries do not fit; python -m r3rag_jax.compile has the compiler's numbers"
     slow = "no C++ compiler that works (c++, g++, clang++ or $CXX): sampling takes some twice as long"
     return [
         *found,
         *([f"[yellow]{slow}[/]"] if is_slow else []),
         *(f"[dim]memory of {phase}: {planned}[/]" for planned in plans[phase]),
-        *(f"[yellow]{key} does not divide by the devices of data and fsdp: each computes all rows[/]" for key in keys),
+        *(f"[yellow]{tight}[/]" for planned in plans[phase] if planned.is_tight),
     ]

@@ -37,9 +37,9 @@ def test_the_numbers_typed_out() -> None:
 def test_it_is_said_once_before_the_first_phase() -> None:
     mesh = make_mesh(Config().mesh)
     phases = ("index", "sft", "rl", "eval")
-    told = [notices(config(149, phases=phases), phase, {}, mesh, mesh) for phase in phases]
+    told = [notices(config(149, phases=phases), phase, {}, mesh) for phase in phases]
     assert [len(found) for found in told] == [1, 0, 0, 0]
-    assert notices(config(149, phases=("index", "sft")), "index", {}, mesh, mesh) == []
+    assert notices(config(149, phases=("index", "sft")), "index", {}, mesh) == []
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "r3rag_qwen2.5_7b", "r3rag_llama3.1_8b", "wikihop_smollm2"])

@@ -14,7 +14,7 @@ from r3rag_jax.config import Config, MeshConfig, RLConfig, RolloutConfig, SFTCon
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.sampler import memory
-from r3rag_jax.training.memory_plan import indivisible_settings
+from r3rag_jax.training.memory_plan import check_rows, nearest_rows
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 
@@ -31,12 +31,11 @@ def test_planned_memory_is_what_the_trainer_holds(base: Path, tmp_path: Path, ra
         return sum(shard.data.nbytes for shard in shards if shard.device == jax.devices()[0])
 
     assert planned.array_bytes["reference"] == held(rl._ref_params)
-    assert planned.array_bytes["trained"] == held(rl.progress.state.params)
+    assert planned.array_bytes["parameters"] == held(rl.progress.state.params["policy"])
+    assert planned.array_bytes["critic"] == held(rl.progress.state.params["critic"])
     assert planned.array_bytes["optimizer"] == held(rl.progress.state.opt_state)
     assert planned.array_bytes.get("merged", 0) == (held(rl.policy_params) if rank else 0)
-    assert planned.array_bytes["policy of rollouts"] == held(
-        components.engine_backends(lambda: rl.policy_params)._policy
-    )
+    assert planned.array_bytes["sampler weights"] == held(components.engine_backends(lambda: rl.policy_params)._policy)
 
 
 def test_more_slots_than_memory_are_refused_before_anything_runs(
@@ -48,11 +47,22 @@ def test_more_slots_than_memory_are_refused_before_anything_runs(
     assert not (tmp_path / "run").exists()
 
 
-def test_rows_that_do_not_divide_by_the_devices_are_told_of() -> None:
-    """Eight devices, four of data and fsdp."""
+def test_rows_that_do_not_divide_by_the_devices_are_refused() -> None:
+    """Eight devices, four of data and fsdp; the message has the nearest rows that do divide."""
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
-    config = Config().replace(sft=SFTConfig(batch_rows=6), rl=RLConfig(batch_rows=8), rollout=RolloutConfig(slots=10))
-    told = {phase: indivisible_settings(config, mesh, mesh, phase) for phase in ("index", "sft", "rl", "eval")}
-    assert told == {"index": [], "sft": ["sft.batch_rows=6"], "rl": ["rollout.slots=10"], "eval": ["rollout.slots=10"]}
+    config = Config().replace(sft=SFTConfig(batch_rows=6), rl=RLConfig(batch_rows=8), rollout=RolloutConfig(slots=13))
+    check_rows(config, ["index"], mesh, mesh)
+    with pytest.raises(UserError, match=r"sft.batch_rows must divide by the 4 devices .* got sft.batch_rows=6; .*=8 "):
+        check_rows(config, ["index", "sft"], mesh, mesh)
+    for phase in ("rl", "eval"):
+        with pytest.raises(UserError, match=r"rollout.slots must .* got rollout.slots=13; nearest: rollout.slots=12 "):
+            check_rows(config, [phase], mesh, mesh)
+    with pytest.raises(UserError, match=r"sft.batch_rows and rollout.slots must"):
+        check_rows(config, ["sft", "rl"], mesh, mesh)
     of_one = make_mesh(MeshConfig(tensor=8))
-    assert not any(indivisible_settings(config, of_one, of_one, phase) for phase in told)
+    check_rows(config, ["sft", "rl", "eval"], of_one, of_one)
+
+
+@pytest.mark.parametrize(("rows", "ways", "nearest"), [(16, 64, 64), (6, 4, 8), (5, 4, 4), (128, 64, 128), (1, 8, 8)])
+def test_nearest_rows(rows: int, ways: int, nearest: int) -> None:
+    assert nearest_rows(rows, ways) == nearest
