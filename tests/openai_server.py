@@ -13,6 +13,7 @@ from typing import Any
 
 Reply = tuple[int, Any]  # status, and a JSON value or bytes as they stand
 MODEL = "tiny"
+PATHS = {"messages": "/v1/chat/completions", "input": "/v1/embeddings", "prompt": "/v1/completions"}
 
 
 class RunningServer:
@@ -30,7 +31,7 @@ class RunningServer:
 def serve(
     reply: Callable[[dict[str, Any]], Reply], extra_headers: dict[str, str] | None = None
 ) -> Iterator[RunningServer]:
-    """`reply` answers the bodies of /v1/completions and /v1/chat/completions, from a thread each."""
+    """`reply` answers the bodies of PATHS, from a thread each."""
     lock = threading.Lock()
     connections: list[socket.socket] = []
 
@@ -55,7 +56,7 @@ def serve(
                 running.num_busy += 1
                 running.most_busy = max(running.most_busy, running.num_busy)
             try:
-                assert self.path == ("/v1/chat/completions" if "messages" in body else "/v1/completions")
+                assert self.path == next((path for name, path in PATHS.items() if name in body), None)
                 status, value = reply(body)
             finally:
                 with lock:

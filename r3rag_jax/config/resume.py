@@ -30,6 +30,8 @@ FREE_KEYS = {
         "rollout.decode_chunk",
         "rollout.search_overlap",
         "retrieval.encoder.batch_tokens",
+        "retrieval.encoder.batch_texts",
+        "retrieval.encoder.encoding_format",
     ),
     "how much is lost when a run is killed": ("sft.checkpoint_every",),
 }
@@ -38,7 +40,10 @@ FREE_KEYS = {
 FREE_UNLESS_ASYNC = ("rl.checkpoint_every", "rl.eval_every")
 # Where a server is and how patiently it is called; which model it serves (`model`) is no such key.
 CONNECTION_KEYS = ("url", "replicas", "key_env", "max_in_flight", "requests_per_minute", "retries", "timeout_s")
-FREE_OF_RETRIEVAL = tuple(f"retrieval.endpoint.{name}" for name in (*CONNECTION_KEYS, "format"))
+FREE_OF_RETRIEVAL = (
+    *(f"retrieval.endpoint.{name}" for name in (*CONNECTION_KEYS, "format")),
+    *(f"retrieval.encoder.endpoint.{name}" for name in CONNECTION_KEYS),
+)
 # Free even while rewards depend on the judge; its other keys are free only where no reward does.
 FREE_OF_JUDGE = (
     *(f"judge.endpoint.{name}" for name in CONNECTION_KEYS),

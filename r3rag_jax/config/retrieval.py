@@ -15,13 +15,19 @@ class EncoderConfig(Section):
 
     dotted: ClassVar[str] = "retrieval.encoder"
 
-    kind: Literal["hash", "bert"] = key(
-        "hash", "`hash`: TF-IDF of hashed words and letter n-grams, without weights; `bert`: MiniLM, E5, BGE"
+    kind: Literal["hash", "bert", "endpoint"] = key(
+        "hash",
+        "`hash`: TF-IDF of hashed words and letter n-grams, without weights; `bert`: MiniLM, E5, BGE; `endpoint`: a "
+        "server with OpenAI's /v1/embeddings",
     )
     path: str = key("", "with kind bert: its Hugging Face directory, or `package:NAME`", "path")
     dtype: Literal["float32", "bfloat16"] = key("float32", "with kind bert: compute dtype")
     max_length: int = key(
-        0, "with kind bert: longer texts are truncated to this length; 0: the model's limit", "tokens", ge=0
+        0,
+        "longer texts are truncated to this length; 0: the model's limit. With kind endpoint the server truncates, in "
+        "the way of vLLM",
+        "tokens",
+        ge=0,
     )
     batch_tokens: int = key(
         16_384, "with kind bert: size of a batch, padding included; bounds the memory", "tokens", ge=1
@@ -31,13 +37,17 @@ class EncoderConfig(Section):
         "with kind bert: how token states become one vector; `auto`: as sentence-transformers' modules.json says",
     )
     query_prefix: str = key(
-        "auto", "with kind bert: text before every query, e.g. E5's `query: `; `auto`: sentence-transformers' prompt"
+        "auto",
+        "text before every query, e.g. E5's `query: `; `auto`: sentence-transformers' prompt, none with kind endpoint",
     )
     passage_prefix: str = key(
         "auto",
-        "with kind bert: text before every passage, e.g. E5's `passage: `; `auto`: sentence-transformers' prompt",
+        "text before every passage, e.g. E5's `passage: `; `auto`: as for queries",
     )
     dim: int = key(1024, "with kind hash: size of a vector", "floats", ge=1)
+    batch_texts: int = key(32, "with kind endpoint: texts of a request", "texts", ge=1)
+    encoding_format: Literal["base64", "float"] = key("base64", "with kind endpoint: how vectors are sent")
+    endpoint: EndpointConfig = section(EndpointConfig(), "The server of `retrieval.encoder.kind: endpoint`.")
 
     @model_validator(mode="after")
     def _check_path(self) -> Self:
@@ -45,6 +55,12 @@ class EncoderConfig(Section):
             self.kind != "bert" or self.path != "",
             "retrieval.encoder.path must be given when retrieval.encoder.kind is bert; got none",
             "retrieval.encoder.path",
+            "retrieval.encoder.kind",
+        )
+        require(
+            self.kind != "endpoint" or self.endpoint.is_given,
+            "retrieval.encoder.endpoint.url must be given when retrieval.encoder.kind is endpoint; got none",
+            "retrieval.encoder.endpoint.url",
             "retrieval.encoder.kind",
         )
         return self

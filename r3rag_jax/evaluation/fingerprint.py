@@ -94,12 +94,14 @@ KEYS_WITHOUT_EFFECT = {
         "rollout.search_overlap",
         "judge.local.slots",
         "retrieval.encoder.batch_tokens",
+        "retrieval.encoder.batch_texts",
+        "retrieval.encoder.encoding_format",
     ),
     "where arrays lie": ("rollout.shard_weights", "mesh"),
     "how a server is called": (
         *(
             f"{section}.{name}"
-            for section in ("rollout.server", "judge.endpoint", "retrieval.endpoint")
+            for section in ("rollout.server", "judge.endpoint", "retrieval.endpoint", "retrieval.encoder.endpoint")
             for name in ("replicas", "key_env", "max_in_flight", "requests_per_minute", "retries", "timeout_s")
         ),
         "retrieval.endpoint.model",  # never sent

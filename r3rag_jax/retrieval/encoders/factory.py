@@ -12,6 +12,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.retrieval.base import Encoder
 from r3rag_jax.retrieval.encoders.bert import BertEncoder
+from r3rag_jax.retrieval.encoders.endpoint import EndpointEncoder
 from r3rag_jax.retrieval.encoders.hashed import ENCODER_FILE, HashEncoder
 from r3rag_jax.retrieval.store import PassageStore, open_store
 
@@ -41,10 +42,16 @@ def new_bert(config: EncoderConfig, store: Callable[[], PassageStore]) -> BertEn
     )
 
 
+def new_endpoint(config: EncoderConfig, store: Callable[[], PassageStore]) -> EndpointEncoder:
+    """An encoder on a server."""
+    return EndpointEncoder(config)
+
+
 # `retrieval.encoder.kind` -> what makes an encoder from its section and, if it asks for them, the passages.
 ENCODERS: dict[str, Callable[[EncoderConfig, Callable[[], PassageStore]], Encoder]] = {
     "hash": new_hash,
     "bert": new_bert,
+    "endpoint": new_endpoint,
 }
 
 
@@ -64,11 +71,15 @@ def open_encoder(config: RetrievalConfig, index_dir: str | Path) -> Encoder:
     index's passages.
 
     Raises:
-        UserError: the encoder's directory cannot be read, or the index's hash encoder has another size.
+        UserError: the encoder's directory cannot be read, its server does not answer or is of another model than the
+            index, or the index's hash encoder has another size.
     """
     file = Path(index_dir) / ENCODER_FILE
     if config.encoder.kind != "hash" or not file.is_file():
-        return ENCODERS[config.encoder.kind](config.encoder, lambda: open_store(index_dir))
+        opened = ENCODERS[config.encoder.kind](config.encoder, lambda: open_store(index_dir))
+        if isinstance(opened, EndpointEncoder):
+            opened.check_index(Path(index_dir))
+        return opened
     encoder = HashEncoder.load(file)
     if encoder.dim != config.encoder.dim:
         raise UserError(
