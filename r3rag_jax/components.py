@@ -29,7 +29,7 @@ from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
-from r3rag_jax.parallel.processes import on_process_0
+from r3rag_jax.parallel.processes import exists, on_process_0
 from r3rag_jax.retrieval.base import Encoder, Retriever
 from r3rag_jax.retrieval.factory import build_index, open_encoder, open_retriever, open_store
 from r3rag_jax.retrieval.manifest import has_index, read_manifest
@@ -301,7 +301,7 @@ class Components:
         """What phase `sft` or `rl` begins from as the run is now. All processes must call."""
         found = {"base": self.digest_of(BASE_POLICY)}
         if phase == "rl":
-            found["cold_start"] = self.digest_of("sft") if self.run.policy("sft").exists() else ""
+            found["cold_start"] = self.digest_of("sft") if exists(self.run.policy("sft")) else ""
         data, digests = self.dataset.path_of(phase), FileDigests(self.run.digests)
 
         def of_files() -> dict[str, str]:

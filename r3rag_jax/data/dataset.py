@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from r3rag_jax.config import Config
-from r3rag_jax.data.questions import identity, read_questions
+from r3rag_jax.data.questions import identity, question_to_dict, read_questions
 from r3rag_jax.data.records import STOP, OnError, Records, listed
-from r3rag_jax.data.trajectories import read_trajectories
+from r3rag_jax.data.trajectories import read_trajectories, trajectory_to_dict
 from r3rag_jax.errors import UserError
+from r3rag_jax.parallel.processes import check_same
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.types import Passage, Question, Trajectory
 
@@ -49,7 +53,10 @@ class Dataset:
     @functools.cached_property
     def _trajectories(self) -> Records[Trajectory]:
         """All of the file."""
-        return read_trajectories(self.path_of("sft"), self._corpus(), self._config.retrieval.top_k, self._on_error)
+        path = self.path_of("sft")
+        found = read_trajectories(path, self._corpus(), self._config.retrieval.top_k, self._on_error)
+        check_same(lambda: _digest(map(trajectory_to_dict, found)), "trajectories of the cold start")
+        return found
 
     def questions(self, split: str) -> Records[Question]:
         """The questions of a split, none where no file is given; RL's without those of the cold start's trajectories.
@@ -69,6 +76,7 @@ class Dataset:
     def read(self, path: Path) -> Records[Question]:
         """The questions of a file; says how many have the text of an earlier one."""
         questions = read_questions(path, self._on_error)
+        check_same(lambda: _digest(map(question_to_dict, questions)), f"questions of {path.name}")
         line_of: dict[str, int] = {}
         repeated = [
             f"line {line} is that of line {first}"
@@ -94,3 +102,11 @@ class Dataset:
                 f"left out {num} of {len(questions)} RL questions: also in the cold start (data.disjoint)"
             )
         return kept
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    """Hex SHA-256 of JSON values in their order."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return found.hexdigest()

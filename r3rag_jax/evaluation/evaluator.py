@@ -18,7 +18,7 @@ from r3rag_jax.evaluation.groups import ALL, groups_of
 from r3rag_jax.evaluation.metrics import measure
 from r3rag_jax.evaluation.results import read_result
 from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS, System
-from r3rag_jax.parallel.processes import barrier
+from r3rag_jax.parallel.processes import barrier, exists, on_process_0
 from r3rag_jax.retrieval.base import Retriever
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.scorer import accuracy
@@ -64,7 +64,10 @@ class Evaluator:
         for name in self.config.eval.systems:
             self._check_policy(name, SYSTEMS[name].policy)
         expected = {name: self.fingerprint(name, questions) for name in self.config.eval.systems}
-        missing = [name for name, facts in expected.items() if self._stored_fingerprint(name) != facts]
+        missing = on_process_0(
+            lambda: [name for name, facts in expected.items() if self._stored_fingerprint(name) != facts],
+            "evaluations that are missing",
+        )
         for name in missing:
             system = SYSTEMS[name]
             with self._bar(name, questions) as bar:
@@ -107,7 +110,10 @@ class Evaluator:
             return None
         if policy == "sft":
             return self.digest_of(policy)
-        return read_provenance(self.directory.policy(policy)).get("cold_start") if policy == "rl" else None
+        if policy != "rl":
+            return None
+        recorded = on_process_0(lambda: dict(read_provenance(self.directory.policy(policy))), f"provenance of {policy}")
+        return recorded.get("cold_start")
 
     def write(self, name: str, trajectories: Sequence[Trajectory], fingerprint: Facts) -> dict[str, Any]:
         """Write `trajectories/<name>.jsonl` and `eval/<name>.json`, and return the content of the latter.
@@ -127,9 +133,9 @@ class Evaluator:
         """Raise a UserError unless the policy is there, and RL's is of the cold start that is there."""
         if policy == BASE_POLICY or self.config.rollout.server.is_given:
             return
-        if not self.directory.policy(policy).exists():
+        if not exists(self.directory.policy(policy)):
             raise UserError(f"eval.systems names {name}, but phase {policy} of {self.directory.path} has not finished")
-        if policy == "rl" and self.directory.policy("sft").exists():
+        if policy == "rl" and exists(self.directory.policy("sft")):
             has_finished(self.directory.policy("rl"), {"cold_start": self.digest_of("sft")})
 
     def _stored_fingerprint(self, name: str) -> Facts | None:

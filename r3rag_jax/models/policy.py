@@ -25,7 +25,7 @@ from r3rag_jax.models.hf.decoder_files import (
 )
 from r3rag_jax.models.lora import TrainableSplit, attach, split_trainable
 from r3rag_jax.models.paths import model_path, reading
-from r3rag_jax.parallel.processes import barrier
+from r3rag_jax.parallel.processes import barrier, check_same
 from r3rag_jax.parallel.shardings import tree_shardings
 from r3rag_jax.run.digests import PROVENANCE_FILE
 from r3rag_jax.run.files import new_directory, write_json
@@ -132,6 +132,8 @@ class Policy:
         Raises:
             UserError: a file is missing or damaged.
         """
+        weights = sorted(path.glob("*.safetensors"))
+        check_same(lambda: [[file.name, file.stat().st_size] for file in weights], f"files of policy {path.name}")
         with reading(path):
             decoder = load_decoder(
                 path,

@@ -48,6 +48,7 @@ class FailureWatch:
         self._signs: dict[int, tuple[str, float]] = {}  # process -> last sign of life, and when it was first seen
         self._silent: list[int] = []  # processes without a sign of life
         self._failure: dict[str, Any] | None = None  # of the first process that failed: {process, error}
+        self._has_told = False
         self._stop = threading.Event()
         self._is_leaving = threading.Lock()  # held for good by the first thread that ends the process
         self._thread = threading.Thread(target=self._watch, name="failure watch", daemon=True)
@@ -63,19 +64,27 @@ class FailureWatch:
 
     def leave(self, error: BaseException) -> NoReturn:
         """Tell the other processes of an error, print it, and end this process."""
+        self.tell(error)
+        status = report_error(error)
+        is_first = self._failure is None or self._failure["process"] == self._process
+        self._exit(status if is_first else PEER_FAILED_STATUS)
+
+    def tell(self, error: BaseException) -> None:
+        """Tell the other processes of an error, of which this one is about to end; only the first time counts."""
+        if self._has_told:
+            return
+        self._has_told = True
         self._is_leaving.acquire()
-        status, text = report_error(error), " ".join(f"{type(error).__name__}: {error}".split())[:4000]
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:4000]
         if _may_be_of_a_peer(error):
             self._wait_for_cause()
             if self._silent:
                 text = f"{_processes(self._silent)} gave no sign of life for {SILENT_S:g} s; {text}"
-                print(f"error: {text}", file=sys.stderr)
         if self._failure is None:
             failure = json.dumps({"process": self._process, "error": text})
             self._try(lambda: self._client.key_value_set(FAILURE, failure))
         else:
-            status = self._say_failure(self._failure)
-        self._exit(status)
+            self._say_failure(self._failure)
 
     def _wait_for_cause(self) -> None:
         """Wait until another process has told of a failure or is known to be silent, or that would have been seen."""
@@ -100,7 +109,7 @@ class FailureWatch:
 
     def _say_failure(self, failure: dict[str, Any]) -> int:
         """Print the failure of another process; returns the exit status."""
-        print(f"error: process {failure['process']}: {failure['error']}", file=sys.stderr)
+        print(f"error: process {failure['process']}: {failure['error']}", file=sys.stderr, flush=True)
         return PEER_FAILED_STATUS
 
     def _look_for_silent(self, found: dict[str, str]) -> None:

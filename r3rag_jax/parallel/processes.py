@@ -6,6 +6,7 @@ import collections
 import contextlib
 import json
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,24 @@ def start_distributed(config: MeshConfig) -> None:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_S)
 
 
+_watch: FailureWatch | None = None  # that of this process, while it is one of several
+
+
+@contextlib.contextmanager
+def failures_told() -> Iterator[None]:
+    """Tell the other processes of an error in the block at once, before what is around the block is closed.
+
+    Closing may have to wait for the others (asynchronous rollouts, checkpoints), which wait for this process.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _watch is not None:
+            print(f"error: {type(error).__name__}: {error}; all processes end", file=sys.stderr, flush=True)
+            _watch.tell(error)
+        raise
+
+
 @contextlib.contextmanager
 def joined(config: MeshConfig) -> Iterator[None]:
     """Run the block as one of the processes that the config describes, all of which end together.
@@ -47,8 +66,9 @@ def joined(config: MeshConfig) -> Iterator[None]:
     if not config.distributed:
         yield
         return
+    global _watch
     state = distributed.global_state  # known before any device is
-    watch = FailureWatch(state.client, state.process_id, state.num_processes)
+    watch = _watch = FailureWatch(state.client, state.process_id, state.num_processes)
     watch.start()
     try:
         yield
@@ -178,15 +198,22 @@ def exists(path: Path) -> bool:
     What is done next must not depend on what each process sees: a network file system shows a new file to one process
     earlier than to another.
     """
-    return bool(on_process_0(path.exists, f"exists {path}"))
+    return bool(on_process_0(path.exists, f"exists {path.name}"))  # each host may have a path of its own
 
 
-def check_same(value: Any, what: str) -> None:
+def check_same(of: Callable[[], Any], what: str) -> None:
     """Compare a JSON value, e.g. a digest of what each process has read, with that of process 0; all must call this.
+
+    Args:
+        of: computes the value; with one process it is not called.
+        what: a name that is the same on all processes; no path, which may be another one on each host.
 
     Raises:
         UserError: it differs. All processes then end (`joined`).
     """
+    if jax.process_count() == 1:
+        return
+    value = of()
     expected = broadcast_json(value, f"same {what}")
     if value != expected:
         raise UserError(

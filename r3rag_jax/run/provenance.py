@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.parallel.processes import on_process_0
 from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.run.digests import PROVENANCE_FILE
 
@@ -37,9 +38,15 @@ def read_provenance(policy: Path) -> Provenance:
 def has_finished(policy: Path, expected: Provenance) -> bool:
     """Whether a phase has its policy, which was trained from what the phase would be trained from now.
 
+    Process 0 looks; all processes must call.
+
     Raises:
         UserError: it was trained from something else.
     """
+    return bool(on_process_0(lambda: _has_finished(policy, expected), f"has finished {policy.name}"))
+
+
+def _has_finished(policy: Path, expected: Provenance) -> bool:
     if not policy.exists():
         return False
     recorded = dict(read_provenance(policy))

@@ -15,6 +15,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.models import lora
 from r3rag_jax.models.decoder import PARAM_AXES
 from r3rag_jax.models.policy import Policy
+from r3rag_jax.parallel.processes import exists
 from r3rag_jax.parallel.shardings import batch_devices, tree_shardings
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.rewards.judge.factory import judge_memory
@@ -31,10 +32,10 @@ from r3rag_jax.training.temporaries import estimated_temporaries
 
 
 def will_hold_policy(config: Config, run: RunDirectory, phase: str) -> bool:
-    """Whether the phase is still to be done and will have a policy on the devices."""
+    """Whether the phase is still to be done and will have a policy on the devices. All processes must call."""
     if phase == "eval":
         return not config.rollout.server.is_given
-    return phase != "index" and not run.policy(phase).exists()
+    return phase != "index" and not exists(run.policy(phase))
 
 
 class MemoryPlanner:

@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from r3rag_jax.config import GuardsConfig
 from r3rag_jax.errors import UserError
+from r3rag_jax.parallel.processes import exists
 from r3rag_jax.parallel.shardings import device_put_batch, replicated
 from r3rag_jax.run.checkpoints import Checkpoints, load_arrays, save_arrays
 from r3rag_jax.run.directory import RunDirectory
@@ -127,7 +128,7 @@ def replay(path: Path, progress: RLProgress, update: RLUpdate, mesh: Mesh) -> di
 
     The state of `progress` is used up: it must not be trained on.
     """
-    if path.with_suffix("").is_dir():
+    if exists(path.with_suffix("")):
         kept = Checkpoints(path.with_suffix(""))
         progress.state, _ = kept.restore(shapes_of(progress.state))
         kept.close()

@@ -14,6 +14,7 @@ from r3rag_jax.config import Config
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.policy import Policy
+from r3rag_jax.parallel.processes import failures_told
 from r3rag_jax.retrieval.base import Retriever
 from r3rag_jax.rewards.scorer import Scorer
 from r3rag_jax.rollout.backend_factory import MakeBackend
@@ -73,7 +74,7 @@ def run_rl(config: Config, parts: RLParts) -> None:
     )
     bar = ProgressBar("RL", config.rl.iterations, console=parts.console, live=config.log.progress,
                       done=trainer.iteration)  # fmt: skip
-    with bar, prefetcher:
+    with bar, prefetcher, failures_told():
         while trainer.iteration < config.rl.iterations:
             metrics = run_iteration(config, parts, trainer, prefetcher)
             bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])

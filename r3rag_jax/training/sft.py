@@ -17,6 +17,7 @@ from r3rag_jax.data.sft import SFTBatches, SFTSample
 from r3rag_jax.errors import UserError
 from r3rag_jax.models import lora
 from r3rag_jax.models.policy import Policy
+from r3rag_jax.parallel.processes import failures_told
 from r3rag_jax.parallel.shardings import device_put_batch
 from r3rag_jax.run.checkpoints import save_arrays
 from r3rag_jax.run.directory import RunDirectory
@@ -67,7 +68,7 @@ def run_sft(config: Config, parts: SFTParts) -> None:
     step = make_sft_step(parts.mesh, policy.graphdef, tx, config.model, state)
     bar = ProgressBar("cold start", batches.num_steps, console=parts.console, live=config.log.progress,
                       done=batches.step)  # fmt: skip
-    with bar:
+    with bar, failures_told():
         while batches.step < batches.num_steps:
             started, number = time.monotonic(), batches.step
             batch = next(batches)

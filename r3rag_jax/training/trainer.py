@@ -16,6 +16,7 @@ from rich.console import Console
 from r3rag_jax.config import Config
 from r3rag_jax.models import lora
 from r3rag_jax.models.policy import Policy
+from r3rag_jax.parallel.processes import exists
 from r3rag_jax.rewards.length import add_to_last_step, overlong_penalties
 from r3rag_jax.rl.algorithms import ALGORITHMS
 from r3rag_jax.rl.losses import adapted_kl
@@ -56,7 +57,7 @@ class RLTrainer:
         self.checkpoints = open_checkpoints("rl", run.checkpoints("rl"), provenance)
         self._config, self._policy, self._mesh, self._shares_prefixes = config, policy, mesh, shares_prefixes
         cold_start = run.policy("sft")
-        self._ref_params = policy.load(cold_start) if cold_start.exists() else policy.base_params()
+        self._ref_params = policy.load(cold_start) if exists(cold_start) else policy.base_params()
         self._tx = optimizer.rl_optimizer(config.rl, config.model.moment_dtype)
         modules = self._modules()
         self._frozen = modules["policy"].frozen
