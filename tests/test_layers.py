@@ -36,7 +36,7 @@ MAY_WRITE = {
     "run.lock",  # its file holds nothing that is read again
     "run.checkpoints",  # into a file that a helper has opened
     "rewards.judge.judgements",  # appends a line at once, for several runs
-    "retrieval.store", "retrieval.encoders.hashed", "retrieval.faiss",  # into a new directory, which is then renamed
+    "retrieval.store", "retrieval.encoders.hashed", "retrieval.ann",  # into a new directory, which is then renamed
 }  # fmt: skip
 
 

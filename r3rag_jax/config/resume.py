@@ -32,6 +32,8 @@ FREE_KEYS = {
         "retrieval.encoder.batch_tokens",
         "retrieval.encoder.batch_texts",
         "retrieval.encoder.encoding_format",
+        "retrieval.memory_gb",
+        "retrieval.cached_queries",
     ),
     "how much is lost when a run is killed": ("sft.checkpoint_every",),
 }

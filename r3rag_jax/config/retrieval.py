@@ -1,4 +1,4 @@
-"""Sections `retrieval`, `retrieval.encoder`, `retrieval.endpoint`: the retriever."""
+"""Sections `retrieval`, `retrieval.encoder`, `retrieval.faiss`, `retrieval.hybrid`, `retrieval.endpoint`."""
 
 from __future__ import annotations
 
@@ -85,20 +85,61 @@ class RemoteRetrieverConfig(EndpointConfig):
     timeout_s: float = key(60.0, "a request fails unless its whole reply has come after this time", "seconds", gt=0)
 
 
+class FaissConfig(Section):
+    """How FAISS searches the vectors of an index. Keys of 0 are chosen from the number and size of the vectors."""
+
+    dotted: ClassVar[str] = "retrieval.faiss"
+
+    kind: Literal["flat", "hnsw", "ivfpq", "auto"] = key(
+        "flat",
+        "`flat`: exact; `hnsw`: a graph over vectors of 8 bits; `ivfpq`: inverted lists of product-quantized vectors; "
+        "`auto`: the first of them that is fast enough and fits retrieval.memory_gb",
+    )
+    candidates: int = key(
+        0, "with hnsw, ivfpq: passages whose exact inner products decide the ranks; 0: 64, or 4 * k", "passages", ge=0
+    )
+    hnsw_links: int = key(16, "with hnsw: links of a vector; its lowest level has twice as many", "links", ge=2, le=128)
+    hnsw_build_ef: int = key(80, "with hnsw: candidates for the links of a new vector", "vectors", ge=1)
+    hnsw_search_ef: int = key(64, "with hnsw: candidates that a search keeps", "vectors", ge=1)
+    ivf_lists: int = key(0, "with ivfpq: inverted lists; 0: a power of two near 4 sqrt(P)", "lists", ge=0)
+    ivf_probes: int = key(0, "with ivfpq: lists that a search reads; 0: 1/32 of them, at least 16", "lists", ge=0)
+    pq_bytes: int = key(0, "with ivfpq: size of a compressed vector; 0: one byte for 8 floats", "bytes", ge=0)
+
+
+class HybridConfig(Section):
+    """Reciprocal-rank fusion of FAISS and BM25 (Cormack et al. 2009): score = sum of 1 / (rank_constant + rank)."""
+
+    dotted: ClassVar[str] = "retrieval.hybrid"
+
+    rank_constant: float = key(60.0, "the larger, the less the first ranks stand out", gt=0)
+    depth: int = key(100, "hits of each retriever that are fused, at least k", "passages", ge=1)
+
+
 class RetrievalConfig(Section):
     """The retriever, and how many passages a trajectory gets from it."""
 
     dotted: ClassVar[str] = "retrieval"
 
-    kind: Literal["faiss", "bm25", "http"] = key(
-        "faiss", "`faiss`: exact inner-product search over dense vectors; `bm25`: lexical; `http`: a remote retriever"
+    kind: Literal["faiss", "bm25", "hybrid", "http"] = key(
+        "faiss",
+        "`faiss`: inner-product search over dense vectors; `bm25`: lexical; `hybrid`: both, by their ranks; "
+        "`http`: a remote retriever",
     )
     index_dir: str = key("", "directory of the index; empty: `index` in the run directory", "path")
     top_k: int = key(2, "passages per retrieval", "passages", ge=1)
     oneshot_top_k: int = key(8, "passages of the one-shot RAG baseline", "passages", ge=1)
     passage_tokens: int = key(64, "longer passages are truncated to this length", "tokens", ge=1)
     max_passages: int = key(10, "budget of passages of a trajectory", "passages", ge=1)
+    vector_dtype: Literal["auto", "float32", "float16"] = key(
+        "auto", "dtype of the stored vectors; `auto`: float32 where FAISS searches exactly, else float16"
+    )
+    memory_gb: float = key(8.0, "memory that building an index may take, passages in page cache aside", "GiB", gt=0)
+    cached_queries: int = key(
+        0, "queries whose hits are remembered; 0: none, so that a resumed run makes the same searches", "queries", ge=0
+    )
     encoder: EncoderConfig = section(EncoderConfig())
+    faiss: FaissConfig = section(FaissConfig())
+    hybrid: HybridConfig = section(HybridConfig())
     endpoint: RemoteRetrieverConfig = section(RemoteRetrieverConfig())
 
     @model_validator(mode="after")

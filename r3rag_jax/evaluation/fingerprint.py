@@ -79,6 +79,9 @@ DIGESTED_KEYS = {
         "retrieval.kind",
         "retrieval.index_dir",
         "retrieval.encoder",
+        "retrieval.vector_dtype",
+        "retrieval.faiss",
+        "retrieval.hybrid",
         "retrieval.endpoint.url",
         "retrieval.endpoint.format",
     ),
@@ -96,6 +99,8 @@ KEYS_WITHOUT_EFFECT = {
         "retrieval.encoder.batch_tokens",
         "retrieval.encoder.batch_texts",
         "retrieval.encoder.encoding_format",
+        "retrieval.memory_gb",
+        "retrieval.cached_queries",
     ),
     "where arrays lie": ("rollout.shard_weights", "mesh"),
     "how a server is called": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -12,7 +12,13 @@ import numpy as np
 from r3rag_jax.types import Passage
 
 TextKind = Literal["query", "passage"]
-OnProgress = Callable[[int, int], None]  # called with the passages newly indexed, and the passages in all
+
+
+class OnProgress(Protocol):
+    """Told of the progress of a build."""
+
+    def __call__(self, count: int, total: int, stage: str = ..., /) -> None:
+        """`count` passages are newly done, of `total`; `stage` names a stage after the first, each of which has all."""
 
 
 class RetrievalError(RuntimeError):

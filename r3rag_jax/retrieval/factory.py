@@ -5,18 +5,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
 from r3rag_jax.config.retrieval import RetrievalConfig
+from r3rag_jax.errors import UserError
+from r3rag_jax.models.paths import PREFIX
 from r3rag_jax.retrieval.base import Encoder, OnProgress, Retriever
 from r3rag_jax.retrieval.bm25 import BM25Retriever
 from r3rag_jax.retrieval.broadcast import BroadcastRetriever
 from r3rag_jax.retrieval.builder import write_index
 from r3rag_jax.retrieval.encoders.factory import open_encoder
 from r3rag_jax.retrieval.faiss import FaissRetriever
+from r3rag_jax.retrieval.given import NOTHING, GivenFiles
 from r3rag_jax.retrieval.http import HttpRetriever
+from r3rag_jax.retrieval.hybrid import HybridRetriever
 from r3rag_jax.retrieval.store import PassageStore, open_store
 from r3rag_jax.types import Passage
 
@@ -57,8 +61,10 @@ class RetrieverKind(Protocol):
 RETRIEVERS: dict[str, RetrieverKind] = {
     "faiss": FaissRetriever,
     "bm25": BM25Retriever,
+    "hybrid": HybridRetriever,
     "http": HttpRetriever,
 }
+WITH_VECTORS = ("faiss", "hybrid")  # whose `write_files` takes `given`
 
 
 def open_retriever(
@@ -91,20 +97,42 @@ def build_index(
     passages: Iterable[Passage],
     index_dir: str | Path,
     on_progress: OnProgress | None = None,
+    given: GivenFiles = NOTHING,
 ) -> None:
     """Write the index of the configuration into a directory, whole or not at all; an index that was there is replaced.
+
+    A build that was killed is continued by the next one of the same configuration and passages: vectors and graphs that
+    are finished are kept.
 
     Args:
         config: section `retrieval`.
         passages: the corpus, of different ids; one passage at a time is held in memory.
         index_dir: directory that appears when the index is complete.
-        on_progress: called with the passages newly indexed, and the passages in all.
+        on_progress: called with the passages newly done, the passages in all and, after the first, the stage.
+        given: vectors or a FAISS index that are not to be computed.
 
     Raises:
-        UserError: there are no passages, two have the same id, or the encoder cannot be read.
+        UserError: there are no passages, two have the same id, the encoder cannot be read, or what is given does not
+            fit.
     """
+    if given != NOTHING and config.kind not in WITH_VECTORS:
+        raise UserError(
+            f"vectors are given to an index of {' or '.join(WITH_VECTORS)}; got retrieval.kind={config.kind}"
+        )
 
     def write_files(store: PassageStore, directory: Path) -> Mapping[str, str]:
-        return RETRIEVERS[config.kind].write_files(config, store, directory, on_progress)
+        write = RETRIEVERS[config.kind].write_files
+        if given == NOTHING:
+            return write(config, store, directory, on_progress)
+        return write(config, store, directory, on_progress, given=given)  # type: ignore[call-arg]
 
-    write_index(Path(index_dir), config.kind, passages, write_files)
+    write_index(Path(index_dir), config.kind, passages, write_files, recipe_of(config))
+
+
+def recipe_of(config: RetrievalConfig) -> dict[str, Any]:
+    """The keys of `retrieval` that say how an index is opened again, as JSON values; a path becomes absolute."""
+    recipe = config.model_dump(mode="json", include={"kind", "vector_dtype", "encoder", "faiss", "hybrid"})
+    path = recipe["encoder"]["path"]
+    if path and not path.startswith(PREFIX):
+        recipe["encoder"]["path"] = str(Path(path).absolute())
+    return recipe

@@ -1,54 +1,92 @@
-"""Exact dense retrieval with FAISS: inner products of vectors, deterministic including ties."""
+"""Dense retrieval with FAISS: inner products of vectors, exact or of candidates, deterministic including ties."""
 
 from __future__ import annotations
 
 import collections
-import warnings
+import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from r3rag_jax.config.retrieval import RetrievalConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.retrieval.base import Encoder, Hit, OnProgress, TextKind, failed_search
+from r3rag_jax.retrieval.ann import FaissIndexes, build_hnsw, build_ivfpq, import_faiss, merge
+from r3rag_jax.retrieval.base import Encoder, OnProgress
 from r3rag_jax.retrieval.encoders.factory import new_encoder, open_encoder
+from r3rag_jax.retrieval.encoding import CHUNK, copy_vectors, encode, encode_passages
 from r3rag_jax.retrieval.fingerprint import corpus_fingerprint, digest
-from r3rag_jax.retrieval.manifest import AGAIN, check_index
+from r3rag_jax.retrieval.given import GIVEN, NOTHING, GivenFiles, open_given, take_index
+from r3rag_jax.retrieval.manifest import AGAIN, Manifest, check_index
+from r3rag_jax.retrieval.planner import FaissPlan, plan_faiss
+from r3rag_jax.retrieval.ranked import RankedRetriever, Ranking
 from r3rag_jax.retrieval.store import PassageStore
+from r3rag_jax.retrieval.vectors import VectorShards
 from r3rag_jax.types import Passage
 
-INDEX_FILE = "index.faiss"
-_CHUNK = 4096  # passages encoded at once: bounds the memory beside the index, paces `on_progress`
+_BLOCK = 16_384  # float16 vectors that are widened and searched at once
 _SPARE_HITS = 8  # fetched beyond k, so that ties at rank k are resolved by position
 _TIE = 1e-5  # FAISS sums in another order for another batch size: scores this close may be swapped
 
 
-class FaissRetriever:
-    """Searches vectors in memory for the largest inner products; passages are read when they are found."""
+class VectorIndex(Protocol):
+    """What is asked of an index: FAISS's own, or one of the classes with the same method."""
+
+    ntotal: int
+    d: int
+
+    def search(self, vectors_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(scores, positions), both [Q, k], best first; position -1 where fewer were found."""
+        ...
+
+
+class FaissRetriever(RankedRetriever):
+    """Searches vectors for the largest inner products; passages are read when they are found."""
 
     def __init__(
-        self, encoder: Encoder, passage_at: Callable[[int], Passage], num_passages: int, index: Any, corpus: str
+        self,
+        encoder: Encoder,
+        passage_at: Callable[[int], Passage],
+        num_passages: int,
+        index: VectorIndex,
+        corpus: str,
+        *,
+        take: Callable[[np.ndarray], np.ndarray] | None,
+        plan: FaissPlan | None = None,
+        settings: str = "",
+        cached_queries: int = 0,
     ) -> None:
         """
         Args:
             encoder: what the passages were encoded with; it encodes the queries.
             passage_at: position in [0, P) -> passage; equal scores are ranked by position.
             num_passages: P.
-            index: a FAISS inner-product index over the passages' vectors [P, D].
+            index: an inner-product index over the passages' vectors [P, D].
             corpus: fingerprint of the passages.
+            take: positions [N] -> vectors, float32 [N, D], whose inner products rank what the index finds; None where
+                the index's own scores do.
+            plan: of an index that finds approximate candidates; None where it searches exactly.
+            settings: what the hits depend on besides corpus and encoder.
 
         Raises:
             UserError: the index has another number or size of vectors.
         """
+        super().__init__(passage_at, cached_queries=cached_queries)
         if (index.ntotal, index.d) != (num_passages, encoder.dim):
             raise UserError(
                 "an index holds one vector of the encoder's size per passage, "
                 f"{num_passages} of {encoder.dim}; got {index.ntotal} of {index.d}. {AGAIN}"
             )
-        self._encoder, self._passage_at, self._num_passages, self._index = encoder, passage_at, num_passages, index
-        self._fingerprint = digest([corpus, encoder.fingerprint])
+        self._encoder, self._num_passages, self._index, self._take, self._plan = (
+            encoder,
+            num_passages,
+            index,
+            take,
+            plan,
+        )
+        self._fingerprint = digest([corpus, encoder.fingerprint, *([settings] if settings else [])])
 
     @classmethod
     def of(cls, encoder: Encoder, passages: Sequence[Passage]) -> FaissRetriever:
@@ -62,8 +100,10 @@ class FaissRetriever:
         id, count = collections.Counter(passage.id for passage in passages).most_common(1)[0]
         if count > 1:
             raise UserError(f"passage ids must be unique; {id!r} occurs twice")
-        index = index_vectors(encoder, passages.__getitem__, len(passages), None)
-        return cls(encoder, passages.__getitem__, len(passages), index, corpus_fingerprint(passages))
+        texts = [passage.contents for passage in passages]
+        chunks = [encode(encoder, texts[first : first + CHUNK], "passage") for first in range(0, len(texts), CHUNK)]
+        vectors, corpus = VectorShards(chunks), corpus_fingerprint(passages)
+        return cls(encoder, passages.__getitem__, len(passages), ExactIndex(vectors), corpus, take=vectors.take)
 
     @classmethod
     def open(
@@ -74,16 +114,25 @@ class FaissRetriever:
         Raises:
             UserError: a file is missing, is not the one that was built, or was built with another encoder.
         """
-        manifest = check_index(index_dir, "faiss")
+        return cls.open_part(config, index_dir, check_index(index_dir, "faiss"), encoder)
+
+    @classmethod
+    def open_part(
+        cls, config: RetrievalConfig, index_dir: Path, manifest: Manifest, encoder: Callable[[], Encoder] | None = None
+    ) -> FaissRetriever:
+        """As `open`, of an index whose files were checked, and which may hold more."""
         opened = open_encoder(config, index_dir) if encoder is None else encoder()
         if opened.fingerprint != manifest.depends_on.get("encoder"):
             raise UserError(
                 f"the encoder must be the one that the index in {index_dir} was built with (the encoder file there "
                 f"describes it; fingerprint {manifest.depends_on.get('encoder')}); got {opened.fingerprint}. {AGAIN}"
             )
-        index = _import_faiss().read_index(str(index_dir / INDEX_FILE))
         store = PassageStore(index_dir)
-        return cls(opened, store.at, len(store), index, manifest.corpus)
+        built = json.loads(manifest.depends_on["faiss"])
+        parts = open_given(config.faiss, index_dir, built) if built["kind"] == GIVEN else None
+        parts = parts or _open_built(config, index_dir, built, len(store), opened.dim)
+        cached = config.cached_queries
+        return cls(opened, store.at, len(store), corpus=manifest.corpus, cached_queries=cached, **parts)
 
     @staticmethod
     def write_files(
@@ -91,45 +140,52 @@ class FaissRetriever:
         store: PassageStore,
         directory: Path,
         on_progress: OnProgress | None = None,
+        given: GivenFiles = NOTHING,
     ) -> Mapping[str, str]:
-        """Encode the passages and write `index.faiss`, and the encoder's own file."""
+        """Write the vectors of the passages, the index over them, and the encoder's own file.
+
+        Raises:
+            UserError: the encoder cannot be read, or what was given does not fit it or the passages.
+        """
         encoder = new_encoder(config, store)
         encoder.save(directory)
-        index = index_vectors(encoder, store.at, len(store), on_progress)
-        _import_faiss().write_index(index, str(directory / INDEX_FILE))
-        return {"encoder": encoder.fingerprint}
+        facts: Mapping[str, Any]
+        if given.index is not None:
+            facts = take_index(given.index, encoder, store, directory)
+        else:
+            plan = plan_faiss(config, len(store), encoder.dim)
+            inputs = (encoder, store.at, len(store), directory, plan.dtype, on_progress)
+            vectors = copy_vectors(given.vectors, *inputs) if given.vectors else encode_passages(*inputs)
+            if plan.kind == "hnsw":
+                build_hnsw(vectors, directory, plan, config.memory_gb, on_progress)
+            elif plan.kind == "ivfpq":
+                build_ivfpq(vectors, directory, plan, on_progress)
+            facts = plan.build_facts()
+        return {"encoder": encoder.fingerprint, "faiss": json.dumps(facts, sort_keys=True)}
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the passages' and the encoder's fingerprints."""
+        """Hex SHA-256 of the passages' and the encoder's fingerprints and, unless the search is exact, its settings."""
         return self._fingerprint
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """The min(k, P) nearest passages for each query, best first, equal scores by position.
+    def rank(self, queries: Sequence[str], k: int) -> list[Ranking]:
+        """The min(k, P) nearest passages for each query; at most k candidates where the search is approximate.
 
-        `[]` for a query without a known feature. A query's hits do not depend on the other queries of the batch if its
-        vector does not.
+        A query without a known feature finds nothing.
 
-        Raises:
-            ValueError: k is not positive.
-            RetrievalError: the encoder or FAISS failed; the message quotes the queries.
+        A query's hits do not depend on the other queries of the batch if its vector does not.
         """
-        if k < 1:
-            raise ValueError(f"k must be positive; got {k}")
-        if not queries:
-            return []
-        try:
-            vectors_QD = _encode(self._encoder, queries, "query")
-            rows = np.flatnonzero(vectors_QD.any(axis=1))
-            found = self._nearest(vectors_QD[rows], min(k, self._num_passages)) if len(rows) else ()
-            hits: list[list[Hit]] = [[] for _ in queries]
-            for row, (positions_K, scores_K) in zip(rows, found, strict=True):
-                hits[row] = [Hit(self._passage_at(p), float(s)) for p, s in zip(positions_K, scores_K, strict=True)]
-        except Exception as error:  # no failure may look like an empty result
-            raise failed_search(queries, f"{type(error).__name__}: {error}") from error
-        return hits
+        vectors_QD = encode(self._encoder, queries, "query")
+        rows = np.flatnonzero(vectors_QD.any(axis=1))
+        nothing = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        rankings: list[Ranking] = [nothing] * len(queries)
+        if len(rows):
+            nearest = self._nearest if self._plan is None else self._nearest_candidates
+            for row, ranking in zip(rows, nearest(vectors_QD[rows], min(k, self._num_passages)), strict=True):
+                rankings[row] = ranking
+        return rankings
 
-    def _nearest(self, vectors_QD: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _nearest(self, vectors_QD: np.ndarray, k: int) -> list[Ranking]:
         """(positions, scores), both [k], for each query: FAISS finds candidates, sums in a fixed order rank them."""
         num_candidates = min(k + _SPARE_HITS, self._num_passages)
         while True:
@@ -140,45 +196,65 @@ class FaissRetriever:
             num_candidates = min(4 * num_candidates, self._num_passages)
         if (positions_QC < 0).any():
             raise RuntimeError(f"the index returned fewer than {num_candidates} candidates")
-        found = []
-        for vector_D, positions_C in zip(vectors_QD, positions_QC, strict=True):
-            scores_C = np.einsum("cd,d->c", self._index.reconstruct_batch(positions_C), vector_D)
-            order = np.lexsort((positions_C, -scores_C))[:k]
-            found.append((positions_C[order], scores_C[order]))
-        return found
+        return [self._ranked(*query, k) for query in zip(vectors_QD, positions_QC, scores_QC, strict=True)]
+
+    def _nearest_candidates(self, vectors_QD: np.ndarray, k: int) -> list[Ranking]:
+        """At most k of the candidates that an approximate index finds, for each query."""
+        assert self._plan is not None
+        num_candidates = min(self._plan.num_candidates(k), self._num_passages)
+        scores_QC, positions_QC = self._index.search(vectors_QD, num_candidates)
+        found = positions_QC >= 0
+        return [
+            self._ranked(vector_D, positions_QC[q][found[q]], scores_QC[q][found[q]], k)
+            for q, vector_D in enumerate(vectors_QD)
+        ]
+
+    def _ranked(self, vector_D: np.ndarray, positions_C: np.ndarray, scores_C: np.ndarray, k: int) -> Ranking:
+        if self._take is not None:
+            scores_C = np.einsum("cd,d->c", self._take(positions_C), vector_D)
+        order = np.lexsort((positions_C, -scores_C))[:k]
+        return positions_C[order], scores_C[order]
 
 
-def index_vectors(
-    encoder: Encoder, passage_at: Callable[[int], Passage], num_passages: int, on_progress: OnProgress | None
-) -> Any:
-    """A FAISS index of the vectors of passages [0, num_passages)."""
-    index = _import_faiss().IndexFlatIP(encoder.dim)
-    for start in range(0, num_passages, _CHUNK):
-        stop = min(start + _CHUNK, num_passages)
-        index.add(_encode(encoder, [passage_at(p).contents for p in range(start, stop)], "passage"))
-        if on_progress is not None:
-            on_progress(stop - start, num_passages)
-    return index
+class ExactIndex:
+    """Exact search over stored vectors; nothing is kept in memory but what the system's page cache holds."""
+
+    def __init__(self, vectors: VectorShards) -> None:
+        self._vectors = vectors
+        self.ntotal, self.d = vectors.shape
+
+    def search(self, vectors_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(scores, positions), both [Q, min(k, P)], best first."""
+        faiss = import_faiss()
+        found, starts = [], []
+        size = _BLOCK if self._vectors.dtype == np.float16 else None
+        start = 0
+        for shard in self._vectors:
+            for first in range(0, len(shard), size or len(shard)):
+                rows_ND = shard[first : first + (size or len(shard))]
+                found.append(faiss.knn(vectors_QD, rows_ND, min(k, len(rows_ND)), faiss.METRIC_INNER_PRODUCT))
+                starts.append(start + first)
+            start += len(shard)
+        return merge(found, starts, k)
 
 
-def _import_faiss() -> Any:
-    """FAISS, imported where it is first needed: other retrievers work without it."""
-    try:
-        with warnings.catch_warnings():
-            # Its SWIG wrappers warn about their own types on Python 3.12.
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            import faiss
-    except ImportError as error:
-        raise UserError(f"a FAISS index needs the package faiss-cpu: pip install faiss-cpu ({error})") from error
-    return faiss
-
-
-def _encode(encoder: Encoder, texts: Sequence[str], kind: TextKind) -> np.ndarray:
-    """float32 [N, D], C-contiguous as FAISS requires, checked to be finite and of that shape."""
-    vectors_ND = np.ascontiguousarray(encoder.encode(texts, kind=kind), np.float32)
-    if vectors_ND.shape != (len(texts), encoder.dim):
-        raise ValueError(f"an encoder returns {(len(texts), encoder.dim)} floats; got {vectors_ND.shape}")
-    if not np.isfinite(vectors_ND).all():
-        bad = int(np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1))[0])
-        raise ValueError(f"an encoder returns finite vectors; got NaN or infinity for {texts[bad]!r}")
-    return vectors_ND
+def _open_built(
+    config: RetrievalConfig, index_dir: Path, built: Mapping[str, Any], num_passages: int, dim: int
+) -> dict[str, Any]:
+    """Arguments of FaissRetriever for an index that this package has built."""
+    kind = built["kind"] if config.faiss.kind == "auto" else config.faiss.kind
+    plan = plan_faiss(config.replace(faiss=config.faiss.replace(kind=kind)), num_passages, dim)
+    wanted = plan.build_facts()
+    if other := sorted(name for name in wanted if wanted[name] != built.get(name)):
+        raise UserError(
+            f"the index in {index_dir} must have the retrieval keys that it was built with; "
+            + ", ".join(f"{name} is {built.get(name)} there; got {wanted[name]}" for name in other)
+            + f". {AGAIN}"
+        )
+    vectors = VectorShards.open(index_dir)
+    if plan.kind == "flat":
+        settings = "" if plan.dtype == "float32" else plan.dtype
+        return {"index": ExactIndex(vectors), "take": vectors.take, "settings": settings}
+    indexes = FaissIndexes.open(index_dir, search_ef=plan.hnsw_search_ef, probes=plan.ivf_probes)
+    settings = json.dumps(dataclasses.asdict(plan), sort_keys=True)
+    return {"index": indexes, "take": vectors.take, "plan": plan, "settings": settings}

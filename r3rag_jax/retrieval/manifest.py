@@ -1,26 +1,36 @@
-"""An index directory: what kind of index it holds, the digest of every file, and how it is written.
+"""An index directory: what kind of index it holds, the digests of every file, and what it was built with.
 
-`fingerprint.json` names the layout, the kind, the fingerprints of what the index depends on, and all files; it is
-written last, and a directory appears with all of its files or not at all.
+`fingerprint.json` names the layout, the kind, the fingerprints of what the index depends on, and all files. It is
+written last.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from r3rag_jax.errors import UserError
 from r3rag_jax.run.digests import file_digest
-from r3rag_jax.run.files import flush_directory, write_text
+from r3rag_jax.run.files import write_text
 
 MANIFEST_FILE = "fingerprint.json"
-LAYOUT = 2  # of the files in an index directory; another one is refused
+LAYOUT = 3  # of the files in an index directory; another one is refused
 AGAIN = "Build the index again."
+SMALL = 4 << 20  # bytes; a file up to this size is read whole when an index is opened
+NUM_SAMPLES, SAMPLE = 16, 16 << 10  # of a larger file: blocks that are read instead, and their bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """What a file of an index was when it was built."""
+
+    size: int  # bytes
+    sample: str  # `sample_digest`, compared whenever the index is opened
+    sha256: str  # of all bytes, compared on request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +41,8 @@ class Manifest:
     num_passages: int
     corpus: str  # fingerprint of the passages
     depends_on: Mapping[str, str]  # name -> fingerprint of what else the index depends on, e.g. its encoder
-    files: Mapping[str, str]  # path in the directory -> SHA-256
+    files: Mapping[str, FileRecord]  # path in the directory -> what it was
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of `retrieval` it was built with
     layout: int = LAYOUT
 
 
@@ -40,11 +51,21 @@ def has_index(directory: Path) -> bool:
     return (directory / MANIFEST_FILE).is_file()
 
 
-def write_manifest(directory: Path, kind: str, num_passages: int, corpus: str, depends_on: Mapping[str, str]) -> None:
-    """Write `fingerprint.json` for the files in the directory."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    files = {path.relative_to(directory).as_posix(): file_digest(path) for path in paths}
-    manifest = dataclasses.asdict(Manifest(kind, num_passages, corpus, depends_on, files))
+def write_manifest(
+    directory: Path,
+    kind: str,
+    num_passages: int,
+    corpus: str,
+    depends_on: Mapping[str, str],
+    config: Mapping[str, Any],
+) -> None:
+    """Write `fingerprint.json` for the files in the directory, except hidden ones."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+    files = {
+        path.relative_to(directory).as_posix(): FileRecord(path.stat().st_size, sample_digest(path), file_digest(path))
+        for path in paths
+    }
+    manifest = dataclasses.asdict(Manifest(kind, num_passages, corpus, depends_on, files, config))
     write_text(directory / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
 
 
@@ -68,8 +89,9 @@ def read_manifest(directory: Path) -> Manifest:
             "index again: python -m r3rag_jax.index build, or the training command with phase index"
         )
     try:
-        return Manifest(**row)
-    except TypeError as error:
+        files = {name: FileRecord(**file) for name, file in row.pop("files").items()}
+        return Manifest(**row, files=files)
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} must have the keys of an index's fingerprint: {error}. {AGAIN}") from error
 
 
@@ -86,8 +108,11 @@ def check_index(directory: Path, kind: str) -> Manifest:
     return manifest
 
 
-def check_files(directory: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Compare files of an index with their digests in the manifest.
+def check_files(directory: Path, manifest: Manifest, names: Iterable[str], *, reads_all: bool = False) -> None:
+    """Compare files of an index with the manifest: sizes and samples, or, where `reads_all`, every byte.
+
+    Samples find a file that was cut, replaced or written only in part; of files larger than SMALL they do not find a
+    changed byte between two samples.
 
     Raises:
         UserError: a file is missing, or is not the one that was written.
@@ -96,25 +121,23 @@ def check_files(directory: Path, manifest: Manifest, names: Iterable[str]) -> No
         path, expected = directory / name, manifest.files.get(name)
         if not path.is_file():
             raise UserError(f"an index directory holds {name}; {path} is missing. {AGAIN}")
-        if (found := file_digest(path)) != expected:
-            raise UserError(f"{path} must be the file that was built, of SHA-256 {expected}; got {found}. {AGAIN}")
+        if expected is None:
+            raise UserError(f"{directory / MANIFEST_FILE} must list {name}; it does not. {AGAIN}")
+        if (size := path.stat().st_size) != expected.size:
+            raise UserError(f"{path} must be the file that was built, of {expected.size} bytes; got {size}. {AGAIN}")
+        found = file_digest(path) if reads_all else sample_digest(path)
+        if found != (digest := expected.sha256 if reads_all else expected.sample):
+            raise UserError(f"{path} must be the file that was built, of SHA-256 {digest}; got {found}. {AGAIN}")
 
 
-@contextlib.contextmanager
-def replaced_directory(directory: Path) -> Iterator[Path]:
-    """An empty directory that takes the place of `directory` when the block ends, and is deleted when it raises."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
-        new, old = Path(scratch) / "new", Path(scratch) / "old"
-        new.mkdir()
-        yield new
-        flush_directory(new)
-        has_old = directory.exists()
-        if has_old:  # a directory cannot be renamed onto one that is not empty
-            os.rename(directory, old)
-        try:
-            os.rename(new, directory)
-        except OSError:
-            if has_old:
-                os.rename(old, directory)
-            raise
+def sample_digest(path: Path) -> str:
+    """Hex SHA-256 of a file of at most SMALL bytes; of NUM_SAMPLES blocks, evenly spaced, of a larger one."""
+    size = path.stat().st_size
+    if size <= SMALL:
+        return file_digest(path)
+    sha = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        for number in range(NUM_SAMPLES):
+            file.seek((size - SAMPLE) * number // (NUM_SAMPLES - 1))
+            sha.update(file.read(SAMPLE))
+    return sha.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -60,15 +61,27 @@ class ProgressBar:
 
 
 @contextlib.contextmanager
-def bar_of_unknown_length(title: str, *, console: Console, live: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (units newly done, units in all), whose first call opens a progress bar."""
-    with contextlib.ExitStack() as stack:
-        bars: list[ProgressBar] = []
+def bar_of_unknown_length(title: str, *, console: Console, live: bool) -> Iterator[Callable[..., None]]:
+    """Yield a function of (units newly done, units in all, stage=""), whose first call opens a progress bar.
 
-        def advance(count: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(ProgressBar(title, total, console=console, live=live)))
-            bars[0].advance(count)
+    Another stage opens another bar. From the second call of a stage on the bar shows the rate since the first, which
+    may have compiled programs or found work that was done before, and the seconds that remain.
+    """
+    with contextlib.ExitStack() as stack:
+        bar, shown, done, began = None, None, 0, (0, 0.0)
+
+        def advance(count: int, total: int, stage: str = "") -> None:
+            nonlocal bar, shown, done, began
+            if bar is None or stage != shown:
+                stack.close()
+                name = f"{title} {stage}".rstrip()
+                bar = stack.enter_context(ProgressBar(name, total, console=console, live=live))
+                shown, done, began = stage, count, (count, time.monotonic())
+                bar.advance(count)
+                return
+            done += count
+            rate = (done - began[0]) / max(time.monotonic() - began[1], 1e-9)
+            bar.advance(count, per_s=rate, left_s=(total - done) / rate)
 
         yield advance
 

@@ -595,7 +595,7 @@ def test_an_encoder_may_move_and_another_is_refused(directory: Path, tmp_path: P
 
 def test_an_index_is_encoded_in_chunks(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = FaissRetriever.of(BertEncoder(built), PASSAGES)
-    monkeypatch.setattr("r3rag_jax.retrieval.faiss._CHUNK", 3)
+    monkeypatch.setattr("r3rag_jax.retrieval.faiss.CHUNK", 3)
     index = FaissRetriever.of(BertEncoder(built), PASSAGES)
     for a, b in zip(index.search(["by di"], 4)[0], whole.search(["by di"], 4)[0], strict=True):
         assert a.passage == b.passage and abs(a.score - b.score) < 1e-5

@@ -149,11 +149,11 @@ def test_building_replaces_the_former_index_whole_and_leaves_nothing_else(saved)
     assert sorted(path.name for path in saved.iterdir()) == [
         "encoder.npz",
         "fingerprint.json",
-        "index.faiss",
         "passage_hashes.npy",
         "passage_offsets.npy",
         "passage_positions.npy",
         "passages.jsonl",
+        "vectors-00000.npy",
     ]
     assert [path.name for path in saved.parent.iterdir()] == ["index"]
     assert len(open_store(saved)) == 1
@@ -175,7 +175,7 @@ def test_failed_build_keeps_the_former_index(index, saved, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["encoder.npz", "fingerprint.json", "index.faiss", "passages.jsonl", "passage_offsets.npy"]
+    "name", ["encoder.npz", "fingerprint.json", "vectors-00000.npy", "passages.jsonl", "passage_offsets.npy"]
 )
 def test_missing_or_corrupt_file_is_named(saved, name):
     path = saved / name
@@ -218,7 +218,7 @@ def test_a_retriever_shares_an_encoder_that_is_open(saved, encoder):
 
 
 def test_progress_is_told_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("r3rag_jax.retrieval.faiss._CHUNK", 100)
+    monkeypatch.setattr("r3rag_jax.retrieval.encoding.CHUNK", 100)
     told = []
     build_index(CONFIG, iter(encyclopedia()), tmp_path / "index", lambda *numbers: told.append(numbers))
     assert told == [(100, 216), (100, 216), (16, 216)]
@@ -229,7 +229,7 @@ def test_an_index_of_another_layout_or_kind_is_refused(saved):
     manifest = path.read_text()
     path.write_text('{"corpus": "x", "encoder": "x", "index": "x", "num_passages": 216, "dim": 1024}')
     for open_it in (lambda: open_retriever(CONFIG, saved), lambda: open_store(saved)):
-        with pytest.raises(UserError, match=r"layout 2; got layout 1\. Remove .* and build the index again: python -m"):
+        with pytest.raises(UserError, match=r"layout 3; got layout 1\. Remove .* and build the index again: python -m"):
             open_it()
     path.write_text(manifest.replace('"kind": "faiss"', '"kind": "other"'))
     with pytest.raises(UserError, match=r"must hold an index of retrieval\.kind=faiss; got one of other"):

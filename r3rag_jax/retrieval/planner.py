@@ -1,0 +1,135 @@
+"""Chooses the kind and the parameters of a FAISS index, and says what it will take, before it is built.
+
+The constants of speed and recall were measured by `benchmarks/index_scale.py` on two cores of a server CPU with
+AVX-512; docs/retrieval.md has the table. They are estimates for other machines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from r3rag_jax.config.retrieval import RetrievalConfig
+from r3rag_jax.config.section import require
+
+SEGMENT = 1 << 20  # passages of one graph: bounds the memory of a build, and what a kill loses
+PQ_CENTROIDS = 256  # of each byte of a compressed vector
+MAX_EXACT_MS = 20.0  # `auto` searches exactly where a query takes no longer
+_GIB = 1 << 30
+_IVF_SAMPLES = 64  # training vectors for each list
+_MAX_LISTS = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class FaissPlan:
+    """A kind of FAISS index with all its parameters; those of other kinds are 0."""
+
+    kind: str  # flat, hnsw or ivfpq
+    dtype: str  # of the stored vectors, which rank the candidates
+    candidates: int = 0  # 0: 64, or 4 * k
+    hnsw_links: int = 0
+    hnsw_build_ef: int = 0
+    hnsw_search_ef: int = 0
+    ivf_lists: int = 0
+    ivf_probes: int = 0
+    ivf_train_rows: int = 0
+    pq_bytes: int = 0
+
+    def build_facts(self) -> dict[str, Any]:
+        """What the files of the index depend on."""
+        names = ("kind", "dtype", "hnsw_links", "hnsw_build_ef", "ivf_lists", "ivf_train_rows", "pq_bytes")
+        return {name: getattr(self, name) for name in names}
+
+    def num_candidates(self, k: int) -> int:
+        """Passages whose exact inner products decide the k best."""
+        return max(self.candidates or 64, 4 * k)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What an index takes; bytes, seconds without the encoding, milliseconds per query on two cores."""
+
+    disk: int  # vectors and index, without passages
+    build_memory: int
+    search_memory: int  # that a search touches again and again: with less, it waits for the disk
+    build_s: float
+    search_ms: float
+    recall: float  # at 10, against exact search
+
+
+def plan_faiss(config: RetrievalConfig, num_passages: int, dim: int) -> FaissPlan:
+    """The index of the configuration for so many passages; the same for the same arguments everywhere."""
+    kinds = ("flat", "hnsw", "ivfpq") if config.faiss.kind == "auto" else (config.faiss.kind,)
+    plans = [_plan(config, kind, num_passages, dim) for kind in kinds]
+    if len(plans) == 1:
+        return plans[0]
+    flat, hnsw = (estimate(plan, num_passages, dim) for plan in plans[:2])
+    if flat.search_ms <= MAX_EXACT_MS and flat.search_memory <= config.memory_gb * _GIB:
+        return plans[0]
+    return plans[1] if hnsw.search_memory <= config.memory_gb * _GIB else plans[2]
+
+
+def _plan(config: RetrievalConfig, kind: str, num_passages: int, dim: int) -> FaissPlan:
+    faiss = config.faiss
+    dtype = config.vector_dtype
+    if dtype == "auto":
+        dtype = "float32" if kind == "flat" else "float16"
+    if kind == "flat":
+        return FaissPlan("flat", dtype)
+    if kind == "hnsw":
+        return FaissPlan(
+            "hnsw", dtype, faiss.candidates, hnsw_links=faiss.hnsw_links, hnsw_build_ef=faiss.hnsw_build_ef,
+            hnsw_search_ef=faiss.hnsw_search_ef,
+        )  # fmt: skip
+    require(
+        num_passages >= PQ_CENTROIDS,
+        f"retrieval.faiss.kind=ivfpq needs {PQ_CENTROIDS} passages to train on; got {num_passages}",
+        "retrieval.faiss.kind",
+    )
+    lists = faiss.ivf_lists or 1 << max(0, round(math.log2(4 * math.sqrt(num_passages))))
+    lists = min(lists, _MAX_LISTS, max(1, num_passages // 39))  # k-means asks for 39 vectors a list
+    return FaissPlan(
+        "ivfpq", dtype, faiss.candidates, ivf_lists=lists,
+        ivf_probes=min(lists, faiss.ivf_probes or max(16, lists // 32)),
+        ivf_train_rows=min(num_passages, max(_IVF_SAMPLES * lists, 16_384)), pq_bytes=faiss.pq_bytes or _pq_bytes(dim),
+    )  # fmt: skip
+
+
+def _pq_bytes(dim: int) -> int:
+    """The divisor of `dim` that is closest to an eighth of it."""
+    return min((d for d in range(1, dim + 1) if dim % d == 0), key=lambda d: abs(8 * d - dim))
+
+
+def hnsw_segment_bytes(plan: FaissPlan, dim: int, num_passages: int = SEGMENT) -> int:
+    """Memory of a graph while it is built: vectors of 8 bits, links, and the vectors that give the scales."""
+    return num_passages * (dim + 8 * plan.hnsw_links + 32) + 65_536 * dim * 4
+
+
+# Rates on two cores of a Xeon of the Sapphire Rapids generation, by benchmarks/index_scale.py.
+_FLAT_BYTES_PER_MS = 6e6  # vectors that an exact search reads, one query at a time
+_HNSW_ADD_PER_S = 1400.0  # vectors of 768 floats, two graphs at once
+_IVF_FLOPS = 100e9  # of k-means and of the assignment to lists
+_HNSW_MS = 0.5  # a search of one graph
+_IVF_CODES_PER_MS = 2e5
+_RERANK_MS = 0.5
+
+
+def estimate(plan: FaissPlan, num_passages: int, dim: int) -> Estimate:
+    """What the index takes, from the rates above."""
+    vectors = num_passages * dim * (4 if plan.dtype == "float32" else 2)
+    if plan.kind == "flat":
+        return Estimate(vectors, 64 * dim * 4096, vectors, 0.0, vectors / _FLAT_BYTES_PER_MS, 1.0)
+    if plan.kind == "hnsw":
+        graph = hnsw_segment_bytes(plan, dim, num_passages)
+        segments = -(-num_passages // SEGMENT)
+        build_s = num_passages / _HNSW_ADD_PER_S * dim / 768
+        build = min(2, segments) * hnsw_segment_bytes(plan, dim, min(SEGMENT, num_passages))
+        return Estimate(vectors + graph, build, graph, build_s, segments * _HNSW_MS + _RERANK_MS, 0.98)
+    codes = num_passages * (plan.pq_bytes + 8)
+    centroids = plan.ivf_lists * dim * 4
+    flops = 2 * dim * plan.ivf_lists * (10 * plan.ivf_train_rows + num_passages) + 2 * PQ_CENTROIDS * dim * num_passages
+    read = num_passages * plan.ivf_probes / plan.ivf_lists
+    search_ms = read / _IVF_CODES_PER_MS + 2 * plan.ivf_lists * dim / _FLAT_BYTES_PER_MS + _RERANK_MS
+    build = max(plan.ivf_train_rows * dim * 8, 2 * codes) + centroids
+    return Estimate(vectors + codes + centroids, build, codes + centroids, flops / _IVF_FLOPS, search_ms, 0.95)
