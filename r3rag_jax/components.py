@@ -47,6 +47,7 @@ from r3rag_jax.rollout.search_env import search_env_factory
 from r3rag_jax.run.digests import MODEL_FILES, SETTINGS_FILES, FileDigests
 from r3rag_jax.run.directory import RL_TRAJECTORIES, RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
+from r3rag_jax.run.preemption import StopSignals
 from r3rag_jax.run.progress import bar_of_unknown_length
 from r3rag_jax.run.provenance import Provenance
 from r3rag_jax.run.trackers.base import Tracker
@@ -95,6 +96,11 @@ class Components:
     def trajectory_log(self) -> TrajectoryLog:
         """The log of the RL trajectories that `log.trajectories` selects."""
         return TrajectoryLog(self.run.trajectories(RL_TRAJECTORIES), self.config.log.trajectories, self.trackers)
+
+    @functools.cached_property
+    def stop(self) -> StopSignals:
+        """The signals that end the run early, a context manager that listens for them."""
+        return StopSignals(self.config.stop_s, lambda text: self.console.print(text, highlight=False, markup=False))
 
     # ---- policy and data
 
@@ -276,7 +282,7 @@ class Components:
         return SFTParts(
             mesh=self.mesh, policy=self.policy, codec=self.codec, trajectories=trajectories,
             shares_prefixes=self.shares_prefixes, run=self.run, provenance=self.provenance("sft"), log=self.log,
-            console=self.console, on_error=self.on_error,
+            console=self.console, on_error=self.on_error, stop=self.stop,
         )  # fmt: skip
 
     @property
@@ -294,7 +300,7 @@ class Components:
             env_factory=self.search_env, retriever=self.retriever, scorer=self.scorer,
             questions=questions, evaluate=self.dev_evaluation, shares_prefixes=self.shares_prefixes, run=self.run,
             provenance=self.provenance("rl"), log=self.log, trajectory_log=self.trajectory_log,
-            console=self.console,
+            console=self.console, stop=self.stop,
         )  # fmt: skip
 
     def provenance(self, phase: str) -> Provenance:

@@ -59,7 +59,7 @@ def run(config: Config, console: Console | None = None) -> Components:
     c, did_work = Components(config, config.run_directory, console), False
     say = c.console.print
     plans, log = c.memory_plans, c.log  # bad configurations fail before the run directory is created
-    with hold_run(config), log, Watchdog(config.log.watchdog_s, c.run.stalls):
+    with c.stop, hold_run(config), log, Watchdog(config.log.watchdog_s, c.run.stalls):
         for name in config.phases:
             started = time.monotonic()
             for notice in notices(config, name, plans, c.sampler_mesh):

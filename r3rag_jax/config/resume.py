@@ -9,7 +9,7 @@ from r3rag_jax.config.schema import schema, value_of
 
 # Reason -> keys, and sections with all their keys, that change nothing of what the run computes.
 FREE_KEYS = {
-    "where it is and what is done next": ("run_dir", "phases"),
+    "where it is, what is done next, and how it is stopped": ("run_dir", "phases", "stop_s"),
     "a name: the keys of a budget are compared one by one": ("budget",),
     "its passages are compared with what was indexed and trained on": ("retrieval.index_dir",),
     "results that depend on it are evaluated again": (
@@ -35,7 +35,13 @@ FREE_KEYS = {
         "retrieval.memory_gb",
         "retrieval.cached_queries",
     ),
-    "how much is lost when a run is killed": ("sft.checkpoint_every",),
+    "how much is lost when a run is killed": (
+        "sft.checkpoint_every",
+        "sft.checkpoint_minutes",
+        "sft.keep_checkpoints",
+        "rl.checkpoint_minutes",
+        "rl.keep_checkpoints",
+    ),
 }
 # Asynchronous rollouts are not started across a checkpoint or an evaluation, so there these keys say which policy
 # samples.

@@ -155,6 +155,10 @@ class RLConfig(Section):
     entropy_coef: float = key(0.0, "coefficient of the entropy bonus", ge=0)
     eval_every: int = key(10, "iterations between evaluations on dev", "iterations", ge=1)
     checkpoint_every: int = key(10, "iterations between checkpoints", "iterations", ge=1)
+    checkpoint_minutes: float = key(
+        0.0, "minutes between checkpoints, beside checkpoint_every; 0: by iterations alone", "minutes", ge=0
+    )
+    keep_checkpoints: int = key(1, "newest checkpoints that are kept", "checkpoints", ge=1)
     kl: KLConfig = section(KLConfig())
     critic: CriticConfig = section(CriticConfig())
 
@@ -173,6 +177,17 @@ class RLConfig(Section):
             "rl.algorithm",
             "rl.step_discount",
             "rl.gamma",
+        )
+        return self
+
+    @model_validator(mode="after")
+    def _check_checkpoints(self) -> Self:
+        require(
+            not (self.async_rollouts and self.checkpoint_minutes),
+            "rl.checkpoint_minutes must be 0 when rl.async_rollouts is true: rollouts are not started across a "
+            f"checkpoint, so the clock would say which policy samples; got {self.checkpoint_minutes:g}",
+            "rl.checkpoint_minutes",
+            "rl.async_rollouts",
         )
         return self
 

@@ -20,3 +20,7 @@ class SFTConfig(Section):
     weight_decay: float = key(0.0, "decoupled weight decay", ge=0)
     max_grad_norm: float = key(1.0, "gradients are clipped to this global norm", gt=0)
     checkpoint_every: int = key(100, "steps between checkpoints", "steps", ge=1)
+    checkpoint_minutes: float = key(
+        0.0, "minutes between checkpoints, beside checkpoint_every; 0: by steps alone", "minutes", ge=0
+    )
+    keep_checkpoints: int = key(1, "newest checkpoints that are kept", "checkpoints", ge=1)

@@ -111,7 +111,7 @@ KEYS_WITHOUT_EFFECT = {
         ),
         "retrieval.endpoint.model",  # never sent
     ),
-    "it ends an evaluation or lets it go on": ("judge.max_failure_share",),
+    "it ends an evaluation or lets it go on": ("judge.max_failure_share", "stop_s"),
     "evaluations do not ask it": ("judge.relevance_prompt",),
     "what is shown": ("log",),
 }

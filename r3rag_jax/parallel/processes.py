@@ -6,6 +6,7 @@ import collections
 import contextlib
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ import numpy as np
 from jax._src import distributed  # the coordination service's client has no public name
 
 from r3rag_jax.config import MeshConfig
-from r3rag_jax.errors import UserError
+from r3rag_jax.errors import StopRun, UserError, report_error
 from r3rag_jax.parallel.failures import HEARTBEAT_S, FailureWatch
 
 
@@ -76,10 +77,22 @@ def joined(config: MeshConfig) -> Iterator[None]:
     except SystemExit:  # all processes leave with a status of their choice
         barrier("end")
         raise
+    except StopRun as stop:
+        watch.stop()
+        leave_together(stop)
+        raise
     except BaseException as error:
         watch.leave(error)
     finally:
         watch.stop()
+
+
+def leave_together(stop: StopRun) -> None:
+    """Wait until all processes have stopped; where one of them cannot, end this one."""
+    try:
+        barrier("stop", timeout_s=STOP_S)
+    except (TimeoutError, jax.errors.JaxRuntimeError):
+        os._exit(report_error(stop))
 
 
 def _client() -> Any:
@@ -88,7 +101,8 @@ def _client() -> Any:
 
 
 BARRIER_S = 3600.0  # default time limit of a barrier, in seconds; longer than process 0 takes to write a large policy
-_WAIT_S = 60.0  # timeout of one request to the coordination service; requests repeat until the time limit
+STOP_S = 30.0  # processes that stop wait so long for each other, in seconds
+_WAIT_S = 5.0  # timeout of one request to the coordination service, which no signal interrupts; requests repeat until the time limit
 _num_calls: collections.Counter[str] = collections.Counter()  # name of a broadcast or a barrier -> number of calls
 _lock = threading.Lock()
 
@@ -220,3 +234,17 @@ def check_same(of: Callable[[], Any], what: str) -> None:
             f"all processes must have the same {what}; process {jax.process_index()} has {value!r}, process 0 "
             f"{expected!r}: does a network file system show it an old file?"
         )
+
+
+def post(name: str, value: str) -> None:
+    """Leave a note for all processes, to be read with `posted`; a later one replaces it. Any thread may call."""
+    if jax.process_count() > 1:
+        _client().key_value_set(f"r3rag_jax/post/{name}/{jax.process_index()}", value, allow_overwrite=True)
+
+
+def posted(name: str) -> dict[int, str]:
+    """The notes that processes have left under a name: process -> value. Any thread may call; never blocks for long."""
+    if jax.process_count() == 1:
+        return {}
+    found = _client().key_value_dir_get(f"r3rag_jax/post/{name}/")
+    return {int(key.rpartition("/")[2]): value for key, value in found}

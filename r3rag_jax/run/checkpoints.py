@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.parallel.processes import on_process_0
 from r3rag_jax.run.files import open_atomic_binary
 
 
@@ -39,37 +41,63 @@ def load_arrays(path: Path, like: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints in a directory, one subdirectory `<step>/` each.
+    """The checkpoints in a directory, one subdirectory `<step>/` each. A context manager that closes them.
 
-    A checkpoint appears when it is complete; only then are older ones deleted.
+    A checkpoint appears when it is complete; only then are older ones deleted. It is written by a thread, while
+    training goes on.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 1, note: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        directory: epath.Path | Path,
+        *,
+        keep: int = 1,
+        note: Mapping[str, Any] | None = None,
+        before_save: Callable[[], object] = lambda: None,
+    ):
         """
         Args:
-            directory: e.g. `<run>/checkpoints/rl`; it is created.
+            directory: e.g. `<run>/checkpoints/rl`, local or on Google Cloud Storage; it is created.
             keep: how many checkpoints to keep.
             note: is added to the note of every checkpoint.
+            before_save: called at the beginning of every save, to write what must not be older than the checkpoint.
         """
-        self.directory, self._note = directory.absolute(), dict(note or {})
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        self.directory, self._note, self._before_save = epath.Path(directory).absolute(), dict(note or {}), before_save
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # Process 0 says which is the newest: a network file system may show the others an older listing.
+        self._latest: int | None = on_process_0(self._manager.latest_step, "newest checkpoint")
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint, or None where there is none."""
-        return self._manager.latest_step()
+        """The step of the newest checkpoint, which may still be under way; None where there is none."""
+        return self._latest
 
     def save(self, step: int, state: Any, note: dict[str, Any]) -> None:
-        """Write a checkpoint and wait until it is complete. All processes must call.
+        """Begin to write a checkpoint; one that is under way is awaited first. All processes must call.
+
+        The arrays are copied to the host before this returns: they may be donated.
 
         Args:
             step: number of updates or iterations done; must be larger than `latest`.
             state: a pytree of arrays.
             note: a JSON object.
+
+        Raises:
+            OSError: the checkpoint before could not be written.
         """
+        self.wait()
+        self._before_save()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(note | self._note))
         self._manager.save(step, args=items, force=True)
+        self._latest = step
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            OSError: it could not be written.
+        """
         self._manager.wait_until_finished()
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
@@ -86,6 +114,7 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step is None:
             raise UserError(f"no checkpoint in {self.directory}")
+        self.wait()
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
         items = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), note=ocp.args.JsonRestore())
         try:
@@ -100,8 +129,15 @@ class Checkpoints:
         """The note of the newest checkpoint, read without its state; None where there is no checkpoint."""
         if self.latest is None:
             return None
+        self.wait()
         return self._manager.restore(self.latest, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
 
     def close(self) -> None:
-        """Release the resources of the checkpoint manager; the checkpoints stay."""
+        """Wait for the last checkpoint and release the resources of the checkpoint manager; the checkpoints stay."""
         self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from r3rag_jax.config import Config, ConfigError, load_config, to_yaml
 from r3rag_jax.config.resume import changed_keys
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import barrier
+from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.run.files import is_partial, write_text
 from r3rag_jax.run.lock import locked
-from r3rag_jax.run.provenance import check_order
+from r3rag_jax.run.provenance import PROVENANCE, Provenance, check_order, check_provenance
 
+TOPOLOGY = "topology"  # its name in the note of a checkpoint
 RL_TRAJECTORIES = "rl"  # name of the trajectories that RL keeps
 
 
@@ -135,6 +139,39 @@ def open_run(config: Config) -> RunDirectory:
         write_text(run.config_file, to_yaml(config))
     barrier("run directory")
     return run
+
+
+def open_checkpoints(
+    run: RunDirectory, phase: str, provenance: Provenance, *, keep: int, mesh: Mesh, say: Callable[[str], object]
+) -> Checkpoints:
+    """The checkpoints of a phase, which record its provenance and topology. All processes must call.
+
+    Args:
+        keep: how many are kept.
+        mesh: what the phase trains on now. On another mesh than before, the user is told that numbers differ by
+            rounding: sums are taken in another order.
+        say: shows a sentence to the user.
+
+    Raises:
+        UserError: the phase began from something else.
+    """
+    topology = {"processes": jax.process_count(), "mesh": dict(mesh.shape)}
+    note = {PROVENANCE: dict(provenance), TOPOLOGY: topology}
+    checkpoints = Checkpoints(run.checkpoints(phase), keep=keep, note=note)
+    recorded = checkpoints.note() or {}
+    check_provenance(phase, checkpoints.directory, recorded.get(PROVENANCE, {}), provenance)
+    before = recorded.get(TOPOLOGY, topology)
+    if before != topology:
+        say(
+            f"{phase} resumes on another mesh ({_topology_words(before)} before, {_topology_words(topology)} now): "
+            "numbers are equal within rounding"
+        )
+    return checkpoints
+
+
+def _topology_words(topology: dict[str, Any]) -> str:
+    axes = " ".join(f"{name}={size}" for name, size in topology["mesh"].items())
+    return f"{axes}, processes={topology['processes']}"
 
 
 def _check_run(config: Config) -> RunDirectory:

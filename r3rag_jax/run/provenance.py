@@ -13,6 +13,7 @@ A digest that is missing on one side is not compared: a file may have been remov
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def _has_finished(policy: Path, expected: Provenance) -> bool:
     return True
 
 
-def check_provenance(phase: str, place: Path, recorded: Provenance, expected: Provenance) -> None:
+def check_provenance(phase: str, place: os.PathLike[str], recorded: Provenance, expected: Provenance) -> None:
     """Compare what a phase was begun from with what it would be begun from now.
 
     Args:
@@ -77,17 +78,6 @@ def check_provenance(phase: str, place: Path, recorded: Provenance, expected: Pr
                 f"{key.format(phase=phase)} must be what phase {phase} began with: {place} was trained from "
                 f"{recorded[name]}; got {expected[name]}. Restore it, or choose another name=…"
             )
-
-
-def open_checkpoints(phase: str, directory: Path, provenance: Provenance) -> Checkpoints:
-    """The checkpoints of a phase, which record its provenance. All processes must call.
-
-    Raises:
-        UserError: the phase began from something else.
-    """
-    checkpoints = Checkpoints(directory, note={PROVENANCE: dict(provenance)})
-    check_provenance(phase, directory, (checkpoints.note() or {}).get(PROVENANCE, {}), provenance)
-    return checkpoints
 
 
 def check_order(phases: tuple[str, ...], sft: Path, rl: Path, rl_checkpoints: Path) -> None:

@@ -23,8 +23,10 @@ from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.prefetch import Prefetcher
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.metrics import MetricsLog
+from r3rag_jax.run.preemption import StopSignals
 from r3rag_jax.run.progress import ProgressBar, num_compiled
 from r3rag_jax.run.provenance import Provenance
+from r3rag_jax.run.schedule import SaveSchedule
 from r3rag_jax.run.trajectories import TrajectoryLog
 from r3rag_jax.run.watchdog import moved
 from r3rag_jax.training.experience import Experience, IterationSampler, Rollouts
@@ -52,6 +54,7 @@ class RLParts:
     log: MetricsLog
     trajectory_log: TrajectoryLog
     console: Console
+    stop: StopSignals
 
 
 def run_rl(config: Config, parts: RLParts) -> None:
@@ -60,6 +63,7 @@ def run_rl(config: Config, parts: RLParts) -> None:
     Raises:
         UserError: RL began from something else, a guard ends RL, the judge fails too often, or the settings do not fit
             the devices.
+        StopRun: a signal has come; the iteration under way is done and saved.
     """
     check_devices(config, parts)
     trainer = RLTrainer(
@@ -74,14 +78,16 @@ def run_rl(config: Config, parts: RLParts) -> None:
     )
     bar = ProgressBar("RL", config.rl.iterations, console=parts.console, live=config.log.progress,
                       done=trainer.iteration)  # fmt: skip
-    with bar, prefetcher, failures_told():
+    schedule = SaveSchedule(
+        trainer.checkpoints, parts.stop, every=config.rl.checkpoint_every, minutes=config.rl.checkpoint_minutes,
+        total=config.rl.iterations, unit="RL iteration",
+    )  # fmt: skip
+    with trainer.checkpoints, parts.stop.deferred(), bar, prefetcher, failures_told():
         while trainer.iteration < config.rl.iterations:
             metrics = run_iteration(config, parts, trainer, prefetcher)
             bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
-            if trainer.iteration % config.rl.checkpoint_every == 0 and trainer.iteration < config.rl.iterations:
-                trainer.save()
-    parts.policy.save(parts.run.policy("rl"), trainer.policy_params, parts.provenance)
-    trainer.checkpoints.close()
+            schedule.after(trainer.iteration, trainer.save)
+        parts.policy.save(parts.run.policy("rl"), trainer.policy_params, parts.provenance)
 
 
 def run_iteration(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 
 import jax
@@ -20,10 +21,12 @@ from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.processes import failures_told
 from r3rag_jax.parallel.shardings import device_put_batch
 from r3rag_jax.run.checkpoints import save_arrays
-from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.directory import RunDirectory, open_checkpoints
 from r3rag_jax.run.metrics import MetricsLog
+from r3rag_jax.run.preemption import StopSignals
 from r3rag_jax.run.progress import ProgressBar
-from r3rag_jax.run.provenance import Provenance, open_checkpoints
+from r3rag_jax.run.provenance import Provenance
+from r3rag_jax.run.schedule import SaveSchedule
 from r3rag_jax.text.transcript import Codec, teacher_samples
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.guards import is_finite
@@ -47,6 +50,7 @@ class SFTParts:
     log: MetricsLog
     console: Console
     on_error: OnError
+    stop: StopSignals
 
 
 def run_sft(config: Config, parts: SFTParts) -> None:
@@ -55,8 +59,11 @@ def run_sft(config: Config, parts: SFTParts) -> None:
     Raises:
         UserError: the phase began from something else, a sample is longer than `sft.row_length` and `data.on_error` is
             stop, or a loss or gradient is not finite (`guards.nonfinite`).
+        StopRun: a signal has come; the step under way is done and saved.
     """
-    checkpoints = open_checkpoints("sft", parts.run.checkpoints("sft"), parts.provenance)
+    checkpoints = open_checkpoints(
+        parts.run, "sft", parts.provenance, keep=config.sft.keep_checkpoints, mesh=parts.mesh, say=parts.console.print
+    )
     batches = make_batches(config, parts)
     policy = parts.policy.trainable(parts.policy.base_params())
     tx = optimizer.sft_optimizer(config.sft, batches.num_steps, config.model.moment_dtype)
@@ -68,7 +75,11 @@ def run_sft(config: Config, parts: SFTParts) -> None:
     step = make_sft_step(parts.mesh, policy.graphdef, tx, config.model, state)
     bar = ProgressBar("cold start", batches.num_steps, console=parts.console, live=config.log.progress,
                       done=batches.step)  # fmt: skip
-    with bar, failures_told():
+    schedule = SaveSchedule(
+        checkpoints, parts.stop, every=config.sft.checkpoint_every, minutes=config.sft.checkpoint_minutes,
+        total=batches.num_steps, unit="cold start, step",
+    )  # fmt: skip
+    with checkpoints, parts.stop.deferred(), bar, failures_told():
         while batches.step < batches.num_steps:
             started, number = time.monotonic(), batches.step
             batch = next(batches)
@@ -79,11 +90,10 @@ def run_sft(config: Config, parts: SFTParts) -> None:
             numbers["tokens_per_s"] = float(np.sum(batch.segment_ids > 0)) / (time.monotonic() - started)
             parts.log.write("sft", number, numbers)
             bar.advance(**{name: numbers[name] for name in ("loss", "accuracy", "tokens_per_s")})
-            if batches.step % config.sft.checkpoint_every == 0 and batches.step < batches.num_steps:
-                checkpoints.save(batches.step, state, {"batches": batches.get_state()})
-    merged = jax.jit(lora.merge, static_argnums=0)(policy.graphdef, state.params, policy.frozen)
-    parts.policy.save(parts.run.policy("sft"), merged, parts.provenance)
-    checkpoints.close()
+            note = {"batches": batches.get_state()}
+            schedule.after(batches.step, functools.partial(checkpoints.save, batches.step, state, note))
+        merged = jax.jit(lora.merge, static_argnums=0)(policy.graphdef, state.params, policy.frozen)
+        parts.policy.save(parts.run.policy("sft"), merged, parts.provenance)
 
 
 def make_batches(config: Config, parts: SFTParts) -> SFTBatches:

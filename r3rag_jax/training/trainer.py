@@ -20,8 +20,8 @@ from r3rag_jax.parallel.processes import exists
 from r3rag_jax.rewards.length import add_to_last_step, overlong_penalties
 from r3rag_jax.rl.algorithms import ALGORITHMS
 from r3rag_jax.rl.losses import adapted_kl
-from r3rag_jax.run.directory import RunDirectory
-from r3rag_jax.run.provenance import Provenance, open_checkpoints
+from r3rag_jax.run.directory import RunDirectory, open_checkpoints
+from r3rag_jax.run.provenance import Provenance
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.batch import IterationBatches, pack_iteration
 from r3rag_jax.training.experience import Experience
@@ -54,7 +54,9 @@ class RLTrainer:
         Raises:
             UserError: the checkpoints are of RL that began from something else.
         """
-        self.checkpoints = open_checkpoints("rl", run.checkpoints("rl"), provenance)
+        self.checkpoints = open_checkpoints(
+            run, "rl", provenance, keep=config.rl.keep_checkpoints, mesh=mesh, say=console.print
+        )
         self._config, self._policy, self._mesh, self._shares_prefixes = config, policy, mesh, shares_prefixes
         cold_start = run.policy("sft")
         self._ref_params = policy.load(cold_start) if exists(cold_start) else policy.base_params()

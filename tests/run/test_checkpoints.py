@@ -64,6 +64,32 @@ def test_the_newest_is_kept_and_phases_are_apart(tmp_path: Path) -> None:
     sft.close(), rl.close()
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays that are donated before the checkpoint is complete are saved as they were."""
+    path = tmp_path / "checkpoints" / "sft"
+    update = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    state = {"x": jnp.zeros((512, 256)), "n": jnp.zeros((), jnp.int32)}
+    order: list[str] = []
+    with Checkpoints(path, keep=2, before_save=lambda: order.append("files")) as checkpoints:
+        write = checkpoints._manager.save
+        monkeypatch.setattr(
+            checkpoints._manager, "save", lambda *args, **named: (order.append("checkpoint"), write(*args, **named))
+        )
+        for step in (1, 2, 3):
+            checkpoints.save(step, state, {"at": step})
+            assert checkpoints.latest == step
+            for _ in range(3):
+                state = update(state)
+        assert checkpoints.note() == {"at": 3}
+    assert order == ["files", "checkpoint"] * 3
+    assert sorted(p.name for p in path.iterdir()) == ["2", "3"]
+    with Checkpoints(path) as reader:
+        for step, value in ((2, 3), (3, 6)):
+            restored, note = reader.restore(state, step)
+            assert (float(restored["x"].min()), float(restored["x"].max())) == (value, value)
+            assert (int(restored["n"]), note) == (value, {"at": step})
+
+
 def test_a_half_written_step_does_not_count(tmp_path: Path) -> None:
     state = {"x": jnp.arange(4.0)}
     checkpoints = Checkpoints(tmp_path / "checkpoints" / "rl")

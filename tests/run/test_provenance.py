@@ -10,13 +10,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 import tiny_run
 
 from r3rag_jax.config import Config
 from r3rag_jax.errors import UserError
+from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.run.digests import PROVENANCE_FILE
-from r3rag_jax.run.directory import RunDirectory, open_run
-from r3rag_jax.run.provenance import check_provenance, has_finished, open_checkpoints, read_provenance
+from r3rag_jax.run.directory import RunDirectory, open_checkpoints, open_run
+from r3rag_jax.run.provenance import check_provenance, has_finished, read_provenance
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 FROM_BASE = {"base": "b", "cold_start": "", "data": "d", "corpus": "c"}
@@ -67,14 +69,22 @@ def test_a_finished_phase_is_of_what_it_began_from(tmp_path: Path) -> None:
 
 def test_a_phase_resumes_from_checkpoints_of_the_same_origin(tmp_path: Path) -> None:
     state = {"x": jnp.arange(2.0)}
-    checkpoints = open_checkpoints("rl", tmp_path / "rl", FROM_BASE)
-    checkpoints.save(1, state, {"iteration": 1})
-    checkpoints.close()
-    again = open_checkpoints("rl", tmp_path / "rl", FROM_BASE)
-    assert again.note() == {"iteration": 1, "provenance": FROM_BASE}
-    again.close()
+    run, said = RunDirectory(tmp_path), []
+    flat, cube = (make_mesh(tiny.mesh_config(*sizes)) for sizes in ((8, 1, 1), (2, 2, 2)))
+    with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=flat, say=said.append) as checkpoints:
+        checkpoints.save(1, state, {"iteration": 1})
+    topology = {"mesh": {"data": 8, "fsdp": 1, "tensor": 1}, "processes": 1}
+    with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=flat, say=said.append) as again:
+        assert again.note() == {"iteration": 1, "provenance": FROM_BASE, "topology": topology}
+    assert said == []
+    with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=cube, say=said.append) as again:
+        assert again.latest == 1
+    assert said == [
+        "rl resumes on another mesh (data=8 fsdp=1 tensor=1, processes=1 before, data=2 fsdp=2 tensor=2, processes=1 "
+        "now): numbers are equal within rounding"
+    ]
     with pytest.raises(UserError, match="began from the base model, and this run now has the cold start s"):
-        open_checkpoints("rl", tmp_path / "rl", FROM_COLD_START)
+        open_checkpoints(run, "rl", FROM_COLD_START, keep=1, mesh=flat, say=said.append)
 
 
 @pytest.mark.parametrize("has_policy", [True, False], ids=["finished", "begun"])
@@ -85,9 +95,9 @@ def test_no_cold_start_is_trained_after_rl_from_the_base(has_policy: bool, tmp_p
     if has_policy:
         write_policy(run.policy("rl"), FROM_BASE)
     else:
-        checkpoints = open_checkpoints("rl", run.checkpoints("rl"), FROM_BASE)
-        checkpoints.save(1, {"x": jnp.arange(2.0)}, {})
-        checkpoints.close()
+        mesh = make_mesh(tiny.mesh_config(8, 1, 1))
+        with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=mesh, say=print) as checkpoints:
+            checkpoints.save(1, {"x": jnp.arange(2.0)}, {})
     before = tiny_run.files(tmp_path)
     with pytest.raises(UserError, match=r"phases must not have sft after RL has begun from the base model .*policy/rl"):
         open_run(config)
