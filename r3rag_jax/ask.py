@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("the question must not be empty")
     use_compile_cache()
     checkpoint = open_checkpoint(args)
-    components = Components(checkpoint.config, checkpoint.directory)
+    components = Components(checkpoint.config, checkpoint.run)
     policy = checkpoint.choose_policy(args.phase)
     _ = components.codec  # a model that cannot be used is reported before an index is built
     components.open_corpus(args.corpus, builds_index=checkpoint.builds_index)

@@ -73,7 +73,7 @@ class Components:
     """
 
     def __init__(self, config: Config, run_dir: str | os.PathLike[str], console: Console | None = None):
-        self.config, self.run = config, RunDirectory(Path(run_dir))
+        self.config, self.run = config, RunDirectory.at(run_dir)
         self.mesh: Mesh = make_mesh(config.mesh)
         self.sampler_mesh: Mesh = make_sampler_mesh(config.mesh, self.mesh)
         self.console = console or Console(quiet=jax.process_index() != 0)

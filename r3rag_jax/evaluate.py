@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = checkpoint.config
     name = result_name(args.name, args.questions, args.system)
     system = SYSTEMS[args.system or "r3rag"]
-    components = Components(config, checkpoint.directory)
+    components = Components(config, checkpoint.run)
     policy = checkpoint.choose_policy(args.phase or (system.policy if args.system else None))
     # A model that cannot be used is reported before an index is built.
     _ = components.policy.tokenizer if args.system in BASELINES else components.codec
@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         trajectories = evaluator.rollouts(
             system, questions, policy=policy, on_done=lambda trajectory: bar.advance(steps=len(trajectory.steps))
         )
-    components.console.print(results_table([evaluator.write(name, trajectories, fingerprint)]))
+    result = evaluator.write(name, trajectories, fingerprint)
+    components.run.publish()
+    components.console.print(results_table([result]))
     return 0
 
 

@@ -18,7 +18,7 @@ from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.results import load_results
 from r3rag_jax.parallel.processes import joined
 from r3rag_jax.reporting.rendering import all_tables
-from r3rag_jax.reporting.report_page import write_report
+from r3rag_jax.reporting.report_page import publish_report
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import hold_run
 from r3rag_jax.run.provenance import has_finished
@@ -59,19 +59,19 @@ def run(config: Config, console: Console | None = None) -> Components:
     c, did_work = Components(config, config.run_directory, console), False
     say = c.console.print
     plans, log = c.memory_plans, c.log  # bad configurations fail before the run directory is created
-    with c.stop, hold_run(config), log, Watchdog(config.log.watchdog_s, c.run.stalls):
+    with c.stop, hold_run(config, c.run, c.console), log, Watchdog(config.log.watchdog_s, c.run.stalls):
         for name in config.phases:
             started = time.monotonic()
             for notice in notices(config, name, plans, c.sampler_mesh):
                 say(notice, highlight=False, markup=False)
-            is_new = PHASES[name](c)
+            did_work |= (is_new := PHASES[name](c))
+            c.run.share()
             took = f"{time.monotonic() - started:.0f} s"
             say(f"[green]✓[/] {name}  {took}" if is_new else f"[dim]✓ {name}  done before[/]", highlight=False)
-            did_work |= is_new
     if jax.process_index() == 0:
         if "eval" in config.phases:  # else results may be out of date
             say(*all_tables(load_results(c.run, config.eval.systems)))
-        where = f"{'Report' if did_work else 'All is done. Report'}: {write_report(c.run.path)}"
+        where = f"{'Report' if did_work else 'All is done. Report'}: {publish_report(c.run)}"
         say(where, highlight=False, markup=False, soft_wrap=True)
     return c
 

@@ -30,7 +30,7 @@ class Config(Section):
     """A whole experiment."""
 
     name: str = key("run", "name of the run")
-    run_dir: str = key("", "run directory; empty: runs/<name>", "path")
+    run_dir: str = key("", "run directory; empty: runs/<name>", "path or gs://BUCKET/…")
     stop_s: float = key(
         300.0, "after SIGTERM or Ctrl-C, the most that the step under way and its checkpoint may take", "seconds", gt=0
     )
@@ -54,8 +54,19 @@ class Config(Section):
 
     @property
     def run_directory(self) -> Path:
-        """`run_dir`, or `runs/<name>` under the working directory."""
-        return Path(self.run_dir or f"runs/{self.name}")
+        """`run_dir`, or `runs/<name>` under the working directory; of `gs://…` a path whose text is that URL."""
+        if "://" not in self.run_dir:
+            return Path(self.run_dir or f"runs/{self.name}")
+        from etils import epath  # only runs in a bucket need it
+
+        return epath.Path(self.run_dir)
+
+    @field_validator("run_dir")
+    @classmethod
+    def _check_run_dir(cls, run_dir: str) -> str:
+        if "://" in run_dir and re.fullmatch(r"gs://[^/]+(/[^/]+)+/?", run_dir) is None:
+            raise ValueError(f"must be a path, or gs://BUCKET/… with a folder of the bucket; got {run_dir!r}")
+        return run_dir
 
     @field_validator("name")
     @classmethod

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from r3rag_jax.errors import UserError
@@ -44,6 +44,19 @@ class Section(BaseModel):
 
     # Pydantic validates a nested section without calling __init__, so that an error has the full path of its key.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @model_validator(mode="after")
+    def _check_paths(self) -> Self:
+        """A file or directory is on a local disk, or mounted: a URL would name a folder `gs:` here."""
+        for name, field in type(self).model_fields.items():
+            value, dotted = getattr(self, name), f"{self.dotted}.{name}".lstrip(".")
+            is_path = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("unit") == "path"
+            require(
+                not (is_path and isinstance(value, str) and "://" in value),
+                f"{dotted} must be a path on a disk of this machine; got {value}: copy it here first",
+                dotted,
+            )
+        return self
 
     def replace(self, **changes: Any) -> Self:
         """A copy with other values, validated like a new section; defaults that depend on changed keys follow them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from r3rag_jax.models.hf.conversion import POLICY_PHASES
 from r3rag_jax.models.hf.tensor_files import CONFIG_FILE
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.store import is_remote
 
 NEEDS_PASSAGES = (
     "a Hugging Face directory comes without passages: --corpus FILE, or --config RECIPE with data.corpus, or "
@@ -27,17 +29,17 @@ class Checkpoint:
 
     Fields:
         config: how it is used, without training.
-        directory: where results go: the run's directory, or one that is made for those of the model.
+        run: where results go: the run's directory, or one that is made for those of the model.
         is_run: whether it is a run, which has its index and may have several policies.
     """
 
     config: Config
-    directory: Path
+    run: RunDirectory
     is_run: bool
 
     @property
     def builds_index(self) -> bool:
-        """Whether an index of `data.corpus` is built in `directory`, unless it is there."""
+        """Whether an index of `data.corpus` is built in `run`, unless it is there."""
         retrieval = self.config.retrieval
         return not self.is_run and not retrieval.index_dir and retrieval.kind != "http"
 
@@ -47,7 +49,7 @@ class Checkpoint:
         Raises:
             UserError: see the function `choose_policy`.
         """
-        return choose_policy(RunDirectory(self.directory), self.config, policy) if self.is_run else BASE_POLICY
+        return choose_policy(self.run, self.config, policy) if self.is_run else BASE_POLICY
 
 
 def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +74,11 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     Raises:
         UserError: --checkpoint is neither a run nor a model, a flag does not go with it, or the configuration is wrong.
     """
-    path = Path(args.checkpoint)
-    if RunDirectory(path).config_file.is_file():
+    run = RunDirectory.at(args.checkpoint)
+    if run.config_file.is_file():
         if args.config is not None:
             raise UserError(f"--config must be left out with a run, which has its own; got {args.config}")
-        return Checkpoint(load_run_config(path, args.overrides), path, is_run=True)
+        return Checkpoint(load_run_config(run, args.overrides), run, is_run=True)
     path = model_path(args.checkpoint)
     if not (path / CONFIG_FILE).is_file():
         raise UserError(
@@ -87,22 +89,26 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
         raise UserError(f"--phase must be left out with a model, which is one policy; got {args.phase}")
     config = _model_config(path, args.config, args.overrides)
     is_given = args.corpus is not None or args.config is not None or "data.source=world" in args.overrides
-    if not is_given and config.data.source == "world" and Checkpoint(config, path, is_run=False).builds_index:
+    if (
+        not is_given
+        and config.data.source == "world"
+        and Checkpoint(config, RunDirectory(path), is_run=False).builds_index
+    ):
         raise UserError(NEEDS_PASSAGES)
-    return Checkpoint(config, config.run_directory, is_run=False)
+    return Checkpoint(config, RunDirectory.at(config.run_directory), is_run=False)
 
 
-def load_run_config(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
+def load_run_config(run_dir: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Return the configuration of a trained run, for use without training.
 
     Raises:
         UserError: the directory holds no run, or a `key=value` among the overrides is wrong.
     """
-    path = RunDirectory(run_dir).config_file
-    if not path.is_file():
-        raise UserError(f"--checkpoint must be a run directory with config.yaml; got {run_dir}")
+    run = RunDirectory.at(run_dir)
+    if not run.config_file.is_file():
+        raise UserError(f"--checkpoint must be a run directory with config.yaml; got {run.place}")
     # Relations that only training needs are not checked: no training phase is listed.
-    return load_config(path, [*overrides, f"run_dir={run_dir}", "phases=index"])
+    return load_config(run.config_file, [*overrides, f"run_dir={run.place}", "phases=index"])
 
 
 def _model_config(path: Path, recipe: Path | None, overrides: Sequence[str]) -> Config:
@@ -113,12 +119,13 @@ def _model_config(path: Path, recipe: Path | None, overrides: Sequence[str]) -> 
     fixed = [f"model.path={path}", "model.init=pretrained", "data.refresh_retrieved=false", "phases=index"]
     config = load_config(recipe, [*own, *overrides, *fixed])
     directory = config.run_directory
-    if path.resolve() in (directory.resolve(), *directory.resolve().parents):
+    is_local = not is_remote(str(directory))
+    if is_local and path.resolve() in (directory.resolve(), *directory.resolve().parents):
         raise UserError(f"run_dir must be outside of the model's directory {path}; got {directory}")
-    if RunDirectory(directory).config_file.exists():
+    if (run := RunDirectory.at(directory)).config_file.exists():
         raise UserError(
             f"run_dir must not be a run, which has results of its own; got {directory}. Its index is named by "
-            f"retrieval.index_dir={RunDirectory(directory).index}"
+            f"retrieval.index_dir={run.index}"
         )
     return config
 
@@ -143,5 +150,5 @@ def choose_policy(run: RunDirectory, config: Config, policy: str | None = None) 
     trained = [name for name in POLICY_PHASES if run.policy(name).exists()]
     chosen = policy or (trained[0] if trained else "")
     if chosen not in trained and not config.rollout.server.is_given:
-        raise UserError(f"{run.path} has no trained policy{f' of phase {chosen}' if chosen else ''}")
+        raise UserError(f"{run.place} has no trained policy{f' of phase {chosen}' if chosen else ''}")
     return chosen

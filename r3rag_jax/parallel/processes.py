@@ -102,7 +102,9 @@ def _client() -> Any:
 
 BARRIER_S = 3600.0  # default time limit of a barrier, in seconds; longer than process 0 takes to write a large policy
 STOP_S = 30.0  # processes that stop wait so long for each other, in seconds
-_WAIT_S = 5.0  # timeout of one request to the coordination service, which no signal interrupts; requests repeat until the time limit
+# Timeout of one request to the coordination service, in seconds; requests repeat until the time limit. No signal
+# interrupts a request.
+_WAIT_S = 5.0
 _num_calls: collections.Counter[str] = collections.Counter()  # name of a broadcast or a barrier -> number of calls
 _lock = threading.Lock()
 

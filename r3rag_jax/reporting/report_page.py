@@ -6,6 +6,7 @@ configuration. For whatever the run lacks, it holds a sentence that says so.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.files import write_text
 
 
-def write_report(run_dir: Path | str) -> Path:
+def write_report(run_dir: str | os.PathLike[str]) -> Path:
     """Write report.html into the run directory and return its path.
 
     Raises:
@@ -48,6 +49,17 @@ def write_report(run_dir: Path | str) -> Path:
     path = RunDirectory(Path(run_dir)).report
     write_text(path, html)
     return path
+
+
+def publish_report(run: RunDirectory) -> str:
+    """Write the report, upload it where the run is in a bucket, and return its path or URL.
+
+    Raises:
+        UserError: as `write_report`; or the bucket cannot be written.
+    """
+    path = write_report(run)
+    run.publish()
+    return run.shown(path)
 
 
 def _draw_all(phase: str, rows: Sequence[dict[str, Any]]) -> list[Markup]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class Run:
     notices: tuple[str, ...]  # sentences about lines and files that could not be read
 
 
-def load_run(run_dir: Path | str) -> Run:
+def load_run(run_dir: str | os.PathLike[str]) -> Run:
     """Read a run directory, finished or not.
 
     Raises:

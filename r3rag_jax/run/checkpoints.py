@@ -62,7 +62,9 @@ class Checkpoints:
             note: is added to the note of every checkpoint.
             before_save: called at the beginning of every save, to write what must not be older than the checkpoint.
         """
-        self.directory, self._note, self._before_save = epath.Path(directory).absolute(), dict(note or {}), before_save
+        is_local = isinstance(directory, Path)
+        self.directory = directory.absolute() if is_local else directory  # of a URL it would be below the working one
+        self._note, self._before_save = dict(note or {}), before_save
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         # Process 0 says which is the newest: a network file system may show the others an older listing.

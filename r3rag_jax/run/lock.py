@@ -40,6 +40,15 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def alone_on_host(path: Path) -> Iterator[None]:
+    """Run the block in one process of this host, and one of its threads, at a time; the others wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _lock(file: BinaryIO, path: Path) -> None:
     """Lock an open file until it is closed, and write who has it."""
     try:

@@ -17,6 +17,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from etils import epath
+
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import on_process_0
 from r3rag_jax.run.checkpoints import Checkpoints
@@ -80,7 +82,7 @@ def check_provenance(phase: str, place: os.PathLike[str], recorded: Provenance, 
             )
 
 
-def check_order(phases: tuple[str, ...], sft: Path, rl: Path, rl_checkpoints: Path) -> None:
+def check_order(phases: tuple[str, ...], sft: Path, rl: Path, rl_checkpoints: Path | epath.Path) -> None:
     """Refuse to train a cold start after RL has begun from the base.
 
     Args:
@@ -91,7 +93,8 @@ def check_order(phases: tuple[str, ...], sft: Path, rl: Path, rl_checkpoints: Pa
     """
     if "sft" not in phases or sft.exists():
         return
-    place, recorded = rl, read_provenance(rl)
+    place: Path | epath.Path = rl
+    recorded = read_provenance(rl)
     if not rl.exists() and rl_checkpoints.is_dir():
         checkpoints = Checkpoints(rl_checkpoints)
         place, recorded = rl_checkpoints, (checkpoints.note() or {}).get(PROVENANCE, {})

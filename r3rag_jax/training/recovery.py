@@ -92,11 +92,12 @@ class Recovery:
 
     def _keep(self, progress: RLProgress, number: int, inputs: StepInputs) -> Path:
         """Write the inputs of an update, and the state before it with `guards.save_state`."""
-        path = self._run.bad_step(f"{progress.iteration}_{number}")
+        name = f"{progress.iteration}_{number}"
+        path = self._run.bad_step(name)
         gather = jax.jit(lambda tree: tree, out_shardings=replicated(self._mesh))
         save_arrays(path, gather(inputs))
         if self._config.save_state:
-            kept = Checkpoints(path.with_suffix(""))
+            kept = Checkpoints(self._run.bad_step_state(name))
             if kept.latest is None:
                 kept.save(progress.iteration, progress.state, {"iteration": progress.iteration})
             kept.close()

@@ -62,7 +62,7 @@ def run_sft(config: Config, parts: SFTParts) -> None:
         StopRun: a signal has come; the step under way is done and saved.
     """
     checkpoints = open_checkpoints(
-        parts.run, "sft", parts.provenance, keep=config.sft.keep_checkpoints, mesh=parts.mesh, say=parts.console.print
+        parts.run, "sft", parts.provenance, keep=config.sft.keep_checkpoints, mesh=parts.mesh, console=parts.console
     )
     batches = make_batches(config, parts)
     policy = parts.policy.trainable(parts.policy.base_params())

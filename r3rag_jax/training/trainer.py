@@ -55,7 +55,7 @@ class RLTrainer:
             UserError: the checkpoints are of RL that began from something else.
         """
         self.checkpoints = open_checkpoints(
-            run, "rl", provenance, keep=config.rl.keep_checkpoints, mesh=mesh, say=console.print
+            run, "rl", provenance, keep=config.rl.keep_checkpoints, mesh=mesh, console=console
         )
         self._config, self._policy, self._mesh, self._shares_prefixes = config, policy, mesh, shares_prefixes
         cold_start = run.policy("sft")

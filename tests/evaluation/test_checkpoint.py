@@ -73,13 +73,13 @@ def test_a_model_is_used_by_a_recipe_or_by_keys(model: str, tmp_path: Path) -> N
     config = checkpoint.config
     assert (config.model.path, config.model.init, config.model.chat_template) == (model, "pretrained", "chatml")
     assert (config.retrieval.top_k, config.phases) == (4, ("index",))
-    assert checkpoint.directory == config.run_directory == Path("runs/eval-agent")  # not the training's runs/trained
+    assert checkpoint.run.path == config.run_directory == Path("runs/eval-agent")  # not the training's runs/trained
     assert checkpoint.choose_policy() == checkpoint.choose_policy("base") == "base" and checkpoint.builds_index
     for words, directory in ((["run_dir=out/x"], "out/x"), (["name=mine"], "runs/mine")):
-        assert opened(model, "--config", str(recipe), *words).directory == Path(directory)
+        assert opened(model, "--config", str(recipe), *words).run.path == Path(directory)
     cached = tmp_path / "hub" / "models--RUC--Agent-7B" / "snapshots" / "0f3a"
     shutil.copytree(model, cached)
-    assert opened(str(cached), "--corpus", "corpus.jsonl").directory == Path("runs/eval-Agent-7B")
+    assert opened(str(cached), "--corpus", "corpus.jsonl").run.path == Path("runs/eval-Agent-7B")
 
 
 def test_a_model_needs_passages(model: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 import tiny_run
+from rich.console import Console
 
 from r3rag_jax.config import Config
 from r3rag_jax.errors import UserError
@@ -69,22 +71,22 @@ def test_a_finished_phase_is_of_what_it_began_from(tmp_path: Path) -> None:
 
 def test_a_phase_resumes_from_checkpoints_of_the_same_origin(tmp_path: Path) -> None:
     state = {"x": jnp.arange(2.0)}
-    run, said = RunDirectory(tmp_path), []
+    run, console = RunDirectory(tmp_path), Console(file=io.StringIO())
     flat, cube = (make_mesh(tiny.mesh_config(*sizes)) for sizes in ((8, 1, 1), (2, 2, 2)))
-    with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=flat, say=said.append) as checkpoints:
+    with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=flat, console=console) as checkpoints:
         checkpoints.save(1, state, {"iteration": 1})
     topology = {"mesh": {"data": 8, "fsdp": 1, "tensor": 1}, "processes": 1}
-    with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=flat, say=said.append) as again:
+    with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=flat, console=console) as again:
         assert again.note() == {"iteration": 1, "provenance": FROM_BASE, "topology": topology}
-    assert said == []
-    with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=cube, say=said.append) as again:
+    assert console.file.getvalue() == ""
+    with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=cube, console=console) as again:
         assert again.latest == 1
-    assert said == [
+    assert console.file.getvalue() == (
         "rl resumes on another mesh (data=8 fsdp=1 tensor=1, processes=1 before, data=2 fsdp=2 tensor=2, processes=1 "
-        "now): numbers are equal within rounding"
-    ]
+        "now): numbers are equal within rounding\n"
+    )
     with pytest.raises(UserError, match="began from the base model, and this run now has the cold start s"):
-        open_checkpoints(run, "rl", FROM_COLD_START, keep=1, mesh=flat, say=said.append)
+        open_checkpoints(run, "rl", FROM_COLD_START, keep=1, mesh=flat, console=console)
 
 
 @pytest.mark.parametrize("has_policy", [True, False], ids=["finished", "begun"])
@@ -96,7 +98,7 @@ def test_no_cold_start_is_trained_after_rl_from_the_base(has_policy: bool, tmp_p
         write_policy(run.policy("rl"), FROM_BASE)
     else:
         mesh = make_mesh(tiny.mesh_config(8, 1, 1))
-        with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=mesh, say=print) as checkpoints:
+        with open_checkpoints(run, "rl", FROM_BASE, keep=1, mesh=mesh, console=Console(quiet=True)) as checkpoints:
             checkpoints.save(1, {"x": jnp.arange(2.0)}, {})
     before = tiny_run.files(tmp_path)
     with pytest.raises(UserError, match=r"phases must not have sft after RL has begun from the base model .*policy/rl"):
