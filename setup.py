@@ -26,6 +26,7 @@ CORE = [
     "flax>=0.12.8",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8",
+    "etils[epath]>=1.12",  # paths of checkpoints in buckets; orbax brings it along
     "grain>=0.2.18",
     "array_record>=0.8.6",
     "tensorflow-datasets>=4.9.10",  # read without TensorFlow, which it does not install
@@ -50,8 +51,10 @@ TENSORBOARD = ["tensorboardX>=2.6"]
 TRACKIO = ["trackio>=0.40"]
 # `python -m r3rag_jax.serve`. prometheus_client is there in any case: orbax brings it along.
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus_client>=0.20"]
+GCS = ["gcsfs>=2025.3"]  # gs:// folders
 TEST = [
     *SERVE,
+    *GCS,
     *NOTEBOOK,
     *TENSORBOARD,
     *TRACKIO,
@@ -88,7 +91,7 @@ setup(
         "serve": SERVE,
         "tensorboard": TENSORBOARD,
         "trackio": TRACKIO,
-        "gcs": ["gcsfs>=2025.3"],  # gs:// folders
+        "gcs": GCS,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
     },
