@@ -120,6 +120,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        """Devices that also search run one program after the other, in the same order everywhere."""
+        why = "when retrieval.kind is device: the devices that sample and train also search"
+        for name, wanted, found in (
+            ("rollout.search_overlap", 0, self.rollout.search_overlap),
+            ("rl.async_rollouts", False, self.rl.async_rollouts),
+        ):
+            require(
+                self.retrieval.kind != "device" or found == wanted,
+                f"{name} must be {str(wanted).lower()} {why}; got {str(found).lower()}",
+                name,
+                "retrieval.kind",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_judge(self) -> Self:
         """There is a judge where one is needed."""
         needed = {"eval.judge is true": self.eval.judge}

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from r3rag_jax.config.device_search import DeviceConfig
 from r3rag_jax.config.endpoint import EndpointConfig
 from r3rag_jax.config.section import Section, key, require, section
 
@@ -120,10 +121,10 @@ class RetrievalConfig(Section):
 
     dotted: ClassVar[str] = "retrieval"
 
-    kind: Literal["faiss", "bm25", "hybrid", "http"] = key(
+    kind: Literal["faiss", "bm25", "hybrid", "device", "http"] = key(
         "faiss",
         "`faiss`: inner-product search over dense vectors; `bm25`: lexical; `hybrid`: both, by their ranks; "
-        "`http`: a remote retriever",
+        "`device`: exact search over dense vectors in the devices' memory; `http`: a remote retriever",
     )
     index_dir: str = key("", "directory of the index; empty: `index` in the run directory", "path")
     top_k: int = key(2, "passages per retrieval", "passages", ge=1)
@@ -140,6 +141,7 @@ class RetrievalConfig(Section):
     encoder: EncoderConfig = section(EncoderConfig())
     faiss: FaissConfig = section(FaissConfig())
     hybrid: HybridConfig = section(HybridConfig())
+    device: DeviceConfig = section(DeviceConfig())
     endpoint: RemoteRetrieverConfig = section(RemoteRetrieverConfig())
 
     @model_validator(mode="after")

@@ -82,6 +82,7 @@ DIGESTED_KEYS = {
         "retrieval.vector_dtype",
         "retrieval.faiss",
         "retrieval.hybrid",
+        "retrieval.device",
         "retrieval.endpoint.url",
         "retrieval.endpoint.format",
     ),

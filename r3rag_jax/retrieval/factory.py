@@ -16,11 +16,13 @@ from r3rag_jax.retrieval.base import Encoder, OnProgress, Retriever
 from r3rag_jax.retrieval.bm25 import BM25Retriever
 from r3rag_jax.retrieval.broadcast import BroadcastRetriever
 from r3rag_jax.retrieval.builder import write_index
+from r3rag_jax.retrieval.device import DeviceRetriever
 from r3rag_jax.retrieval.encoders.factory import open_encoder
 from r3rag_jax.retrieval.faiss import FaissRetriever
 from r3rag_jax.retrieval.given import NOTHING, GivenFiles
 from r3rag_jax.retrieval.http import HttpRetriever
 from r3rag_jax.retrieval.hybrid import HybridRetriever
+from r3rag_jax.retrieval.nearest import search_mesh
 from r3rag_jax.retrieval.store import PassageStore, open_store
 from r3rag_jax.types import Passage
 
@@ -62,15 +64,18 @@ RETRIEVERS: dict[str, RetrieverKind] = {
     "faiss": FaissRetriever,
     "bm25": BM25Retriever,
     "hybrid": HybridRetriever,
+    "device": DeviceRetriever,
     "http": HttpRetriever,
 }
-WITH_VECTORS = ("faiss", "hybrid")  # whose `write_files` takes `given`
+WITH_VECTORS = ("faiss", "hybrid", "device")  # whose `write_files` takes `given`
 
 
 def open_retriever(
     config: RetrievalConfig, index_dir: str | Path, encoder: Callable[[], Encoder] | None = None
 ) -> Retriever:
-    """The retriever of the configuration. With several processes, process 0 searches for all: all must open and search.
+    """The retriever of the configuration; with several processes all must open it and make the same searches.
+
+    The devices of all processes search together; any other retriever searches on process 0 for all.
 
     Args:
         config: section `retrieval`.
@@ -81,6 +86,8 @@ def open_retriever(
     Raises:
         UserError: the index is missing, damaged, or was built with other settings.
     """
+    if config.kind == "device":
+        return DeviceRetriever.open(config, Path(index_dir), encoder, mesh=search_mesh(jax.devices()))
     open_it = functools.partial(open_local_retriever, config, index_dir, encoder)
     return open_it() if jax.process_count() == 1 else BroadcastRetriever(open_it)
 

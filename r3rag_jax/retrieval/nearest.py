@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +35,10 @@ class Layout:
 
     @classmethod
     def of(cls, num_vectors: int, num_devices: int) -> Layout:
-        """The fewest rows of zeros at which every device has the same number of whole chunks of whole groups."""
+        """Equal numbers of equal chunks on all devices, of whole groups where a device has more than one."""
         rows = -(-num_vectors // num_devices)
-        num_chunks = -(-rows // _CHUNK)
-        chunk = -(-rows // num_chunks)
-        return cls(num_vectors, num_devices, -(-chunk // _GROUP) * _GROUP)
+        chunk = -(-rows // -(-rows // _CHUNK))
+        return cls(num_vectors, num_devices, chunk if chunk <= _GROUP else -(-chunk // _GROUP) * _GROUP)
 
     @property
     def num_chunks(self) -> int:
@@ -64,9 +63,9 @@ class DeviceVectors:
     scales: jax.Array | None  # with int8, float32 [n R]: vector r is values[r] * scales[r]
 
 
-def search_mesh() -> Mesh:
-    """All devices of all processes, on one axis."""
-    return Mesh(np.array(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
+def search_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """The devices on one axis, in their order."""
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def quantise(vectors_RD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -130,18 +129,23 @@ def make_search(mesh: Mesh, layout: Layout, embed: Callable[..., jax.Array]) -> 
         Inner products are of the vectors as they are stored, accumulated in float32; queries are rounded to bfloat16
         where the vectors are bfloat16 or int8.
     """
-    whole = NamedSharding(mesh, PartitionSpec())
 
-    def search(vectors: DeviceVectors, params: object, *queries: jax.Array, k: int) -> tuple[jax.Array, ...]:
-        queries_BD = embed(params, *queries)
-        rows, all_of_it = PartitionSpec(AXIS), PartitionSpec()
-        find = jax.shard_map(
-            functools.partial(_nearest, k=k, layout=layout), mesh=mesh,
-            in_specs=(rows, all_of_it), out_specs=(all_of_it, all_of_it), check_vma=False,
-        )  # fmt: skip
-        return *find(vectors, queries_BD), queries_BD
+    def search(vectors: DeviceVectors, params: Any, *queries: jax.Array, k: int) -> tuple[jax.Array, ...]:
+        rows, whole = PartitionSpec(AXIS), PartitionSpec()
+        is_divided = len(queries[0]) % mesh.size == 0  # each device encodes its part of the queries, or all of them
 
-    return jax.jit(search, static_argnames="k", out_shardings=whole)
+        def on_device(vectors: DeviceVectors, params: Any, *queries: jax.Array) -> tuple[jax.Array, ...]:
+            queries_BD = embed(params, *queries)
+            if is_divided:
+                queries_BD = jax.lax.all_gather(queries_BD, AXIS, axis=0, tiled=True)
+            return *_nearest(vectors, queries_BD, k=k, layout=layout), queries_BD
+
+        given = (rows if is_divided else whole,) * len(queries)
+        specs = (rows, whole, *given)
+        program = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=(whole,) * 3, check_vma=False)
+        return program(vectors, params, *queries)
+
+    return jax.jit(search, static_argnames="k", out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def _nearest(vectors: DeviceVectors, queries_BD: jax.Array, *, k: int, layout: Layout) -> tuple[jax.Array, jax.Array]:

@@ -73,8 +73,9 @@ def test_quantising_by_hand() -> None:
 
 
 def test_layouts_by_hand() -> None:
-    small, wikipedia = Layout.of(1000, 8), Layout.of(21_015_324, 64)
-    assert (small.chunk, small.num_chunks, small.rows) == (128, 1, 128)
+    tiny, small, wikipedia = Layout.of(1000, 8), Layout.of(3000, 8), Layout.of(21_015_324, 64)
+    assert (tiny.chunk, tiny.num_chunks, tiny.rows) == (125, 1, 125)
+    assert (small.chunk, small.num_chunks, small.rows) == (384, 1, 384)
     assert (wikipedia.chunk, wikipedia.num_chunks, wikipedia.rows) == (54_784, 6, 328_704)
     assert wikipedia.bytes_per_device(768, "bfloat16") == 328_704 * 768 * 2
     assert wikipedia.bytes_per_device(768, "int8") == 328_704 * (768 + 4)
