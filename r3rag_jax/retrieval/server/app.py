@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 import r3rag_jax
 from r3rag_jax.config.serving import ServeConfig
@@ -78,7 +78,10 @@ class Application:
         add("/v1/index", response_model=None, responses={401: refusals[401], 503: refusals[503]})(self._index)
         add("/healthz", response_model=None)(self._health)
         add("/readyz", response_model=None, responses={503: refusals[503]})(self._ready)
-        add("/metrics", response_model=None, responses={401: refusals[401], 503: refusals[503]})(self._show_metrics)
+        add(
+            "/metrics", response_model=None, response_class=PlainTextResponse,
+            responses={401: refusals[401], 503: refusals[503]},
+        )(self._show_metrics)  # fmt: skip
 
     async def _search(self, request: Request) -> Response:
         """The `k` best passages for each query, with scores."""

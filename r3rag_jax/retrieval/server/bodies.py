@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, create_model
 
 from r3rag_jax.config.serving import ServeConfig
 from r3rag_jax.data.fields import show
@@ -15,6 +15,11 @@ SELF_EXPLAINING = ("json_invalid", "missing", "too_long")  # pydantic's errors t
 Name = Literal["native", "search_r1", "r3rag"]
 
 
+def whole(value: Any) -> Any:
+    """3 for 3.0, which JSON does not tell from 3; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class Bodies:
     """A pydantic model of the body of each route, which OpenAPI shows and requests must match."""
 
@@ -22,7 +27,7 @@ class Bodies:
         self._config = config
         query = Annotated[str, StringConstraints(max_length=config.max_query_chars)]
         some = Annotated[list[query], Field(max_length=config.max_queries, fail_fast=True)]
-        at_most = Annotated[int, Field(ge=1, le=config.max_k)]
+        at_most = Annotated[int, Field(ge=1, le=config.max_k), BeforeValidator(whole)]
         # Other servers of these formats pass over fields that they do not know; the native one is ours to hold strict.
         loose, strict = ConfigDict(strict=True, extra="ignore"), ConfigDict(strict=True, extra="forbid")
         self._models: dict[str, type[BaseModel]] = {

@@ -60,7 +60,7 @@ class SearchServer:
         # Its timeout is for connections: those of requests are waited for by `_drain`.
         self._server = _Uvicorn(
             uvicorn.Config(
-                self.application.gate, log_level="warning", access_log=False, lifespan="off", server_header=False,
+                self.application.gate, log_config=None, access_log=False, lifespan="off", server_header=False,
                 timeout_graceful_shutdown=1,
             ),
             self.shut_down,

@@ -94,6 +94,7 @@ def test_the_native_format(server: SearchServer, local: FaissRetriever) -> None:
             local.search(QUERIES, 2)]  # fmt: skip
     assert (status, reply) == (200, {"fingerprint": local.fingerprint, "results": rows})
     assert len(post(server, "/v1/search", {"queries": [""]})[1]["results"]) == 1
+    assert post(server, "/v1/search", {"queries": QUERIES, "k": 2.0}) == (status, reply)  # JSON knows no difference
     status, info, _ = send(server, "GET", "/v1/index")
     assert status == 200 and info["fingerprint"] == local.fingerprint and info["num_passages"] == 216
     assert info["limits"] == LIMITS
