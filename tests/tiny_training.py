@@ -19,6 +19,7 @@ from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, tr
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.training.batch import pack, tabulate
 from r3rag_jax.training.losses import rl_loss, sft_loss
+from r3rag_jax.training.micro_batches import BatchShare, value_and_grad
 from r3rag_jax.training.state import Targets, new_critic
 from r3rag_jax.training.targets import make_pre_update, make_targets
 from r3rag_jax.types import Question, Sample, SFTBatch, Status, Step, TrainBatch, Trajectory, TrajectoryTable
@@ -26,7 +27,7 @@ from r3rag_jax.types import Question, Sample, SFTBatch, Status, Step, TrainBatch
 VOCAB = 272  # divides by the tensor axis, so that the embedding is really cut
 
 
-MESHES = ((8, 1, 1), (2, 2, 2), (1, 4, 2))
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4))
 
 
 HEAD = CriticConfig(kind="head", lr=1e-3, gae_lambda=0.9)
@@ -122,27 +123,32 @@ Gradients = Callable[[Any, Any], tuple[tuple[Any, dict[str, Any]], Any]]
 
 
 @functools.cache  # of every jitted function there is one, which is traced once for a shape and a mesh
-def sft_gradients(remat: str, target: Target) -> Gradients:
-    loss = functools.partial(sft_loss, modules()[0]["policy"], remat=remat, target=target)
-    return jax.jit(jax.value_and_grad(lambda p, b: loss(p, batch=b), has_aux=True))
+def sft_gradients(remat: str, mesh: Mesh) -> Gradients:
+    def loss(params: Any, _: Any, batch: SFTBatch, share: BatchShare) -> Any:
+        return sft_loss(modules()[0]["policy"], params, batch, remat, Target.of(mesh).shard(), share=share)
+
+    return jax.jit(lambda params, batch: value_and_grad(mesh, loss, params, None, (batch,)))
 
 
 @functools.cache
-def rl_gradients(critic: str, config: RLConfig, target: Target) -> Gradients:
-    loss = functools.partial(rl_loss, modules(critic)[0], config=config, remat="none", target=target)
-    return jax.jit(jax.value_and_grad(lambda p, bt: loss(p, batch=bt[0], targets=bt[1]), has_aux=True))
+def rl_gradients(critic: str, config: RLConfig, mesh: Mesh) -> Gradients:
+    def loss(params: Any, _: Any, batch: TrainBatch, targets: Targets, share: BatchShare) -> Any:
+        target = Target.of(mesh).shard()
+        return rl_loss(modules(critic)[0], params, batch, targets, config, "none", target, share=share)
+
+    return jax.jit(lambda params, both: value_and_grad(mesh, loss, params, None, both))
 
 
 def sft_grads(mesh: Mesh, batch: SFTBatch, remat: str = "none") -> tuple[dict[str, Any], Any]:
     """(metrics, gradients) of the SFT loss, on the host."""
-    return grads_on(mesh, sft_gradients(remat, Target.of(mesh)), modules()[1]["policy"], batch)
+    return grads_on(mesh, sft_gradients(remat, mesh), modules()[1]["policy"], batch)
 
 
 def rl_grads(mesh: Mesh, batch: TrainBatch, targets: Targets | None = None, critic: str = "head",
              config: RLConfig = RL) -> tuple[dict[str, Any], Any]:  # fmt: skip
     """(metrics, gradients) of the RL loss, on the host."""
     targets = targets_like(batch) if targets is None else targets
-    return grads_on(mesh, rl_gradients(critic, config, Target.of(mesh)), modules(critic)[1], (batch, targets))
+    return grads_on(mesh, rl_gradients(critic, config, mesh), modules(critic)[1], (batch, targets))
 
 
 def grads_on(mesh: Mesh, gradients: Gradients, params: Any, batch: Any) -> tuple[dict[str, Any], Any]:

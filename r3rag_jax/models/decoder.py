@@ -10,92 +10,41 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
 
 from r3rag_jax.models.attention import IMPLEMENTATIONS, SAVED, attention
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.matmul import adapted_matmul, matmul
-from r3rag_jax.parallel.shardings import partition_spec
+from r3rag_jax.models.params import PARAM_AXES, param_shapes
+from r3rag_jax.models.shards import (
+    config_of_shard,
+    embeddings_of_shard,
+    layer_of_shard,
+    output_of_shard,
+    whole_of_shard,
+)
+from r3rag_jax.parallel.collectives import Dims, shared_over_tensor, sum_over_tensor
 from r3rag_jax.parallel.target import ONE_CPU, Target
 
-# Logical axes of every parameter by name; parallel/shardings.py maps logical axes to mesh axes.
-PARAM_AXES: dict[str, tuple[str | None, ...]] = {
-    "embed": ("vocab", "embed"),
-    "input_norm": ("layers", None),
-    "q_proj": ("layers", "embed", "heads"),
-    "k_proj": ("layers", "embed", "kv_heads"),
-    "v_proj": ("layers", "embed", "kv_heads"),
-    "q_bias": ("layers", "heads"),
-    "k_bias": ("layers", "kv_heads"),
-    "v_bias": ("layers", "kv_heads"),
-    "q_norm": ("layers", None),
-    "k_norm": ("layers", None),
-    "o_proj": ("layers", "heads", "embed"),
-    "post_norm": ("layers", None),
-    "gate_proj": ("layers", "embed", "mlp"),
-    "up_proj": ("layers", "embed", "mlp"),
-    "down_proj": ("layers", "mlp", "embed"),
-    "final_norm": (None,),
-    "lm_head": ("embed", "vocab"),
-}
-# Adapters of lora.py: *_rows [T, D] are added to the rows of T tokens; *_a [in, rank] and *_b [rank, out] belong to a
-# projection [in, out].
-PARAM_AXES |= {"embed_rows": (None, "embed"), "head_rows": (None, "embed")}
-PARAM_AXES |= {f"{name}_a": (*axes[:2], None) for name, axes in PARAM_AXES.items() if name.endswith("_proj")}
-PARAM_AXES |= {f"{name}_b": (axes[0], None, axes[2]) for name, axes in PARAM_AXES.items() if name.endswith("_proj")}
+
+def _all_but_gathered(prim: Any, *_: Any, **__: Any) -> bool:
+    """Remat policy "none" where layers are gathered: the gathered weights of all layers would not fit."""
+    return prim.name != "all_gather"
+
 
 _REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+    "none": _all_but_gathered,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(SAVED),
     ),
 }
-
-
-def param_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Return name -> shape of every parameter; stacked layer parameters have a leading axis Ly."""
-    Ly, D, F, H, V = (
-        config.num_layers,
-        config.hidden_size,
-        config.ffn_size,
-        config.head_dim,
-        config.vocab_size,
-    )
-    q_width, kv_width = config.num_heads * H, config.num_kv_heads * H
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed": (V, D),
-        "input_norm": (Ly, D),
-        "q_proj": (Ly, D, q_width),
-        "k_proj": (Ly, D, kv_width),
-        "v_proj": (Ly, D, kv_width),
-        "o_proj": (Ly, q_width, D),
-        "post_norm": (Ly, D),
-        "gate_proj": (Ly, D, F),
-        "up_proj": (Ly, D, F),
-        "down_proj": (Ly, F, D),
-        "final_norm": (D,),
-    }
-    if config.attention_bias:
-        shapes |= {"q_bias": (Ly, q_width), "k_bias": (Ly, kv_width), "v_bias": (Ly, kv_width)}
-    if config.qk_norm:
-        shapes |= {"q_norm": (Ly, H), "k_norm": (Ly, H)}
-    if not config.tie_embeddings:
-        shapes["lm_head"] = (D, V)
-    return shapes
-
-
-def param_shardings(mesh: Mesh, config: DecoderConfig) -> dict[str, NamedSharding]:
-    """Return name -> sharding of every parameter of a decoder."""
-    return {
-        name: NamedSharding(mesh, partition_spec(mesh, PARAM_AXES[name], shape))
-        for name, shape in param_shapes(config).items()
-    }
 
 
 class Layers(nnx.Module):
@@ -181,26 +130,29 @@ class Decoder(nnx.Module):
             segment_ids_BL, branch_ids_BL: int32, what a token sees; see `attention.attention`.
             remat: "none", "full" (save only the layer inputs) or "dots" (save the outputs of projections and of
                 attention).
-            target: the devices to compile for.
+            target: the devices to compile for. On several devices this is called under `collectives.per_device`, with
+                a device's rows, its shards of the parameters and `Target.shard`.
 
         Raises:
             ValueError: `remat` is unknown.
         """
-        if remat != "none" and remat not in _REMAT_POLICIES:
-            raise ValueError(f"remat must be one of {['none', *_REMAT_POLICIES]}; got {remat!r}")
+        if remat not in _REMAT_POLICIES:
+            raise ValueError(f"remat must be one of {[*_REMAT_POLICIES]}; got {remat!r}")
         cos, sin = rope_tables(self.config, positions_BL)
+        config = config_of_shard(self.config, target)
 
         def body(x: jax.Array, w: dict[str, jax.Array]) -> tuple[jax.Array, None]:
-            w = self._prepared(w)  # inside the scan, so that only one layer's cast copy exists at a time
-            q, k, v = qkv(self.config, w, x, cos, sin, target)
+            # Inside the scan, so that only one layer's gathered and cast copy exists at a time.
+            w = self._prepared(layer_of_shard(self.config, w, self.dtype, target))
+            q, k, v = qkv(config, w, x, cos, sin, target)
             out = attention(
                 q, k, v, segment_ids_BL, branch_ids_BL, implementation=self.attention_implementation, target=target
             )
-            return finish_layer(self.config, w, x, out, target), None
+            return finish_layer(config, w, x, out, target), None
 
-        if remat != "none":
+        if remat != "none" or target.is_shard:
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-        x, _ = jax.lax.scan(body, self.table()[tokens_BL].astype(self.dtype), self._stacked())
+        x, _ = jax.lax.scan(body, self._embedded(tokens_BL, target), self._stacked())
         return rms_norm(x, self.param("final_norm")[...], self.config.norm_eps, target)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -209,13 +161,25 @@ class Decoder(nnx.Module):
         weight = weight.T if self.config.tie_embeddings else weight
         return jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
 
-    def output_weight(self) -> jax.Array:
-        """Return the output layer in the compute dtype: [D, V], or the embeddings [V, D] if they are tied."""
+    def output_shard(self, target: Target) -> tuple[jax.Array, Dims]:
+        """Return the output layer as a device stores it, and the dimensions that it has a shard of.
+
+        With adapters, which are added to the whole, and on one device it is `output_weight`.
+        """
+        if not target.is_shard or self.adapter_tokens:
+            return self.output_weight(target), ()
+        name = "embed" if self.config.tie_embeddings else "lm_head"
+        return output_of_shard(self.config, name, self.param(name)[...], target)
+
+    def output_weight(self, target: Target = ONE_CPU) -> jax.Array:
+        """Return the output layer in the compute dtype, whole: [D, V], or the embeddings [V, D] if they are tied."""
         if self.config.tie_embeddings:
-            return self.table().astype(self.dtype)
-        weight = self.param("lm_head")[...]
+            table = whole_of_shard(self.config, "embed", self.param("embed")[...], self.dtype, target)
+            return self._with_rows(table, target).astype(self.dtype)
+        weight = whole_of_shard(self.config, "lm_head", self.param("lm_head")[...], self.dtype, target)
         if self.adapter_tokens:
-            weight = weight.at[:, jnp.asarray(self.adapter_tokens)].add(self.head_rows[...].T.astype(weight.dtype))
+            rows = whole_of_shard(self.config, "head_rows", self.head_rows[...], self.head_rows[...].dtype, target)
+            weight = weight.at[:, jnp.asarray(self.adapter_tokens)].add(rows.T.astype(weight.dtype))
         return weight.astype(self.dtype)
 
     def param(self, name: str) -> nnx.Param:
@@ -225,10 +189,25 @@ class Decoder(nnx.Module):
 
     def table(self) -> jax.Array:
         """Return the embeddings [V, D], with `embed_rows` added to the rows of `adapter_tokens`."""
-        table = self.param("embed")[...]
+        return self._with_rows(self.param("embed")[...], ONE_CPU)
+
+    def _with_rows(self, table: jax.Array, target: Target) -> jax.Array:
         if not self.adapter_tokens:
             return table
-        return table.at[jnp.asarray(self.adapter_tokens)].add(self.embed_rows[...].astype(table.dtype))
+        rows = whole_of_shard(self.config, "embed_rows", self.embed_rows[...], self.embed_rows[...].dtype, target)
+        return table.at[jnp.asarray(self.adapter_tokens)].add(rows.astype(table.dtype))
+
+    def _embedded(self, tokens_BL: jax.Array, target: Target) -> jax.Array:
+        """The embeddings of tokens, [B, L, D] of the compute dtype."""
+        if not target.is_shard:
+            return self.table()[tokens_BL].astype(self.dtype)
+        x = embeddings_of_shard(self.config, self.param("embed")[...], tokens_BL, self.dtype, target)
+        if not self.adapter_tokens:
+            return x
+        rows = self.embed_rows[...]
+        rows = whole_of_shard(self.config, "embed_rows", rows, rows.dtype, target, is_used_alike=True)
+        is_token = tokens_BL[..., None] == jnp.asarray(self.adapter_tokens)
+        return x + jnp.matmul(is_token.astype(rows.dtype), rows).astype(x.dtype)
 
     def layer_params(self) -> dict[str, jax.Array]:
         """Return name -> stacked layer parameter, cast to the compute dtype except norms; adapters are scaled."""
@@ -252,7 +231,7 @@ def qkv(
     config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array, cos: jax.Array, sin: jax.Array, target: Target
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return queries [B, L, N, H], keys and values [B, L, K, H] of a layer with parameters `w`, after RoPE."""
-    h = rms_norm(x, w["input_norm"], config.norm_eps, target)
+    h = shared_over_tensor(rms_norm(x, w["input_norm"], config.norm_eps, target), target)
 
     def heads(name: str, num: int) -> jax.Array:
         y = _project(w, f"{name}_proj", h, target)
@@ -284,10 +263,10 @@ def finish_layer(
     config: DecoderConfig, w: dict[str, jax.Array], x: jax.Array, out: jax.Array, target: Target
 ) -> jax.Array:
     """Add the projected attention output [B, L, N, H] and the feed-forward layer to the residual stream [B, L, D]."""
-    x = x + _project(w, "o_proj", out.reshape(*out.shape[:-2], -1), target)
-    h = rms_norm(x, w["post_norm"], config.norm_eps, target)
+    x = x + sum_over_tensor(_project(w, "o_proj", out.reshape(*out.shape[:-2], -1), target), target)
+    h = shared_over_tensor(rms_norm(x, w["post_norm"], config.norm_eps, target), target)
     gated = jax.nn.silu(_project(w, "gate_proj", h, target)) * _project(w, "up_proj", h, target)
-    return x + _project(w, "down_proj", gated, target)
+    return x + sum_over_tensor(_project(w, "down_proj", gated, target), target)
 
 
 def _project(w: dict[str, jax.Array], name: str, x: jax.Array, target: Target) -> jax.Array:

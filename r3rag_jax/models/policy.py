@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from r3rag_jax.config import ConfigError, LoraConfig, ModelConfig
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.models.decoder import PARAM_AXES, Decoder, param_shardings
+from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.models.hf.decoder_files import (
     check_vocabulary,
     load_config,
@@ -24,6 +24,7 @@ from r3rag_jax.models.hf.decoder_files import (
     save_decoder,
 )
 from r3rag_jax.models.lora import TrainableSplit, attach, split_trainable
+from r3rag_jax.models.params import PARAM_AXES, param_shardings
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.parallel.processes import barrier, check_same
 from r3rag_jax.parallel.shardings import tree_shardings

@@ -6,12 +6,21 @@ Shape suffixes: B rows, L tokens, D width, V vocabulary, C tokens of a chunk, K 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from r3rag_jax.models.matmul import transpose_copy
+from r3rag_jax.parallel.collectives import (
+    Dims,
+    gather,
+    join_over_tensor,
+    scatter,
+    split_over_tensor,
+    sum_over_tensor,
+)
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.sampler.distribution import WHOLE, Truncation, truncate
 
@@ -27,6 +36,7 @@ def chunked_logprobs(
     tied: bool = False,
     truncation: Truncation = WHOLE,
     target: Target,
+    split: Dims = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each kept target and entropy of its distribution, at the given temperatures.
 
@@ -41,10 +51,13 @@ def chunked_logprobs(
         targets_BL: int [B, L], ids in [0, V); anything where not kept.
         temperature_BL: float [B, L], > 0.
         mask_BL: bool [B, L], True = keep.
-        chunk: the most tokens whose logits exist at once; at least one token of each row is in a chunk.
+        chunk: the most tokens whose logits exist at once on a device; at least one token of each row is in a chunk.
         tied: whether `weight` is a table of embeddings.
         truncation: what the tokens were sampled with.
-        target: the devices that this is compiled for.
+        target: the devices that this is compiled for. On a device's shard the rows are those of the device. The weight
+            is gathered before the loop over chunks and its gradient is summed over devices after it: the loop has no
+            collectives.
+        split: the dimensions of `weight` that devices have shards of; empty if it is whole.
 
     Returns:
         logprobs_BL and entropy_BL in nats, float32 [B, L], 0 where not kept, differentiable in
@@ -54,28 +67,64 @@ def chunked_logprobs(
         ValueError: chunk is not positive.
     """
     chunks = _Chunks(mask_BL.astype(bool), chunk, target)
-    # XLA removes the round trip through float32, but not in the gradient of the weight, which the loop accumulates in
-    # the dtype of what it closes over: in bfloat16 the sum would stall after 256 chunks.
-    wide = weight.astype(jnp.float32)
-
-    def one_chunk(hidden_CD, targets_C, temperature_C, mask_C):
-        temperature_C = jnp.where(mask_C, temperature_C.astype(jnp.float32), 1.0)
-        logits_CV = _dot(hidden_CD, _projection(wide.astype(weight.dtype), tied, target))
-        logits_CV = truncate(logits_CV, temperature_C, truncation, targets_C, can_branch=target.can_branch)
-        lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
-        all_CV = jnp.where(jnp.isfinite(logits_CV), logits_CV - lse_C[:, None], 0.0)
-        entropy_C = -jnp.sum(jnp.exp(logits_CV - lse_C[:, None]) * all_CV, axis=-1)
-        return jnp.where(mask_C, jnp.stack([_target_logits(logits_CV, targets_C) - lse_C, entropy_C]), 0.0)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # around the branch: else each chunk stores the weight
-    def if_kept(inputs):
-        *chunk, any_kept = inputs
-        skip = jnp.zeros((2, chunk[0].shape[0]), jnp.float32)
-        return _if_kept(target, any_kept, lambda: one_chunk(*chunk), lambda: skip)
-
-    inputs = (*map(chunks.split, (hidden_BLD, targets_BL, temperature_BL)), chunks.mask_KC, chunks.any_K)
-    found_K2C = lax.map(if_kept, inputs)
+    inputs = map(chunks.split, (hidden_BLD, temperature_BL, targets_BL))
+    found_K2C = _logprobs(_How(tied, target, split, truncation), weight, *inputs, chunks.mask_KC, chunks.any_K)
     return chunks.join(found_K2C[:, 0]), chunks.join(found_K2C[:, 1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _logprobs(how, weight, hidden_KCD, temperature_KC, targets_KC, mask_KC, any_K):
+    """Log-probabilities and entropies, float32 [K, 2, C]."""
+    weight = how.whole(weight, hidden_KCD.dtype)
+
+    def if_kept(inputs):
+        hidden_CD, *rest, any_kept = inputs
+        skip = jnp.zeros((2, len(hidden_CD)), jnp.float32)
+        return _if_kept(
+            how.target, any_kept, lambda: _of_logits(how, how.logits(hidden_CD, weight), *rest), lambda: skip
+        )
+
+    return lax.map(if_kept, (hidden_KCD, temperature_KC, targets_KC, mask_KC, any_K))
+
+
+def _of_logits(how, logits_CV, temperature_C, targets_C, mask_C):
+    temperature_C = jnp.where(mask_C, temperature_C.astype(jnp.float32), 1.0)
+    can_branch = how.target.can_branch
+    logits_CV = truncate(logits_CV, temperature_C, how.truncation, targets_C, can_branch=can_branch)
+    lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    all_CV = jnp.where(jnp.isfinite(logits_CV), logits_CV - lse_C[:, None], 0.0)
+    entropy_C = -jnp.sum(jnp.exp(logits_CV - lse_C[:, None]) * all_CV, axis=-1)
+    return jnp.where(mask_C, jnp.stack([_target_logits(logits_CV, targets_C) - lse_C, entropy_C]), 0.0)
+
+
+def _logprobs_forward(how, *inputs):
+    return _logprobs(how, *inputs), inputs
+
+
+def _logprobs_backward(how, inputs, grad_K2C):
+    weight, hidden_KCD, temperature_KC, targets_KC, mask_KC, any_K = inputs
+    whole = how.whole(weight, hidden_KCD.dtype)
+
+    def one_chunk(grad_weight, hidden_CD, temperature_C, targets_C, mask_C, grad_2C):
+        def of_logits(logits_CV, temperature_C):
+            return _of_logits(how, logits_CV, temperature_C, targets_C, mask_C)
+
+        _, pull = jax.vjp(of_logits, how.logits(hidden_CD, whole), temperature_C)
+        grad_CV, grad_temperature_C = pull(grad_2C)
+        grad_weight, grad_hidden_CD = how.add_gradients(grad_weight, grad_CV, hidden_CD, whole)
+        return grad_weight, (grad_hidden_CD, grad_temperature_C)
+
+    def if_kept(grad_weight, inputs):
+        *chunk, any_kept = inputs
+        skip = grad_weight, (jnp.zeros_like(chunk[0]), jnp.zeros_like(chunk[1]))
+        return _if_kept(how.target, any_kept, lambda: one_chunk(grad_weight, *chunk), lambda: skip)
+
+    start, chunks = jnp.zeros(whole.shape, jnp.float32), (hidden_KCD, temperature_KC, targets_KC, mask_KC, grad_K2C)
+    grad_weight, (grad_hidden_KCD, grad_temperature_KC) = lax.scan(if_kept, start, (*chunks, any_K))
+    return how.shard(grad_weight, weight.dtype), grad_hidden_KCD, grad_temperature_KC, None, None, None
+
+
+_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
 
 
 def cross_entropy(
@@ -87,6 +136,8 @@ def cross_entropy(
     chunk: int,
     tied: bool = False,
     target: Target,
+    split: Dims = (),
+    share: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Token-mean cross-entropy whose gradient is formed chunk by chunk in the forward pass.
 
@@ -101,65 +152,70 @@ def cross_entropy(
             closes over: a table that is transposed before the loop would be copied.)
         targets_BL: int [B, L], ids in [0, V); anything where not kept.
         mask_BL: bool [B, L], True = keep.
-        chunk: the most tokens whose logits exist at once; at least one token of each row is in a chunk.
+        chunk: the most tokens whose logits exist at once on a device; at least one token of each row is in a chunk.
         tied: whether `weight` is a table of embeddings.
-        target: the devices that this is compiled for.
+        target: the devices that this is compiled for. On a device's shard the rows are those of the device. The weight
+            is gathered before the loop over chunks and its gradient is summed over devices after it: the loop has no
+            collectives.
+        split: the dimensions of `weight` that devices have shards of; empty if it is whole. The gradient of the weight
+            is summed over devices in the forward pass, so the gradient of the loss must be equal on all of them.
+        share: the weight of these rows' means in those of the whole batch.
 
     Returns:
         (loss, accuracy), float32 scalars: mean nats per kept token, and the share of kept tokens
-        whose target is the argmax (no gradient). Both are 0 when nothing is kept.
+        whose target is the argmax (no gradient), each times `share`. Both are 0 when nothing is kept.
 
     Raises:
         ValueError: chunk is not positive.
     """
     chunks = _Chunks(mask_BL.astype(bool), chunk, target)
-    inputs = chunks.split(hidden_BLD), weight, chunks.split(targets_BL), chunks.mask_KC, chunks.any_K
-    return _cross_entropy(tied, target, *inputs)
+    scale = share / jnp.maximum(jnp.sum(mask_BL, dtype=jnp.float32), 1.0)
+    inputs = chunks.split(hidden_BLD), chunks.split(targets_BL), chunks.mask_KC, chunks.any_K
+    return _cross_entropy(_How(tied, target, split), weight, *inputs, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(tied, target, hidden_KCD, weight, targets_KC, mask_KC, any_K):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(how, weight, hidden_KCD, targets_KC, mask_KC, any_K, scale):
+    weight = how.whole(weight, hidden_KCD.dtype)
+
     def one_chunk(hidden_CD, targets_C, mask_C):
-        return _chunk_sums(_dot(hidden_CD, _projection(weight, tied, target)), targets_C, mask_C)[0]
+        return _chunk_sums(how.logits(hidden_CD, weight), targets_C, mask_C)[0]
 
     def if_kept(sums, inputs):
         *chunk, any_kept = inputs
-        return _if_kept(target, any_kept, lambda: sums + one_chunk(*chunk), lambda: sums), None
+        return _if_kept(how.target, any_kept, lambda: sums + one_chunk(*chunk), lambda: sums), None
 
     sums, _ = lax.scan(if_kept, jnp.zeros(2, jnp.float32), (hidden_KCD, targets_KC, mask_KC, any_K))
-    loss, accuracy = sums / _count(mask_KC)
+    loss, accuracy = sum_over_tensor(sums, how.target) * scale
     return loss, accuracy
 
 
-def _cross_entropy_forward(tied, target, hidden_KCD, weight, targets_KC, mask_KC, any_K):
-    scale = 1.0 / _count(mask_KC)
+def _cross_entropy_forward(how, weight, hidden_KCD, targets_KC, mask_KC, any_K, scale):
+    whole = how.whole(weight, hidden_KCD.dtype)
 
     def one_chunk(carry, hidden_CD, targets_C, mask_C):
         sums, grad_weight = carry
-        logits_CV = _dot(hidden_CD, _projection(weight, tied, target))
-        chunk_sums, exps_CV, total_C = _chunk_sums(logits_CV, targets_C, mask_C)
+        chunk_sums, exps_CV, total_C = _chunk_sums(how.logits(hidden_CD, whole), targets_C, mask_C)
         grad_CV = exps_CV.at[jnp.arange(len(targets_C)), targets_C].add(-total_C, mode="drop")
-        grad_CV = (grad_CV * jnp.where(mask_C, scale / total_C, 0.0)[:, None]).astype(weight.dtype)
-        left, right = (grad_CV, hidden_CD) if tied else (hidden_CD, grad_CV)
-        grad_weight += _dot(transpose_copy(left, target), right)
-        grad_hidden_CD = _dot(grad_CV, weight if tied else transpose_copy(weight, target))
-        return (sums + chunk_sums, grad_weight), grad_hidden_CD.astype(hidden_CD.dtype)
+        grad_CV = grad_CV * jnp.where(mask_C, scale / total_C, 0.0)[:, None]
+        grad_weight, grad_hidden_CD = how.add_gradients(grad_weight, grad_CV, hidden_CD, whole)
+        return (sums + chunk_sums, grad_weight), grad_hidden_CD
 
     def if_kept(carry, inputs):
         *chunk, any_kept = inputs
         skip = jnp.zeros_like(chunk[0])
-        return _if_kept(target, any_kept, lambda: one_chunk(carry, *chunk), lambda: (carry, skip))
+        return _if_kept(how.target, any_kept, lambda: one_chunk(carry, *chunk), lambda: (carry, skip))
 
-    start = jnp.zeros(2, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
+    start = jnp.zeros(2, jnp.float32), jnp.zeros(whole.shape, jnp.float32)
     (sums, grad_weight), grad_hidden_KCD = lax.scan(if_kept, start, (hidden_KCD, targets_KC, mask_KC, any_K))
-    loss, accuracy = sums * scale
-    return (loss, accuracy), (grad_hidden_KCD, grad_weight.astype(weight.dtype))
+    loss, accuracy = sum_over_tensor(sums, how.target) * scale
+    return (loss, accuracy), (how.shard(grad_weight, weight.dtype), grad_hidden_KCD)
 
 
-def _cross_entropy_backward(tied, target, grads, cotangents):
+def _cross_entropy_backward(how, grads, cotangents):
     cotangent, _ = cotangents  # the accuracy is piecewise constant
-    grad_hidden_KCD, grad_weight = ((cotangent * g).astype(g.dtype) for g in grads)
-    return grad_hidden_KCD, grad_weight, None, None, None
+    grad_weight, grad_hidden_KCD = ((cotangent * g).astype(g.dtype) for g in grads)
+    return grad_weight, grad_hidden_KCD, None, None, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
@@ -179,9 +235,32 @@ def _chunk_sums(logits_CV, targets_C, mask_C):
     return jnp.sum(sums_2C, axis=1), exps_CV, total_C
 
 
-def _projection(weight, tied, target):
-    """The output projection [D, V], of a table [V, D] where it is tied."""
-    return transpose_copy(weight, target) if tied else weight
+class _How(NamedTuple):
+    """How the output projection is stored and used; static."""
+
+    tied: bool
+    target: Target
+    split: Dims
+    truncation: Truncation = WHOLE
+
+    def whole(self, weight, dtype):
+        """The weight before a loop, gathered where it is split."""
+        return gather(weight, self.split, dtype, weight.dtype)
+
+    def shard(self, grad_weight, dtype):
+        """The gradient after a loop, which has summed it in float32: this device's shard of the sum over all."""
+        return scatter(grad_weight, self.split).astype(dtype)
+
+    def logits(self, hidden_CD, weight):
+        return _dot(hidden_CD, transpose_copy(weight, self.target) if self.tied else weight)
+
+    def add_gradients(self, grad_weight, grad_CV, hidden_CD, weight):
+        """Add a chunk to the gradient of the weight; returns it and the gradient of the chunk's hidden states."""
+        grad_CV = grad_CV.astype(weight.dtype)
+        left, right = (grad_CV, hidden_CD) if self.tied else (hidden_CD, grad_CV)
+        grad_weight = grad_weight + _dot(transpose_copy(left, self.target), right)
+        grad_hidden_CD = _dot(grad_CV, weight if self.tied else transpose_copy(weight, self.target))
+        return grad_weight, grad_hidden_CD.astype(hidden_CD.dtype)
 
 
 def _dot(x, y):
@@ -194,10 +273,6 @@ def _target_logits(logits_CV, targets_C):
     return jnp.sum(jnp.where(is_target_CV, logits_CV, 0.0), axis=-1)
 
 
-def _count(mask_KC):
-    return jnp.maximum(jnp.sum(mask_KC, dtype=jnp.float32), 1.0)
-
-
 def _if_kept(target, any_kept, compute, skip):
     """compute(), or skip() where no token of the chunk is kept and the target may branch."""
     return lax.cond(any_kept, compute, skip) if target.can_branch else compute()
@@ -206,14 +281,15 @@ def _if_kept(target, any_kept, compute, skip):
 class _Chunks:
     """Rows of tokens, sorted by whether they are kept, cut into K chunks of C tokens: some columns of all rows each.
 
-    Rows are neither cut nor reordered, so an axis of rows that is sharded over devices is not moved, and every device
-    works on every chunk; the last chunks have no kept token. If the target cannot branch there is only one chunk.
+    Rows are neither cut nor reordered; the last chunks have no kept token. If the target cannot branch there is only
+    one chunk. On a device's shard each device of the tensor axis has other columns of the device's rows.
     """
 
     def __init__(self, mask_BL: jax.Array, chunk: int, target: Target):
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 token; got {chunk}")
-        self._shape = B, L = mask_BL.shape
+        self._target, self._shape = target, mask_BL.shape
+        B, L = mask_BL.shape[0], -(-mask_BL.shape[1] // target.ways("tensor"))  # the most columns that a device has
         self._columns = min(L, max(1, chunk // B)) if target.can_branch else L
         self._num_chunks = -(-L // self._columns)
         self._order_BL = jnp.argsort(~mask_BL, axis=1, stable=True)
@@ -225,13 +301,16 @@ class _Chunks:
         """[B, L, ...] -> [K, C, ...], padded with zeros."""
         x_BL = _permute(x_BL, self._order_BL, self._inverse_BL)
         (B, L), K, columns = self._shape, self._num_chunks, self._columns
-        x_BL = jnp.pad(x_BL, [(0, 0), (0, K * columns - L)] + [(0, 0)] * (x_BL.ndim - 2))
+        width = K * columns * self._target.ways("tensor")
+        x_BL = jnp.pad(x_BL, [(0, 0), (0, width - L)] + [(0, 0)] * (x_BL.ndim - 2))
+        x_BL = split_over_tensor(x_BL, self._target)
         return jnp.moveaxis(x_BL.reshape(B, K, columns, *x_BL.shape[2:]), 1, 0).reshape(K, B * columns, *x_BL.shape[2:])
 
     def join(self, x_KC: jax.Array) -> jax.Array:
         """Undo `split`."""
         (B, L), K, columns = self._shape, self._num_chunks, self._columns
-        x_BL = jnp.moveaxis(x_KC.reshape(K, B, columns), 0, 1).reshape(B, K * columns)[:, :L]
+        x_BL = jnp.moveaxis(x_KC.reshape(K, B, columns), 0, 1).reshape(B, K * columns)
+        x_BL = join_over_tensor(x_BL, self._target)[:, :L]
         return _permute(x_BL, self._inverse_BL, self._order_BL)
 
 

@@ -23,7 +23,7 @@ from r3rag_jax.training.micro_batches import FULL_BATCH, BatchShare
 from r3rag_jax.training.state import Metrics, Targets, hidden_states
 from r3rag_jax.types import SFTBatch, TrainBatch
 
-CPU_LOSS_CHUNK, ACCELERATOR_LOSS_CHUNK = 256, 512  # tokens whose logits exist at once, per call
+CPU_LOSS_CHUNK, ACCELERATOR_LOSS_CHUNK = 256, 512  # tokens whose logits exist at once, on a device
 
 
 def sft_loss(
@@ -38,24 +38,26 @@ def sft_loss(
     """Mean cross-entropy of the tokens in loss_mask.
 
     Args:
-        target: the devices that the loss is compiled for.
+        target: the devices that the loss is compiled for; on several devices a shard, see `collectives.per_device`.
         params, frozen: what is trained of the policy and what is not, see `lora.TrainableSplit`.
-        share: of a micro-batch, for its contribution to the loss and metrics of the full batch.
+        share: of a micro-batch or of a device's rows, for its contribution to the loss and metrics of the full batch.
 
     Returns:
         The scalar loss, and the metrics `loss` (nats per token) and `accuracy`.
     """
     policy = join(graphdef, params, frozen)
+    weight, split = policy.output_shard(target)
     loss, accuracy = cross_entropy(
         hidden_states(policy, batch, remat, target),
-        policy.output_weight(),
+        weight,
         batch.tokens,
         batch.loss_mask,
         chunk=_loss_chunk(target),
         tied=policy.config.tie_embeddings,
         target=target,
+        split=split,
+        share=share.tokens,
     )
-    loss, accuracy = loss * share.tokens, accuracy * share.tokens
     return loss, {"loss": loss, "accuracy": accuracy}
 
 
@@ -160,15 +162,17 @@ def policy_logprobs(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities and entropies at the sampling temperature, [B, L], and the hidden states they come from."""
     hidden = hidden_states(policy, batch, remat, target)
+    weight, split = policy.output_shard(target)
     logprobs, entropy = chunked_logprobs(
         hidden,
-        policy.output_weight(),
+        weight,
         batch.tokens,
         batch.temperature,
         batch.loss_mask,
         chunk=_loss_chunk(target),
         tied=policy.config.tie_embeddings,
         target=target,
+        split=split,
         truncation=truncation,
     )
     return logprobs, entropy, hidden

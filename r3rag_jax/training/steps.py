@@ -16,7 +16,7 @@ from r3rag_jax.parallel.shardings import replicated, tree_shardings
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
 from r3rag_jax.training.losses import rl_loss, sft_loss
-from r3rag_jax.training.micro_batches import BatchShare, split_micro_batches, value_and_grad
+from r3rag_jax.training.micro_batches import BatchShare, value_and_grad
 from r3rag_jax.training.state import Metrics, Targets, TrainState
 from r3rag_jax.types import SFTBatch, TrainBatch
 
@@ -25,14 +25,14 @@ def make_sft_step(
     mesh: Mesh, graphdef: Any, tx: optax.GradientTransformationExtraArgs, model: ModelConfig, state: TrainState
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted SFT update, (state, batch, frozen) -> (state, metrics); the state is donated."""
-    target = Target.of(mesh)
+    target = Target.of(mesh).shard()
+
+    def loss(params: Any, frozen: Any, batch: SFTBatch, share: BatchShare) -> tuple[jax.Array, Metrics]:
+        return sft_loss(graphdef, params, batch, model.remat, target, frozen, share)
 
     def step(state: TrainState, batch: SFTBatch, frozen: Any = None) -> tuple[TrainState, Metrics]:
-        def loss(params: Any, batch: SFTBatch, share: BatchShare) -> tuple[jax.Array, Metrics]:
-            return sft_loss(graphdef, params, batch, model.remat, target, frozen, share)
-
-        micro_batches = split_micro_batches(mesh, (batch,), model.micro_tokens)
-        return _update(tx, state, 1.0, value_and_grad(loss, state.params, *micro_batches, unroll=not target.can_branch))
+        found = value_and_grad(mesh, loss, state.params, frozen, (batch,), model.micro_tokens)
+        return _update(tx, state, 1.0, found)
 
     return _jit_step(mesh, step, state)
 
@@ -47,20 +47,19 @@ def make_rl_step(
     truncation: Truncation = WHOLE,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted RL update, (state, batch, targets, lr_scale, frozen, kl) -> (state, metrics); the state is donated."""
-    target = Target.of(mesh)
+    target = Target.of(mesh).shard()
+
+    def loss(
+        params: Any, constants: Any, batch: TrainBatch, targets: Targets, share: BatchShare
+    ) -> tuple[jax.Array, Metrics]:
+        frozen, kl = constants
+        return rl_loss(graphdefs, params, batch, targets, config, model.remat, target, truncation, frozen, kl, share)
 
     def step(
         state: TrainState, batch: TrainBatch, targets: Targets, lr_scale: jax.Array, frozen: Any = None, kl: Any = None
     ) -> tuple[TrainState, Metrics]:
-        def loss(params: Any, batch: TrainBatch, targets: Targets, share: BatchShare) -> tuple[jax.Array, Metrics]:
-            return rl_loss(
-                graphdefs, params, batch, targets, config, model.remat, target, truncation, frozen, kl, share
-            )
-
-        micro_batches = split_micro_batches(mesh, (batch, targets), model.micro_tokens)
-        return _update(
-            tx, state, lr_scale, value_and_grad(loss, state.params, *micro_batches, unroll=not target.can_branch)
-        )
+        found = value_and_grad(mesh, loss, state.params, (frozen, kl), (batch, targets), model.micro_tokens)
+        return _update(tx, state, lr_scale, found)
 
     return _jit_step(mesh, step, state)
 

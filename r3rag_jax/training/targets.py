@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from r3rag_jax.config import ModelConfig, RLConfig
+from r3rag_jax.parallel.collectives import per_device
 from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, replicated
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.rl.advantages import token_shares, whiten_rewards
@@ -21,6 +22,7 @@ from r3rag_jax.rl.estimator import estimate
 from r3rag_jax.rl.losses import kl_penalty, masked_mean, truncated_weights
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
 from r3rag_jax.training.losses import join_modules, policy_logprobs
+from r3rag_jax.training.micro_batches import ROWS, check_rows, param_specs
 from r3rag_jax.training.state import Metrics, PreUpdate, Targets, hidden_states
 from r3rag_jax.types import TrainBatch, TrajectoryTable
 
@@ -39,23 +41,34 @@ def make_pre_update(
     needs is computed. All log-probabilities are at the sampling temperature. The metric `kl` is k1, whatever the
     penalty is: of the sampled tokens, the sampler's log-probability minus the reference's.
     """
-    target = Target.of(mesh)
+    target = Target.of(mesh).shard()
 
-    def pre_update(params: Any, ref_params: Any, batch: TrainBatch, frozen: Any = None) -> tuple[PreUpdate, Metrics]:
-        modules, mask = join_modules(graphdefs, params, frozen), batch.loss_mask
-        values = penalties = ref_logprobs = old_logprobs = weights = hidden = None
-        metrics: Metrics = {}
+    def forward(params: Any, ref_params: Any, frozen: Any, batch: TrainBatch) -> tuple[jax.Array | None, ...]:
+        """(values, ref_logprobs, old_logprobs) of a device's rows."""
+        modules = join_modules(graphdefs, params, frozen)
+        values = ref_logprobs = old_logprobs = hidden = None
         if config.max_importance_weight > 0:
             old_logprobs, _, hidden = policy_logprobs(modules["policy"], batch, "none", truncation, target)
-            most = config.max_importance_weight
-            weights, stats = truncated_weights(old_logprobs, batch.behaviour_logprobs, mask, most)
-            metrics |= stats
         if "critic" in modules:
             hidden = hidden_states(modules["policy"], batch, "none", target) if hidden is None else hidden
             values = modules["critic"](batch, hidden, "none", target)
         if config.kl.coef > 0:
             ref_logprobs, _, _ = policy_logprobs(nnx.merge(reference, ref_params), batch, "none", truncation, target)
-            metrics["kl"] = masked_mean(kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1"), mask)
+        return values, ref_logprobs, old_logprobs
+
+    def pre_update(params: Any, ref_params: Any, batch: TrainBatch, frozen: Any = None) -> tuple[PreUpdate, Metrics]:
+        check_rows(mesh, batch.tokens.shape[0])
+        arguments = params, ref_params, frozen, batch
+        in_specs = *(param_specs(mesh, tree) for tree in arguments[:3]), ROWS
+        values, ref_logprobs, old_logprobs = per_device(mesh, forward, in_specs, ROWS)(*arguments)
+        penalties = weights = None
+        metrics: Metrics = {}
+        if old_logprobs is not None:
+            most, behaviour = config.max_importance_weight, batch.behaviour_logprobs
+            weights, stats = truncated_weights(old_logprobs, behaviour, batch.loss_mask, most)
+            metrics |= stats
+        if ref_logprobs is not None:
+            metrics["kl"] = masked_mean(kl_penalty(batch.behaviour_logprobs, ref_logprobs, "k1"), batch.loss_mask)
             if config.kl.placement == "reward":
                 penalties = kl_penalty(batch.behaviour_logprobs, ref_logprobs, config.kl.estimator)
                 ref_logprobs = None

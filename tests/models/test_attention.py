@@ -22,6 +22,7 @@ from r3rag_jax.parallel.shardings import batch_shardings, device_put_batch, devi
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.losses import sft_loss
+from r3rag_jax.training.micro_batches import BatchShare, value_and_grad
 from r3rag_jax.training.state import TrainState
 from r3rag_jax.training.steps import make_sft_step
 from r3rag_jax.training.targets import make_pre_update
@@ -121,10 +122,13 @@ def policy(implementation: str) -> tuple[Any, Any]:
 def test_one_answer_on_a_mesh_under_scan_and_remat() -> None:
     def loss_and_gradients(mesh: Mesh, implementation: str) -> Any:
         graphdef, params = policy(implementation)
-        target = Target.of(mesh)
-        loss = jax.value_and_grad(lambda p, batch: sft_loss(graphdef, p, batch, "full", target)[0])
+
+        def loss(params: Any, _: Any, batch: SFTBatch, share: BatchShare) -> Any:
+            return sft_loss(graphdef, params, batch, "full", Target.of(mesh).shard(), share=share)
+
         params = device_put_global(params, tree_shardings(mesh, params, PARAM_AXES))
-        return jax.device_get(jax.jit(loss)(params, device_put_batch(mesh, batch())))
+        gradients = jax.jit(lambda params, batch: value_and_grad(mesh, loss, params, None, (batch,)))
+        return jax.device_get(gradients(params, device_put_batch(mesh, batch())))
 
     one = jax.make_mesh((1, 1, 1), AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
     many = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))

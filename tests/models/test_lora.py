@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -23,6 +24,7 @@ from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, tr
 from r3rag_jax.parallel.target import ONE_CPU, Target
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.losses import rl_loss, sft_loss
+from r3rag_jax.training.micro_batches import value_and_grad
 from r3rag_jax.training.state import init_state, new_critic
 from r3rag_jax.training.steps import make_sft_step
 from r3rag_jax.training.targets import make_pre_update, make_targets
@@ -137,10 +139,12 @@ def test_on_a_mesh_targets_and_gradients_are_those_of_one_device() -> None:
         table = tiny_training.table_of(tiny_training.rl_work())
         [targets], _ = targets_of([found], table, RL.kl.coef, batch.tokens.shape)
 
-        def loss(params: Any) -> Any:
-            return rl_loss(graphdefs, params, batch, targets, RL, "none", Target.of(mesh), frozen=frozen)
+        def loss(params: Any, frozen: Any, batch: Any, targets: Any, share: Any) -> Any:
+            target = Target.of(mesh).shard()
+            return rl_loss(graphdefs, params, batch, targets, RL, "none", target, frozen=frozen, share=share)
 
-        return jax.device_get((targets, stats, jax.jit(jax.value_and_grad(loss, has_aux=True))(params)))
+        gradients = jax.jit(functools.partial(value_and_grad, mesh, loss))
+        return jax.device_get((targets, stats, gradients(params, frozen, (batch, targets))))
 
     wanted, found = on(tiny_training.one_device()), on(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     assert wanted[1]["kl"] != 0

@@ -12,13 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
+from jax.sharding import Mesh
 from tiny_training import (
     HEAD,
     MESHES,
     RL,
+    VOCAB,
     assert_close,
     attempt,
     flat,
+    grads_on,
     modules,
     on_one_device,
     one_device,
@@ -32,11 +36,14 @@ from tiny_training import (
     targets_of,
 )
 
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.decoder import Decoder
 from r3rag_jax.parallel.mesh import make_mesh
-from r3rag_jax.parallel.target import ONE_CPU
+from r3rag_jax.parallel.target import ONE_CPU, Target
 from r3rag_jax.training import state as state_module
 from r3rag_jax.training.batch import pack
 from r3rag_jax.training.losses import rl_loss, sft_loss
+from r3rag_jax.training.micro_batches import value_and_grad
 from r3rag_jax.training.state import shift_right
 from r3rag_jax.types import SFTBatch
 
@@ -52,6 +59,26 @@ def test_sft_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("sizes", MESH_PARAMS)
 def test_rl_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
     assert_close(rl_grads(make_mesh(tiny.mesh_config(*sizes)), rl_batch()), on_one_device("rl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (1, 2, 4), (2, 2, 2)])
+@pytest.mark.parametrize("model", [{}, {"model_type": "qwen3", "tie_word_embeddings": False}], ids=["qwen2", "qwen3"])
+def test_fourteen_heads_of_two_groups_on_a_mesh(model: dict[str, Any], sizes: tuple[int, int, int]) -> None:
+    """Over eight devices two query heads each, over four four: the last device has fewer, or none."""
+    heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 4}
+    config = DecoderConfig.from_hf(tiny.decoder_config(VOCAB) | heads | model)
+    graphdef, params = nnx.split(Decoder(config, rngs=nnx.Rngs(0)))
+
+    def on(mesh: Mesh) -> Any:
+        def loss(params: Any, _: Any, batch: SFTBatch, share: Any) -> Any:
+            return sft_loss(graphdef, params, batch, "full", Target.of(mesh).shard(), share=share)
+
+        return grads_on(
+            mesh, jax.jit(lambda params, batch: value_and_grad(mesh, loss, params, None, (batch,))), params, sft_batch()
+        )
+
+    assert_close(on(make_mesh(tiny.mesh_config(*sizes))), on(one_device()))
 
 
 def hidden_grads(monkeypatch: pytest.MonkeyPatch, loss: Callable[[Any], Any], shape: tuple[int, ...]) -> np.ndarray:

@@ -13,8 +13,8 @@ from r3rag_jax.clients.chat import ChatClient
 from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
 from r3rag_jax.config import JudgeConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.models.decoder import param_shapes, param_shardings
 from r3rag_jax.models.hf.decoder_files import check_vocabulary, load_config, load_decoder
+from r3rag_jax.models.params import param_shapes, param_shardings
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.judge.prompts import Prompts, check_template

@@ -1,0 +1,137 @@
+"""What a training step communicates: where its collectives are, in its trace and in the text compiled for a pod."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+from tiny_training import HEAD, RL, VOCAB
+
+from r3rag_jax.compiling import hlo
+from r3rag_jax.config import ModelConfig, SFTConfig
+from r3rag_jax.models.config import DecoderConfig
+from r3rag_jax.models.decoder import PARAM_AXES, Decoder
+from r3rag_jax.parallel.mesh import AXES, make_mesh
+from r3rag_jax.parallel.shardings import batch_shardings, tree_shardings
+from r3rag_jax.training import optimizer
+from r3rag_jax.training.state import Targets, TrainState, new_critic
+from r3rag_jax.training.steps import make_rl_step, make_sft_step
+from r3rag_jax.types import SFTBatch, TrainBatch
+
+COLLECTIVES = ("all_gather", "psum", "reduce_scatter", "all_to_all", "ppermute")
+PROJECTIONS = 7  # of a layer
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def step_and_arguments(
+    mesh: Mesh, phase: str, decoder: Decoder, model: ModelConfig, shape: tuple[int, int]
+) -> tuple[Any, tuple[Any, ...]]:
+    """The jitted step of a phase, and the shapes of its arguments on a mesh whose devices may not be here."""
+    graphdef, params = nnx.split(decoder)
+    ids, mask, number = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.bool_, jnp.float32))
+
+    def state_of(params: Any, tx: Any) -> TrainState:
+        state = jax.eval_shape(lambda p: TrainState(jnp.int32(0), p, tx.init(p)), params)
+        return place(state, tree_shardings(mesh, state, PARAM_AXES))
+
+    rows = SFTBatch(ids, ids, ids, None, mask)
+    if phase == "sft":
+        tx = optimizer.sft_optimizer(SFTConfig(), 100)
+        state = state_of(params, tx)
+        return make_sft_step(mesh, graphdef, tx, model, state), (state, place(rows, batch_shardings(mesh, rows)))
+    critic = nnx.split(nnx.eval_shape(lambda: new_critic(decoder, "separate")))
+    config, tx = RL.replace(critic=HEAD.replace(kind="separate")), optimizer.rl_optimizer(RL)
+    state = state_of({"policy": params, "critic": critic[1]}, tx)
+    numbers = {field.name: number for field in dataclasses.fields(TrainBatch)}
+    batch = TrainBatch(**numbers | {f.name: getattr(rows, f.name) for f in dataclasses.fields(SFTBatch)})
+    both = place(
+        (batch, Targets(number, number, number)), batch_shardings(mesh, (batch, Targets(number, number, number)))
+    )
+    step = make_rl_step(mesh, {"policy": graphdef, "critic": critic[0]}, tx, model, config, state)
+    return step, (state, *both, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def equations(jaxpr: Any, loops: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    """All equations of a traced program, each with the loops around it."""
+    for equation in jaxpr.eqns:
+        yield equation, loops
+        inside = (*loops, equation) if equation.primitive.name in ("scan", "while") else loops
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner, inside)
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+@pytest.mark.parametrize("phase", ["sft", "rl"])
+def test_layers_are_gathered_one_at_a_time_and_the_loss_loop_sends_nothing(phase: str) -> None:
+    mesh = make_mesh(tiny.mesh_config(1, 4, 2))
+    step, arguments = step_and_arguments(mesh, phase, tiny.decoder(VOCAB), ModelConfig(remat="full"), (8, 40))
+    found = list(equations(step.trace(*arguments).jaxpr.jaxpr))
+    sent = [(e.primitive.name, loops) for e, loops in found if e.primitive.name.startswith(COLLECTIVES)]
+    assert {name for name, _ in sent} <= {"all_gather", "psum", "psum_invariant", "reduce_scatter"}
+    loss_loops = [
+        loops[-1]
+        for e, loops in found
+        if loops and e.primitive.name == "dot_general" and VOCAB in e.outvars[0].aval.shape
+    ]
+    assert loss_loops
+    assert not [name for name, loops in sent if any(loop in loops for loop in loss_loops)]
+    in_layers = [name for name, loops in sent if loops]
+    passes = 1 if phase == "sft" else 2  # policy and critic
+    assert in_layers.count("reduce_scatter") == PROJECTIONS * passes
+    assert in_layers.count("all_gather") == 2 * PROJECTIONS * passes  # and once more in the backward pass
+
+
+# A Qwen2.5 of two layers: small enough to compile in a minute, wide enough that XLA treats its matrices as large.
+QWEN_OF_TWO_LAYERS = DecoderConfig(
+    vocab_size=32_768,
+    hidden_size=2048,
+    num_layers=2,
+    num_heads=16,
+    num_kv_heads=2,
+    head_dim=128,
+    ffn_size=4096,
+    attention_bias=True,
+    model_type="qwen2",
+)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("phase", "sizes", "is_tied"), [("sft", (1, 16, 1), False), ("rl", (1, 16, 1), True),
+                                                          ("sft", (2, 2, 4), True)])  # fmt: skip
+def test_a_step_on_a_pod_gathers_layers_and_scatters_gradients(
+    pod: Any, phase: str, sizes: tuple[int, int, int], is_tied: bool
+) -> None:
+    mesh = Mesh(np.array(pod).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    config = dataclasses.replace(QWEN_OF_TWO_LAYERS, tie_embeddings=is_tied)
+    decoder = nnx.eval_shape(
+        lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, attention_implementation="splash")
+    )
+    step, arguments = step_and_arguments(mesh, phase, decoder, ModelConfig(remat="full"), (16, 1024))
+    program = hlo.read(step.lower(*arguments).compile().as_text())
+    sizes_of = {"layer": config.hidden_size * 256 // sizes[2], "output": config.vocab_size * config.hidden_size // 16}
+    for _, instruction, where in program.executed():
+        kind = instruction.opcode.removesuffix("-start")
+        assert kind not in ("all-to-all", "ragged-all-to-all", "collective-permute"), instruction.name
+        num_elements = max((array.num_elements for array in instruction.result), default=0)
+        if kind == "all-reduce":  # of norms, biases, metrics, and with `tensor` of activations
+            largest = math.prod((16 // (sizes[0] * sizes[1]), 1024, config.hidden_size)) if sizes[2] > 1 else 0
+            assert num_elements <= max(largest, sizes_of["layer"]), instruction.name
+        if kind in ("all-gather", "reduce-scatter", "all-reduce") and where.loops:
+            assert num_elements < sizes_of["output"] * 16, instruction.name  # the output matrix
+    kinds = {instruction.opcode for _, instruction, _ in program.executed()}
+    assert {"all-gather", "reduce-scatter"} <= kinds
