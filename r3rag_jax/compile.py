@@ -7,6 +7,7 @@ status 1: the recipe does not fit; the nearest settings that do are named.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model-config", default="", metavar="FILE", help="the model's config.json; model.path's")
     parser.add_argument("--programs", default="", metavar="A,B", help="of sft, rl, score, load, prefill, decode; all")
+    parser.add_argument("--calculate", action="store_true", help="do not compile: all by arithmetic, in seconds")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -42,15 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = command.chosen_programs(options.programs, config)
     decoder = command.read_architecture(config, options.model_config)
     progress, console = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 140)
-    outcome = command.run(config, topology, decoder, names, lambda line: progress.print(line, highlight=False))
+    say = functools.partial(progress.print, highlight=False)
+    outcome = command.run(config, topology, decoder, names, say, only_calculates=options.calculate)
     if options.json:
         print(json.dumps(rendering.as_json(topology, outcome.phases, outcome.programs, outcome.nearest), indent=1))
         return 0 if outcome.fits else DOES_NOT_FIT
-    say = console.print
-    say(rendering.rates_line(topology), highlight=False)
-    say(rendering.memory_table(outcome.phases), rendering.program_table(outcome.programs))
+    console.print(rendering.rates_line(topology), highlight=False)
+    console.print(rendering.memory_table(outcome.phases), rendering.program_table(outcome.programs))
     for line in rendering.details(outcome.programs):
-        say(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False)
     if outcome.fits:
         return 0
     found = " ".join(outcome.nearest or ()) or "none was found; take more devices, or adapters (lora.rank)"

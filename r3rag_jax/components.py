@@ -59,6 +59,7 @@ from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.memory import MemoryPlan
 from r3rag_jax.text.protocols import TAGS, make_protocol
 from r3rag_jax.text.transcript import Codec
+from r3rag_jax.training.layout import layout_of
 from r3rag_jax.training.memory_plan import plan_phases, will_hold_policy
 from r3rag_jax.training.rl import RLParts
 from r3rag_jax.training.sft import SFTParts
@@ -74,9 +75,12 @@ class Components:
 
     def __init__(self, config: Config, run_dir: str | os.PathLike[str], console: Console | None = None):
         self.config, self.run = config, RunDirectory.at(run_dir)
-        self.mesh: Mesh = make_mesh(config.mesh)
+        self.layout = layout_of(config)  # None: the mesh that the configuration gives
+        self.mesh: Mesh = make_mesh(config.mesh if self.layout is None else self.layout.apply(config.mesh))
         self.sampler_mesh: Mesh = make_sampler_mesh(config.mesh, self.mesh)
         self.console = console or Console(quiet=jax.process_index() != 0)
+        if self.layout is not None:
+            self.console.print(self.layout.reason, highlight=False, markup=False)
 
     @functools.cached_property
     def trackers(self) -> tuple[Tracker, ...]:

@@ -1,6 +1,6 @@
 """The recipes of 7 and 8 billion parameters: their constants, their models, and that every step of them traces.
 
-`fixtures/` holds config.json of real models (Qwen/Qwen2.5-7B-Instruct, meta-llama/Llama-3.1-8B-Instruct,
+`fixtures/` holds config.json of real models (Qwen/Qwen2.5-7B-Instruct, meta-llama/Llama-3.1-8B-Instruct and -70B-,
 meta-llama/Llama-3.2-1B, Qwen/Qwen3-0.6B, HuggingFaceTB/SmolLM2-135M-Instruct), typed from public copies of them; what
 the decoder reads agrees with those and with the published numbers of parameters, ids of special tokens are as known.
 """
@@ -19,11 +19,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from r3rag_jax.compiling.chips import parse_topology
+from r3rag_jax.compiling.devices import devices_of, topology_mesh
+from r3rag_jax.compiling.programs import Architecture
 from r3rag_jax.config import Config, MeshConfig, load_config
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import Decoder, param_shapes, rope_frequencies
 from r3rag_jax.models.hf.decoder_files import hf_tensors
-from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
+from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh, mesh_sizes
 from r3rag_jax.sampler import decode as programs
 from r3rag_jax.sampler.cache.kv_cache import KVCache
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
@@ -34,6 +37,7 @@ from r3rag_jax.sampler.stops import MAX_STOPS
 from r3rag_jax.sampler.windows import windows
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.batch import pack
+from r3rag_jax.training.memory_plan import MemoryPlanner, check_rows
 from r3rag_jax.training.state import Targets, TrainState, new_critic
 from r3rag_jax.training.steps import make_rl_step, make_sft_step
 from r3rag_jax.training.targets import make_pre_update
@@ -41,13 +45,18 @@ from r3rag_jax.types import SFTBatch
 
 TESTS = Path(__file__).parent
 RECIPES = {"r3rag_qwen2.5_7b": "Qwen2.5-7B-Instruct", "r3rag_llama3.1_8b": "Llama-3.1-8B-Instruct"}
+# Topology -> the budget of both recipes for it.
+POD_BUDGETS = {"h100:8": "", "h100:2x8": "h100-2x8", "v5e-64": "v5e-64", "v6e-32": "v6e-32", "v5p-32": "v5p-32"}
+PODS = [(name, topology, budget) for name in RECIPES for topology, budget in POD_BUDGETS.items()]
+PODS += [("r3rag_qwen2.5_7b", "v5e-64", "grpo,v5e-64"), ("r3rag_llama3.1_70b", "v5p-128", "")]
+SLOW_PODS = [pytest.param(*pod, marks=pytest.mark.slow if "8b" in pod[0] else ()) for pod in PODS]
 
 # Tracing takes ten seconds a recipe, most of it the chunks of attention: one of the two always, both with -m slow.
 TRACED = [pytest.param(*pair, marks=pytest.mark.slow if "llama" in pair[0] else ()) for pair in RECIPES.items()]
 
 
-def recipe(name: str) -> Config:
-    return load_config(TESTS.parent / "configs" / f"{name}.yaml")
+def recipe(name: str, budget: str = "") -> Config:
+    return load_config(TESTS.parent / "configs" / f"{name}.yaml", [f"budget={budget}"])
 
 
 def decoder_config(model: str) -> DecoderConfig:
@@ -160,6 +169,7 @@ def test_constants_are_those_of_the_paper(name: str, sft_lr: float) -> None:
     assert (retrieval.encoder.query_prefix, retrieval.encoder.passage_prefix) == ("query: ", "passage: ")
     assert (config.rewards.outcome_weight, config.rewards.factor_correct, config.rewards.factor_wrong) == (2, 1.6, 0.8)
     assert (config.rewards.compat, config.rewards.malformed) == ("paper", -0.9)
+    assert (config.rewards.process, config.rewards.outcome) == ("judge", "judge")
     assert (config.model.dtype, config.model.remat) == ("bfloat16", "full")
 
 
@@ -172,6 +182,40 @@ def test_lengths_fit_the_model_and_rows_fit_the_mesh(name: str, model: str) -> N
     for rows in (config.sft.batch_rows, config.rl.batch_rows, config.rollout.slots):
         assert rows % config.mesh.fsdp == 0
     assert decoder.hidden_size % config.mesh.fsdp == 0
+
+
+@pytest.mark.parametrize(("name", "topology", "budget"), SLOW_PODS)
+def test_every_recipe_fits_its_pods_by_arithmetic(name: str, topology: str, budget: str) -> None:
+    """Rows divide, and arrays with estimated temporaries fit; docs/pods.md has what the compiler says."""
+    config, pod = recipe(name, budget), parse_topology(topology)
+    decoder = decoder_config((RECIPES | {"r3rag_llama3.1_70b": "Llama-3.1-70B-Instruct"})[name])
+    mesh = topology_mesh(devices_of(pod, compiles=False), mesh_sizes(config.mesh, pod.num_devices))
+    phases = [phase for phase in config.phases if phase != "index"]
+    check_rows(config, phases, mesh, mesh)
+    planner = MemoryPlanner(Architecture(config, mesh, decoder))
+    for phase in phases:
+        [planned] = planner.plan(config, phase, mesh, mesh, jnp.bfloat16, pod.chip.memory)
+        planned.check()
+        assert not planned.is_tight, str(planned)
+    # No array of weights or of the cache is whole on a device for want of a divisor.
+    assert decoder.num_heads % config.mesh.tensor == decoder.num_kv_heads % config.mesh.tensor == 0
+    assert decoder.hidden_size % config.mesh.fsdp == decoder.ffn_size % config.mesh.tensor == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_grpo_is_a_budget_beside_that_of_a_pod(name: str) -> None:
+    paper, grpo, both = recipe(name), recipe(name, "grpo"), recipe(name, "grpo,v5e-64")
+    assert (grpo.rl.algorithm, grpo.rl.kl.placement, grpo.rl.loss_aggregation) == ("grpo", "loss", "sequence")
+    assert grpo.rollout.samples == 8 and grpo.rollout.temperatures == (1.0,)
+    assert (both.rl, both.mesh) == (grpo.rl.replace(batch_rows=both.rl.batch_rows), recipe(name, "v5e-64").mesh)
+    assert paper.rl.preset == "ppo_paper" and paper.mesh == grpo.mesh
+
+
+def test_the_large_recipe_is_grpo_with_a_judge() -> None:
+    config, decoder = recipe("r3rag_llama3.1_70b"), decoder_config("Llama-3.1-70B-Instruct")
+    assert (config.rl.preset, config.rl.algorithm, config.rewards.process) == ("grpo", "grpo", "judge")
+    assert config.mesh.fsdp * config.mesh.tensor == 64
+    assert sum(map(math.prod, param_shapes(decoder).values())) == 70_553_706_496
 
 
 # ------------------------------------------------------------------------------------------ traces

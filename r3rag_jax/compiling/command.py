@@ -78,43 +78,45 @@ def read_architecture(config: Config, file: str) -> DecoderConfig:
         return DecoderConfig.from_hf(json.loads(path.read_text()))
 
 
-def run(config: Config, topology: Topology, decoder: DecoderConfig, names: Sequence[str], say: Say) -> Outcome:
+def run(
+    config: Config,
+    topology: Topology,
+    decoder: DecoderConfig,
+    names: Sequence[str],
+    say: Say,
+    *,
+    only_calculates: bool = False,
+) -> Outcome:
     """Plan, compile (for GPUs: calculate) and compare with the memory of a device.
+
+    Args:
+        names: of the programs.
+        say: is told what is being done.
+        only_calculates: do not compile for TPUs either.
 
     Raises:
         UserError: rows or devices do not divide, or libtpu is missing.
     """
-    all_devices = devices_of(topology)
-    num = num_training_devices(config.mesh, len(all_devices))
-
-    @functools.cache
-    def sampler_mesh_of(mesh: Mesh) -> Mesh:
-        reserved = config.mesh.sampler_devices
-        return topology_mesh(all_devices[num:], (reserved, 1, 1)) if reserved else mesh
-
-    def kv_dtype(mesh: Mesh) -> Any:
-        given = config.rollout.kv_dtype
-        return default_kv_dtype(config.model.dtype, decoder, mesh) if given == "auto" else jax.numpy.dtype(given)
-
-    mesh_of_sizes = functools.cache(lambda sizes: topology_mesh(all_devices[:num], sizes))
-    devices = Devices(num, topology.chip.memory, mesh_of_sizes, sampler_mesh_of, kv_dtype)
+    compiles = topology.chip.platform == "tpu" and not only_calculates
+    all_devices = devices_of(topology, compiles=compiles)
+    devices = _devices(config, topology, decoder, all_devices)
     phases = [phase for phase in config.phases if phase in PHASES and set(PHASES[phase]) & set(names)]
-    policy = Architecture(config, devices.mesh((1, num, 1)), decoder)
+    policy = Architecture(config, devices.mesh((1, devices.num, 1)), decoder)
     planner = MemoryPlanner(policy)
     if config.mesh.layout == "auto":
         layout = choose_layout(config, planner, devices, phases)
         say(layout.reason)
         config = config.replace(mesh=layout.apply(config.mesh))
-    mesh = devices.mesh(mesh_sizes(config.mesh, num))
-    sampler_mesh = sampler_mesh_of(mesh)
+    mesh = devices.mesh(mesh_sizes(config.mesh, devices.num))
+    sampler_mesh = devices.sampler_mesh(mesh)
     check_rows(config, phases, mesh, sampler_mesh)
-    arguments = mesh, sampler_mesh, kv_dtype(sampler_mesh)
+    arguments = mesh, sampler_mesh, devices.kv_dtype(sampler_mesh)
     plans = {phase: planner.plan(config, phase, *arguments, topology.chip.memory) for phase in phases}
     programs = RunPrograms(config, policy, *arguments)
-    if topology.chip.platform == "tpu":
+    if compiles:
         reports = compile_all(programs, names, topology, say)
     else:
-        say(f"{topology.chip.name}: XLA compiles for GPUs only where there is one; all numbers are calculated")
+        say("nothing is compiled (XLA can for TPUs alone, without --calculate): all numbers are calculated")
         estimated = {
             name: size for planned in plans.values() for plan in planned for name, size in plan.temporaries.items()
         }
@@ -129,3 +131,19 @@ def run(config: Config, topology: Topology, decoder: DecoderConfig, names: Seque
     memory = int(topology.chip.memory - max(0, excess) / SHARE)
     nearest = nearest_fit(config, planner, dataclasses.replace(devices, memory=memory), phases)
     return dataclasses.replace(outcome, nearest=nearest)
+
+
+def _devices(config: Config, topology: Topology, decoder: DecoderConfig, all_devices: Sequence[Any]) -> Devices:
+    """The devices that train, and how meshes are made of them."""
+    num = num_training_devices(config.mesh, len(all_devices))
+
+    def sampler_mesh_of(mesh: Mesh) -> Mesh:
+        reserved = config.mesh.sampler_devices
+        return topology_mesh(all_devices[num:], (reserved, 1, 1)) if reserved else mesh
+
+    def kv_dtype(mesh: Mesh) -> Any:
+        given = config.rollout.kv_dtype
+        return default_kv_dtype(config.model.dtype, decoder, mesh) if given == "auto" else jax.numpy.dtype(given)
+
+    mesh_of_sizes = functools.cache(lambda sizes: topology_mesh(all_devices[:num], sizes))
+    return Devices(num, topology.chip.memory, mesh_of_sizes, functools.cache(sampler_mesh_of), kv_dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,23 +19,26 @@ from r3rag_jax.parallel.mesh import AXES, Sizes, mesh_of
 
 @dataclasses.dataclass(frozen=True)
 class UnknownDevice:
-    """A GPU for a mesh that shapes and sizes are computed on; XLA has no compiler for GPUs that are not there."""
+    """A device for a mesh on which shapes and sizes are computed, and nothing is compiled."""
 
     id: int
     process_index: int
-    platform: str = "gpu"
-    device_kind: str = "gpu"
+    platform: str
+    device_kind: str
 
 
-def devices_of(topology: Topology) -> list[Any]:
+def devices_of(topology: Topology, *, compiles: bool) -> list[Any]:
     """The devices of a topology, in the order of its mesh.
+
+    Args:
+        compiles: whether programs are compiled for them, which XLA does for TPUs alone.
 
     Raises:
         UserError: libtpu, which compiles for TPUs, is not installed, or does not know the topology.
     """
-    if topology.chip.platform == "gpu":
-        _, of_host = topology.dims
-        return [UnknownDevice(i, i // of_host) for i in range(topology.num_devices)]
+    if not compiles:
+        chip = topology.chip
+        return [UnknownDevice(i, 0, chip.platform, chip.name) for i in range(topology.num_devices)]
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU must have the package libtpu: pip install 'r3rag_jax[tpu]'")
     _set_libtpu_environment(topology)
@@ -45,7 +49,7 @@ def devices_of(topology: Topology) -> list[Any]:
         raise UserError(f"--topology must be one that libtpu knows; got {topology.name} ({reason})") from error
 
 
-def topology_mesh(devices: list[Any], sizes: Sizes) -> Mesh:
+def topology_mesh(devices: Sequence[Any], sizes: Sizes) -> Mesh:
     """The mesh (data, fsdp, tensor) of the devices of a topology."""
     if isinstance(devices[0], UnknownDevice):
         return Mesh(np.array(devices, object).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)

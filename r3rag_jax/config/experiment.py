@@ -35,7 +35,7 @@ class Config(Section):
         300.0, "after SIGTERM or Ctrl-C, the most that the step under way and its checkpoint may take", "seconds", gt=0
     )
     seed: int = key(0, "seed of initialisation, data order and sampling", ge=0, le=MAX_SEED)
-    budget: str = key("", "which of the recipe's `budgets` is used; empty: the recipe without any")
+    budget: str = key("", "which of the recipe's `budgets` are used, `a` or `a,b`; empty: the recipe without any")
     phases: tuple[str, ...] = key(PHASES, "phases that are run, in this order")
     world: WorldConfig = section(WorldConfig())
     data: DataConfig = section(DataConfig())

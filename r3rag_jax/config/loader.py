@@ -44,7 +44,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     file's keys, and the other overrides win over it.
 
     Keys are nested or dotted. A recipe may come in sizes: under `budgets:` each has a name and the keys in which it
-    differs, and `budget=NAME` takes one. (The configuration that a run keeps has the name and no `budgets`.)
+    differs, and `budget=NAME` takes one, `budget=A,B` several, of which the last wins. (The configuration that a run
+    keeps has the names and no `budgets`.)
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown or repeated, a value has another type or is out of
@@ -54,7 +55,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     changed = dict(map(_read_override, overrides))
     place = str(path or "the command line")
     budget = _chosen_budget(given | changed, budgets, place)
-    given = _with_preset(given) | _with_preset(budget) | _with_preset(changed)
+    given = _with_preset(given) | budget | _with_preset(changed)
     values = {name: convert(schema()[name], item.node, item.place) for name, item in given.items()}
     try:
         return _build(values)
@@ -91,18 +92,21 @@ def _build(values: dict[str, Any]) -> Config:
 
 
 def _chosen_budget(given: dict[str, Given], budgets: dict[str, dict[str, Given]], place: str) -> dict[str, Given]:
-    """What the budget that `budget` names changes."""
+    """What the budgets that `budget` names change."""
     if BUDGET not in given:
         return {}
     item = given[BUDGET]
-    name = convert(schema()[BUDGET], item.node, item.place)
+    text = convert(schema()[BUDGET], item.node, item.place)
     is_record = not budgets and not item.place.startswith("override")
-    if not name or is_record:
+    if not text or is_record:
         return {}
-    if name not in budgets:
-        known = f"one of {', '.join(budgets)}" if budgets else f"empty, for {place} has no budgets"
-        raise ConfigError(f"{item.place}: {BUDGET} must be {known}; got {clip(name)!r}", [BUDGET])
-    return budgets[name]
+    found: dict[str, Given] = {}
+    for name in map(str.strip, text.split(",")):
+        if name not in budgets:
+            known = f"one of {', '.join(budgets)}" if budgets else f"empty, for {place} has no budgets"
+            raise ConfigError(f"{item.place}: {BUDGET} must be {known}; got {clip(name)!r}", [BUDGET])
+        found |= _with_preset(budgets[name])
+    return found
 
 
 # ---------------------------------------------------------------- files and overrides

@@ -4,18 +4,24 @@ given ones with which a run fits."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from r3rag_jax.config import Config, MeshConfig
 from r3rag_jax.models.config import DecoderConfig
-from r3rag_jax.parallel.mesh import Sizes, mesh_sizes
-from r3rag_jax.sampler.memory import GIB
+from r3rag_jax.models.policy import Policy
+from r3rag_jax.parallel.mesh import Sizes, make_sampler_mesh, mesh_of, mesh_sizes, num_training_devices
+from r3rag_jax.parallel.processes import on_process_0
+from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
+from r3rag_jax.sampler.memory import GIB, device_memory
 from r3rag_jax.training.memory_plan import MemoryPlanner, nearest_rows
 
 MAX_TENSOR = 8  # more makes products too narrow, and collectives of each layer too many
@@ -44,6 +50,38 @@ class Layout:
         """The section with these sizes."""
         data, fsdp, tensor = self.sizes
         return config.replace(layout="given", data=data, fsdp=fsdp, tensor=tensor)
+
+
+def layout_of(config: Config) -> Layout | None:
+    """The layout that `mesh.layout=auto` chooses for the devices of this run; None: the configuration gives one.
+
+    All processes must call.
+
+    Raises:
+        UserError: `model.path` cannot be read, or the sampler leaves no devices.
+    """
+    if config.mesh.layout == "given":
+        return None
+    num = num_training_devices(config.mesh, jax.device_count())
+    mesh_of_sizes = functools.cache(lambda sizes: mesh_of(jax.devices()[:num], sizes))
+    whole = mesh_of_sizes((1, num, 1))
+    policy = Policy(config.model, config.lora, whole, seed=config.seed)
+    given = config.rollout.kv_dtype
+
+    def kv_dtype(mesh: Mesh) -> Any:
+        is_auto = given == "auto"
+        return default_kv_dtype(config.model.dtype, policy.decoder_config, mesh) if is_auto else jnp.dtype(given)
+
+    sampler_mesh_of = functools.cache(lambda mesh: make_sampler_mesh(config.mesh, mesh))
+    devices = Devices(num, device_memory(whole), mesh_of_sizes, sampler_mesh_of, kv_dtype)
+    phases = [phase for phase in config.phases if phase != "index"]
+
+    def choose() -> list[Any]:
+        layout = choose_layout(config, MemoryPlanner(policy), devices, phases)
+        return [*layout.sizes, layout.reason]
+
+    data, fsdp, tensor, reason = on_process_0(choose, "mesh.layout")  # hosts may have other amounts of memory
+    return Layout((data, fsdp, tensor), reason)
 
 
 def choose_layout(config: Config, planner: MemoryPlanner, devices: Devices, phases: Sequence[str]) -> Layout:

@@ -148,6 +148,7 @@ SIZED = "rl: {clip: 0.3}\nseed: 1\nbudgets:\n  cpu: {rl.clip: 0.4, sft: {epochs:
         (["budget="], 0.3, 3, 1),
         (["budget=cpu"], 0.4, 1, 1),
         (["budget=big"], 0.3, 3, 2),
+        (["budget=big,cpu"], 0.4, 1, 2),
         (["rl.clip=0.5", "budget=cpu"], 0.5, 1, 1),
     ],
 )

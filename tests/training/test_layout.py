@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+import tiny_run
 
 from r3rag_jax.compiling.chips import parse_topology
 from r3rag_jax.compiling.devices import devices_of, topology_mesh
 from r3rag_jax.compiling.programs import Architecture
+from r3rag_jax.components import Components
 from r3rag_jax.config import Config, ConfigError, MeshConfig
 from r3rag_jax.parallel.mesh import Sizes, mesh_sizes
 from r3rag_jax.training.layout import SHARE, Devices, choose_layout, layouts, nearest_fit, peak_bytes
@@ -32,7 +36,7 @@ def config(**sections: Any) -> Config:
 
 def devices(memory: int | None = None) -> Devices:
     """Eight GPUs that nothing runs on."""
-    all_devices = devices_of(parse_topology("h100:8"))
+    all_devices = devices_of(parse_topology("h100:8"), compiles=False)
     return Devices(8, memory, lambda sizes: topology_mesh(all_devices, sizes), lambda mesh: mesh, lambda _: jnp.float32)
 
 
@@ -103,3 +107,15 @@ def test_nothing_fits_no_memory() -> None:
     given = config()
     assert nearest_fit(given, planner(given), devices(1000), PHASES) is None
     assert nearest_fit(given, planner(given), devices(None), PHASES) == []
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+def test_a_run_takes_the_layout_that_is_chosen_and_can_say_why(base: Path, tmp_path: Path) -> None:
+    """Rows of 8, 8 and 8 divide by all devices, and the little model fits each of them whole."""
+    settings = tiny_run.config(tmp_path, base, mesh__layout="auto")
+    components = Components(settings, settings.run_directory)
+    assert components.layout is not None and components.layout.sizes == (8, 1, 1)
+    assert dict(components.mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    four_rows = tiny_run.config(tmp_path, base, mesh__layout="auto", rl__batch_rows=4)
+    assert dict(Components(four_rows, tmp_path).mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2}
+    assert Components(tiny_run.config(tmp_path, base), tmp_path).layout is None
