@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax._src import distributed  # the coordination service's client has no public name
 
 from r3rag_jax.config import MeshConfig
@@ -208,7 +209,7 @@ def barrier(name: str, *, timeout_s: float = BARRIER_S) -> None:
         raise TimeoutError(f"all processes must reach barrier {name!r} within {timeout_s:g} s: {error}") from None
 
 
-def exists(path: Path) -> bool:
+def exists(path: epath.Path | Path) -> bool:
     """Whether process 0 sees a path; all processes must call this.
 
     What is done next must not depend on what each process sees: a network file system shows a new file to one process

@@ -221,7 +221,6 @@ def open_run(config: Config, run: RunDirectory | None = None) -> RunDirectory:
     """
     run = run or RunDirectory.at(config.run_directory)
     _check_run(config, run)
-    barrier("run directory checked")  # process 0 must not write what the other processes are still checking
     if jax.process_index() == 0:
         write_text(run.config_file, to_yaml(config))
     run.share()
@@ -263,6 +262,11 @@ def _topology_words(topology: dict[str, Any]) -> str:
 
 
 def _check_run(config: Config, run: RunDirectory) -> None:
+    on_process_0(lambda: _check_files(config, run), "run directory")
+    check_order(config.phases, run.policy("sft"), run.policy("rl"), run.checkpoints("rl"))
+
+
+def _check_files(config: Config, run: RunDirectory) -> None:
     if run.config_file.exists():
         try:
             changed = changed_keys(load_config(run.config_file), config)
@@ -279,4 +283,3 @@ def _check_run(config: Config, run: RunDirectory) -> None:
             )
     elif run.path.exists() and not all(path == run.lock or is_partial(path) for path in run.path.iterdir()):
         raise UserError(f"{run.place} is not empty and holds no run: choose another name=… or run_dir=…")
-    check_order(config.phases, run.policy("sft"), run.policy("rl"), run.checkpoints("rl"))

@@ -20,7 +20,7 @@ from pathlib import Path
 from etils import epath
 
 from r3rag_jax.errors import UserError
-from r3rag_jax.parallel.processes import on_process_0
+from r3rag_jax.parallel.processes import exists, on_process_0
 from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.run.digests import PROVENANCE_FILE
 
@@ -83,7 +83,7 @@ def check_provenance(phase: str, place: os.PathLike[str], recorded: Provenance, 
 
 
 def check_order(phases: tuple[str, ...], sft: Path, rl: Path, rl_checkpoints: Path | epath.Path) -> None:
-    """Refuse to train a cold start after RL has begun from the base.
+    """Refuse to train a cold start after RL has begun from the base. All processes must call.
 
     Args:
         sft, rl: directories of the two phases' policies.
@@ -91,11 +91,11 @@ def check_order(phases: tuple[str, ...], sft: Path, rl: Path, rl_checkpoints: Pa
     Raises:
         UserError: RL would not be of this cold start.
     """
-    if "sft" not in phases or sft.exists():
+    if "sft" not in phases or exists(sft):
         return
     place: Path | epath.Path = rl
-    recorded = read_provenance(rl)
-    if not rl.exists() and rl_checkpoints.is_dir():
+    recorded: Provenance = on_process_0(lambda: dict(read_provenance(rl)), "provenance of rl")
+    if not exists(rl) and exists(rl_checkpoints):
         checkpoints = Checkpoints(rl_checkpoints)
         place, recorded = rl_checkpoints, (checkpoints.note() or {}).get(PROVENANCE, {})
         checkpoints.close()
