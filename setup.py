@@ -52,8 +52,11 @@ TRACKIO = ["trackio>=0.40"]
 # `python -m r3rag_jax.serve`. prometheus_client is there in any case: orbax brings it along.
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus_client>=0.20"]
 GCS = ["gcsfs>=2025.3"]  # gs:// folders
+# `retrieval.kind=milvus`; milvus-lite is the embedded engine, of which a client of a server has no need.
+MILVUS = ["pymilvus>=2.6", "milvus-lite>=2.5"]
 TEST = [
     *SERVE,
+    *MILVUS,
     *GCS,
     *NOTEBOOK,
     *TENSORBOARD,
@@ -89,6 +92,7 @@ setup(
         # `python -m r3rag_jax.convert model.gguf`: transformers reads it with these.
         "gguf": ["gguf>=0.19", "accelerate>=1.15", "torch>=2.13"],
         "serve": SERVE,
+        "milvus": MILVUS,
         "tensorboard": TENSORBOARD,
         "trackio": TRACKIO,
         "gcs": GCS,

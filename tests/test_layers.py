@@ -22,8 +22,8 @@ FOLDERS = (
 ENTRY_POINTS = "train evaluate ask index serve convert compile demo report pretrain".split()
 RANK = {name: rank for rank, name in enumerate(FOLDERS)} | dict.fromkeys(ENTRY_POINTS, len(FOLDERS))
 LAZY = (
-    "accelerate", "bm25s", "faiss", "gguf", "grain", "pyarrow", "tensorboardX", "tensorflow", "tensorflow_datasets",
-    "torch", "trackio", "transformers",
+    "accelerate", "bm25s", "faiss", "gguf", "grain", "pyarrow", "pymilvus", "tensorboardX", "tensorflow",
+    "tensorflow_datasets", "torch", "trackio", "transformers",
 )  # fmt: skip
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_POINT_LINES = 500, 60, 80
 # Factories, which choose a part once for the devices at hand; nothing else asks what they are.

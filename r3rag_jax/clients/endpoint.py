@@ -81,7 +81,7 @@ class Endpoint:
         self._first_wait_s, self._max_reply_bytes = first_wait_s, max_reply_bytes
         self._hints = dict.fromkeys((401, 403), f"{name}.key_env names the variable that holds the key")
         self._hints |= dict(hints or {})
-        self._key = _read_key(config.key_env, name)
+        self._key = read_key(config.key_env, name)
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         headers |= {"Authorization": f"Bearer {self._key}"} if self._key else {}
         url = ""
@@ -245,7 +245,7 @@ class Endpoint:
                 yield futures.pop(future), error if isinstance(error, UserError) else future.result()
 
 
-def _read_key(key_env: str, name: str) -> str:
+def read_key(key_env: str, name: str) -> str:
     """The API key in an environment variable, without blanks around it (`export KEY="$(cat file)"`); empty: none."""
     if not key_env:
         return ""

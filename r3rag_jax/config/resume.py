@@ -51,6 +51,7 @@ CONNECTION_KEYS = ("url", "replicas", "key_env", "max_in_flight", "requests_per_
 FREE_OF_RETRIEVAL = (
     *(f"retrieval.endpoint.{name}" for name in (*CONNECTION_KEYS, "format")),
     *(f"retrieval.encoder.endpoint.{name}" for name in CONNECTION_KEYS),
+    *(f"retrieval.milvus.{name}" for name in ("uri", "key_env", "timeout_s")),
 )
 # Free even while rewards depend on the judge; its other keys are free only where no reward does.
 FREE_OF_JUDGE = (

@@ -8,6 +8,7 @@ from pydantic import model_validator
 
 from r3rag_jax.config.device_search import DeviceConfig
 from r3rag_jax.config.endpoint import EndpointConfig
+from r3rag_jax.config.milvus import MilvusConfig
 from r3rag_jax.config.section import Section, key, require, section
 
 
@@ -121,10 +122,11 @@ class RetrievalConfig(Section):
 
     dotted: ClassVar[str] = "retrieval"
 
-    kind: Literal["faiss", "bm25", "hybrid", "device", "http"] = key(
+    kind: Literal["faiss", "bm25", "hybrid", "device", "http", "milvus"] = key(
         "faiss",
         "`faiss`: inner-product search over dense vectors; `bm25`: lexical; `hybrid`: both, by their ranks; "
-        "`device`: exact search over dense vectors in the devices' memory; `http`: a remote retriever",
+        "`device`: exact search over dense vectors in the devices' memory; `http`: a remote retriever; "
+        "`milvus`: dense vectors in Milvus",
     )
     index_dir: str = key("", "directory of the index; empty: `index` in the run directory", "path")
     top_k: int = key(2, "passages per retrieval", "passages", ge=1)
@@ -142,6 +144,7 @@ class RetrievalConfig(Section):
     faiss: FaissConfig = section(FaissConfig())
     hybrid: HybridConfig = section(HybridConfig())
     device: DeviceConfig = section(DeviceConfig())
+    milvus: MilvusConfig = section(MilvusConfig())
     endpoint: RemoteRetrieverConfig = section(RemoteRetrieverConfig())
 
     @model_validator(mode="after")

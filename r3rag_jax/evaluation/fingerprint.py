@@ -83,6 +83,7 @@ DIGESTED_KEYS = {
         "retrieval.faiss",
         "retrieval.hybrid",
         "retrieval.device",
+        *(f"retrieval.milvus.{name}" for name in ("index", "index_params", "search_params", "filter", "collection")),
         "retrieval.endpoint.url",
         "retrieval.endpoint.format",
     ),
@@ -111,6 +112,7 @@ KEYS_WITHOUT_EFFECT = {
             for name in ("replicas", "key_env", "max_in_flight", "requests_per_minute", "retries", "timeout_s")
         ),
         "retrieval.endpoint.model",  # never sent
+        *(f"retrieval.milvus.{name}" for name in ("uri", "key_env", "timeout_s")),
     ),
     "it ends an evaluation or lets it go on": ("judge.max_failure_share", "stop_s"),
     "evaluations do not ask it": ("judge.relevance_prompt",),

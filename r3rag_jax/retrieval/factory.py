@@ -22,6 +22,7 @@ from r3rag_jax.retrieval.faiss import FaissRetriever
 from r3rag_jax.retrieval.given import NOTHING, GivenFiles
 from r3rag_jax.retrieval.http import HttpRetriever
 from r3rag_jax.retrieval.hybrid import HybridRetriever
+from r3rag_jax.retrieval.milvus import MilvusRetriever
 from r3rag_jax.retrieval.nearest import search_mesh
 from r3rag_jax.retrieval.store import PassageStore, open_store
 from r3rag_jax.types import Passage
@@ -66,6 +67,7 @@ RETRIEVERS: dict[str, RetrieverKind] = {
     "hybrid": HybridRetriever,
     "device": DeviceRetriever,
     "http": HttpRetriever,
+    "milvus": MilvusRetriever,
 }
 WITH_VECTORS = ("faiss", "hybrid", "device")  # whose `write_files` takes `given`
 
@@ -138,8 +140,10 @@ def build_index(
 
 def recipe_of(config: RetrievalConfig) -> dict[str, Any]:
     """The keys of `retrieval` that say how an index is opened again, as JSON values; a path becomes absolute."""
-    recipe = config.model_dump(mode="json", include={"kind", "vector_dtype", "encoder", "faiss", "hybrid"})
+    recipe = config.model_dump(mode="json", include={"kind", "vector_dtype", "encoder", "faiss", "hybrid", "milvus"})
     path = recipe["encoder"]["path"]
     if path and not path.startswith(PREFIX):
         recipe["encoder"]["path"] = str(Path(path).absolute())
+    if (file := recipe["milvus"]["uri"]).endswith(".db"):
+        recipe["milvus"]["uri"] = str(Path(file).absolute())
     return recipe
