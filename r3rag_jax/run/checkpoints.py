@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,6 +43,9 @@ def load_arrays(path: Path, like: Any) -> Any:
         )
 
 
+OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # as TensorStore writes them
+
+
 class Checkpoints:
     """The checkpoints in a directory, one subdirectory `<step>/` each. A context manager that closes them.
 
@@ -54,6 +60,7 @@ class Checkpoints:
         keep: int = 1,
         note: Mapping[str, Any] | None = None,
         before_save: Callable[[], object] = lambda: None,
+        read_only: bool = False,
     ):
         """
         Args:
@@ -61,11 +68,15 @@ class Checkpoints:
             keep: how many checkpoints to keep.
             note: is added to the note of every checkpoint.
             before_save: called at the beginning of every save, to write what must not be older than the checkpoint.
+            read_only: nothing is created or deleted, as of a run that another process may hold. Otherwise what a
+                killed process has left of a checkpoint is deleted.
         """
         is_local = isinstance(directory, Path)
         self.directory = directory.absolute() if is_local else directory  # of a URL it would be below the working one
         self._note, self._before_save = dict(note or {}), before_save
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=not read_only, cleanup_tmp_directories=not read_only
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         # Process 0 says which is the newest: a network file system may show the others an older listing.
         self._latest: int | None = on_process_0(self._manager.latest_step, "newest checkpoint")
@@ -91,7 +102,8 @@ class Checkpoints:
         self.wait()
         self._before_save()
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), note=ocp.args.JsonSave(note | self._note))
-        self._manager.save(step, args=items, force=True)
+        with self._writing():
+            self._manager.save(step, args=items, force=True)
         self._latest = step
 
     def wait(self) -> None:
@@ -100,7 +112,8 @@ class Checkpoints:
         Raises:
             OSError: it could not be written.
         """
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def restore(self, like: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Read the state and the note of a checkpoint. All processes must call.
@@ -135,8 +148,24 @@ class Checkpoints:
         return self._manager.restore(self.latest, args=ocp.args.Composite(note=ocp.args.JsonRestore()))["note"]
 
     def close(self) -> None:
-        """Wait for the last checkpoint and release the resources of the checkpoint manager; the checkpoints stay."""
-        self._manager.close()
+        """Wait for the last checkpoint and release the resources of the checkpoint manager; the checkpoints stay.
+
+        Raises:
+            OSError: the last checkpoint could not be written.
+        """
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """TensorStore reports errors of the operating system, such as a full disk, as text: make them OSErrors."""
+        try:
+            yield
+        except ValueError as error:
+            if (code := OS_ERROR.search(str(error))) is None:
+                raise
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), str(self.directory)) from error
 
     def __enter__(self) -> Self:
         return self

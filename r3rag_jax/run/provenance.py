@@ -96,7 +96,7 @@ def check_order(phases: tuple[str, ...], sft: Path, rl: Path, rl_checkpoints: Pa
     place: Path | epath.Path = rl
     recorded: Provenance = on_process_0(lambda: dict(read_provenance(rl)), "provenance of rl")
     if not exists(rl) and exists(rl_checkpoints):
-        checkpoints = Checkpoints(rl_checkpoints)
+        checkpoints = Checkpoints(rl_checkpoints, read_only=True)
         place, recorded = rl_checkpoints, (checkpoints.note() or {}).get(PROVENANCE, {})
         checkpoints.close()
     if recorded.get("cold_start") == "":

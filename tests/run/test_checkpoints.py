@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import jax
@@ -97,10 +98,28 @@ def test_a_half_written_step_does_not_count(tmp_path: Path) -> None:
     checkpoints.close()
     partial = tmp_path / "checkpoints" / "rl" / "3.orbax-checkpoint-tmp-0"  # what a killed save leaves behind
     (partial / "state").mkdir(parents=True)
-    reader = Checkpoints(tmp_path / "checkpoints" / "rl")
+    reader = Checkpoints(tmp_path / "checkpoints" / "rl", read_only=True)
     assert reader.latest == 2
     assert reader.restore(state)[1] == {"at": 2}
     reader.close()
+    left = tmp_path / "checkpoints" / "rl" / "4.orbax-checkpoint-tmp"
+    (left / "state").mkdir(parents=True)
+    with Checkpoints(tmp_path / "checkpoints" / "rl", read_only=True):
+        assert left.exists()  # another process may be writing it
+    with Checkpoints(tmp_path / "checkpoints" / "rl") as owner:
+        owner.save(4, state, {"at": 4})
+    assert sorted(p.name for p in left.parent.iterdir() if p != partial) == ["4"]
+
+
+def test_a_full_disk_is_reported_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 256 bytes to file 4: No space left [os_error_code='28']")
+
+    with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        with pytest.raises(OSError, match="No space left on device") as raised:
+            checkpoints.save(1, {"x": jnp.zeros(4)}, {})
+        assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path))
 
 
 def test_another_shape_is_refused_by_name(tmp_path: Path) -> None:
