@@ -1,54 +1,67 @@
-"""Build an index that many runs can share.
+"""Build an index that many runs can share, measure it, check it, or plan it.
 
-    python -m r3rag_jax.index build --corpus FILE --out DIR [--config RECIPE] [retrieval.key=value …]
+    python -m r3rag_jax.index build --corpus FILE… --out DIR [--encoder DIR] [--kind KIND] [key=value …]
+    python -m r3rag_jax.index eval --index DIR --questions FILE [--trajectories FILE] [key=value …]
+    python -m r3rag_jax.index check --index DIR
+    python -m r3rag_jax.index plan --passages N --dim D [--kind KIND] [--memory GIB]
 
-Runs use the index with `retrieval.index_dir=DIR` and the same `retrieval` keys. FILE holds passages, {id, contents}.
+Runs use an index with `retrieval.index_dir=DIR` and the same `retrieval` keys. FILE of a build holds passages.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from r3rag_jax.config import FlagParser, load_config
-from r3rag_jax.data.questions import iterate_passages
-from r3rag_jax.data.records import OnError
-from r3rag_jax.errors import UserError, main_guard
-from r3rag_jax.retrieval.factory import build_index
-from r3rag_jax.retrieval.manifest import has_index, read_manifest
+from r3rag_jax.config import FlagParser
+from r3rag_jax.errors import main_guard
+from r3rag_jax.retrieval import commands
 from r3rag_jax.run.caches import use_compile_cache
-from r3rag_jax.run.progress import bar_of_unknown_length
+
+ACTIONS = {"build": commands.build, "eval": commands.evaluate, "check": commands.check, "plan": commands.plan}
 
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    action = next((word for word in words if word in ACTIONS), "")
     parser = FlagParser(prog="python -m r3rag_jax.index", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("action", choices=("build",), help="the only action")
-    parser.add_argument("--corpus", type=Path, metavar="FILE", required=True, help="passages {id, contents}")
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="directory of the index")
-    parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe; only `retrieval` and data.on_error are used")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="keys of section `retrieval`, and data.on_error, to change"
-    )
-    args = parser.parse_intermixed_args(argv)
-    for override in args.overrides:
-        if not override.startswith(("retrieval.", "data.on_error=")):
-            raise UserError(f"only keys of section retrieval and data.on_error describe an index; got {override!r}")
-    if args.out.exists() and not has_index(args.out) and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out must be a new or empty directory, or an index to replace; got {args.out}")
-    # With the phase `index` alone, the other phases' requirements of a recipe are not checked.
-    config = load_config(args.config, [*args.overrides, "phases=index"])
+    parser.add_argument("action", choices=tuple(ACTIONS), help="what is done; `ACTION --help` lists its flags")
+    if action:
+        add_flags(parser, action)
+    args = parser.parse_intermixed_args(words)
     use_compile_cache()
-    console = Console()
-    passages = iterate_passages(args.corpus, OnError.of(config.data, console))
-    with bar_of_unknown_length("index", console=console, live=config.log.progress) as on_progress:
-        build_index(config.retrieval, passages, args.out, on_progress)
-    manifest = read_manifest(args.out)
-    print(f"{args.out}: {manifest.num_passages} passages, {manifest.kind}, corpus {manifest.corpus[:16]}")
+    ACTIONS[args.action](args, Console())
     return 0
+
+
+def add_flags(parser: argparse.ArgumentParser, action: str) -> None:
+    """The flags of one action."""
+    add = parser.add_argument
+    if action == "build":
+        add("--corpus", type=Path, metavar="FILE", nargs="+", required=True, help="passages {id, contents}")
+        add("--out", type=Path, metavar="DIR", required=True, help="directory of the index")
+        add("--vectors", type=Path, metavar="FILE", nargs="+", default=(), help=".npy [n, D] of the passages, in order")
+        add("--faiss", type=Path, metavar="FILE", help="a FAISS index of the passages that was built elsewhere")
+    if action in ("build", "plan"):
+        add("--kind", choices=commands.KINDS, help="sets retrieval.kind, retrieval.faiss.kind, retrieval.vector_dtype")
+        add("--memory", type=float, metavar="GIB", help="sets retrieval.memory_gb, for the build and for `auto`")
+        add("--encoder", metavar="DIR", help="a BERT encoder's Hugging Face directory, or package:NAME")
+    if action == "plan":
+        add("--passages", type=int, metavar="N", required=True, help="vectors of the index")
+        add("--dim", type=int, metavar="D", required=True, help="their size in floats")
+    if action in ("eval", "check"):
+        add("--index", type=Path, metavar="DIR", required=True, help="what `build` has written")
+    if action == "eval":
+        add("--questions", type=Path, metavar="FILE", help="questions with metadata.supporting_ids")
+        add("--trajectories", type=Path, metavar="FILE", help="trajectories with query and passage_ids in their steps")
+        add("-k", type=int, nargs="+", default=[5, 10], help="depths; default: 5 10")
+    add("--config", metavar="RECIPE", help="a YAML recipe; only `retrieval` and data.on_error are used")
+    add("overrides", nargs="*", metavar="key=value", help="keys of section `retrieval`, and data.on_error, to change")
 
 
 if __name__ == "__main__":

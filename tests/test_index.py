@@ -64,6 +64,59 @@ def test_what_cannot_be_built_is_refused(
     assert not (tmp_path / "index").exists()
 
 
+def test_flags_are_keys_and_an_index_knows_what_it_was_built_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for start, part in zip((0, 30), parts, strict=True):
+        write_jsonl(
+            part, ({"id": str(i), "contents": f'"Door {i}"\nDoor {i} is green.'} for i in range(start, start + 30))
+        )
+    questions = tmp_path / "questions.jsonl"
+    hops = [{"sub_question": "Which colour has door 9?", "passage_id": "9"}]
+    metadata = {"supporting_ids": ["31", "9"], "decomposition": hops}
+    write_jsonl(questions, [{"id": "1", "question": "door 31, door 9", "golden_answers": ["x"], "metadata": metadata}])
+    build = [
+        "build",
+        "--corpus",
+        *map(str, parts),
+        "--kind",
+        "hnsw",
+        "--memory",
+        "1",
+        "--out",
+        str(out := tmp_path / "i"),
+    ]
+    assert index.main([*build, "retrieval.encoder.dim=64"]) == 0
+    said = capsys.readouterr().out
+    assert "60 vectors of 64 float16, hnsw, 16 links" in said and f"{out}: 60 passages, faiss, corpus" in said
+    assert index.main(["eval", "--index", str(out), "--questions", str(questions), "-k", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "supporting" in said and "exact search" in said and "1.000" in said and "decomposed" in said
+    assert index.main(["check", "--index", str(out)]) == 0
+    assert "files are as they were built" in capsys.readouterr().out
+    assert index.main(["plan", "--passages", "21000000", "--dim", "768", "--kind", "auto", "--memory", "8"]) == 0
+    assert "21000000 vectors of 768 float16, ivfpq, 16384 lists" in capsys.readouterr().out
+    assert index.main(["eval", "--index", str(out)]) == 2
+    assert "eval needs --questions FILE or --trajectories FILE; got neither" in capsys.readouterr().err
+
+
+def test_check_reads_every_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    write_jsonl(corpus, [{"id": str(i), "contents": "x" * 100_000} for i in range(60)])  # 6 MB: samples are read
+    out = tmp_path / "i"
+    assert index.main(["build", "--corpus", str(corpus), "--kind", "bm25", "--out", str(out)]) == 0
+    data = bytearray((out / "passages.jsonl").read_bytes())
+    data[300_000] = ord("y")  # between two samples
+    (out / "passages.jsonl").write_bytes(data)
+    open_store(out)
+    assert index.main(["check", "--index", str(out)]) == 2
+    assert "passages.jsonl must be the file that was built" in capsys.readouterr().err
+    (out / "passages.jsonl").write_bytes(data[:-1])
+    with pytest.raises(UserError, match=r"passages\.jsonl must be the file that was built, of \d+ bytes; got \d+"):
+        open_store(out)
+
+
 def test_two_runs_share_an_index_and_one_of_another_corpus_is_refused(base: Path, tmp_path: Path) -> None:
     def open_components(name: str, **settings: object) -> Components:
         config = tiny_run.config(tmp_path / name, base, retrieval__index_dir=tmp_path / "shared", **settings)

@@ -1,17 +1,23 @@
-"""The forms of a file of records, told by its first bytes: JSON Lines, one JSON array of objects, or Parquet.
+"""The forms of a file of records, told by its first bytes: JSON Lines, a JSON array of objects, TSV (DPR), or Parquet.
 
-JSON is UTF-8, with or without a byte order mark, and may be compressed by gzip, bzip2 or xz. The name of a file says
-nothing. `pyarrow`, which reads Parquet, is imported when it is needed.
+JSON and TSV are UTF-8, with or without a byte order mark, and may be compressed by gzip, bzip2, xz or zstd. The name of
+a file says nothing. `pyarrow`, which reads Parquet and zstd, is imported when it is needed.
+
+A TSV begins with the line `id<tab>text<tab>title`, or `id<tab>text`, as in DPR's `psgs_w100.tsv`; a field may stand in
+double quotes.
 """
 
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import io
+import itertools
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,13 +26,21 @@ from r3rag_jax.errors import UserError
 
 BOM = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 PARQUET = b"PAR1"
+TSV_HEADERS = (b"id\ttext\ttitle", b"id\ttext")
+
+
+def _open_zstd(path: Path) -> IO[bytes]:
+    """A zstd file, decompressed as it is read. Python has no module for it before 3.14."""
+    return io.BufferedReader(_import_pyarrow(path, "zstd").input_stream(str(path), compression="zstd"), 1 << 20)
+
+
 COMPRESSIONS: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": _open_zstd,
 }
 REFUSED = {  # first bytes -> what the file is, and what to do with it
-    b"\x28\xb5\x2f\xfd": "zstd: decompress it (zstd -d)",
     b"PK\x03\x04": "a zip archive: unzip it",
     b"ARROW1": "an Arrow file: write it as Parquet or JSON Lines",
     b"\xff\xfe": "UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
@@ -55,7 +69,11 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, Row | FieldError]]:
             return
         is_compressed = [open for magic, open in COMPRESSIONS.items() if head.startswith(magic)]
         with is_compressed[0](path) if is_compressed else path.open("rb") as file:
-            yield from _json(path, file)
+            first = next(file, b"").removeprefix(BOM)
+            if first.rstrip(b"\r\n") in TSV_HEADERS:
+                yield from _tsv(path, first.decode().split(), file)
+            else:
+                yield from _json(path, itertools.chain([first], file), file)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: expected a whole compressed file; {error}") from error
     except OSError as error:
@@ -65,10 +83,10 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, Row | FieldError]]:
 # ------------------------------------------------------------------------------------------- JSON
 
 
-def _json(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Row | FieldError]]:
+def _json(path: Path, lines: Iterable[bytes], file: IO[bytes]) -> Iterator[tuple[int, Row | FieldError]]:
     """JSON Lines; or, where the first character that is not blank is a bracket, one array."""
     is_first = True
-    for number, line in enumerate(file, 1):
+    for number, line in enumerate(lines, 1):
         line = line.removeprefix(BOM)  # files that were joined have one in the middle
         if not line.strip():
             continue
@@ -139,18 +157,41 @@ def _object(value: Any, source: bytes) -> Row | FieldError:
     return value if isinstance(value, dict) else FieldError(f"expected a JSON object; got {kind_of(value)}")
 
 
+# ------------------------------------------------------------------------------------------- TSV
+
+
+def _tsv(path: Path, names: Sequence[str], file: IO[bytes]) -> Iterator[tuple[int, Row | FieldError]]:
+    """The rows behind the header, with the line on which each begins."""
+    number = 2
+
+    def texts() -> Iterator[str]:
+        for line, data in enumerate(file, 2):
+            try:
+                yield data.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{line}: expected UTF-8; got byte {data[error.start]:#04x}") from error
+
+    reader = csv.reader(texts(), delimiter="\t", strict=True)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"{path}:{number}: expected fields separated by tabs; {error}") from error
+        if row and len(row) != len(names):
+            yield number, FieldError(f"expected {len(names)} fields, {', '.join(names)}; got {len(row)}")
+        elif row:
+            yield number, dict(zip(names, row, strict=True))
+        number = reader.line_num + 2
+
+
 # ---------------------------------------------------------------------------------------- Parquet
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Row | FieldError]]:
     """The rows of a Parquet file, a few at a time."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{path}: a Parquet file needs the package pyarrow: pip install pyarrow, or write it as JSON Lines"
-        ) from None
+    pyarrow = _import_pyarrow(path, "Parquet")
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -160,6 +201,17 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row | FieldError]]:
                     yield number, _plain_row(row)
     except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"{path}: expected a whole Parquet file; {error}") from error
+
+
+def _import_pyarrow(path: Path, form: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{path}: a {form} file needs the package pyarrow: pip install pyarrow, or write it as JSON Lines"
+        ) from None
+    return pyarrow
 
 
 def _plain_row(row: Row) -> Row | FieldError:

@@ -32,6 +32,7 @@ from r3rag_jax.run.files import SUFFIX
 PATTERN = "index-*.faiss"
 _ADD = 8192  # vectors added at once
 _NUM_SCALES = 65_536  # vectors of a segment from which the 8-bit scales are taken
+_FEW = 4  # queries
 _GIB = 1 << 30
 
 
@@ -136,11 +137,9 @@ class FaissIndexes:
 
     def search(self, vectors_QD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """(scores, positions), both [Q, k], best first; position -1 where fewer were found."""
-        if len(self._indexes) == 1:
-            scores_QK, positions_QK = self._indexes[0].search(vectors_QD, k)
-            return scores_QK, positions_QK
-        # FAISS computes the queries of a batch in parallel; the segments of a small batch are searched in parallel.
-        if len(vectors_QD) < (os.cpu_count() or 1):
+        # FAISS computes the queries of a large batch in parallel. A few queries are searched by one thread a segment:
+        # they would wait for FAISS's other threads, which do little for them, wherever the CPUs are busy.
+        if len(vectors_QD) <= _FEW:
             found = list(_pool().map(lambda index: index.search(vectors_QD, k), self._indexes))
         else:
             found = [index.search(vectors_QD, k) for index in self._indexes]

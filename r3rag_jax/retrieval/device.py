@@ -136,6 +136,7 @@ class DeviceRetriever(RankedRetriever):
         directory: Path,
         on_progress: OnProgress | None = None,
         given: GivenFiles = NOTHING,
+        say: Callable[[str], None] | None = None,
     ) -> Mapping[str, str]:
         """Write the vectors of the passages, and the encoder's own file.
 
@@ -147,6 +148,9 @@ class DeviceRetriever(RankedRetriever):
         encoder = new_encoder(config, store)
         encoder.save(directory)
         dtype = "float32" if config.vector_dtype == "auto" else config.vector_dtype
+        if say is not None:
+            size = len(store) * encoder.dim * np.dtype(dtype).itemsize / 2**30
+            say(f"{len(store)} vectors of {encoder.dim} {dtype}, searched on the devices: {size:.2f} GiB on disk")
         inputs = (encoder, store.at, len(store), directory, dtype, on_progress)
         copy_vectors(given.vectors, *inputs) if given.vectors else encode_passages(*inputs)
         return {"encoder": encoder.fingerprint}

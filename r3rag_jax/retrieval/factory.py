@@ -69,7 +69,7 @@ RETRIEVERS: dict[str, RetrieverKind] = {
     "http": HttpRetriever,
     "milvus": MilvusRetriever,
 }
-WITH_VECTORS = ("faiss", "hybrid", "device")  # whose `write_files` takes `given`
+WITH_VECTORS = ("faiss", "hybrid", "device")  # whose `write_files` takes `given` and `say`
 
 
 def open_retriever(
@@ -107,6 +107,7 @@ def build_index(
     index_dir: str | Path,
     on_progress: OnProgress | None = None,
     given: GivenFiles = NOTHING,
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Write the index of the configuration into a directory, whole or not at all; an index that was there is replaced.
 
@@ -119,6 +120,7 @@ def build_index(
         index_dir: directory that appears when the index is complete.
         on_progress: called with the passages newly done, the passages in all and, after the first, the stage.
         given: vectors or a FAISS index that are not to be computed.
+        say: told what the index will take, before vectors are computed.
 
     Raises:
         UserError: there are no passages, two have the same id, the encoder cannot be read, or what is given does not
@@ -131,9 +133,9 @@ def build_index(
 
     def write_files(store: PassageStore, directory: Path) -> Mapping[str, str]:
         write = RETRIEVERS[config.kind].write_files
-        if given == NOTHING:
+        if config.kind not in WITH_VECTORS:
             return write(config, store, directory, on_progress)
-        return write(config, store, directory, on_progress, given=given)  # type: ignore[call-arg]
+        return write(config, store, directory, on_progress, given=given, say=say)  # type: ignore[call-arg]
 
     write_index(Path(index_dir), config.kind, passages, write_files, recipe_of(config))
 

@@ -20,7 +20,7 @@ from r3rag_jax.retrieval.encoding import CHUNK, copy_vectors, encode, encode_pas
 from r3rag_jax.retrieval.fingerprint import corpus_fingerprint, digest
 from r3rag_jax.retrieval.given import GIVEN, NOTHING, GivenFiles, open_given, take_index
 from r3rag_jax.retrieval.manifest import AGAIN, Manifest, check_index
-from r3rag_jax.retrieval.planner import FaissPlan, plan_faiss
+from r3rag_jax.retrieval.planner import FaissPlan, describe, plan_faiss
 from r3rag_jax.retrieval.ranked import RankedRetriever, Ranking
 from r3rag_jax.retrieval.store import PassageStore
 from r3rag_jax.retrieval.vectors import VectorShards
@@ -54,6 +54,7 @@ class FaissRetriever(RankedRetriever):
         corpus: str,
         *,
         take: Callable[[np.ndarray], np.ndarray] | None,
+        vectors: VectorShards | None = None,
         plan: FaissPlan | None = None,
         settings: str = "",
         cached_queries: int = 0,
@@ -67,6 +68,7 @@ class FaissRetriever(RankedRetriever):
             corpus: fingerprint of the passages.
             take: positions [N] -> vectors, float32 [N, D], whose inner products rank what the index finds; None where
                 the index's own scores do.
+            vectors: what `exact` searches.
             plan: of an index that finds approximate candidates; None where it searches exactly.
             settings: what the hits depend on besides corpus and encoder.
 
@@ -86,6 +88,7 @@ class FaissRetriever(RankedRetriever):
             take,
             plan,
         )
+        self._corpus, self._vectors = corpus, vectors
         self._fingerprint = digest([corpus, encoder.fingerprint, *([settings] if settings else [])])
 
     @classmethod
@@ -141,6 +144,7 @@ class FaissRetriever(RankedRetriever):
         directory: Path,
         on_progress: OnProgress | None = None,
         given: GivenFiles = NOTHING,
+        say: Callable[[str], None] | None = None,
     ) -> Mapping[str, str]:
         """Write the vectors of the passages, the index over them, and the encoder's own file.
 
@@ -154,6 +158,8 @@ class FaissRetriever(RankedRetriever):
             facts = take_index(given.index, encoder, store, directory)
         else:
             plan = plan_faiss(config, len(store), encoder.dim)
+            if say is not None:
+                say(describe(plan, len(store), encoder.dim))
             inputs = (encoder, store.at, len(store), directory, plan.dtype, on_progress)
             vectors = copy_vectors(given.vectors, *inputs) if given.vectors else encode_passages(*inputs)
             if plan.kind == "hnsw":
@@ -167,6 +173,13 @@ class FaissRetriever(RankedRetriever):
     def fingerprint(self) -> str:
         """Hex SHA-256 of the passages' and the encoder's fingerprints and, unless the search is exact, its settings."""
         return self._fingerprint
+
+    def exact(self) -> FaissRetriever | None:
+        """An exact search over the same vectors; None where the index does not hold them."""
+        if self._vectors is None:
+            return self if self._plan is None else None
+        index, take = ExactIndex(self._vectors), self._vectors.take
+        return FaissRetriever(self._encoder, self._passage_at, self._num_passages, index, self._corpus, take=take)
 
     def rank(self, queries: Sequence[str], k: int) -> list[Ranking]:
         """The min(k, P) nearest passages for each query; at most k candidates where the search is approximate.
@@ -257,4 +270,4 @@ def _open_built(
         return {"index": ExactIndex(vectors), "take": vectors.take, "settings": settings}
     indexes = FaissIndexes.open(index_dir, search_ef=plan.hnsw_search_ef, probes=plan.ivf_probes)
     settings = json.dumps(dataclasses.asdict(plan), sort_keys=True)
-    return {"index": indexes, "take": vectors.take, "plan": plan, "settings": settings}
+    return {"index": indexes, "take": vectors.take, "vectors": vectors, "plan": plan, "settings": settings}

@@ -63,6 +63,7 @@ class HybridRetriever(RankedRetriever):
         directory: Path,
         on_progress: OnProgress | None = None,
         given: GivenFiles = NOTHING,
+        say: Callable[[str], None] | None = None,
     ) -> Mapping[str, str]:
         """Write the files of both, those of BM25 first: they take less time."""
 
@@ -71,7 +72,7 @@ class HybridRetriever(RankedRetriever):
                 on_progress(count, total, stage)
 
         words = BM25Retriever.write_files(config, store, directory, on_words)
-        return {**words, **FaissRetriever.write_files(config, store, directory, on_progress, given)}
+        return {**words, **FaissRetriever.write_files(config, store, directory, on_progress, given, say)}
 
     @property
     def fingerprint(self) -> str:

@@ -133,3 +133,22 @@ def estimate(plan: FaissPlan, num_passages: int, dim: int) -> Estimate:
     search_ms = read / _IVF_CODES_PER_MS + 2 * plan.ivf_lists * dim / _FLAT_BYTES_PER_MS + _RERANK_MS
     build = max(plan.ivf_train_rows * dim * 8, 2 * codes) + centroids
     return Estimate(vectors + codes + centroids, build, codes + centroids, flops / _IVF_FLOPS, search_ms, 0.95)
+
+
+def describe(plan: FaissPlan, num_passages: int, dim: int) -> str:
+    """The index and what it takes, in two lines."""
+    taken = estimate(plan, num_passages, dim)
+    named = {"links": plan.hnsw_links, "build_ef": plan.hnsw_build_ef, "search_ef": plan.hnsw_search_ef}
+    named |= {"lists": plan.ivf_lists, "probes": plan.ivf_probes, "pq_bytes": plan.pq_bytes}
+    keys = "".join(f", {value} {name}" for name, value in named.items() if value)
+    return (
+        f"{num_passages} vectors of {dim} {plan.dtype}, {plan.kind}{keys}: {taken.disk / _GIB:.2f} GiB on disk\n"
+        f"expected on two cores: {_time(taken.build_s)} beside encoding with {taken.build_memory / _GIB:.2f} GiB; "
+        f"searches of {taken.search_ms:.1f} ms with {taken.search_memory / _GIB:.2f} GiB, recall@10 {taken.recall:.2f}"
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

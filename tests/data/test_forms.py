@@ -14,10 +14,12 @@ import pyarrow.parquet
 import pytest
 from rows import QUESTION, write
 
+from r3rag_jax.data.forms import read_objects
 from r3rag_jax.data.questions import iterate_passages, read_passages, read_questions
 from r3rag_jax.data.records import OnError
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
+from r3rag_jax.types import Passage
 
 ROWS = [QUESTION | {"id": f"q{i}", "metadata": {"type": "bridge", "supporting_ids": ["1"]}} for i in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -91,11 +93,27 @@ def test_a_corpus_is_read_in_every_form_too(tmp_path: Path) -> None:
     assert [p.id for p in iterate_passages(parquet(tmp_path, [{"id": 1, "contents": "a"}]))] == ["1"]
 
 
+def test_passages_of_dpr_and_of_zstd(tmp_path: Path) -> None:
+    text = 'id\ttext\ttitle\n1\t"A ""red"" door,\nand a lamp"\tDoors\n\n2\tnew\t""\n'
+    expected = [Passage("1", '"Doors"\nA "red" door,\nand a lamp'), Passage("2", "new")]
+    for data in (text.encode(), text.replace("\n", "\r\n").encode("utf-8-sig"), gzip.compress(text.encode(), mtime=0)):
+        found = [Passage(p.id, p.contents.replace("\r\n", "\n")) for p in iterate_passages(written(tmp_path, data))]
+        assert found == expected
+    lines = [(number, row) for number, row in read_objects(written(tmp_path, text.encode()))]
+    assert [number for number, _ in lines] == [2, 5]
+    with pyarrow.CompressedOutputStream(str(tmp_path / "a.zst"), "zstd") as file:
+        file.write(LINES)
+    assert list(read_objects(tmp_path / "a.zst")) == list(read_objects(written(tmp_path, LINES)))
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
         ("é\n".encode("utf-16"), "any_name: expected JSON in UTF-8, or Parquet; got UTF-16: save it as UTF-8"),
-        (b"\x28\xb5\x2f\xfd....", "any_name: expected JSON in UTF-8, or Parquet; got zstd: decompress it"),
+        (b"\x28\xb5\x2f\xfd....", "any_name: expected a readable file of records; ZSTD decompress"),
+        (b"id\ttext\ttitle\n1\ta\n", "any_name:2: expected 3 fields, id, text, title; got 2"),
+        (b'id\ttext\n1\t"a"b\n', "any_name:2: expected fields separated by tabs; "),
+        (b"id\ttext\n1\t\xff\n", "any_name:2: expected UTF-8; got byte 0xff"),
         (b"PK\x03\x04....", "any_name: expected JSON in UTF-8, or Parquet; got a zip archive: unzip it"),
         (gzip.compress(LINES, mtime=0)[:-20], "any_name: expected a whole compressed file; "),
         (gzip.compress(LINES, mtime=0)[:40] + b"\xff" * 40, "any_name: expected a whole compressed file; "),
