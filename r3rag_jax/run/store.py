@@ -89,6 +89,7 @@ class Store:
         """
         with alone_on_host(self._lock_file), self._reaching():
             known, found = self._read_state(), self._list()
+            discard = discard or not found  # the run was removed from the bucket
             complete = self._complete_directories(found)
             files = {name: version for name, version in found.items() if not name.endswith(f"/{COMPLETE}")}
             wanted = {n: version for n, version in files.items() if (top := _whole(n)) is None or top in complete}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 
 import jax
@@ -79,6 +78,10 @@ def run_sft(config: Config, parts: SFTParts) -> None:
         checkpoints, parts.stop, every=config.sft.checkpoint_every, minutes=config.sft.checkpoint_minutes,
         total=batches.num_steps, unit="cold start, step",
     )  # fmt: skip
+
+    def save() -> None:
+        checkpoints.save(batches.step, state, {"batches": batches.get_state()})
+
     with checkpoints, parts.stop.deferred(), bar, failures_told():
         while batches.step < batches.num_steps:
             started, number = time.monotonic(), batches.step
@@ -90,8 +93,7 @@ def run_sft(config: Config, parts: SFTParts) -> None:
             numbers["tokens_per_s"] = float(np.sum(batch.segment_ids > 0)) / (time.monotonic() - started)
             parts.log.write("sft", number, numbers)
             bar.advance(**{name: numbers[name] for name in ("loss", "accuracy", "tokens_per_s")})
-            note = {"batches": batches.get_state()}
-            schedule.after(batches.step, functools.partial(checkpoints.save, batches.step, state, note))
+            schedule.after(batches.step, save)
         merged = jax.jit(lora.merge, static_argnums=0)(policy.graphdef, state.params, policy.frozen)
         parts.policy.save(parts.run.policy("sft"), merged, parts.provenance)
 

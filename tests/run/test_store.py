@@ -144,6 +144,14 @@ def test_the_bucket_is_the_truth_for_a_run_that_starts(bucket: Bucket) -> None:
         assert run.policy("sft").exists() and not run.policy("rl").exists()
 
 
+def test_a_run_that_was_removed_from_the_bucket_begins_anew(bucket: Bucket) -> None:
+    run = open_run(Config(run_dir=URL))
+    write(run, metrics="1\n")  # not uploaded when the machine was killed
+    bucket.store.clear()
+    with hold_run(Config(run_dir=URL, seed=7)) as run:
+        assert [path.name for path in run.path.iterdir()] == ["config.yaml"]
+
+
 def test_what_is_no_run_is_not_downloaded(bucket: Bucket, tmp_path: Path) -> None:
     bucket.pipe_file(f"{URL}/holiday.mp4", b"0" * 100)
     with pytest.raises(UserError, match=r"gs://bucket/runs/one is not empty and holds no run: choose another name=…"):
