@@ -128,7 +128,7 @@ def build_index(
     """
     if given != NOTHING and config.kind not in WITH_VECTORS:
         raise UserError(
-            f"vectors are given to an index of {' or '.join(WITH_VECTORS)}; got retrieval.kind={config.kind}"
+            f"vectors are given to an index of one of {', '.join(WITH_VECTORS)}; got retrieval.kind={config.kind}"
         )
 
     def write_files(store: PassageStore, directory: Path) -> Mapping[str, str]:

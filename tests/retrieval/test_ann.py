@@ -195,7 +195,9 @@ def test_given_vectors_are_used_instead_of_encoding(flat: Path, tmp_path: Path) 
         np.save(files[0], rows)
         with pytest.raises(UserError, match=message):
             build_index(FLAT, PASSAGES, tmp_path / "other", given=GivenFiles(vectors=files[:1]))
-    with pytest.raises(UserError, match=r"vectors are given to an index of faiss or hybrid; got retrieval\.kind=bm25"):
+    with pytest.raises(
+        UserError, match=r"vectors are given to an index of one of faiss, hybrid, device; got retrieval\.kind=bm25"
+    ):
         build_index(FLAT.replace(kind="bm25"), PASSAGES, tmp_path / "other", given=GivenFiles(vectors=files))
 
 
