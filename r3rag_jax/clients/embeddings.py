@@ -48,24 +48,25 @@ class EmbeddingsClient:
         """
         size = self._batch_texts
         batches = [texts[start : start + size] for start in range(0, len(texts), size)]
+        endpoint = self._endpoint.separate()  # other threads call it, too
         found: dict[int, np.ndarray] = {}
         failure: UserError | None = None
-        for number, vectors in self._endpoint.call_all(self._embed, batches):
+        for number, vectors in endpoint.call_all(lambda batch: self._embed(endpoint, batch), batches):
             if isinstance(vectors, UserError):
                 failure = failure or vectors
-                self._endpoint.give_up()
+                endpoint.give_up()
             else:
                 found[number] = vectors
-        if len(found) < len(batches):  # also where a call of another thread has given up
-            raise failure or UserError(f"{self._endpoint.url}{PATH} has failed")
+        if failure is not None:
+            raise failure
         rows = [found[number] for number in range(len(batches))]
         if len({row.shape[1] for row in rows}) > 1:
             sizes = sorted({row.shape[1] for row in rows})
             raise self._endpoint.malformed(PATH, "vectors of one size", sizes)
         return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
 
-    def _embed(self, texts: Sequence[str]) -> np.ndarray:
-        reply = self._endpoint.call(PATH, {"model": self.model, "input": list(texts)} | self._fields)
+    def _embed(self, endpoint: Endpoint, texts: Sequence[str]) -> np.ndarray:
+        reply = endpoint.call(PATH, {"model": self.model, "input": list(texts)} | self._fields)
         try:
             return read_embeddings(reply, len(texts))
         except MalformedEmbeddingsError as error:

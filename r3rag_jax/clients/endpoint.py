@@ -6,6 +6,7 @@ All clients share it: key, retries, rate limit, concurrency and error messages a
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -217,6 +218,17 @@ class Endpoint:
         except BaseException:
             self.give_up()
             raise
+
+    def separate(self) -> Endpoint:
+        """This endpoint with a session of its own, for one of several threads that call it.
+
+        Connections, rate limit and the health of the servers are shared; giving up ends the calls of one session alone.
+        """
+        other = copy.copy(self)
+        other._has_given_up, other._is_away = threading.Event(), False
+        if self._wait == self._has_given_up.wait:
+            other._wait = other._has_given_up.wait
+        return other
 
     def give_up(self) -> None:
         """End the retries of the session's calls; `call_all` starts no further ones."""

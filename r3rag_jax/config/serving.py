@@ -24,6 +24,7 @@ class ServeConfig(Section):
     max_hits: int = key(100_000, "most passages of a request, queries times k", "passages", ge=1)
     max_query_chars: int = key(32_768, "longest query", "characters", ge=1)
     max_body_bytes: int = key(8 << 20, "largest body of a request", "bytes", ge=1)
+    max_in_flight: int = key(512, "requests at the same time, bodies in memory included", "requests", ge=1)
     body_timeout_s: float = key(30.0, "a request's whole body must have come after this time", "seconds", gt=0)
     max_batch: int = key(256, "queries of several requests that are searched together", "queries", ge=1)
     batch_wait_ms: float = key(2.0, "how long a query waits for others to be searched with", "milliseconds", ge=0)

@@ -82,22 +82,22 @@ class HttpRetriever:
             raise ValueError(f"k must be positive; got {k}")
         size = self._format.max_queries
         batches = [queries[start : start + size] for start in range(0, len(queries), size)]
+        endpoint = self._endpoint.separate()  # other threads search, too
         found: dict[int, list[list[Hit]]] = {}
         failure: UserError | None = None
-        for number, hits in self._endpoint.call_all(lambda batch: self._search(batch, k), batches):
+        for number, hits in endpoint.call_all(lambda batch: self._search(endpoint, batch, k), batches):
             if isinstance(hits, UserError):
                 failure = failure or hits
-                self._endpoint.give_up()
+                endpoint.give_up()
             else:
                 found[number] = hits
-        if len(found) < len(batches):  # also where a search of another thread has given up
-            reason = failure or f"{self._endpoint.url}{self._format.path} has failed"
-            raise failed_search(queries, reason) from failure
+        if failure is not None:
+            raise failed_search(queries, failure) from failure
         return [row for number in range(len(batches)) for row in found[number]]
 
-    def _search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+    def _search(self, endpoint: Endpoint, queries: Sequence[str], k: int) -> list[list[Hit]]:
         path = self._format.path
-        reply = self._endpoint.call(path, self._format.request(queries, k))
+        reply = endpoint.call(path, self._format.request(queries, k))
         try:
             hits = self._format.read(reply, len(queries), k)
         except WireError as error:

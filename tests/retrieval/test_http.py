@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,27 @@ def test_one_batch_that_fails_fails_the_search(local: FaissRetriever) -> None:
             with pytest.raises(RetrievalError, match=r"500 .*broken"):
                 retriever.search([*queries[:position], "break", *queries[position + 1 :]], 1)
         assert len(retriever.search(queries, 1)) == 200  # the next search starts afresh
+
+
+def test_a_search_that_fails_ends_none_of_another_thread(local: FaissRetriever) -> None:
+    """One thread waits for a server that is busy for a moment while the search of another is refused."""
+    was_busy = threading.Event()
+
+    def reply(body: dict[str, Any]) -> Reply:
+        if body["queries"] == ["break"]:
+            return 400, {"detail": "no"}
+        if not was_busy.is_set():
+            was_busy.set()
+            return 503, {}
+        return search_with(local)(body)
+
+    with serve(reply) as server, ThreadPoolExecutor(1) as pool:
+        retriever = remote(server.url, retries=3)
+        waiting = pool.submit(retriever.search, ["harbor"], 2)
+        assert was_busy.wait(20)
+        with pytest.raises(RetrievalError, match="400"):
+            retriever.search(["break"], 2)
+        assert waiting.result(20) == local.search(["harbor"], 2)
 
 
 def test_the_passages_are_kept_for_the_cold_start(server: RunningServer, tmp_path: Path) -> None:

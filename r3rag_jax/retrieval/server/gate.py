@@ -63,6 +63,8 @@ class Gate:
                 if self.is_draining:
                     raise busy("the server is shutting down")
                 self._check_token(scope)
+                if self.num_in_flight > self._config.max_in_flight:
+                    raise busy(f"at most {self._config.max_in_flight} requests may be in flight")
             body = await self._read_body(scope, receive)
         except Refusal as refusal:
             return await refuse(refusal, send)

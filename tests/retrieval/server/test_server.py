@@ -259,6 +259,17 @@ def test_shutting_down_finishes_what_is_in_flight_and_refuses_what_is_new() -> N
         assert in_flight.result(20) == (200, [])
 
 
+def test_more_requests_than_may_be_in_flight_are_refused_for_a_moment() -> None:
+    slow = Slow()
+    with ThreadPoolExecutor(1) as pool, serving(slow, max_in_flight=1) as server:
+        in_flight = pool.submit(post, server, "/search", {"query": "a"})
+        assert slow.is_searching.wait(20)
+        assert post(server, "/search", {"query": "b"}) == (503, {"detail": "at most 1 requests may be in flight"})
+        assert send(server, "GET", "/readyz")[0] == 200
+        slow.may_answer.set()
+        assert in_flight.result(20) == (200, [])
+
+
 def test_a_failed_search_says_why() -> None:
     class Broken(Slow):
         def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
