@@ -246,7 +246,7 @@ class Components:
             UserError: the encoder or the judge cannot be opened; see `encoder` and `judge`.
         """
         needed = needed_resources(self.config.rewards)
-        encoder = self.encoder if "encoder" in needed else None
+        encoder = self.encoder if "encoder" in needed and jax.process_index() == 0 else None  # process 0 encodes
         judge = self.judge if "judge" in needed else None
         return Scorer(self.config.rewards, Resources(self.config.rollout.max_steps, encoder, judge))
 

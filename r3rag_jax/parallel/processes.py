@@ -184,11 +184,11 @@ def on_process_0(
     return broadcast_json({"result": result}, name)["result"]
 
 
-def from_process_0(compute: Callable[[], np.ndarray]) -> np.ndarray:
+def from_process_0(compute: Callable[[], np.ndarray], name: str) -> np.ndarray:
     """Run `compute` on process 0 and return its array, as float32, on every process; see `on_process_0`."""
     if jax.process_count() == 1:
         return compute()
-    return np.asarray(on_process_0(lambda: compute().tolist(), "array"), np.float32)
+    return np.asarray(on_process_0(lambda: compute().tolist(), name), np.float32)
 
 
 def barrier(name: str, *, timeout_s: float = BARRIER_S) -> None:

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r3rag_jax.parallel.processes import from_process_0
+from r3rag_jax.retrieval.fingerprint import digest
 from r3rag_jax.rewards.base import Resources, next_power_of_two, required
 from r3rag_jax.rewards.novelty import new_searches
 from r3rag_jax.types import Trajectory
@@ -29,9 +31,18 @@ from r3rag_jax.types import Trajectory
 def embedding_rewards(trajectories: Sequence[Trajectory], resources: Resources) -> np.ndarray:
     """`embedding_relevance` of the searches that bring something new, float32 [B, K]; 0 for all other steps.
 
+    Of several processes, process 0 alone has the encoder and computes; all get the same numbers.
+
     Raises:
         ValueError: there is no encoder.
+        UserError: the server that encodes failed.
     """
+    # Named by what is scored: asynchronous rollouts may be scored beside an update, in a thread.
+    name = digest(text for t in trajectories for text in (t.question.id, *(step.query or "" for step in t.steps)))
+    return from_process_0(lambda: _rewards(trajectories, resources), f"embedding rewards {name}")
+
+
+def _rewards(trajectories: Sequence[Trajectory], resources: Resources) -> np.ndarray:
     encoder = required(resources.encoder, "an encoder")
     searches = list(new_searches(trajectories))
     num, num_passages = len(trajectories), max((len(passages) for *_, passages in searches), default=1)

@@ -58,9 +58,9 @@ def compute(values, is_broken=False):
     return np.asarray(values, np.float32)
 
 
-out["array"] = [float(x).hex() for x in from_process_0(lambda: compute([0.1, np.nan, 1e-45]))]
+out["array"] = [float(x).hex() for x in from_process_0(lambda: compute([0.1, np.nan, 1e-45]), "array")]
 try:
-    from_process_0(lambda: compute([], is_broken=True))
+    from_process_0(lambda: compute([], is_broken=True), "array")
 except UserError as error:
     out["down"] = str(error)
 

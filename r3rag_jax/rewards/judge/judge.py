@@ -21,6 +21,7 @@ from r3rag_jax.clients.chat import Chat
 from r3rag_jax.clients.endpoint import MAX_SHOWN
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import from_process_0
+from r3rag_jax.retrieval.fingerprint import digest
 from r3rag_jax.rewards.judge.judgements import Judgements
 from r3rag_jax.rewards.judge.prompts import Inquiry, Prompts
 from r3rag_jax.rewards.judge.verdicts import EXAMPLES, read_verdict
@@ -93,14 +94,16 @@ class Judge:
         if not different:
             return Verdicts(np.zeros(0, np.float32))
         # A key contains the model's name, for which a server may have to be asked: process 0 does it for all.
-        values = from_process_0(lambda: self._file.get_all(list(map(self._key, different))))
+        # The name is that of the inquiries, since asynchronous rollouts may judge beside an update, in a thread.
+        name = digest(f"{inquiry.kind} {inquiry.prompt}" for inquiry in different)
+        values = from_process_0(lambda: self._file.get_all(list(map(self._key, different))), f"known {name}")
         new = np.flatnonzero(np.isnan(values)).tolist()
         if new:
 
             def ask_new() -> np.ndarray:
                 return self._ask([different[i] for i in new], len(different))
 
-            values[new] = ask_new() if self._chat.is_collective else from_process_0(ask_new)
+            values[new] = ask_new() if self._chat.is_collective else from_process_0(ask_new, f"asked {name}")
         value_of = dict(zip(different, values, strict=True))
         return Verdicts(
             np.asarray([value_of[inquiry] for inquiry in inquiries], np.float32),
