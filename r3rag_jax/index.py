@@ -1,9 +1,10 @@
 """Build an index that many runs can share, measure it, check it, or plan it.
 
-    python -m r3rag_jax.index build --corpus FILE… --out DIR [--encoder DIR] [--kind KIND] [key=value …]
-    python -m r3rag_jax.index eval --index DIR --questions FILE [--trajectories FILE] [key=value …]
+    python -m r3rag_jax.index build --corpus FILE… --out DIR [--encoder DIR] [--kind KIND] [--memory GIB]
+                                    [--vectors FILE… | --faiss FILE] [--config RECIPE] [key=value …]
+    python -m r3rag_jax.index eval --index DIR [--questions FILE] [--trajectories FILE] [-k K …] [key=value …]
     python -m r3rag_jax.index check --index DIR
-    python -m r3rag_jax.index plan --passages N --dim D [--kind KIND] [--memory GIB]
+    python -m r3rag_jax.index plan --passages N --dim D [--kind KIND] [--memory GIB] [key=value …]
 
 Runs use an index with `retrieval.index_dir=DIR` and the same `retrieval` keys. FILE of a build holds passages.
 """
@@ -29,7 +30,8 @@ ACTIONS = {"build": commands.build, "eval": commands.evaluate, "check": commands
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     action = next((word for word in words if word in ACTIONS), "")
-    parser = FlagParser(prog="python -m r3rag_jax.index", description=(__doc__ or "").splitlines()[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(prog="python -m r3rag_jax.index", description=__doc__, formatter_class=raw)
     parser.add_argument("action", choices=tuple(ACTIONS), help="what is done; `ACTION --help` lists its flags")
     if action:
         add_flags(parser, action)
