@@ -11,6 +11,7 @@ import functools
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -32,6 +33,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model-config", default="", metavar="FILE", help="the model's config.json; model.path's")
     parser.add_argument("--programs", default="", metavar="A,B", help="of sft, rl, score, load, prefill, decode; all")
     parser.add_argument("--calculate", action="store_true", help="do not compile: all by arithmetic, in seconds")
+    parser.add_argument("--save-text", default="", metavar="DIR", help="keep the text of what XLA compiled")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     decoder = command.read_architecture(config, options.model_config)
     progress, console = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 140)
     say = functools.partial(progress.print, highlight=False)
-    outcome = command.run(config, topology, decoder, names, say, only_calculates=options.calculate)
+    kept = Path(options.save_text) if options.save_text else None
+    outcome = command.run(config, topology, decoder, names, say, only_calculates=options.calculate, text_directory=kept)
     if options.json:
         print(json.dumps(rendering.as_json(topology, outcome.phases, outcome.programs, outcome.nearest), indent=1))
         return 0 if outcome.fits else DOES_NOT_FIT

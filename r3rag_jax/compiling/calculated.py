@@ -19,6 +19,7 @@ from r3rag_jax.compiling.report import ProgramReport
 from r3rag_jax.compiling.traffic import Collective, totals
 from r3rag_jax.models.decoder import param_shapes
 from r3rag_jax.parallel.shardings import batch_devices
+from r3rag_jax.training.micro_batches import num_micro_batches
 
 BYTES_OF_UPDATE = 28  # of HBM for a trained parameter: gradient, two moments and the parameter, read and written
 
@@ -94,6 +95,6 @@ def _tokens(programs: RunPrograms, name: str, ways: int) -> tuple[int, int]:
         if name == "sft"
         else (config.rl.batch_rows, config.rl.row_length)
     )
-    rows, most = rows // ways, max(1, config.model.micro_tokens // length)
-    size = rows if not config.model.micro_tokens or name == "score" else min(rows, most)
-    return size * length, -(-rows // size)
+    rows //= ways
+    num = 1 if name == "score" else num_micro_batches(rows, length, config.model.micro_tokens)
+    return rows // num * length, num

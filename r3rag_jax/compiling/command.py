@@ -86,6 +86,7 @@ def run(
     say: Say,
     *,
     only_calculates: bool = False,
+    text_directory: Path | None = None,
 ) -> Outcome:
     """Plan, compile (for GPUs: calculate) and compare with the memory of a device.
 
@@ -93,6 +94,7 @@ def run(
         names: of the programs.
         say: is told what is being done.
         only_calculates: do not compile for TPUs either.
+        text_directory: where the texts of compiled programs are kept, NAME.txt; None: nowhere.
 
     Raises:
         UserError: rows or devices do not divide, or libtpu is missing.
@@ -114,7 +116,7 @@ def run(
     plans = {phase: planner.plan(config, phase, *arguments, topology.chip.memory) for phase in phases}
     programs = RunPrograms(config, policy, *arguments)
     if compiles:
-        reports = compile_all(programs, names, topology, say)
+        reports = compile_all(programs, names, topology, say, text_directory)
     else:
         say("nothing is compiled (XLA can for TPUs alone, without --calculate): all numbers are calculated")
         estimated = {

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from r3rag_jax.compiling import hlo, traffic, work
 from r3rag_jax.compiling.chips import Topology
 from r3rag_jax.compiling.estimate import Estimate, estimate
 from r3rag_jax.compiling.programs import PHASES, RunPrograms
+from r3rag_jax.run.files import write_text
 from r3rag_jax.sampler.memory import MemoryPlan
 
 LARGE_COPY = 2**24  # bytes, from which on a copy is listed
@@ -73,8 +75,10 @@ class PhaseReport:
         return self.total <= self.limit
 
 
-def compile_program(programs: RunPrograms, name: str, topology: Topology) -> ProgramReport:
-    """Compile a program for its mesh and read what XLA made of it."""
+def compile_program(
+    programs: RunPrograms, name: str, topology: Topology, text_directory: Path | None = None
+) -> ProgramReport:
+    """Compile a program for its mesh and read what XLA made of it, a text that is kept in `text_directory`."""
     program, chip, started = programs.make(name), topology.chip, time.monotonic()
     tokens = programs.config.rollout.decode_chunk if name == "decode" else 1
     common: dict[str, Any] = {
@@ -95,6 +99,9 @@ def compile_program(programs: RunPrograms, name: str, topology: Topology) -> Pro
     took, memory = time.monotonic() - started, compiled.memory_analysis()
     written = compiled.as_text()
     assert memory is not None and written is not None, "XLA's compilers report both"
+    if text_directory is not None:
+        text_directory.mkdir(parents=True, exist_ok=True)
+        write_text(text_directory / f"{name}.txt", written)
     text = hlo.read(written, unknown_trips=_unknown_trips(programs, name))
     found = [dataclasses.replace(item, times=item.times / tokens) for item in traffic.collectives(text)]
     spent = estimate(text, traffic.collectives(text), topology)
@@ -151,13 +158,17 @@ def phase_reports(
 
 
 def compile_all(
-    programs: RunPrograms, names: Sequence[str], topology: Topology, say: Callable[[str], None]
+    programs: RunPrograms,
+    names: Sequence[str],
+    topology: Topology,
+    say: Callable[[str], None],
+    text_directory: Path | None = None,
 ) -> list[ProgramReport]:
-    """Compile programs one after the other; `say` hears of each when it begins and ends."""
+    """Compile programs one after the other; `say` hears of each when it begins and ends. See `compile_program`."""
     reports = []
     for name in names:
         say(f"{name}: compiling for {topology.name} …")
-        report = compile_program(programs, name, topology)
+        report = compile_program(programs, name, topology, text_directory)
         outcome = "" if report.fits else ", which has no room for it"
         say(f"{name}: {report.shape}, {report.compile_s:.0f} s{outcome}")
         reports.append(report)

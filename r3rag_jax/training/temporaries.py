@@ -18,6 +18,7 @@ from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import param_shapes
 from r3rag_jax.parallel.shardings import batch_ways
 from r3rag_jax.rl.algorithms import ALGORITHMS
+from r3rag_jax.training.micro_batches import num_micro_batches
 
 PREFILL_TOKENS = 4096  # of a device in one call
 LOSS_TOKENS = 512  # of a device, whose logits exist at once; see training/losses.py
@@ -91,8 +92,7 @@ def _step(
 ) -> int:
     """An update: gradients, the residual stream at every layer, and the backward pass of one layer or of the loss."""
     rows = num_rows // batch_ways(mesh, num_rows)
-    most = max(1, config.model.micro_tokens // length) if config.model.micro_tokens else rows
-    micro = next(size for size in range(min(most, rows), 0, -1) if rows % size == 0)
+    micro = rows // num_micro_batches(rows, length, config.model.micro_tokens)
     tokens, layers = micro * length, decoder.num_layers
     kept = {"full": sizes.residual, "dots": sizes.residual + sizes.activations // 2, "none": sizes.activations}
     checkpoints = num_models * layers * tokens * kept[config.model.remat]
