@@ -27,14 +27,8 @@ from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import Decoder, param_shapes, rope_frequencies
 from r3rag_jax.models.hf.decoder_files import hf_tensors
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh, mesh_sizes
-from r3rag_jax.sampler import decode as programs
-from r3rag_jax.sampler.cache.kv_cache import KVCache
-from r3rag_jax.sampler.cached_decoder import CachedDecoder
-from r3rag_jax.sampler.distribution import WHOLE
 from r3rag_jax.sampler.prefill_plan import ACCELERATOR_SHAPES
-from r3rag_jax.sampler.state import Rows
-from r3rag_jax.sampler.stops import MAX_STOPS
-from r3rag_jax.sampler.windows import windows
+from r3rag_jax.sampler.programs import SamplerPrograms
 from r3rag_jax.training import optimizer
 from r3rag_jax.training.batch import pack
 from r3rag_jax.training.memory_plan import MemoryPlanner, check_rows
@@ -273,20 +267,22 @@ def test_every_update_traces_at_full_size(name: str, model: str) -> None:
 @pytest.mark.parametrize(("name", "model"), RECIPES.items())
 def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
     config, decoder = recipe(name), decoder_config(model)
-    policy = jax.eval_shape(lambda: CachedDecoder.of(new_decoder(config, decoder)))
     slots, length = config.rollout.slots, config.rollout.max_length
-    cache = jax.eval_shape(functools.partial(KVCache.init, decoder, slots, length, jnp.bfloat16))
-    for ways in (1, 4):
-        chunk = np.zeros((ways, slots // ways, ACCELERATOR_SHAPES.lengths[-1]), np.int32)
-        prefilled = jax.eval_shape(programs.prefill, policy, cache, chunk[..., 0], chunk, chunk[..., 0])
-        assert shapes(prefilled) == shapes(cache)
-    stops, one = np.zeros(MAX_STOPS, np.int32), MeshConfig(sampler_devices=1)
-    for window in windows(cache, make_sampler_mesh(one, make_mesh(one)), length):
-        decode = functools.partial(programs.decode, truncation=WHOLE, positions=window.positions)
-        places, chunk = np.arange(window.rows), config.rollout.decode_chunk
-        rows = Rows.empty(window.rows, length).decode_rows(places, chunk)
-        decoded = jax.eval_shape(decode, policy, cache, places, rows, chunk, 4, stops, stops)
-        assert shapes(decoded.cache) == shapes(cache) and decoded.rows.tokens.shape == (window.rows, chunk)
+    for devices in (1, 4):
+        mesh = MeshConfig(sampler_devices=devices)
+        programs = SamplerPrograms(
+            decoder, make_sampler_mesh(mesh, make_mesh(mesh)), slots=slots, max_length=length,
+            decode_chunk=config.rollout.decode_chunk, dtype=jnp.bfloat16,
+        )  # fmt: skip
+        policy = programs.abstract_decoder(jnp.bfloat16)
+        prefill = programs.prefill_program(policy, slots // devices, ACCELERATOR_SHAPES.lengths[-1])
+        prefilled = jax.eval_shape(prefill.function, *prefill.args)
+        assert shapes(prefilled) == shapes(programs.cache)
+        for window in programs.windows if devices == 1 else ():
+            decode = programs.decode_program(policy, window)
+            decoded = jax.eval_shape(functools.partial(decode.function, **decode.static), *decode.args)
+            assert shapes(decoded.cache) == shapes(programs.cache)
+            assert decoded.rows.tokens.shape == (window.rows, config.rollout.decode_chunk)
 
 
 @pytest.mark.parametrize("overrides", [[], ["budget=cpu"]])

@@ -43,7 +43,7 @@ class RolloutConfig(Section):
     max_length: int = key(512, "longest context; cache slots per row", "tokens", ge=1)
     slots: int = key(64, "rows that are decoded in parallel", "rows", ge=1)
     shard_weights: bool = key(
-        False, "mesh.fsdp shards the sampler's copy of the weights too: less memory, but every step gathers them"
+        False, "mesh.fsdp shards the sampler's copy of the weights too: less memory; decode adds partial sums over it"
     )
     kv_dtype: Literal["auto", "int8", "bfloat16", "float32"] = key(
         "auto",

@@ -11,41 +11,39 @@ from r3rag_jax.sampler.cache.base import Extent
 from r3rag_jax.sampler.cache.kv_cache import KVCache
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import Truncation
+from r3rag_jax.sampler.exchange import ALONE, Exchange
 from r3rag_jax.sampler.sampling import sample
 from r3rag_jax.sampler.state import DecodeRows, DecodeState, RowStatus
 
 
 def prefill(
-    decoder: CachedDecoder, cache: KVCache, rows_WR: jax.Array, tokens_WRC: jax.Array, starts_WR: jax.Array
+    decoder: CachedDecoder,
+    cache: KVCache,
+    rows_WR: jax.Array,
+    tokens_WRC: jax.Array,
+    starts_WR: jax.Array,
+    exchange: Exchange = ALONE,
 ) -> KVCache:
     """Write the keys and values of C tokens per row; returns the new cache.
 
-    The cache's rows are split over W devices, and every device prefills R rows of its own.
+    The cache's rows are split over W devices, and every device prefills R rows of its own: it sees W = 1.
 
     Args:
         rows_WR: int32, row indices relative to the device's first row; out-of-range rows are not written.
         tokens_WRC: int32; token c of a row takes position starts_WR + c.
         starts_WR: int32, position of each row's first token.
+        exchange: see `CachedDecoder.extend`.
     """
-    ways, _, length = tokens_WRC.shape
-    is_row = rows_WR < cache.num_rows // ways
-    starts_WR = jnp.where(is_row, starts_WR, jnp.max(starts_WR, where=is_row, initial=0))
-    extent = Extent(
-        jnp.min(starts_WR) + 1, jnp.max(starts_WR) + length
-    )  # equal on all devices, so that their loops have equal lengths
-    if ways == 1:
-        return decoder.extend(cache, tokens_WRC[0], starts_WR[0], rows_WR[0], extent)[0]
-    by_device = jax.tree.map(lambda x: x.reshape(ways, -1, *x.shape[1:]), cache)
-
-    def extend(cache: KVCache, tokens_RC: jax.Array, starts_R: jax.Array, rows_R: jax.Array) -> KVCache:
-        return decoder.extend(cache, tokens_RC, starts_R, rows_R, extent)[0]
-
-    written = jax.vmap(extend)(by_device, tokens_WRC, starts_WR, rows_WR)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), written)
+    [rows_R], [tokens_RC], [starts_R] = rows_WR, tokens_WRC, starts_WR
+    is_row = rows_R < cache.num_rows
+    starts_R = jnp.where(is_row, starts_R, jnp.max(starts_R, where=is_row, initial=0))
+    extent = Extent(jnp.min(starts_R) + 1, jnp.max(starts_R) + tokens_RC.shape[1])
+    return decoder.extend(cache, tokens_RC, starts_R, rows_R, extent, exchange)[0]
 
 
-def copy(cache: KVCache, sources_R: jax.Array, rows_R: jax.Array) -> KVCache:
-    """Copy the keys and values of cache rows sources_R to rows_R (int32 [R]); rows >= B are not written."""
+def copy(cache: KVCache, sources_WR: jax.Array, rows_WR: jax.Array) -> KVCache:
+    """Copy the keys and values of rows sources_WR to rows_WR of the same device; see `prefill` for these indices."""
+    [sources_R], [rows_R] = sources_WR, rows_WR
     return cache.put(rows_R, cache.take(sources_R))
 
 
@@ -60,6 +58,7 @@ def decode(
     pause_ids: jax.Array,
     truncation: Truncation,
     positions: int,
+    exchange: Exchange = ALONE,
 ) -> DecodeState:
     """Decode R rows until `max_tokens` are sampled, no row is active, or `leave_at` rows have paused or ended.
 
@@ -74,26 +73,34 @@ def decode(
         stop_ids: int32 [MAX_STOPS], tokens that end the decoding of a row, `pause_ids` included.
         pause_ids: int32 [MAX_STOPS], tokens after which a row waits for the host (NEEDS_RETRIEVAL).
         positions: number of leading positions that are read and written; it must cover every active row.
+        exchange: see `CachedDecoder.extend`.
     """
-    num_active = jnp.sum(rows.status == RowStatus.ACTIVE)
     is_in_place, taken = cache.is_read_in_place, None if len(cache_rows) == cache.num_rows else cache_rows
 
-    def is_going(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
-        number, state = carry
-        active = jnp.sum(state.rows.status == RowStatus.ACTIVE)
-        return (number < max_tokens) & (active > 0) & (num_active - active < leave_at)
+    def num_active(rows: DecodeRows) -> jax.Array:
+        return exchange.total(jnp.sum(rows.status == RowStatus.ACTIVE))
 
-    def step(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
-        number, state = carry
+    def is_going(carry: tuple[jax.Array, jax.Array, DecodeState]) -> jax.Array:
+        number, active, _ = carry
+        return (number < max_tokens) & (active > 0) & (num_before - active < leave_at)
+
+    def draw(logits: jax.Array, rows: DecodeRows) -> tuple[jax.Array, jax.Array]:
+        logits = logits[:, : decoder.config.vocab_size]  # without the padding of a mesh
+        return sample(logits, rows, truncation, decoder.ops.target.can_branch)
+
+    def step(carry: tuple[jax.Array, jax.Array, DecodeState]) -> tuple[jax.Array, jax.Array, DecodeState]:
+        number, _, state = carry
         rows, num_rows = state.rows, state.cache.num_rows
         read = jnp.where(rows.status == RowStatus.ACTIVE, cache_rows, num_rows) if is_in_place else None
-        cache, hidden = decoder.extend(state.cache, rows.last_tokens[:, None], rows.lengths - 1, read)
-        logits = decoder.logits(hidden[:, 0])
-        token, logprob = sample(logits, rows, truncation, decoder.ops.target.can_branch)
-        return number + 1, DecodeState(cache, append(rows, number, token, logprob, stop_ids, pause_ids))
+        tokens = rows.last_tokens[:, None]
+        cache, hidden = decoder.extend(state.cache, tokens, rows.lengths - 1, read, exchange=exchange)
+        token, logprob = exchange.sample(draw, decoder.logits(hidden[:, 0], exchange), rows)
+        rows = append(rows, number, token, logprob, stop_ids, pause_ids)
+        return number + 1, num_active(rows), DecodeState(cache, rows)
 
+    num_before = num_active(rows)
     window = cache if is_in_place else cache.take(taken, positions)
-    state: DecodeState = jax.lax.while_loop(is_going, step, (jnp.int32(0), DecodeState(window, rows)))[1]
+    state: DecodeState = jax.lax.while_loop(is_going, step, (jnp.int32(0), num_before, DecodeState(window, rows)))[2]
     return state if is_in_place else DecodeState(cache.put(taken, state.cache), state.rows)
 
 

@@ -99,14 +99,16 @@ class Engine:
     def set_context(self, decoder: CachedDecoder, contexts: Mapping[int, Context]) -> None:
         """Set the contexts of rows (row -> context) and make them ACTIVE; tokens that are already cached are kept.
 
-        If several rows get the same context, as the samples of one question do, one of them is prefilled and its keys
-        and values are copied to the others on the device.
+        If several rows get the same context, as the samples of one question do, one of them is prefilled on every
+        device that has such rows, and its keys and values are copied to the others there. Devices prefill at the same
+        time, so one that waited for another's keys and values would gain nothing.
 
         Raises:
             ValueError: a context is empty or leaves no space for a token.
         """
         missing: list[Missing] = []
-        first: dict[tuple[int, ...], int] = {}  # context -> the row that is prefilled with it
+        plan = self.programs.plan
+        first: dict[tuple[int, tuple[int, ...]], int] = {}  # device, context -> the row that is prefilled with it
         copies: list[tuple[int, int]] = []  # from, to
         for row, context in contexts.items():
             length = len(context.ids)
@@ -114,22 +116,19 @@ class Engine:
                 raise ValueError(f"a context must hold 1 to {self.max_length - 1} tokens; got {length}")
             kept = self._common_prefix(row, context.ids)
             if kept < length - 1:
-                source = first.setdefault(tuple(context.ids), row)
+                source = first.setdefault((plan.device_of(row), tuple(context.ids)), row)
                 if source == row:
                     missing.append(Missing(row, context.ids, kept))
                 else:
                     copies.append((source, row))
             self._start(row, context)
         while missing:
-            chunk, missing, num_tokens = self.programs.plan.next_chunk(missing)
+            chunk, missing, num_tokens = plan.next_chunk(missing)
             self._cache = self.programs.prefill(decoder, self._cache, *device_put_batch(self.mesh, tuple(chunk)))
             self.num_prefilled += num_tokens
         if copies:
-            sources, targets = np.zeros(self.slots, np.int32), np.full(self.slots, self.slots, np.int32)
-            sources[: len(copies)], targets[: len(copies)] = np.transpose(
-                copies
-            )  # unused targets are out of range: not written
-            self._cache = self.programs.copy(self._cache, sources, targets)
+            arrays = device_put_batch(self.mesh, plan.copies(copies))
+            self._cache = self.programs.copy(self._cache, *arrays)
 
     def decode(self, decoder: CachedDecoder, max_tokens: int, leave_at: int, stops: StopTokens = NO_STOPS) -> None:
         """Sample up to `max_tokens` per active row; returns early once `leave_at` rows have paused or ended."""

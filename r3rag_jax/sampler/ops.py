@@ -49,6 +49,21 @@ class SamplerOps:
             out = _product(rows, w)
         return out.reshape(*x.shape[:-1], len(w))
 
+    @property
+    def is_input_major(self) -> bool:
+        """Whether matrices that are split by their inputs are stored as [in, out], see `CachedDecoder`."""
+        return not (self.target.is_cpu and self.target.is_one_device)
+
+    def input_major(self, w: jax.Array) -> jax.Array:
+        """Convert a matrix [in, out] to the layout that `multiply_inputs` takes."""
+        return w if self.is_input_major else w.T
+
+    def multiply_inputs(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """Return x [..., in] times a matrix from `input_major` in float32, [..., out]."""
+        if not self.is_input_major:
+            return self.multiply(x, w)
+        return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+
     def embed(self, table: jax.Array, ids: jax.Array) -> jax.Array:
         """Return table[ids], [..., D], for table [V, D] and ids int [...].
 

@@ -59,7 +59,7 @@ class PrefillPlan:
         missing = sorted(missing, key=lambda one: -one.num_tokens)
         longest, lengths = missing[0].num_tokens, self._shapes.lengths
         length = next((length for length in lengths if length >= longest), lengths[-1])
-        most = max(Counter(one.row // self._rows_per_device for one in missing).values())
+        most = max(Counter(self.device_of(one.row) for one in missing).values())
         sizes = self._num_rows(length)
         size = next((size for size in sizes if size >= most), sizes[-1])
         chunk = self.empty_chunk(size, length)
@@ -77,6 +77,26 @@ class PrefillPlan:
             if end < len(one.ids) - 1:
                 left.append(one._replace(start=end))
         return chunk, left, num_tokens
+
+    def device_of(self, row: int) -> int:
+        """The index, among those that the rows are split over, of the device that has a row."""
+        return row // self._rows_per_device
+
+    def empty_copies(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sources and targets of `decode.copy` that copy nothing, int32 [W, rows per device]."""
+        shape = self._ways, self._rows_per_device
+        return np.zeros(shape, np.int32), np.full(shape, self._rows_per_device, np.int32)
+
+    def copies(self, pairs: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The arguments of `decode.copy` for (source, target) pairs of rows; both of a pair are on one device."""
+        sources, targets = self.empty_copies()
+        used = [0] * self._ways
+        for source, target in pairs:
+            device = self.device_of(target)
+            sources[device, used[device]] = source % self._rows_per_device
+            targets[device, used[device]] = target % self._rows_per_device
+            used[device] += 1
+        return sources, targets
 
     def empty_chunk(self, size: int, length: int) -> Chunk:
         """A chunk with `size` out-of-range rows per device and `length` tokens per row."""

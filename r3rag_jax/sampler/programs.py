@@ -18,16 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder
-from r3rag_jax.parallel.shardings import batch_shardings, batch_ways, replicated
+from r3rag_jax.parallel.shardings import RULES, batch_shardings, batch_ways, replicated
 from r3rag_jax.sampler import decode as functions
 from r3rag_jax.sampler.cache.base import padded
 from r3rag_jax.sampler.cache.kv_cache import KVCache
 from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
+from r3rag_jax.sampler.exchange import GatheredWeights, PartialSums
 from r3rag_jax.sampler.ops import SamplerOps
 from r3rag_jax.sampler.prefill_plan import PrefillPlan
 from r3rag_jax.sampler.state import DecodeState, Rows
@@ -78,19 +79,28 @@ class SamplerPrograms:
         cache = jax.eval_shape(cache_of)
         self.cache: KVCache = _with_shardings(cache, cache.shardings(mesh))
         cache_shardings = jax.tree.map(lambda x: x.sharding, self.cache)
+        self._cache_specs = jax.tree.map(lambda sharding: sharding.spec, cache_shardings)
+        are_rows_split = batch_ways(mesh, slots) > 1
+        self._row_axes = RULES["batch"] if are_rows_split else None
+        self._group = {
+            "tensor": mesh.shape["tensor"],
+            "fsdp": mesh.shape["fsdp"] if shard_weights else 1,
+            "are_rows_split": are_rows_split,
+        }
         self.windows = windows(cache, mesh, max_length)
         self.plan = PrefillPlan(self.ops.target, slots, batch_ways(mesh, slots))
         self.init_cache = jax.jit(cache_of, out_shardings=cache_shardings)
         self.rows_shardings = batch_shardings(mesh, self._rows(slots))  # of the decode state, whatever the window
         replicated_rows = jax.tree.map(lambda _: replicated(mesh), self.rows_shardings)
+        run = functools.partial(functions.decode, truncation=truncation)
         self.decode = jax.jit(
-            functools.partial(functions.decode, truncation=truncation),
+            functools.partial(self._decode, run),
             static_argnames="positions",
             donate_argnums=1,  # the cache; the rows come back replicated, in another layout
             out_shardings=DecodeState(cache=cache_shardings, rows=replicated_rows),
         )
-        self.prefill = jax.jit(functions.prefill, donate_argnums=1, out_shardings=cache_shardings)
-        self.copy = jax.jit(functions.copy, donate_argnums=0, out_shardings=cache_shardings)
+        self.prefill = jax.jit(self._prefill, donate_argnums=1, out_shardings=cache_shardings)
+        self.copy = jax.jit(self._copy, donate_argnums=0, out_shardings=cache_shardings)
 
     def load(self, graphdef: Any) -> Any:
         """Return the jitted function from parameters (a state of `graphdef`, of a `Decoder`) to a `CachedDecoder`."""
@@ -139,8 +149,44 @@ class SamplerPrograms:
 
     def copy_program(self) -> Program:
         """The program that copies the keys and values of rows."""
-        rows = jax.ShapeDtypeStruct((self.cache.num_rows,), np.int32)
+        rows = jax.eval_shape(self.plan.empty_copies)[0]
+        rows = _with_shardings(rows, batch_shardings(self.mesh, rows))
         return Program("copy", self.copy, (self.cache, rows, rows), {}, 0)
+
+    def _decode(self, run: Any, decoder: CachedDecoder, cache: KVCache, *args: Any, positions: int) -> DecodeState:
+        """`decode.decode`, on each device of the mesh."""
+        run = functools.partial(run, positions=positions)
+        if self.mesh.size == 1:
+            return run(decoder, cache, *args)
+        exchange = PartialSums(**self._group)
+        rows: Any = PartitionSpec(self._row_axes)
+        whole = PartitionSpec()
+        state = DecodeState(cache=self._cache_specs, rows=rows)
+        ins = self._decoder_specs(decoder), self._cache_specs, rows, rows, whole, whole, whole, whole
+        return self._on_each_device(functools.partial(run, exchange=exchange), ins, state)(decoder, cache, *args)
+
+    def _prefill(self, decoder: CachedDecoder, cache: KVCache, *chunk: Any) -> KVCache:
+        """`decode.prefill`, on each device of the mesh."""
+        if self.mesh.size == 1:
+            return functions.prefill(decoder, cache, *chunk)
+        splits_tokens = self._group["tensor"] > 1 and chunk[1].shape[2] % self._group["tensor"] == 0
+        run = functools.partial(functions.prefill, exchange=GatheredWeights(**self._group, splits_tokens=splits_tokens))
+        ins = self._decoder_specs(decoder), self._cache_specs, *[PartitionSpec(self._row_axes)] * 3
+        return self._on_each_device(run, ins, self._cache_specs)(decoder, cache, *chunk)
+
+    def _copy(self, cache: KVCache, *rows: jax.Array) -> KVCache:
+        """`decode.copy`, on each device of the mesh."""
+        if self.mesh.size == 1:
+            return functions.copy(cache, *rows)
+        ins = self._cache_specs, *[PartitionSpec(self._row_axes)] * 2
+        return self._on_each_device(functions.copy, ins, self._cache_specs)(cache, *rows)
+
+    def _on_each_device(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
+        # Results that all devices of `tensor` compute alike are equal by construction, which is not checked.
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+    def _decoder_specs(self, decoder: CachedDecoder) -> CachedDecoder:
+        return jax.tree.map(lambda sharding: sharding.spec, self.decoder_shardings(decoder))
 
     def _rows(self, num_rows: int) -> Any:
         """The shapes of the decode state of a window with `num_rows` rows."""

@@ -1,7 +1,7 @@
 """The interface of a layer's KV cache, and what its memory layouts share.
 
 Shapes: B rows, C new tokens, S positions of the cache, N query heads, K kv heads (N = K * G), H head dim,
-T positions per block of keys.
+T positions per block of keys. On a mesh K and N count the head slots of `layout.HeadSlots`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax
 
 from r3rag_jax.sampler.kernels.cpu.build import KEY_BLOCK
 
-KEYS_AXIS = 4  # axis of `LayerCache.k` with the position inside a block
+KEYS_AXIS = 4  # axis with the position inside a block, of keys in blocks
 
 
 class Extent(NamedTuple):
@@ -29,11 +29,12 @@ class Extent(NamedTuple):
 class LayerCache(abc.ABC):
     """Keys and values of one layer; position s of a row belongs to its token s.
 
-    Keys are stored transposed, in blocks of T positions, so that both matmuls of a decode step read contiguous memory.
-    On a CPU with T = 32 they take a quarter of the time that a layout [B, S, K, H] takes. On other devices T = S.
+    On a CPU keys are stored transposed, in blocks of T positions, so that both matmuls of a decode step read contiguous
+    memory. With T = 32 they take a quarter of the time that a layout [B, S, K, H] takes. On other devices keys lie as
+    values do, the layout that XLA's TPU compiler chooses; it would copy all keys of any other into it in every call.
     """
 
-    k: jax.Array  # [B, K, S / T, H, T]
+    k: jax.Array  # [B, K, S / T, H, T] on a CPU, else [B, K, S, H]
     v: jax.Array  # [B, K, S, H]
     k_scale: jax.Array | None = None  # int8 only: float32 [B, K, S], one scale per key
     v_scale: jax.Array | None = None  # int8 only: float32 [B, K, S], one scale per value
@@ -84,7 +85,7 @@ class LayerCache(abc.ABC):
 
     def _map(self, function: Callable[..., jax.Array], *others: Any) -> Self:
         """Replace each array by function(array, axis of its positions, arrays of the same name in `others`)."""
-        names = {"k": KEYS_AXIS, "v": 2}
+        names = {"k": KEYS_AXIS if self.k.ndim > KEYS_AXIS else 2, "v": 2}
         names |= {} if self.k_scale is None else {"k_scale": 2, "v_scale": 2}
         arrays = {
             name: function(getattr(self, name), axis, *(getattr(other, name) for other in others))

@@ -14,6 +14,7 @@ from r3rag_jax.sampler.cache.base import LayerCache
 from r3rag_jax.sampler.cache.cpu_kernels import KernelLayerCache
 from r3rag_jax.sampler.cache.xla import ACCELERATOR_BLOCKS, CPU_BLOCKS, XLALayerCache
 from r3rag_jax.sampler.kernels.cpu.build import KEY_BLOCK
+from r3rag_jax.sampler.layout import HeadSlots, Split
 from r3rag_jax.sampler.ops import XLA_ON_ONE_CPU, SamplerOps
 
 
@@ -28,10 +29,12 @@ def make_layer_cache(
     config: DecoderConfig, batch: int, slots: int, dtype: jax.typing.DTypeLike, ops: SamplerOps
 ) -> LayerCache:
     """A zero cache of one layer, `batch` rows of `slots` positions, in the fastest layout for the devices of `ops`."""
-    K, H = config.num_kv_heads, config.head_dim
+    tensor = Split.of(ops.target).tensor
+    K, H = HeadSlots(config.num_heads, config.num_kv_heads, tensor).num_slots, config.head_dim
     is_blocked = ops.target.is_cpu and slots % KEY_BLOCK == 0
     T = KEY_BLOCK if is_blocked else slots
-    k, v = jnp.zeros((batch, K, slots // T, H, T), dtype), jnp.zeros((batch, K, slots, H), dtype)
+    v = jnp.zeros((batch, K, slots, H), dtype)
+    k = jnp.zeros((batch, K, slots // T, H, T) if ops.target.is_cpu else v.shape, dtype)
     if is_blocked and ops.kernels is not None and ops.kernels.can_attend(H, dtype):
         return KernelLayerCache(k=k, v=v, kernels=ops.kernels)
     cache = XLALayerCache(k=k, v=v, blocks=CPU_BLOCKS if ops.target.is_cpu else ACCELERATOR_BLOCKS)
@@ -61,7 +64,7 @@ class KVCache:
         return cls(tuple(make_layer_cache(config, batch, slots, dtype, ops) for _ in range(config.num_layers)))
 
     def shardings(self, mesh: Mesh) -> KVCache:
-        """Shardings of all arrays: rows over (data, fsdp), kv heads over tensor; replicated if they do not divide."""
+        """Shardings of all arrays: rows over (data, fsdp) if they divide, head slots over tensor, which always do."""
         rest = lambda leaf: ("batch", "kv_heads") + (None,) * (leaf.ndim - 2)  # noqa: E731
         return jax.tree.map(lambda x: NamedSharding(mesh, partition_spec(mesh, rest(x), x.shape)), self)
 

@@ -64,6 +64,12 @@ class XLALayerCache(LayerCache):
                     return whole, positions // block, whole, positions % block
                 return *(whole,) * (axis - 1), positions
 
+            if (
+                self.k.ndim == 4
+            ):  # heads too are indexed: XLA's TPU compiler would reorder a cache with windows of heads
+                rows = jnp.arange(len(positions_BC)) if rows_B is None else rows_B
+                index = rows[:, None, None], jnp.arange(to.shape[1]), positions_BC[:, :, None]
+                return to.at[index].set(new, mode="drop", unique_indices=True)
             if rows_B is not None:
                 return to.at[rows_B[:, None], *at(positions_BC)].set(new, mode="drop", unique_indices=True)
 
@@ -172,7 +178,9 @@ class XLALayerCache(LayerCache):
 
 
 def _scores(q_BKRH: jax.Array, k: jax.Array, by_block: bool) -> jax.Array:
-    """Dot products with keys [B, K, blocks, H, T], float32 [B, K, R, blocks * T]; `by_block`: a matmul per block."""
+    """Dot products with keys, float32 [B, K, R, S]; `by_block`: a matmul per block of keys [B, K, blocks, H, T]."""
+    if k.ndim == 4:
+        return _matmul32(q_BKRH, jnp.swapaxes(k, 2, 3))
     B, K, blocks, H, T = k.shape
     if not by_block or blocks == 1:
         return _matmul32(q_BKRH, jnp.swapaxes(k, 2, 3).reshape(B, K, H, blocks * T))
