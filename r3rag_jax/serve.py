@@ -9,12 +9,10 @@ loopback unless --host says otherwise.
 from __future__ import annotations
 
 import functools
-import json
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from r3rag_jax.config import FlagParser, load_config
 from r3rag_jax.config.serving import ServeConfig
@@ -45,15 +43,6 @@ def parse_flags(argv: Sequence[str] | None) -> tuple[Path, str | None, list[str]
     return args.index, args.config, args.overrides, ServeConfig(**settings)
 
 
-def words_of(keys: Mapping[str, Any], section: str = "retrieval") -> list[str]:
-    """Keys of a section, nested ones included, as key=value."""
-    words = []
-    for name, value in keys.items():
-        dotted = f"{section}.{name}"
-        words += words_of(value, dotted) if isinstance(value, Mapping) else [f"{dotted}={json.dumps(value)}"]
-    return words
-
-
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     index_dir, recipe, overrides, settings = parse_flags(argv)
@@ -63,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         raise UserError(f"the server needs the extra serve: pip install 'r3rag_jax[serve]' ({error})") from error
     manifest = read_manifest(index_dir)
-    built_with = [] if recipe else words_of({"kind": manifest.kind, **manifest.config})
+    built_with = [] if recipe else manifest.overrides()
     # With the phase `index` alone, the other phases' requirements of a recipe are not checked.
     config = load_config(recipe, [*built_with, *overrides, "phases=index"]).retrieval
     use_compile_cache()

@@ -47,7 +47,7 @@ def build_hnsw(
     faiss = import_faiss()
     resume_stage(directory, "hnsw", {**plan.build_facts(), "segment": SEGMENT, "faiss": faiss.__version__}, PATTERN)
     num_vectors, dim = vectors.shape
-    lock = threading.Lock()  # of the progress bar
+    lock, stopped = threading.Lock(), threading.Event()  # the lock is that of the progress bar
 
     def build(number: int) -> None:
         start, stop = number * SEGMENT, min((number + 1) * SEGMENT, num_vectors)
@@ -60,6 +60,8 @@ def build_hnsw(
         index.hnsw.efConstruction = plan.hnsw_build_ef
         index.train(vectors.take(_spread(start, stop, _NUM_SCALES)))
         for _, rows_ND in vectors.blocks(_ADD, start, stop):
+            if stopped.is_set():
+                return
             index.add(np.ascontiguousarray(rows_ND, np.float32))
             report(len(rows_ND))
         _write(index, path)
@@ -71,7 +73,11 @@ def build_hnsw(
 
     workers = int(max(1, min(memory_gb * _GIB // hnsw_segment_bytes(plan, dim), os.cpu_count() or 1)))
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(build, range(-(-num_vectors // SEGMENT))))
+        try:
+            list(pool.map(build, range(-(-num_vectors // SEGMENT))))
+        except BaseException:  # a full disk, or Ctrl-C: do not wait until the other graphs are done
+            stopped.set()
+            raise
 
 
 def build_ivfpq(

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from r3rag_jax.config import Config, load_config
-from r3rag_jax.config.retrieval import RetrievalConfig
 from r3rag_jax.data.questions import iterate_passages
 from r3rag_jax.data.records import OnError
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.factory import build_index, open_local_retriever
 from r3rag_jax.retrieval.faiss import FaissRetriever
 from r3rag_jax.retrieval.given import GivenFiles
-from r3rag_jax.retrieval.manifest import Manifest, check_files, has_index, read_manifest
+from r3rag_jax.retrieval.manifest import check_files, has_index, read_manifest
 from r3rag_jax.retrieval.planner import describe, plan_faiss
 from r3rag_jax.retrieval.quality import against_exact, measure, read_queries, read_trajectory_queries, search_all
 from r3rag_jax.run.progress import bar_of_unknown_length
@@ -83,7 +80,7 @@ def evaluate(args: argparse.Namespace, console: Console) -> None:
         queries |= {"queries of the trajectories": read_trajectory_queries(args.trajectories)}
     if not queries:
         raise UserError("eval needs --questions FILE or --trajectories FILE; got neither")
-    config = _load(args, [] if args.config else keys_of(read_manifest(args.index))).retrieval
+    config = _load(args, [] if args.config else read_manifest(args.index).overrides()).retrieval
     retriever = open_local_retriever(config, args.index)
     exact = retriever.exact() if isinstance(retriever, FaissRetriever) else None
     ks = sorted(set(args.k))
@@ -121,21 +118,6 @@ def plan(args: argparse.Namespace, console: Console) -> None:
     config = _load(args, flag_overrides(args)).retrieval
     say = plan_faiss(config, args.passages, args.dim)
     console.print(describe(say, args.passages, args.dim), highlight=False, soft_wrap=True)
-
-
-def keys_of(manifest: Manifest) -> list[str]:
-    """The keys of `retrieval` that an index was built with and that are not defaults, as `key=value`."""
-    defaults = RetrievalConfig().model_dump(mode="json")
-    return list(_flat(manifest.config, defaults, "retrieval")) or [f"retrieval.kind={manifest.kind}"]
-
-
-def _flat(values: Mapping[str, Any], defaults: Mapping[str, Any], section: str) -> Iterator[str]:
-    for name, value in values.items():
-        default = defaults.get(name)
-        if isinstance(value, dict):
-            yield from _flat(value, default if isinstance(default, dict) else {}, f"{section}.{name}")
-        elif value != default:
-            yield f"{section}.{name}={json.dumps(value)}"
 
 
 def _load(args: argparse.Namespace, keys: Sequence[str]) -> Config:

@@ -20,7 +20,7 @@ from r3rag_jax.retrieval.encoding import CHUNK, copy_vectors, encode, encode_pas
 from r3rag_jax.retrieval.fingerprint import corpus_fingerprint, digest
 from r3rag_jax.retrieval.given import GIVEN, NOTHING, GivenFiles, open_given, take_index
 from r3rag_jax.retrieval.manifest import AGAIN, Manifest, check_index
-from r3rag_jax.retrieval.planner import FaissPlan, describe, plan_faiss
+from r3rag_jax.retrieval.planner import FaissPlan, check_memory, describe, plan_faiss
 from r3rag_jax.retrieval.ranked import RankedRetriever, Ranking
 from r3rag_jax.retrieval.store import PassageStore
 from r3rag_jax.retrieval.vectors import VectorShards
@@ -160,6 +160,7 @@ class FaissRetriever(RankedRetriever):
             plan = plan_faiss(config, len(store), encoder.dim)
             if say is not None:
                 say(describe(plan, len(store), encoder.dim))
+            check_memory(plan, len(store), encoder.dim, config.memory_gb)
             inputs = (encoder, store.at, len(store), directory, plan.dtype, on_progress)
             vectors = copy_vectors(given.vectors, *inputs) if given.vectors else encode_passages(*inputs)
             if plan.kind == "hnsw":

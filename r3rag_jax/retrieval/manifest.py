@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,19 @@ class Manifest:
     files: Mapping[str, FileRecord]  # path in the directory -> what it was
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of `retrieval` it was built with
     layout: int = LAYOUT
+
+    def overrides(self) -> list[str]:
+        """The keys of `retrieval` that the index was built with, as `key=value`."""
+        return list(_words({"kind": self.kind, **self.config}, "retrieval"))
+
+
+def _words(keys: Mapping[str, Any], section: str) -> Iterator[str]:
+    for name, value in keys.items():
+        dotted = f"{section}.{name}"
+        if isinstance(value, Mapping):
+            yield from _words(value, dotted)
+        else:
+            yield f"{dotted}={json.dumps(value)}"
 
 
 def has_index(directory: Path) -> bool:

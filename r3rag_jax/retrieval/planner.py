@@ -118,21 +118,34 @@ _RERANK_MS = 0.5
 def estimate(plan: FaissPlan, num_passages: int, dim: int) -> Estimate:
     """What the index takes, from the rates above."""
     vectors = num_passages * dim * (4 if plan.dtype == "float32" else 2)
+    shard = max(vectors // 256, 4096 * dim * 4) + 4096 * dim * 4  # what `encoding.py` holds
     if plan.kind == "flat":
-        return Estimate(vectors, 64 * dim * 4096, vectors, 0.0, vectors / _FLAT_BYTES_PER_MS, 1.0)
+        return Estimate(vectors, shard, vectors, 0.0, vectors / _FLAT_BYTES_PER_MS, 1.0)
     if plan.kind == "hnsw":
         graph = hnsw_segment_bytes(plan, dim, num_passages)
         segments = -(-num_passages // SEGMENT)
         build_s = num_passages / _HNSW_ADD_PER_S * dim / 768
-        build = min(2, segments) * hnsw_segment_bytes(plan, dim, min(SEGMENT, num_passages))
-        return Estimate(vectors + graph, build, graph, build_s, segments * _HNSW_MS + _RERANK_MS, 0.98)
+        build = hnsw_segment_bytes(plan, dim, min(SEGMENT, num_passages))
+        return Estimate(vectors + graph, max(build, shard), graph, build_s, segments * _HNSW_MS + _RERANK_MS, 0.98)
     codes = num_passages * (plan.pq_bytes + 8)
     centroids = plan.ivf_lists * dim * 4
     flops = 2 * dim * plan.ivf_lists * (10 * plan.ivf_train_rows + num_passages) + 2 * PQ_CENTROIDS * dim * num_passages
     read = num_passages * plan.ivf_probes / plan.ivf_lists
     search_ms = read / _IVF_CODES_PER_MS + 2 * plan.ivf_lists * dim / _FLAT_BYTES_PER_MS + _RERANK_MS
-    build = max(plan.ivf_train_rows * dim * 8, 2 * codes) + centroids
+    build = max(plan.ivf_train_rows * dim * 4, 2 * codes, shard) + 2 * centroids
     return Estimate(vectors + codes + centroids, build, codes + centroids, flops / _IVF_FLOPS, search_ms, 0.95)
+
+
+def check_memory(plan: FaissPlan, num_passages: int, dim: int, memory_gb: float) -> None:
+    """Raise a UserError if building the index takes more memory than `retrieval.memory_gb`."""
+    needed = estimate(plan, num_passages, dim).build_memory / _GIB
+    hint = " or choose fewer retrieval.faiss.ivf_lists" if plan.kind == "ivfpq" else ""
+    require(
+        needed <= memory_gb,
+        f"retrieval.memory_gb must be at least {needed:.2f} to build {plan.kind} over {num_passages} vectors of {dim}; "
+        f"got {memory_gb:g}. Raise it{hint}",
+        "retrieval.memory_gb",
+    )
 
 
 def describe(plan: FaissPlan, num_passages: int, dim: int) -> str:

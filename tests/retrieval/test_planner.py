@@ -6,7 +6,7 @@ import pytest
 
 from r3rag_jax.config.retrieval import FaissConfig, RetrievalConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.retrieval.planner import describe, estimate, plan_faiss
+from r3rag_jax.retrieval.planner import check_memory, describe, estimate, plan_faiss
 
 AUTO = RetrievalConfig(faiss=FaissConfig(kind="auto"))
 
@@ -27,6 +27,16 @@ def test_auto_is_exact_if_that_is_fast_and_compressed_if_memory_is_short(
     assert (plan.kind, plan.dtype) == (kind, dtype)
     assert estimate(plan, num_passages, 768).search_memory <= memory_gb * 2**30
     assert plan_faiss(AUTO.replace(faiss=FaissConfig(kind=kind)), num_passages, 768) == plan
+
+
+def test_a_build_that_does_not_fit_is_refused() -> None:
+    plan = plan_faiss(RetrievalConfig(faiss=FaissConfig(kind="ivfpq")), 21_000_000, 768)
+    assert plan.ivf_train_rows == 64 * 16384
+    check_memory(plan, 21_000_000, 768, 4.2)  # the sample: 3.0 GiB; lists while they are merged: 4.1 GiB
+    with pytest.raises(UserError, match=r"memory_gb must be at least 4\.16 to build ivfpq over .*; got 4\. Raise"):
+        check_memory(plan, 21_000_000, 768, 4.0)
+    hnsw = plan_faiss(RetrievalConfig(faiss=FaissConfig(kind="hnsw")), 21_000_000, 768)
+    check_memory(hnsw, 21_000_000, 768, 1.2)  # one graph of 2^20 vectors at a time
 
 
 def test_sizes_by_hand() -> None:
