@@ -361,6 +361,30 @@ def test_batches_have_few_shapes_whatever_comes(built: Path) -> None:
     assert shapes <= {(rows, length) for rows in (1, 4, 16, 64) for length in (16, 32, 64, 80)}
 
 
+def test_many_texts_are_batched_by_fitting_lengths_and_give_the_same_vectors(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bert_encoder, "_MANY", 40)
+    texts = ["a b c d e f g"[: 2 * (3 + i % 5)] for i in range(64)] + ["a " * 60] * 4  # 5 to 9 tokens, and 62
+    encoder = BertEncoder(built, batch_tokens=128, fits_lengths=True)
+    batches = list(encoder._batches(encoder._tokenized(texts, "query")))
+    assert sorted(np.concatenate([rows for rows, _ in batches])) == list(range(68))
+    shapes = [tokens.shape for _, (tokens, _) in batches]
+    assert shapes[:2] == [(2, 64), (2, 64)] and (16, 8) in shapes
+    np.testing.assert_allclose(encoder.encode(texts), BertEncoder(built).encode(texts), atol=2e-6)
+
+
+def test_fitting_batches_by_hand() -> None:
+    sizes = np.array([9, 30, 8, 31, 16, 5, 10])
+    batches, rest = bert_encoder._fitting_batches(sizes, max_length=80, batch_tokens=64, num_devices=1)
+    assert [(rows.tolist(), length) for rows, length in batches] == [([3, 1], 32), ([4, 6, 0, 2], 16)]
+    assert rest.tolist() == [5]
+    sizes = np.array([300] * 20)
+    batches, rest = bert_encoder._fitting_batches(sizes, max_length=512, batch_tokens=16 * 320, num_devices=3)
+    assert [(rows.tolist(), length) for rows, length in batches] == [(list(range(15)), 320)]
+    assert rest.tolist() == list(range(15, 20))
+
+
 def test_lengths_and_row_counts_by_hand() -> None:
     assert bert_encoder._lengths(512) == [16, 32, 64, 96, 128, 192, 256, 384, 512]
     assert bert_encoder._lengths(100) == [16, 32, 64, 96, 100]
