@@ -18,9 +18,11 @@ from r3rag_jax.compiling.hlo import Array, Computation, Instruction, Program
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "optimization-barrier", "copy-done", "async-start", "async-update", "async-done",
-    "all-gather-done", "all-reduce-done", "collective-permute-done", "send-done", "recv-done",
+    "all-gather-done", "all-reduce-done", "collective-permute-done", "send-done", "recv-done", "slice-done",
+    "dynamic-slice-done", "dynamic-update-slice-done",
 }  # fmt: skip
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # written in place; which operand is written
 
 
 def flops(program: Program) -> float:
@@ -64,11 +66,13 @@ def instruction_bytes(program: Program, computation: Computation, instruction: I
         )
         return read + _written_bytes(inside, instruction)
     operands = [computation.instructions[name] for name in instruction.operands if name in computation.instructions]
+    if instruction.opcode in ("slice-start", "dynamic-slice-start"):  # its result: operand, slice, what it waits for
+        cut = instruction.result[1]
+        return float(cut.num_bytes + _in_hbm((cut,)))
     if instruction.opcode in _SLICES:
         return 2.0 * _in_hbm(instruction.result)
-    if instruction.opcode in ("dynamic-update-slice", "scatter"):
-        update = operands[2 if instruction.opcode == "scatter" else 1]
-        return 2.0 * _in_hbm(update.result)
+    if instruction.opcode in _UPDATES:
+        return 2.0 * _in_hbm(operands[_UPDATES[instruction.opcode]].result)
     result = instruction.result[:1] if instruction.opcode.endswith("-start") else instruction.result
     return float(_in_hbm(result) + sum(_in_hbm(operand.result) for operand in operands))
 
@@ -94,7 +98,7 @@ def _sliced_bytes(program: Program, inside: Computation, name: str) -> float | N
             continue
         if user.opcode in _SLICES and user.operands[0] == name:
             total += user.num_bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+        elif user.opcode in _UPDATES and user.operands[0] == name:
             continue  # overwritten in place
         elif user.opcode in ("bitcast", "copy", "reshape"):
             if user.is_root or (found := _sliced_bytes(program, inside, user.name)) is None:
@@ -122,9 +126,9 @@ def _written_bytes(inside: Computation, fusion: Instruction) -> float:
     for output, array in zip(outputs, fusion.result, strict=True):
         while output.opcode == "bitcast" and output.operands[0] in inside.instructions:
             output = inside.instructions[output.operands[0]]
-        is_update = output.opcode == "dynamic-update-slice"
-        update = inside.instructions[output.operands[1]] if is_update else output
-        total += 0 if array.is_on_chip else update.num_bytes if is_update else array.num_bytes
+        place = _UPDATES.get(output.opcode)
+        update = array.num_bytes if place is None else inside.instructions[output.operands[place]].num_bytes
+        total += 0 if array.is_on_chip else update
     return total
 
 

@@ -266,6 +266,19 @@ ENTRY %main (w: bf16[6,512,512], i: s32[], h: bf16[6,8,512]) -> bf16[6,8,512] {
     assert work.hbm_bytes(hlo.read(text)) == 2 * 8 * 512 * 2 + 4
 
 
+def test_a_prefetch_of_a_slice_reads_the_slice() -> None:
+    text = """\
+HloModule jit_p
+
+ENTRY %main (w: bf16[4736,3584]) -> bf16[1184,3584] {
+  %w = bf16[4736,3584]{1,0:T(8,128)(2,1)} parameter(0)
+  %slice-start = (bf16[4736,3584]{1,0:T(8,128)(2,1)}, bf16[1184,3584]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(4)}) slice-start(%w), slice={[0:1184], [0:3584]}
+  ROOT %slice-done = bf16[1184,3584]{1,0:T(8,128)(2,1)S(1)} slice-done(%slice-start)
+}
+"""  # noqa: E501
+    assert work.hbm_bytes(hlo.read(text)) == 1184 * 3584 * 2
+
+
 def test_what_xla_compiles_here() -> None:
     """A scan of 5 products: XLA's own count, which has the body once, times 5."""
 
