@@ -13,8 +13,11 @@ import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 OBJECT = re.compile(r"/(?:download/)?storage/v1/b/([^/]+)/o/(.+)")
 OBJECTS = re.compile(r"/storage/v1/b/([^/]+)/o")
@@ -53,6 +56,21 @@ class FakeGCS:
             self._server.shutdown()
             thread.join()
             self._server.server_close()
+
+    @contextlib.contextmanager
+    def used_here(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[FakeGCS]:
+        """Run the server for this process, which has read its environment and may know another server already."""
+        for name, value in (self.environment | {"XDG_CACHE_HOME": str(cache)}).items():
+            monkeypatch.setenv(name, value)
+        import fsspec.config
+        import gcsfs  # reads the environment
+        from etils.epath.backend import fsspec_backend
+
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        fsspec_backend._get_filesystem.cache_clear()
+        with self.running():
+            yield self
 
     def names(self, prefix: str) -> list[str]:
         """Names of the objects below "bucket/folder/", without it."""

@@ -63,16 +63,22 @@ class StopState:
         is_deferred: whether a loop is running that stops at the end of its step.
         why: who has asked first, e.g. "SIGTERM"; None while nobody has.
         deadline: time of the clock at which the process ends, whatever it is doing.
+        has_signal: whether a signal has come to this very process. Launchers send one to every process, and not at the
+            same moment: a first signal after another process's note is no second one.
     """
 
     limit_s: float
     is_deferred: bool = False
     why: str | None = None
     deadline: float = float("inf")
+    has_signal: bool = False
 
     def on_signal(self, why: str, now: float) -> Action:
-        """A signal has come to this process."""
-        return Action.EXIT if self.why is not None else self.on_note(why, now)
+        """A signal has come to this process; the second one ends it."""
+        if self.has_signal:
+            return Action.EXIT
+        self.has_signal = True
+        return self.on_note(why, now)
 
     def on_note(self, why: str, now: float) -> Action:
         """Another process has been asked to stop, or a preemption was announced; only the first one counts."""

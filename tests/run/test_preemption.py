@@ -10,10 +10,12 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from r3rag_jax.errors import StopRun, main_guard
+from r3rag_jax.run import preemption
 from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.run.preemption import Action, StopSignals, StopState, exit_status
 from r3rag_jax.run.schedule import SaveSchedule
@@ -29,7 +31,8 @@ def test_the_state_machine() -> None:
     assert loop.on_signal("Ctrl-C", now=120) is Action.EXIT  # a second one
     elsewhere = StopState(limit_s=60)
     assert elsewhere.on_note("SIGTERM to process 1", now=0) is Action.RAISE
-    assert elsewhere.on_signal("SIGTERM", now=1) is Action.EXIT
+    assert elsewhere.on_signal("SIGTERM", now=1) is Action.NOTHING  # the launcher has sent it to all, one by one
+    assert elsewhere.on_signal("SIGTERM", now=2) is Action.EXIT
 
 
 def test_exit_statuses() -> None:
@@ -106,6 +109,29 @@ def test_checkpoints_come_by_steps_and_by_minutes(tmp_path: Path) -> None:
             now[0] += 50 if step < 7 else 1  # seconds
             schedule.after(step, lambda step=step: saved.append(step))
     assert saved == [3, 4, 8]  # 150 s; by step; 102 s after step 4; after the last step the policy is written instead
+
+
+@pytest.mark.parametrize(
+    ("process", "own", "is_announced", "expected"),
+    [
+        (0, None, True, "a preemption notice"), (0, "SIGTERM", True, "SIGTERM"), (0, None, False, None),
+        (1, "SIGTERM", False, None), (1, None, True, None),
+    ],
+)  # fmt: skip
+def test_process_0_decides(
+    process: int, own: str | None, is_announced: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another process only what process 0 says counts; what it was told itself, process 0 learns from its note."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", lambda step: is_announced)
+    said_by_0 = [True, None]
+    monkeypatch.setattr(preemption, "broadcast_json", lambda value, name: said_by_0 if process else value)
+    stop = StopSignals()
+    stop._state.is_deferred = True
+    if own is not None:
+        stop._state.on_signal(own, now=0)
+    assert stop.agreed(3, save=process == 0) == (True, expected)
+    assert stop.why == (own or expected)
 
 
 SCRIPT = """

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-import fsspec.config
 import jax.numpy as jnp
 import pytest
 from etils.epath.backend import fsspec_backend
@@ -211,12 +210,7 @@ def test_who_lost_the_lease_writes_no_more(bucket: Bucket, monkeypatch: pytest.M
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # gcsfs, of a chunk that it uploads
 def test_checkpoints_and_files_on_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """gcsfs and TensorStore over HTTP, against a server with the API of Google Cloud Storage."""
-    gcs = FakeGCS()
-    for name, value in gcs.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})  # it read the environment when it was imported
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
-    with gcs.running():
+    with FakeGCS().used_here(monkeypatch, tmp_path / "machine") as gcs:
         with hold_run(Config(run_dir=URL)) as run:
             write(run, metrics="1\n")
             (run.path / "large").write_bytes(bytes(range(256)) * 40_000)
