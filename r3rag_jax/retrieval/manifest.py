@@ -72,8 +72,16 @@ def write_manifest(
     depends_on: Mapping[str, str],
     config: Mapping[str, Any],
 ) -> None:
-    """Write `fingerprint.json` for the files in the directory, except hidden ones."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("."))
+    """Write `fingerprint.json` for the files in the directory, except hidden ones and those of databases.
+
+    A database (Milvus Lite) is a directory NAME.db, whose files change when it is opened.
+    """
+    files_of = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    paths = sorted(
+        directory / path
+        for path in files_of
+        if not path.name.startswith(".") and not any(parent.suffix == ".db" for parent in path.parents)
+    )
     files = {
         path.relative_to(directory).as_posix(): FileRecord(path.stat().st_size, sample_digest(path), file_digest(path))
         for path in paths

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from corpora import AxisEncoder, encyclopedia, ids
 
+from r3rag_jax import index as command
 from r3rag_jax.config import RetrievalConfig, load_config
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval import milvus
@@ -42,6 +43,12 @@ def test_hits_are_those_of_faiss(index: Path, tmp_path: Path) -> None:
         assert found.search(QUERIES, k) == exact.search(QUERIES, k)
     assert found.search([], 3) == [] and found.search([""], 3) == [[]]
     assert found.fingerprint == open_retriever(config(), index).fingerprint != exact.fingerprint
+
+
+def test_a_database_that_was_opened_leaves_the_index_as_it_was_built(index: Path) -> None:
+    assert list((index / milvus.LITE_FILE).iterdir())
+    open_retriever(config(), index).search(["harbor"], 1)
+    assert command.main(["check", "--index", str(index)]) == 0
 
 
 def test_a_filter_leaves_out_what_it_does_not_name(index: Path) -> None:
