@@ -140,6 +140,12 @@ def check_devices(config: Config, parts: RLParts) -> None:
             f"launch programs on the same {parts.mesh.size} devices; got mesh.sampler_devices="
             f"{config.mesh.sampler_devices}"
         )
+    judges_beside = config.rl.max_resamples > 0 and config.rewards.needs_judge and config.judge.kind == "local"
+    if config.rl.async_rollouts and judges_beside and parts.mesh.size > 1:
+        raise UserError(
+            "rl.max_resamples must be 0 with rl.async_rollouts and a local judge: rollouts are judged in a thread, on "
+            f"the {parts.mesh.size} devices that updates run on; got {config.rl.max_resamples}"
+        )
 
 
 def log_trajectories(log: TrajectoryLog, iteration: int, experience: Experience) -> None:

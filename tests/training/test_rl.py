@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,9 +13,11 @@ import tiny_run
 from jax.sharding import AxisType
 
 from r3rag_jax import components as components_module
+from r3rag_jax.config import load_config
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.mesh import AXES
 from r3rag_jax.training.experience import IterationSampler
+from r3rag_jax.training.rl import check_devices
 from r3rag_jax.training.trainer import RLTrainer
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
@@ -75,3 +78,14 @@ def are_equal(one: list[jax.Array], other: list[jax.Array]) -> bool:
 def test_rollouts_ahead_need_devices_that_nothing_else_launches_on(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rl.async_rollouts must have one device, or mesh.sampler_devices of its own"):
         tiny_run.train(tmp_path, base, rl__async_rollouts="true", phases="[index, rl]")
+
+
+def test_rollouts_ahead_are_not_judged_on_the_devices_of_updates() -> None:
+    words = ["rl.algorithm=rloo", "rl.drop_zero_variance=true", "rl.async_rollouts=true", "rewards.process=judge"]
+    config = load_config(None, [*words, "rl.max_resamples=2", "judge.kind=local", "judge.local.path=judge"])
+    several = SimpleNamespace(mesh=SimpleNamespace(size=4), sampler_mesh=SimpleNamespace(size=4))
+    with pytest.raises(UserError, match=r"rl.max_resamples must be 0 with rl.async_rollouts and a local judge.*got 2"):
+        check_devices(config, several)
+    check_devices(config.replace(rl=config.rl.replace(max_resamples=0)), several)
+    one = SimpleNamespace(size=1)
+    check_devices(config, SimpleNamespace(mesh=one, sampler_mesh=one))
