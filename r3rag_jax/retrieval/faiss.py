@@ -28,6 +28,7 @@ from r3rag_jax.types import Passage
 
 _BLOCK = 16_384  # float16 vectors that are widened and searched at once
 _SPARE_HITS = 8  # fetched beyond k, so that ties at rank k are resolved by position
+_NUM_MEASURED, _LOW_RECALL = 64, 0.9  # queries of `_measured`, and from which recall on an index is as it should be
 _TIE = 1e-5  # FAISS sums in another order for another batch size: scores this close may be swapped
 
 
@@ -167,6 +168,8 @@ class FaissRetriever(RankedRetriever):
                 build_hnsw(vectors, directory, plan, config.memory_gb, on_progress)
             elif plan.kind == "ivfpq":
                 build_ivfpq(vectors, directory, plan, on_progress)
+            if plan.kind != "flat" and say is not None:
+                say(_measured(plan, encoder, store, vectors, directory))
             facts = plan.build_facts()
         return {"encoder": encoder.fingerprint, "faiss": json.dumps(facts, sort_keys=True)}
 
@@ -250,6 +253,19 @@ class ExactIndex:
                 starts.append(start + first)
             start += len(shard)
         return merge(found, starts, k)
+
+
+def _measured(plan: FaissPlan, encoder: Encoder, store: PassageStore, vectors: VectorShards, directory: Path) -> str:
+    """recall@10 of an approximate index against exact search, with first lines of passages as queries, in words."""
+    positions = np.unique(np.linspace(0, len(store) - 1, _NUM_MEASURED).astype(np.int64)).tolist()
+    titles = [store.at(position).contents.partition("\n")[0][:200] for position in positions]
+    vectors_QD, k = encode(encoder, titles, "query"), min(10, len(store))
+    _, exact_QK = ExactIndex(vectors).search(vectors_QD, k)
+    index = FaissIndexes.open(directory, search_ef=plan.hnsw_search_ef, probes=plan.ivf_probes)
+    _, found_QC = index.search(vectors_QD, min(plan.num_candidates(k), len(store)))
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(exact_QK, found_QC, strict=True)])
+    low = "" if recall >= _LOW_RECALL else "; that is low: choose --kind flat, or raise what a search reads"
+    return f"recall@{k} against exact search, first lines of {len(titles)} passages as queries: {recall:.3f}{low}"
 
 
 def _open_built(

@@ -60,7 +60,9 @@ class Estimate:
 
 def plan_faiss(config: RetrievalConfig, num_passages: int, dim: int) -> FaissPlan:
     """The index of the configuration for so many passages; the same for the same arguments everywhere."""
-    kinds = ("flat", "hnsw", "ivfpq") if config.faiss.kind == "auto" else (config.faiss.kind,)
+    kinds: tuple[str, ...] = ("flat", "hnsw", "ivfpq") if config.faiss.kind == "auto" else (config.faiss.kind,)
+    if config.faiss.kind == "auto" and config.encoder.kind == "hash":
+        kinds = ("flat",)  # most passages share no feature with a query: a graph of them leads nowhere
     plans = [_plan(config, kind, num_passages, dim) for kind in kinds]
     if len(plans) == 1:
         return plans[0]

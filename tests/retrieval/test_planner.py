@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from r3rag_jax.config.retrieval import FaissConfig, RetrievalConfig
+from r3rag_jax.config.retrieval import EncoderConfig, FaissConfig, RetrievalConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.planner import check_memory, describe, estimate, plan_faiss
 
-AUTO = RetrievalConfig(faiss=FaissConfig(kind="auto"))
+AUTO = RetrievalConfig(faiss=FaissConfig(kind="auto"), encoder=EncoderConfig(kind="bert", path="e5"))
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,9 @@ def test_auto_is_exact_if_that_is_fast_and_compressed_if_memory_is_short(
     assert (plan.kind, plan.dtype) == (kind, dtype)
     assert estimate(plan, num_passages, 768).search_memory <= memory_gb * 2**30
     assert plan_faiss(AUTO.replace(faiss=FaissConfig(kind=kind)), num_passages, 768) == plan
+    # Hashed words are sparse: HNSW over 10,032 passages finds 7 % of their nearest neighbours.
+    hashed = AUTO.replace(encoder=EncoderConfig(), memory_gb=memory_gb)
+    assert plan_faiss(hashed, num_passages, 768).kind == "flat"
 
 
 def test_a_build_that_does_not_fit_is_refused() -> None:
