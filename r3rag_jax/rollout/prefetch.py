@@ -3,8 +3,8 @@
 Such rollouts come from the policy before that update, so training is one step off-policy; the importance ratios of the
 policy loss correct for it, since they are relative to the log-probabilities recorded while sampling.
 
-This is for one process alone. Processes that share a program must launch it in the same order, and two threads launch in
-another order on each. Devices of their own do not help where the runtime orders all programs with collectives of a
+This is for one process alone. Processes that share a program must launch it in the same order, and two threads launch
+in another order on each. Devices of their own do not help where the runtime orders all programs with collectives of a
 process by their launch, as XLA's does on CPUs: process 0 waits with an update for process 1, which has decoded first.
 """
 
