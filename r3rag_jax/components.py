@@ -134,7 +134,7 @@ class Components:
     @property
     def shares_prefixes(self) -> bool:
         """Whether samples with a common prefix are merged into one sequence; see `training/prefix_tree.py`."""
-        return not self.codec.protocol.is_one_sequence and self.config.model.attention != "splash"
+        return not self.codec.protocol.is_one_sequence
 
     @functools.cached_property
     def dataset(self) -> Dataset:

@@ -218,7 +218,7 @@ class RunPrograms:
     def _batch(self, rows: int, length: int) -> Any:
         """A `TrainBatch`; with branches where samples of a step each share their prompts."""
         config = self.config
-        has_branches = not make_protocol(config.rollout.protocol).is_one_sequence and config.model.attention != "splash"
+        has_branches = not make_protocol(config.rollout.protocol).is_one_sequence
         batch, _ = pack([], row_length=length, num_rows=rows, has_branches=has_branches)
         shardings = batch_shardings(self.mesh, batch)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, shardings)

@@ -46,7 +46,7 @@ def attention(
         segment_ids_BL: int32; token i sees token j only if j <= i and their ids are equal. Padding has id 0. Every
             token sees itself, so outputs of padding are finite. None: one segment.
         branch_ids_BL: int32; token i sees token j only if j's branch is 0 or equals i's (`training/prefix_tree.py`).
-            None: no branches. Not supported by "splash".
+            None: no branches.
         implementation: "xla" (any device), "cudnn" (NVIDIA; bfloat16 or float16; H a multiple of 8, at most 128, or
             256 from Hopper on; an even L if there are segment ids) or "splash" (TPU; CPUs interpret the kernel, which
             is slow).
@@ -61,10 +61,8 @@ def attention(
     if target.platform not in PLATFORMS.get(implementation, (target.platform,)):
         known = " or ".join(PLATFORMS[implementation])
         raise UserError(f"attention {implementation!r} must run on {known}; got {target.platform}")
-    if implementation == "splash" and branch_ids_BL is not None:
-        raise UserError("attention 'splash' must have no branch_ids, since its kernel masks by segment only")
     if implementation == "splash":
-        return _splash(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, target)
+        return _splash(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL, target)
     if implementation == "cudnn":
         visible = _visible(segment_ids_BL, branch_ids_BL, 0, q_BLNH.shape[1])
         mask = None if visible is None else visible[:, None]
@@ -87,9 +85,18 @@ def _visible(
 
 
 def _splash(
-    q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, segment_ids_BL: jax.Array | None, target: Target
+    q_BLNH: jax.Array,
+    k_BLKH: jax.Array,
+    v_BLKH: jax.Array,
+    segment_ids_BL: jax.Array | None,
+    branch_ids_BL: jax.Array | None,
+    target: Target,
 ) -> jax.Array:
-    """Flash attention on one device (`jax.experimental.pallas.ops.tpu`); it skips the blocks above the diagonal.
+    """Flash attention on one device (`jax.experimental.pallas.ops.tpu`); it skips blocks that are masked as a whole.
+
+    Without branches these are the blocks above the diagonal, and the kernel compares segment ids. With branches, which
+    its masks of ids cannot express, each row has a mask of its own, a byte for each pair of tokens: [L, L], built again
+    in each layer. The kernel then also skips the blocks of other segments and branches.
 
     Rows are right-padded to a multiple of the block size. Causality keeps the padding invisible to tokens.
     """
@@ -103,27 +110,36 @@ def _splash(
     def by_head(x_BLNH: jax.Array) -> jax.Array:
         return jnp.pad(jnp.swapaxes(x_BLNH, 1, 2), ((0, 0), (0, 0), (0, missing), (0, 0)))
 
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, segments: Any, mask: Any) -> jax.Array:
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([splash.CausalMask((L + missing, L + missing))] * N) if mask is None else mask[None],
+            block_sizes=splash.BlockSizes(
+                block_q=block,
+                block_kv=block,
+                block_q_dq=block,
+                block_kv_dq=block,
+                block_q_dkv=block,
+                block_kv_dkv=block,
+            ),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=target.is_cpu,
+        )
+        if mask is not None:  # under jit the library has traced this flag, which it reads as a Python bool
+            kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+        return kernel(q, k, v, segments)
+
     # The kernel does not scale the scores. Scale in float32: 128**-0.5 rounded to bfloat16 would bias every score.
     q = (by_head(q_BLNH).astype(jnp.float32) * H**-0.5).astype(q_BLNH.dtype)
-    segments = None
-    if segment_ids_BL is not None:
-        ids_BL = jnp.pad(segment_ids_BL, ((0, 0), (0, missing)))
-        segments = splash.SegmentIds(q=ids_BL, kv=ids_BL)
-    attend = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.CausalMask((L + missing, L + missing))] * N),
-        block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-        ),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=target.is_cpu,
-    )
-    out_BNLH = jax.vmap(attend)(q, by_head(k_BLKH), by_head(v_BLKH), segments)
+    ids, branches = (None if x is None else jnp.pad(x, ((0, 0), (0, missing))) for x in (segment_ids_BL, branch_ids_BL))
+    segments = mask = None
+    if branches is not None:
+        visible = _visible(ids, branches, 0, L + missing)
+        assert visible is not None
+        mask = visible & jnp.tri(L + missing, dtype=bool)
+    elif ids is not None:
+        segments = splash.SegmentIds(q=ids, kv=ids)
+    out_BNLH = jax.vmap(attend)(q, by_head(k_BLKH), by_head(v_BLKH), segments, mask)
     return jnp.swapaxes(out_BNLH, 1, 2)[:, :L]
 
 
