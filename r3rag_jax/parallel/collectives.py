@@ -78,10 +78,15 @@ def _gather_backward(dims: Dims, dtype: Any, param_dtype: Any, _: None, grad: ja
 
 
 def scatter(grad: jax.Array, dims: Dims) -> jax.Array:
-    """Sum a partial gradient over the devices, in float32; each receives its shard of the sum."""
+    """Sum a partial gradient over the devices, in float32; each receives its shard of the sum.
+
+    Where XLA's TPU backend does not reduce-scatter over a plane of the torus (v5e 8x8), it sums all on all devices and
+    slices the sum. The barrier keeps it from slicing where the shard is used, in the optimizer, until which the whole
+    sum would live.
+    """
     for dim, axes in dims:
         grad = lax.psum_scatter(grad.astype(jnp.float32), axes, scatter_dimension=dim, tiled=True)
-    return grad
+    return lax.optimization_barrier(grad) if dims else grad
 
 
 gather.defvjp(_gather_forward, _gather_backward)

@@ -121,7 +121,8 @@ def _logprobs_backward(how, inputs, grad_K2C):
 
     start, chunks = jnp.zeros(whole.shape, jnp.float32), (hidden_KCD, temperature_KC, targets_KC, mask_KC, grad_K2C)
     grad_weight, (grad_hidden_KCD, grad_temperature_KC) = lax.scan(if_kept, start, (*chunks, any_K))
-    return how.shard(grad_weight, weight.dtype), grad_hidden_KCD, grad_temperature_KC, None, None, None
+    grads = how.shard(grad_weight, weight.dtype), grad_hidden_KCD
+    return *(lax.optimization_barrier(grads) if how.split else grads), grad_temperature_KC, None, None, None
 
 
 _logprobs.defvjp(_logprobs_forward, _logprobs_backward)
@@ -209,7 +210,9 @@ def _cross_entropy_forward(how, weight, hidden_KCD, targets_KC, mask_KC, any_K, 
     start = jnp.zeros(2, jnp.float32), jnp.zeros(whole.shape, jnp.float32)
     (sums, grad_weight), grad_hidden_KCD = lax.scan(if_kept, start, (hidden_KCD, targets_KC, mask_KC, any_K))
     loss, accuracy = sum_over_tensor(sums, how.target) * scale
-    return (loss, accuracy), (how.shard(grad_weight, weight.dtype), grad_hidden_KCD)
+    grads = how.shard(grad_weight, weight.dtype), grad_hidden_KCD
+    # The gradient of the whole weight, which may take gigabytes, must not wait for the backward pass of the layers.
+    return (loss, accuracy), lax.optimization_barrier(grads) if how.split else grads
 
 
 def _cross_entropy_backward(how, grads, cotangents):
