@@ -38,7 +38,7 @@ def calculate_program(programs: RunPrograms, name: str, topology: Topology, temp
     model_flops = programs.model_flops(name) / tokens
     flops = model_flops * (4 / 3 if is_training and config.model.remat == "full" else 1)
     trained = sum(map(math.prod, param_shapes(programs.policy.decoder_config).values())) / programs.mesh.size
-    hbm_bytes = float(arguments) + (BYTES_OF_UPDATE * trained if is_training else 0)
+    hbm_bytes = float(arguments - programs.looked_up_bytes(name)) + (BYTES_OF_UPDATE * trained if is_training else 0)
 
     def seconds(is_async: bool) -> float:
         of_kind = (item for item in found if item.is_async == is_async)
@@ -46,7 +46,8 @@ def calculate_program(programs: RunPrograms, name: str, topology: Topology, temp
 
     return ProgramReport(
         name=name, shape=program.name, is_compiled=False, fits=True, compile_s=0.0, temporaries=temporaries,
-        arguments=arguments, flops=flops, hbm_bytes=hbm_bytes, model_flops=model_flops, collectives=totals(found),
+        arguments=arguments, looked_up=programs.looked_up_bytes(name), flops=flops, hbm_bytes=hbm_bytes,
+        model_flops=model_flops, collectives=totals(found),
         largest_collectives=sorted(found, key=lambda item: -item.wire_bytes), copies=[],
         time=Estimate(max(flops / chip.flops, hbm_bytes / chip.hbm_rate), seconds(False), seconds(True)),
         peak_flops=chip.flops, hbm_rate=chip.hbm_rate,

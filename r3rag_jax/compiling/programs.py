@@ -85,6 +85,12 @@ class RunPrograms:
         cache = self._sampler.cache
         return bytes_per_device(cache, jax.tree.map(lambda x: x.sharding, cache))
 
+    def looked_up_bytes(self, name: str) -> int:
+        """Of the sampler's embedding table on one device, where a program reads only rows of it."""
+        if name not in ("prefill", "decode") or self.policy.decoder_config.tie_embeddings:
+            return 0
+        return bytes_per_device([self._decoder.embed], [self._decoder.embed.sharding])
+
     def model_flops(self, name: str) -> float:
         """Operations that a model of these sizes needs for one run of a program, on one device.
 

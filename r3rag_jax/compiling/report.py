@@ -35,6 +35,7 @@ class ProgramReport:
     compile_s: float
     temporaries: int  # bytes, with outputs that do not take the place of arguments
     arguments: int  # bytes
+    looked_up: int  # bytes of them of which only a few rows are read: an embedding table that is not the output matrix
     flops: float
     hbm_bytes: float
     model_flops: float  # that the model needs
@@ -53,7 +54,9 @@ class ProgramReport:
     @property
     def hbm_share(self) -> float | None:
         """Bytes of the arguments, each read once, over those that HBM could deliver in the estimated time."""
-        return None if self.time is None else self.arguments / (self.time.seconds * self.hbm_rate)
+        if self.time is None:
+            return None
+        return (self.arguments - self.looked_up) / (self.time.seconds * self.hbm_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ def compile_program(
     tokens = programs.config.rollout.decode_chunk if name == "decode" else 1
     common: dict[str, Any] = {
         "name": name, "shape": program.name, "is_compiled": True, "peak_flops": chip.flops, "hbm_rate": chip.hbm_rate,
-        "model_flops": programs.model_flops(name) / tokens,
+        "model_flops": programs.model_flops(name) / tokens, "looked_up": programs.looked_up_bytes(name),
     }  # fmt: skip
     lowered = program.lower()
     try:
