@@ -65,8 +65,10 @@ class FailureWatch:
     def leave(self, error: BaseException) -> NoReturn:
         """Tell the other processes of an error, print it, and end this process."""
         self.tell(error)
-        status = report_error(error)
         is_first = self._failure is None or self._failure["process"] == self._process
+        if not is_first and _may_be_of_a_peer(error):
+            self._exit(PEER_FAILED_STATUS)  # the cause was printed; a closed connection says nothing more
+        status = report_error(error)
         self._exit(status if is_first else PEER_FAILED_STATUS)
 
     def tell(self, error: BaseException) -> None:

@@ -148,4 +148,5 @@ def test_two_processes_get_the_same_hits_and_the_same_error(tmp_path: Path) -> N
     )
     assert statuses == [PEER_FAILED_STATUS, 2], shown
     assert "error: process 1: UserError: only this process fails\n" in said[0]
+    assert "Traceback" not in said[0], said[0]  # of the connection that process 1 has closed
     assert "error: only this process fails\n" in said[1]
