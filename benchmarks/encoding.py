@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32, help="sentence-transformers' batch_size; its default is 32")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", default=["float32", "bfloat16"])
     options = parser.parse_args()
     use_compile_cache()
     path = model_path(options.model)

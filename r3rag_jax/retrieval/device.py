@@ -6,7 +6,8 @@ devices, and makes the same searches, so that nothing is sent between the hosts:
 device, and every process finds the same hits.
 
 Device programs of several processes must start in the same order everywhere. So, with more than one process, only the
-thread that opened the retriever may search; the configuration refuses what would search in another one.
+thread that opened the retriever may search; the configuration refuses what would search in another one. A process whose
+search fails ends, and with it all others (`parallel/processes.joined`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from r3rag_jax.retrieval.vectors import VectorShards
 from r3rag_jax.types import Passage
 
 KINDS = ("device", "faiss")  # kinds of an index whose files can be searched on the devices
-ROWS = (4, 16, 64, 256)  # queries of a program: a batch is filled up to the next size
+_ROWS = (4, 16, 64, 256)  # queries of a program: a batch is filled up to the next size
 _MIN_FOUND = 16  # passages that a program finds per query; more are rounded up to a power of two
 
 
@@ -76,8 +77,7 @@ class DeviceRetriever(RankedRetriever):
         super().__init__(passage_at, cached_queries=cached_queries)
         if vectors.shape[1] != encoder.dim:
             raise UserError(f"the vectors of an index have the encoder's size {encoder.dim}; got {vectors.shape[1]}")
-        self._encoder, self._vectors, self._candidates = encoder, vectors, candidates
-        self._mesh = mesh
+        self._vectors, self._candidates, self._mesh = vectors, candidates, mesh
         layout = Layout.of(len(vectors), self._mesh.size)
         _check_memory(layout.bytes_per_device(encoder.dim, dtype), self._mesh, dtype)
         try:
@@ -171,7 +171,7 @@ class DeviceRetriever(RankedRetriever):
         found = max(_MIN_FOUND, 1 << (max(k * self._candidates, k) - 1).bit_length())
         rankings: list[Ranking] = []
         with self._running:  # programs with collectives must not be started by two threads at once
-            for count, inputs in self._traced.query_batches(queries, ROWS):
+            for count, inputs in self._traced.query_batches(queries, _ROWS):
                 arrays = device_put_global(inputs, tuple(replicated(self._mesh) for _ in inputs))
                 program = self._program(self._on_devices, self._params, *arrays, k=min(found, len(self._vectors)))
                 scores, positions, vectors = (np.asarray(x.addressable_data(0))[:count] for x in program)

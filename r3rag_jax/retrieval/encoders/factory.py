@@ -17,7 +17,7 @@ from r3rag_jax.retrieval.encoders.hashed import ENCODER_FILE, HashEncoder
 from r3rag_jax.retrieval.store import PassageStore, open_store
 
 MIN_ROWS = 64  # of a batch on an accelerator, where compiling a shape takes seconds, and a padded row next to nothing
-# Tokens of a batch on a CPU: layers of larger ones leave its caches, and are slower by a quarter (MiniLM, 32 MB of L3).
+# Tokens of a batch on a CPU: layers of larger ones leave its caches, and are slower by a fifth (MiniLM, 32 MB of L3).
 CPU_TOKENS = 2048
 # Triton matmuls are off on a GPU: choosing those of full float32 takes 18 of 20 s of compiling (H100), for no gain.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
