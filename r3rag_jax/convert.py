@@ -22,6 +22,8 @@ from r3rag_jax.models.hf.decoder_files import check_vocabulary
 from r3rag_jax.models.hf.gguf_files import open_gguf
 from r3rag_jax.models.hf.tensor_files import WRITE_DTYPES
 from r3rag_jax.models.paths import model_path, reading
+from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.store import is_remote
 from r3rag_jax.text.protocols import TAGS
 
 
@@ -29,7 +31,9 @@ from r3rag_jax.text.protocols import TAGS
 def main(argv: Sequence[str] | None = None) -> int:
     parser = FlagParser(prog="python -m r3rag_jax.convert", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "source", metavar="SOURCE", help="Hugging Face directory, run directory, .gguf file or package:NAME"
+        "source",
+        metavar="SOURCE",
+        help="Hugging Face directory, run directory (or its gs:// URL), .gguf file or package:NAME",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="new or empty directory")
     parser.add_argument(
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         raise UserError(f"OUT must be a new or empty directory; got {args.out}")
-    path = find_model(model_path(args.source))
+    path = find_model(RunDirectory.at(args.source).path if is_remote(args.source) else model_path(args.source))
     with reading(path), open_gguf(path, args.dtype) if path.is_file() else open_directory(path) as source:
         if args.add_tags:
             source = add_tags(source)
