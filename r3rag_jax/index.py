@@ -35,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=tuple(ACTIONS), help="what is done; `ACTION --help` lists its flags")
     if action:
         add_flags(parser, action)
-    args = parser.parse_intermixed_args(words)
+    keys = [word for word in words if word.startswith(("retrieval.", "data.")) and "=" in word]
+    args = parser.parse_intermixed_args(
+        [word for word in words if word not in keys]
+    )  # a list of files ends before a key
+    args.overrides = [*keys, *(args.overrides if action else ())]
     use_compile_cache()
     ACTIONS[args.action](args, Console())
     return 0

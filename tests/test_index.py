@@ -76,18 +76,9 @@ def test_flags_are_keys_and_an_index_knows_what_it_was_built_with(
     hops = [{"sub_question": "Which colour has door 9?", "passage_id": "9"}]
     metadata = {"supporting_ids": ["31", "9"], "decomposition": hops}
     write_jsonl(questions, [{"id": "1", "question": "door 31, door 9", "golden_answers": ["x"], "metadata": metadata}])
-    build = [
-        "build",
-        "--corpus",
-        *map(str, parts),
-        "--kind",
-        "hnsw",
-        "--memory",
-        "1",
-        "--out",
-        str(out := tmp_path / "i"),
-    ]
-    assert index.main([*build, "retrieval.encoder.dim=64"]) == 0
+    out = tmp_path / "i"
+    build = ["build", "--kind", "hnsw", "--memory", "1", "--out", str(out), "--corpus", *map(str, parts)]
+    assert index.main([*build, "retrieval.encoder.dim=64"]) == 0  # a key is no file of the list before it
     said = capsys.readouterr().out
     assert "recall@10 against exact search, first lines of 60 passages as queries: 1.000" in said
     assert "60 vectors of 64 float16, hnsw, 16 links" in said and f"{out}: 60 passages, faiss, corpus" in said

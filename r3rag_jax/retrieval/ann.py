@@ -95,6 +95,7 @@ def build_ivfpq(
         kind = f"IVF{plan.ivf_lists},PQ{plan.pq_bytes}"
         index = faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
         index.do_polysemous_training = False  # for a filter that is not used here; it takes minutes
+        index.pq.cp.niter, index.pq.cp.max_points_per_centroid = 10, 64  # FAISS's 25 and 256 take 10 times as long
         index.train(vectors.take(_spread(0, num_vectors, plan.ivf_train_rows)))
         _write(index, trained)
     segments = range(-(-num_vectors // SEGMENT))

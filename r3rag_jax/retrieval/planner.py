@@ -1,7 +1,8 @@
 """Chooses the kind and the parameters of a FAISS index, and says what it will take, before it is built.
 
-The constants of speed and recall were measured by `benchmarks/index_scale.py` on two cores of a server CPU with
-AVX-512; docs/retrieval.md has the table. They are estimates for other machines.
+Sizes follow from the layout of the files. Times and recall are estimates: they start from 100,000 generated vectors of
+768 floats on two cores with AVX-512, which other programs used as well (`benchmarks/index_scale.py`), with a margin for
+larger graphs. A build measures the recall that it has reached.
 """
 
 from __future__ import annotations
@@ -108,9 +109,8 @@ def hnsw_segment_bytes(plan: FaissPlan, dim: int, num_passages: int = SEGMENT) -
     return num_passages * (dim + 8 * plan.hnsw_links + 32) + 65_536 * dim * 4
 
 
-# Rates on two cores of a Xeon of the Sapphire Rapids generation, by benchmarks/index_scale.py.
-_FLAT_BYTES_PER_MS = 6e6  # vectors that an exact search reads, one query at a time
-_HNSW_ADD_PER_S = 1400.0  # vectors of 768 floats, two graphs at once
+_FLAT_BYTES_PER_MS = 6e6  # of float32 vectors that an exact search reads, one query at a time
+_HNSW_ADD_PER_S = 1400.0  # vectors of 768 floats, two graphs at once; 2,900 while they have 50,000 each
 _IVF_FLOPS = 100e9  # of k-means and of the assignment to lists
 _HNSW_MS = 0.5  # a search of one graph
 _IVF_CODES_PER_MS = 2e5
@@ -122,7 +122,7 @@ def estimate(plan: FaissPlan, num_passages: int, dim: int) -> Estimate:
     vectors = num_passages * dim * (4 if plan.dtype == "float32" else 2)
     shard = max(vectors // 256, 4096 * dim * 4) + 4096 * dim * 4  # what `encoding.py` holds
     if plan.kind == "flat":
-        return Estimate(vectors, shard, vectors, 0.0, vectors / _FLAT_BYTES_PER_MS, 1.0)
+        return Estimate(vectors, shard, vectors, 0.0, num_passages * dim * 4 / _FLAT_BYTES_PER_MS, 1.0)
     if plan.kind == "hnsw":
         graph = hnsw_segment_bytes(plan, dim, num_passages)
         segments = -(-num_passages // SEGMENT)
