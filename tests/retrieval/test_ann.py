@@ -14,7 +14,7 @@ from r3rag_jax.config.retrieval import EncoderConfig, FaissConfig, HybridConfig,
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval import ann
 from r3rag_jax.retrieval.encoders.hashed import HashEncoder
-from r3rag_jax.retrieval.factory import build_index, open_retriever
+from r3rag_jax.retrieval.factory import build_index, open_retriever, open_store
 from r3rag_jax.retrieval.given import GivenFiles
 from r3rag_jax.retrieval.hybrid import HybridRetriever
 from r3rag_jax.retrieval.vectors import VectorShards
@@ -241,3 +241,23 @@ def test_an_index_of_others_that_does_not_fit_is_refused(flat: Path, tmp_path: P
     with pytest.raises(UserError, match=r"e5_Flat\.index must be a FAISS index"):
         build_index(FLAT, PASSAGES, tmp_path / "index", given=GivenFiles(index=path))
     assert not (tmp_path / "index").exists()
+
+
+def test_two_processes_do_not_build_the_same_index(tmp_path: Path) -> None:
+    def passages() -> Iterator[Passage]:
+        yield PASSAGES[0]
+        with pytest.raises(UserError, match=r"built by one process at a time; another (one )?is building .*index"):
+            build_index(FLAT, PASSAGES, tmp_path / "index")
+        yield PASSAGES[1]
+
+    build_index(FLAT, passages(), tmp_path / "index")  # not disturbed
+    assert len(open_store(tmp_path / "index")) == 2
+
+
+def test_bm25_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    config = RetrievalConfig(kind="bm25", memory_gb=1e-6)
+    with pytest.raises(
+        UserError, match=r"BM25 over \d+ words is built in about .* GiB; got retrieval\.memory_gb=1e-06"
+    ):
+        build_index(config, PASSAGES, tmp_path / "index")
+    assert not list(tmp_path.iterdir())
