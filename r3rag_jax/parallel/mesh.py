@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from r3rag_jax.config import MeshConfig
@@ -61,4 +62,9 @@ def make_sampler_mesh(config: MeshConfig, mesh: Mesh) -> Mesh:
 
 def mesh_of(devices: Sequence[jax.Device], sizes: Sizes) -> Mesh:
     """Make a mesh of these sizes; the devices need not be of this process."""
-    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    axis_types = (AxisType.Auto,) * 3
+    try:
+        return jax.make_mesh(sizes, AXES, devices=devices, axis_types=axis_types)
+    except NotImplementedError:  # an axis that is a part of a dimension of the TPU's network, e.g. 2 of 4x8
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=axis_types)

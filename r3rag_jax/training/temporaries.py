@@ -17,6 +17,7 @@ from r3rag_jax.models.attention import QUERY_CHUNK
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import param_shapes
 from r3rag_jax.parallel.shardings import batch_ways
+from r3rag_jax.parallel.target import Target
 from r3rag_jax.rl.algorithms import ALGORITHMS
 from r3rag_jax.training.micro_batches import num_micro_batches
 
@@ -98,13 +99,14 @@ def _step(
     checkpoints = num_models * layers * tokens * kept[config.model.remat]
     layer = 2 * tokens * sizes.activations + micro * length * sizes.scores
     layer += 2 * sizes.layer_weights + 4 * sizes.layer_params
-    chunk = min(tokens, LOSS_TOKENS)
-    loss = (
-        chunk * sizes.logits
-        + tokens * 2 * sizes.residual
-        + (4 + sizes.residual // decoder.hidden_size) * (sizes.output_params)
-    )
+    item = sizes.residual // decoder.hidden_size
+    loss = min(tokens, LOSS_TOKENS) * sizes.logits + tokens * 2 * sizes.residual + item * sizes.output_params
     gradients = trained_bytes * (2 if micro < rows else 1)
+    if mesh.shape["fsdp"] > 1:
+        # Gradients of the embedding of each model and of the output matrix are whole until they are summed. On TPU that
+        # takes as much again: XLA writes their reduce-scatter as an all-reduce of which a device keeps its share.
+        copies = 2 if Target.of(mesh).platform == "tpu" else 1
+        gradients += (num_models + 1) * copies * 4 * sizes.output_params
     return gradients + checkpoints + max(layer, loss)
 
 
