@@ -245,6 +245,7 @@ main() {
   parse "$@"
   check
   overrides+=("run_dir=$run_dir")
+  stop_in_time
   case $command in
     image) build_image ;;
     nodes) create_pools ;;

@@ -187,6 +187,7 @@ main() {
   log_dir=$(from "$source" "${log_dir:-runs/slurm}")
   check
   if [[ -n $run_dir ]]; then overrides+=("run_dir=$run_dir"); fi
+  stop_in_time
   container_args
   case $command in
     run | resume) submit ;;

@@ -53,13 +53,9 @@ class Config(Section):
     log: LogConfig = section(LogConfig())
 
     @property
-    def run_directory(self) -> Path:
-        """`run_dir`, or `runs/<name>` under the working directory; of `gs://…` a path whose text is that URL."""
-        if "://" not in self.run_dir:
-            return Path(self.run_dir or f"runs/{self.name}")
-        from etils import epath  # only runs in a bucket need it
-
-        return epath.Path(self.run_dir)
+    def run_directory(self) -> Path | str:
+        """`run_dir`, or `runs/<name>` under the working directory; a URL, `gs://…`, is not a path but that text."""
+        return self.run_dir if "://" in self.run_dir else Path(self.run_dir or f"runs/{self.name}")
 
     @field_validator("run_dir")
     @classmethod

@@ -15,7 +15,6 @@ from r3rag_jax.models.hf.conversion import POLICY_PHASES
 from r3rag_jax.models.hf.tensor_files import CONFIG_FILE
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.run.directory import RunDirectory
-from r3rag_jax.run.store import is_remote
 
 NEEDS_PASSAGES = (
     "a Hugging Face directory comes without passages: --corpus FILE, or --config RECIPE with data.corpus, or "
@@ -119,8 +118,7 @@ def _model_config(path: Path, recipe: Path | None, overrides: Sequence[str]) -> 
     fixed = [f"model.path={path}", "model.init=pretrained", "data.refresh_retrieved=false", "phases=index"]
     config = load_config(recipe, [*own, *overrides, *fixed])
     directory = config.run_directory
-    is_local = not is_remote(str(directory))
-    if is_local and path.resolve() in (directory.resolve(), *directory.resolve().parents):
+    if isinstance(directory, Path) and path.resolve() in (directory.resolve(), *directory.resolve().parents):
         raise UserError(f"run_dir must be outside of the model's directory {path}; got {directory}")
     if (run := RunDirectory.at(directory)).config_file.exists():
         raise UserError(

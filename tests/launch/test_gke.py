@@ -54,7 +54,7 @@ def test_the_container_stages_and_trains_with_the_exact_arguments(desk: Desk) ->
     assert status == 0
     assert staged["argv"] == ["launch/stage.py", "gs://b/my models=models/a b"]
     assert trained["argv"][:4] == ["-m", "r3rag_jax.train", "--config", "configs/quickstart.yaml"]
-    assert trained["argv"][4:] == ["mesh.distributed=true", *NASTY, "run_dir=gs://bucket/r3"]
+    assert trained["argv"][4:] == ["mesh.distributed=true", *NASTY, "run_dir=gs://bucket/r3", "stop_s=48"]
     assert trained["env"]["TOKEN"] == "a 'b' $c"
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
     assert (pod["terminationGracePeriodSeconds"], pod["serviceAccountName"]) == (60, "trainer")

@@ -61,7 +61,7 @@ def test_the_job_sets_up_then_trains_with_the_exact_arguments(desk: Desk) -> Non
     start = training.index("-m")
     assert training[start - 1] == f"{desk.source}/.venv/bin/python"
     assert training[start:][:4] == ["-m", "r3rag_jax.train", "--config", "configs/r3.yaml"]
-    assert training[start:][4:] == ["mesh.distributed=true", *NASTY, "run_dir=/scratch/r 3"]
+    assert training[start:][4:] == ["mesh.distributed=true", *NASTY, "run_dir=/scratch/r 3", "stop_s=96"]
 
 
 @pytest.mark.parametrize(("failing", "calls"), [("flock", 1), ("r3rag_jax.train", 2)])
@@ -165,3 +165,9 @@ def test_from_nothing_through_the_time_limit_to_the_end(desk: Desk) -> None:
     assert subprocess.run(["bash", "-c", script], env=desk.environment(), timeout=30, check=False).returncode == 0
     first, second = desk.calls()[:2], desk.calls()[2:]
     assert first == second and "r3rag_jax.train" in first[1]
+
+
+def test_the_time_to_save_fits_the_grace_period_unless_it_is_given(desk: Desk) -> None:
+    assert " stop_s=800" in submitted(desk, "--grace-s=1000")[1]
+    given = submitted(desk, "--grace-s=1000", "stop_s=5")[1]
+    assert " stop_s=5" in given and "stop_s=800" not in given
