@@ -201,6 +201,8 @@ def _extend_layer(
     rows_B: jax.Array | None,
     extent: Extent | None,
 ) -> tuple[LayerCache, jax.Array]:
+    w = exchange.after(x, w)
+
     def normed(name: str) -> jax.Array:
         return exchange.whole(rms_norm(x, w[name], config.norm_eps, ops.target))
 

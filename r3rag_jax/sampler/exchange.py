@@ -29,6 +29,10 @@ class Exchange:
         """The part of a matrix or bias, split along its first axis, that the device multiplies with."""
         return w
 
+    def after(self, x: jax.Array, weights: T) -> T:
+        """A layer's weights, of which nothing is exchanged before the input x of the layer is there."""
+        return weights
+
     def whole(self, h: jax.Array) -> jax.Array:
         """Hidden states [b, C, D] of the residual stream -> those that the device multiplies."""
         return h
@@ -161,6 +165,10 @@ class GatheredWeights(_OnMesh):
     """
 
     splits_tokens: bool = False  # over `tensor`, which must divide their number
+
+    def after(self, x: jax.Array, weights: T) -> T:
+        # XLA would gather the weights of many layers ahead, and hold them all.
+        return weights if self.fsdp == 1 else jax.lax.optimization_barrier((weights, x))[0]
 
     def weight(self, w: jax.Array) -> jax.Array:
         return w if self.fsdp == 1 else jax.lax.all_gather(w, "fsdp", axis=0, tiled=True)
