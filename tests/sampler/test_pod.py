@@ -35,17 +35,21 @@ def shares(tree):
     return {math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)}
 
 
-def buffers(program, opcodes):
-    """(opcode, array) of all results in HBM of these operations, also of loops' bodies, not inside fusions.
+def copied(program):
+    """Sizes of what is copied or reordered in HBM, also in loops.
 
-    Copies and slices that are started and awaited later move an array, as it is, to faster memory and back: they are
-    not counted.
+    Copies and slices that are started and awaited later, which move an array to faster memory and back, do not count.
     """
     for _, instruction, place in program.executed():
-        opcode = instruction.opcode.removesuffix("-start")
-        is_prefetch = opcode in COPIES and opcode != instruction.opcode
-        if opcode in opcodes and place.fusion is None and not is_prefetch:
-            yield from ((opcode, array) for array in instruction.result if not array.is_on_chip)
+        if instruction.opcode in COPIES and place.fusion is None:
+            yield from (array.num_elements for array in instruction.result if not array.is_on_chip)
+
+
+def exchanged(program, opcodes=COLLECTIVES):
+    """The arrays of all collectives, also of those that are fused with other operations."""
+    for _, instruction, _ in program.executed():
+        if instruction.opcode.removesuffix("-start") in opcodes:
+            yield from instruction.result
 
 
 @pytest.mark.parametrize(
@@ -57,10 +61,9 @@ def test_decode_copies_no_weight_and_no_cache_and_moves_rows_alone(pod, sizes, s
     text = hlo.read(compiled.as_text())
     weights = {size for size in shares(policy) if size >= 2**20}
     caches = shares(programs.cache)
-    copied = {array.num_elements for _, array in buffers(text, COPIES)}
-    assert copied.isdisjoint(weights | caches)
+    assert (weights | caches).isdisjoint(copied(text))
     rows = SLOTS // sizes[0]  # of devices that share them: a row's logits are the most that moves of it
-    moved = [array.num_elements for _, array in buffers(text, COLLECTIVES)]
+    moved = [array.num_elements for array in exchanged(text)]
     assert 0 < max(moved) <= rows * QWEN.vocab_size
     assert max(moved) < min(caches)
     held = bytes_per_device((programs.cache, policy), jax.tree.map(lambda x: x.sharding, (programs.cache, policy)))
@@ -80,9 +83,9 @@ def test_prefill_gathers_weights_over_fsdp_alone(pod, sizes, shard_weights):
     programs, policy = programs_on(pod, sizes, shard_weights)
     compiled = programs.prefill_program(policy, 4, 512).lower().compile()
     text = hlo.read(compiled.as_text())
-    gathered = {array.num_elements for _, array in buffers(text, COLLECTIVES) if len(array.dims) == 2}
+    gathered = {array.num_elements for array in exchanged(text) if len(array.dims) == 2}
     assert any(size >= 2**20 for size in gathered) == shard_weights
-    reduced = [array for opcode, array in buffers(text, ("all-reduce", "reduce-scatter")) if array.num_elements > 2**16]
+    reduced = [array for array in exchanged(text, ("all-reduce", "reduce-scatter")) if array.num_elements > 2**16]
     assert reduced and {array.dtype for array in reduced} == {"f32"}
     assert compiled.memory_analysis().temp_size_in_bytes < 2**30
 
@@ -90,4 +93,4 @@ def test_prefill_gathers_weights_over_fsdp_alone(pod, sizes, shard_weights):
 def test_copies_of_rows_stay_on_their_devices(pod):
     programs, _ = programs_on(pod, (4, 1, 4), False)
     text = hlo.read(programs.copy_program().lower().compile().as_text())
-    assert not list(buffers(text, COLLECTIVES))
+    assert not list(exchanged(text))
