@@ -45,17 +45,20 @@ class CosineEncoder:
 
 
 class GenerousJudge:
-    """Finds everything that it is asked about relevant, to a number of tenths that depends on the query."""
+    """Finds every passage relevant, to a number of tenths that depends on the query, and no other answer correct."""
 
     def __init__(self):
         self.num_asked = 0
 
     def relevance(self, question, step):
-        return float(step.query.split()[0])
+        return (7 + float(step.query.split()[0])) / 10
+
+    def correctness(self, question, answer):
+        return 0.0  # it is asked about answers that are no exact match
 
     def ask(self, inquiries):
         self.num_asked += len(inquiries)
-        return Verdicts(np.asarray([(7 + value) / 10 for value in inquiries], np.float32), num=len(inquiries))
+        return Verdicts(np.asarray(inquiries, np.float32), num=len(inquiries))
 
 
 def trajectories(*names):

@@ -199,8 +199,8 @@ def test_calls_on_three_quarters_of_the_rows_write_what_calls_on_all_do() -> Non
     mesh = make_sampler_mesh(MeshConfig(sampler_devices=1), make_mesh(MeshConfig()))
     ids = np.random.default_rng(0).integers(20, 260, (8, 100)).tolist()
     engines = [Engine(graphdef, CONFIG, mesh, slots=8, max_length=160) for _ in range(2)]
-    assert [window.rows for window in engines[0]._windows] == [2, 4, 6, 8]
-    engines[1]._windows = engines[1]._windows[-1:]
+    assert [window.rows for window in engines[0].programs.windows] == [2, 4, 6, 8]
+    engines[1].programs.windows = engines[1].programs.windows[-1:]
     for engine in engines:
         policy = engine.load(params)
         rows = {row: Context(ids[row], 20, row / 8, np.array([row, 1], np.uint32)) for row in (0, 1, 3, 4, 5, 7)}

@@ -48,7 +48,7 @@ def inject_fault(patch: pytest.MonkeyPatch) -> None:
 def faulty_components(base: Path, tmp_path: Path, **keys: Any) -> tuple[Components, list[Trajectory], Scores]:
     """Four updates of one row each; the second question's first trajectory is the faulty one."""
     short = {"rollout__max_length": 64, "rl__row_length": 64, "rl__batch_rows": 1, "rl__algorithm": "rloo",
-             "rl__kl__coef": 0.0, "rl__warmup": 0.0}  # fmt: skip
+             "rl__kl__coef": 0.0, "rl__warmup": 0.0, "mesh__tensor": 8}  # fmt: skip
     config = tiny_run.config(tmp_path, base, **short | keys)
     components = Components(config, config.run_directory, console=Console(file=io.StringIO(), width=1000))
     trajectories = [trajectory(components, q, i, 3) for q in "xy" for i in (0, 1)]  # 33 tokens each

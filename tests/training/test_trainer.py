@@ -52,6 +52,7 @@ def test_every_algorithm_updates_the_policy_and_resumes(algorithm: str, base: Pa
     assert ("weight" in metrics) == (algorithm == "ppo")
     assert metrics["grad_norm"] > 0
     one.save()
+    one.checkpoints.wait()
     other = trainer_of(components)  # from the checkpoint
     assert other.iteration == 1 and other.progress.kl == one.progress.kl
     if algorithm == "ppo":

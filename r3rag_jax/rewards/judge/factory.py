@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
 from r3rag_jax.config import JudgeConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import check_vocabulary, load_config, load_decoder
-from r3rag_jax.models.params import param_shapes, param_shardings
+from r3rag_jax.models.params import param_shardings
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.judge.prompts import Prompts, check_template
@@ -22,7 +21,8 @@ from r3rag_jax.rewards.judge.verdicts import Kind
 from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
 from r3rag_jax.sampler.chat import EngineChat
 from r3rag_jax.sampler.engine import Engine
-from r3rag_jax.sampler.memory import plan
+from r3rag_jax.sampler.memory import bytes_per_device
+from r3rag_jax.sampler.programs import SamplerPrograms
 from r3rag_jax.text.tokenizer import Tokenizer
 
 
@@ -112,13 +112,15 @@ def judge_memory(config: JudgeConfig, mesh: Mesh) -> dict[str, int]:
     path, dtype = _local_path(config), jnp.dtype(config.local.dtype)
     with reading(path):
         model_config = load_config(path)
-    shardings = param_shardings(mesh, model_config)
-    shapes = [shardings[name].shard_shape(shape) for name, shape in param_shapes(model_config).items()]
-    cache = plan(
-        mesh, {}, model_config, slots=config.local.slots, max_length=config.local.max_length,
-        dtype=default_kv_dtype(dtype, model_config, mesh),
-    ).cache_bytes  # fmt: skip
-    return {"judge": sum(dtype.itemsize * math.prod(shape) for shape in shapes), "judge's cache": cache}
+    programs = SamplerPrograms(
+        model_config, mesh, slots=config.local.slots, max_length=config.local.max_length,
+        dtype=default_kv_dtype(dtype, model_config, mesh), shard_weights=True,
+    )  # fmt: skip
+    decoder = programs.abstract_decoder(dtype)
+    return {
+        "judge": bytes_per_device(decoder, programs.decoder_shardings(decoder)),
+        "judge's cache": bytes_per_device(programs.cache, programs.cache.shardings(mesh)),
+    }
 
 
 def _local_path(config: JudgeConfig) -> Path:
