@@ -17,6 +17,7 @@ from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.run.directory import RunDirectory
 
 
+@pytest.mark.slow
 def test_ircot_on_a_finished_run(
     finished: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

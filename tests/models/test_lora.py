@@ -121,6 +121,7 @@ def test_a_critic_trains_its_adapters_and_its_head_over_the_policys_weights(kind
     assert all(id(x) in shared for x in jax.tree.leaves(critic.frozen))
 
 
+@pytest.mark.slow
 def test_on_a_mesh_targets_and_gradients_are_those_of_one_device() -> None:
     """RL, whose reference is the policy without adapters."""
     _, parts = adapted()

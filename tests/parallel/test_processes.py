@@ -40,6 +40,7 @@ assert train.main(["--config", recipe, *overrides]) == 0
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_run(base: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
