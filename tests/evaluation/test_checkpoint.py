@@ -111,7 +111,8 @@ def test_what_does_not_go_with_a_model_or_a_run(model: str, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
-@pytest.mark.parametrize("name", [pytest.param("index", marks=pytest.mark.slow), "corpus"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["index", "corpus"])
 def test_a_policy_from_elsewhere_does_what_it_does_in_its_run(
     name: str,
     finished: Callable[[str], Path],

@@ -155,7 +155,8 @@ def test_a_trajectory_is_that_of_a_naive_loop(trained: tuple[Components, Any]) -
             np.testing.assert_allclose(sample.behaviour_logprobs[mine], logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["tags", "steps"], indirect=True)
 def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Components, Any]) -> None:
     components, params = trained
     requests = requests_of(components, 4)
@@ -174,7 +175,8 @@ def test_order_slots_and_slow_searches_change_nothing(trained: tuple[Components,
                 np.testing.assert_allclose(sample.behaviour_logprobs, one.behaviour_logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["tags", "steps"], indirect=True)
 def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Components, Any]) -> None:
     components, params = trained
     requests = requests_of(components, 4)
