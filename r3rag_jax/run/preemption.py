@@ -192,6 +192,8 @@ class StopSignals:
                 if number in SIGNALS:
                     self._on_signal(SIGNALS[signal.Signals(number)])
             self._look_for_notes()
+            if not ready and self._wants_raise.is_set() and not self._is_stopping:
+                self._interrupt()  # again: the one before may have come just ahead of the wait that it was to end
             if self._state.on_clock(time.monotonic()) is Action.EXIT:
                 self._exit(f"not done {self._state.limit_s:g} s after {self.why} (stop_s)")
 
@@ -221,7 +223,11 @@ class StopSignals:
             )
         elif action is Action.RAISE:
             self._wants_raise.set()
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Have the main thread run `_in_main_thread`, also if it waits for a lock."""
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         """Python's handler; the thread that listens has decided, or is about to."""

@@ -64,6 +64,20 @@ def test_work_that_saves_nothing_ends_where_it_is(
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)] == before
 
 
+def test_an_interruption_that_comes_ahead_of_a_wait_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt, calls = StopSignals._interrupt, []
+
+    def lose_the_first(stop: StopSignals) -> None:
+        calls.append(stop)
+        if len(calls) > 1:
+            interrupt(stop)
+
+    monkeypatch.setattr(StopSignals, "_interrupt", lose_the_first)
+    with pytest.raises(StopRun), StopSignals():
+        wait_for_signal(signal.SIGTERM)
+    assert len(calls) == 2
+
+
 def test_a_loop_finishes_its_step_and_saves(tmp_path: Path) -> None:
     said: list[str] = []
     done: list[int] = []
