@@ -116,11 +116,7 @@ class DeviceRetriever(RankedRetriever):
             )
         check_files(index_dir, manifest, manifest.files)
         opened = open_encoder(config, index_dir) if encoder is None else encoder()
-        if opened.fingerprint != manifest.depends_on.get("encoder"):
-            raise UserError(
-                f"the encoder must be the one that the index in {index_dir} was built with (the encoder file there "
-                f"describes it; fingerprint {manifest.depends_on.get('encoder')}); got {opened.fingerprint}. {AGAIN}"
-            )
+        manifest.check_encoder(opened.fingerprint, index_dir)
         mesh = search_mesh(jax.local_devices()) if mesh is None else mesh
         if mesh.is_multi_process:
             check_same(lambda: [manifest.corpus, opened.fingerprint], "index")

@@ -126,11 +126,7 @@ class FaissRetriever(RankedRetriever):
     ) -> FaissRetriever:
         """As `open`, of an index whose files were checked, and which may hold more."""
         opened = open_encoder(config, index_dir) if encoder is None else encoder()
-        if opened.fingerprint != manifest.depends_on.get("encoder"):
-            raise UserError(
-                f"the encoder must be the one that the index in {index_dir} was built with (the encoder file there "
-                f"describes it; fingerprint {manifest.depends_on.get('encoder')}); got {opened.fingerprint}. {AGAIN}"
-            )
+        manifest.check_encoder(opened.fingerprint, index_dir)
         store = PassageStore(index_dir)
         built = json.loads(manifest.depends_on["faiss"])
         parts = open_given(config.faiss, index_dir, built) if built["kind"] == GIVEN else None

@@ -45,6 +45,18 @@ class Manifest:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of `retrieval` it was built with
     layout: int = LAYOUT
 
+    def check_encoder(self, fingerprint: str, directory: Path) -> None:
+        """Compare an encoder with the one that the index in `directory` was built with.
+
+        Raises:
+            UserError: it is another one.
+        """
+        if fingerprint != (built := self.depends_on.get("encoder")):
+            raise UserError(
+                f"the encoder must be the one that the index in {directory} was built with (the encoder file there "
+                f"describes it; fingerprint {built}); got {fingerprint}. {AGAIN}"
+            )
+
     def overrides(self) -> list[str]:
         """The keys of `retrieval` that the index was built with, as `key=value`."""
         return list(_words({"kind": self.kind, **self.config}, "retrieval"))

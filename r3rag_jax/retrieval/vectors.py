@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.retrieval.manifest import AGAIN
 from r3rag_jax.run.files import open_atomic_binary
 
 PATTERN = "vectors-*.npy"
 DTYPES = (np.dtype(np.float16), np.dtype(np.float32))
-AGAIN = "Build the index again."
 
 
 class VectorShards:
