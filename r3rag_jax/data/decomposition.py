@@ -1,0 +1,155 @@
+"""Gold decompositions: the sub-questions, one a passage, through which a data set says that a question is answered.
+
+`Question.metadata` holds what the readers found, in one shape for all data sets, and as JSON:
+
+    decomposition      [{sub_question, answer, title?, passage_id?}, …] in the order of the hops. A sub-question names
+                       the answers of earlier ones ("Who directed Xawery's film?", never "#1"). `title` is that of the
+                       article with the evidence, `passage_id` the id of a passage of the corpus; one of them may be
+                       missing, or both. (MuSiQue, 2WikiMultiHopQA, wikihop)
+    supporting_titles  titles of the articles with the evidence, each once (HotpotQA, 2WikiMultiHopQA, MuSiQue, PopQA)
+    hops               their number
+
+`decomposition_of` reads the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from r3rag_jax.data.fields import FieldError, Row, get_field, get_id, get_text, show
+from r3rag_jax.types import Question
+
+# Questions for relations of Wikidata, on which 2WikiMultiHopQA and parts of MuSiQue are built.
+RELATIONS = {
+    "director": "Who directed {}?",
+    "author": "Who wrote {}?",
+    "performer": "Who performed {}?",
+    "composer": "Who composed {}?",
+    "producer": "Who produced {}?",
+    "screenwriter": "Who wrote the screenplay of {}?",
+    "creator": "Who created {}?",
+    "founded by": "Who founded {}?",
+    "manufacturer": "Who manufactures {}?",
+    "publisher": "Who published {}?",
+    "owned by": "Who owns {}?",
+    "presenter": "Who presents {}?",
+    "spouse": "Who was married to {}?",
+    "father": "Who was the father of {}?",
+    "mother": "Who was the mother of {}?",
+    "child": "Who was a child of {}?",
+    "sibling": "Who was a sibling of {}?",
+    "student of": "Who taught {}?",
+    "doctoral advisor": "Who was the doctoral advisor of {}?",
+    "date of birth": "When was {} born?",
+    "date of death": "When did {} die?",
+    "publication date": "When was {} published?",
+    "inception": "When was {} founded?",
+    "place of birth": "Where was {} born?",
+    "place of death": "Where did {} die?",
+    "place of burial": "Where was {} buried?",
+    "place of detention": "Where was {} detained?",
+    "residence": "Where did {} live?",
+    "educated at": "Where was {} educated?",
+    "headquarters location": "Where are the headquarters of {}?",
+    "country of citizenship": "Of which country was {} a citizen?",
+    "country of origin": "From which country does {} come?",
+    "country": "In which country is {}?",
+    "located in the administrative territorial entity": "In which administrative territory is {}?",
+    "employer": "For whom did {} work?",
+    "award received": "Which award did {} receive?",
+    "cause of death": "Of what did {} die?",
+    "record label": "Which record label released {}?",
+    "has part": "What is a part of {}?",
+    "part of": "Of what is {} a part?",
+    "instance of": "What is {}?",
+    "occupation": "What was the occupation of {}?",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hop:
+    """One sub-question of a decomposition; `title` and `passage_id` say where its answer stands, where it is known."""
+
+    sub_question: str
+    answer: str
+    title: str | None = None
+    passage_id: str | None = None
+
+
+def decomposition_of(question: Question) -> tuple[Hop, ...]:
+    """The gold decomposition of a question; empty where its data set has none.
+
+    Raises:
+        FieldError: `metadata.decomposition` is there in another shape.
+    """
+    hops = []
+    for number, row in enumerate(get_field(question.metadata, "decomposition", list, default=None) or (), 1):
+        if not isinstance(row, Mapping):
+            raise FieldError(f"metadata.decomposition must be a list of objects; got {show(row)}")
+        try:
+            title = get_field(row, "title", str, default=None)
+            passage_id = None if row.get("passage_id") is None else get_id(row, "passage_id")
+            hops.append(Hop(get_text(row, "sub_question"), get_text(row, "answer"), title, passage_id))
+        except FieldError as error:
+            raise FieldError(f"metadata.decomposition, hop {number}: {error}") from error
+    return tuple(hops)
+
+
+def relation_question(subject: str, relation: str) -> str:
+    """A question for the object of a triple of Wikidata, e.g. ("Emma", "author") -> "Who wrote Emma?"."""
+    before, _, after = RELATIONS.get(relation.strip().lower(), f"What is the {relation.strip()} of {{}}?").rpartition(
+        "{}"
+    )
+    return f"{before}{subject.strip()}{after}"
+
+
+def from_triples(triples: Iterable[Sequence[str]], titles: Sequence[str]) -> list[dict[str, Any]]:
+    """The decomposition that triples (subject, relation, object) give, as 2WikiMultiHopQA's `evidences`.
+
+    Args:
+        titles: of the articles with the evidence; one that begins with the subject is the triple's, as
+            "Polish-Russian War (film)" for the subject "Polish-Russian War".
+    """
+    hops = []
+    for subject, relation, answer in triples:
+        hop = {"sub_question": relation_question(subject, relation), "answer": answer}
+        start = subject.strip().casefold()
+        if title := next((title for title in titles if title.casefold().partition(" (")[0] == start), None):
+            hop["title"] = title
+        hops.append(hop)
+    return hops
+
+
+def from_steps(steps: Iterable[Row], paragraphs: Iterable[Row]) -> list[dict[str, Any]]:
+    """The decomposition of a question of MuSiQue.
+
+    Args:
+        steps: `{question, answer, paragraph_support_idx}` each, FlashRAG's with `support_paragraph` in its place. A
+            question refers to the answer of step n as #n, and may be written "subject >> relation".
+        paragraphs: `{idx, title, …}` each.
+    """
+    title_of = {paragraph.get("idx"): paragraph.get("title") for paragraph in paragraphs}
+    hops: list[dict[str, Any]] = []
+    for step in steps:
+        text = _with_answers(get_text(step, "question"), [hop["answer"] for hop in hops])
+        subject, arrow, relation = text.partition(" >> ")
+        sub_question = relation_question(subject, relation) if arrow else text
+        support = step.get("support_paragraph")
+        index = step.get("paragraph_support_idx")
+        title = support.get("title") if isinstance(support, Mapping) else title_of.get(index)
+        hop = {"sub_question": sub_question, "answer": get_text(step, "answer")}
+        hops.append(hop | ({"title": title} if title else {}))
+    return hops
+
+
+def _with_answers(text: str, answers: Sequence[str]) -> str:
+    """A text in which #n is replaced by the n-th answer, and stays where there is no such answer."""
+
+    def answer(found: re.Match[str]) -> str:
+        number = int(found[1])
+        return answers[number - 1] if 1 <= number <= len(answers) else found[0]
+
+    return re.sub(r"#(\d+)", answer, text)
