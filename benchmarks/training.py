@@ -44,7 +44,8 @@ from r3rag_jax.models.hf.decoder_files import load_config, load_decoder
 from r3rag_jax.models.paths import model_path
 from r3rag_jax.parallel.mesh import make_mesh
 from r3rag_jax.parallel.shardings import device_put_batch
-from r3rag_jax.rewards.answer import answer_scores, encode_answers, normalize_answer
+from r3rag_jax.rewards.answer import answer_scores, encode_answers
+from r3rag_jax.rewards.normalization import normalize_answer
 from r3rag_jax.rl.advantages import gae
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.training import optimizer

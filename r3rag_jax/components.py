@@ -24,7 +24,7 @@ from r3rag_jax.data.records import OnError, Records
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.dev import DevEvaluation
 from r3rag_jax.evaluation.evaluator import Evaluator
-from r3rag_jax.evaluation.fingerprint import JUDGE, TOKENIZER
+from r3rag_jax.evaluation.fingerprint import CORPUS, JUDGE, TOKENIZER
 from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.models.policy import Policy
@@ -376,11 +376,18 @@ class Components:
             return self.backends(self.policy.base_params)
         return self.backends(lambda: self.policy.load(self.run.policy(policy)))
 
-    def digest_of(self, what: str) -> str:
-        """Digest of the files of a policy (`base`, or a finished phase's), of the tokenizer, or of the local judge.
+    def _corpus_digest(self) -> str:
+        is_known = self.config.retrieval.kind != "http" and has_index(self.index_dir)
+        return read_manifest(self.index_dir).corpus[:16] if is_known else ""
 
-        All processes must call.
+    def digest_of(self, what: str) -> str:
+        """Digest of the files of a policy (`base`, or a finished phase's), of the tokenizer, of the local judge, or of
+        the corpus.
+
+        All processes must call. The corpus of a server is not known: "".
         """
+        if what == CORPUS:
+            return on_process_0(self._corpus_digest, "digest of the corpus")
         patterns = SETTINGS_FILES if what == TOKENIZER else MODEL_FILES
         if what == JUDGE:
             path = model_path(self.config.judge.local.path)

@@ -164,6 +164,7 @@ class Trajectory:
     samples: tuple[Sample, ...] = ()
     sample_index: int = 0  # which of the question's samples this is
     num_tokens: int | None = None  # number of tokens the policy sampled; None = count them in `samples`
+    num_input_tokens: int | None = None  # number of tokens of the prompts of all calls; None = unknown
 
     @property
     def answer(self) -> str | None:

@@ -134,7 +134,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_judge(self) -> Self:
         """There is a judge where one is needed."""
-        needed = {"eval.judge is true": self.eval.judge}
+        needed = {"eval.judge is true": self.eval.judge, "eval.candidate_em is true": self.eval.candidate_em}
         if "rl" in self.phases:
             needed |= {
                 "rewards.outcome is judge": self.rewards.use_outcome and self.rewards.outcome == "judge",

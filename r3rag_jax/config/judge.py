@@ -50,6 +50,12 @@ class JudgeConfig(Section):
         "a text file with {question}, {golds}, {answer} that asks for a line `Correct: yes`; empty: built-in",
         "path",
     )
+    candidates_prompt: str = key(
+        "",
+        "a text file with {question}, {answer} that asks for a line `Candidates: Paris | Lyon`, for "
+        "`eval.candidate_em`; empty: built-in",
+        "path",
+    )
     endpoint: EndpointConfig = section(EndpointConfig(), "The server of `judge.kind: server`.")
     local: LocalJudgeConfig = section(LocalJudgeConfig())
 

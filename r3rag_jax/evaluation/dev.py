@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from r3rag_jax.evaluation.evaluator import summarise
 from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.rewards.answer import answer_metrics
 from r3rag_jax.rollout.backends import RolloutBackend
 from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.request import RolloutRequest
@@ -28,4 +28,4 @@ class DevEvaluation:
         trajectories = rollout(
             backend, self._env_factory, self._retriever, requests, search_overlap=self._search_overlap
         )
-        return {"dev_em": summarise("dev", trajectories, {})["groups"]["all"]["em"] / 100}
+        return {"dev_em": float(answer_metrics(trajectories)["em"].mean())}

@@ -1,9 +1,9 @@
-"""Evaluation of any system on any questions: greedy trajectories, a summary, and their files in the run directory."""
+"""Evaluation of any system on any questions: trajectories, a summary, and their files in the run directory."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +14,12 @@ from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.fingerprint import DigestOf, Facts, fingerprint
-from r3rag_jax.evaluation.groups import ALL, groups_of
-from r3rag_jax.evaluation.metrics import measure
 from r3rag_jax.evaluation.results import read_result
+from r3rag_jax.evaluation.summary import summarise
 from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS, System
 from r3rag_jax.parallel.processes import barrier, exists, on_process_0
 from r3rag_jax.retrieval.base import Retriever
 from r3rag_jax.rewards.judge.judge import Judge
-from r3rag_jax.rewards.scorer import accuracy
 from r3rag_jax.rollout.backends import RolloutBackend
 from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.request import RolloutRequest
@@ -88,21 +86,36 @@ class Evaluator:
         policy: str | None = None,
         on_done: OnDone | None = None,
     ) -> list[Trajectory]:
-        """Return one greedy trajectory of a system per question; `policy` replaces the system's own."""
+        """Return `eval.samples` trajectories of a system per question, next to each other, at `eval.temperature`.
+
+        `policy` replaces the system's own.
+        """
+        sampling = self.config.eval
         return rollout(
             self.open_backend(policy or system.policy),
             system.make_env(self),
             self.retriever,
-            [RolloutRequest(question) for question in questions],
+            [
+                RolloutRequest(question, index, sampling.temperature, sampling.seed)
+                for question in questions
+                for index in range(sampling.samples)
+            ],
             search_overlap=self.config.rollout.search_overlap,
             on_done=on_done,
         )
 
-    def fingerprint(self, system: str, questions: Iterable[Question], policy: str | None = None) -> Facts:
-        """Return what the numbers of a system depend on; `policy` replaces the system's own."""
+    def fingerprint(
+        self, system: str, questions: Sequence[Question], policy: str | None = None, split: str = "test"
+    ) -> Facts:
+        """Return what the numbers of a system depend on.
+
+        Args:
+            policy: replaces the system's own.
+            split: what the questions are called.
+        """
         policy = SYSTEMS[system].policy if policy is None else policy
         index, cold_start = self.retriever.fingerprint, self._cold_start_of(policy)
-        return fingerprint(self.config, system, policy, index, questions, self.digest_of, cold_start)
+        return fingerprint(self.config, system, policy, index, questions, self.digest_of, cold_start, split)
 
     def _cold_start_of(self, policy: str) -> str | None:
         """Return the digest of the cold start that a policy is of; None where it is of none, or nothing is known."""
@@ -116,7 +129,7 @@ class Evaluator:
         return recorded.get("cold_start")
 
     def write(self, name: str, trajectories: Sequence[Trajectory], fingerprint: Facts) -> dict[str, Any]:
-        """Write `trajectories/<name>.jsonl` and `eval/<name>.json`, and return the content of the latter.
+        """Write `trajectories/<name>.jsonl`, `eval/<name>.questions.jsonl`, `eval/<name>.json`; return the last.
 
         Raises:
             UserError: the judge fails too often; the trajectories are written before it is asked.
@@ -124,10 +137,12 @@ class Evaluator:
         is_writer = jax.process_index() == 0
         if is_writer:
             write_jsonl(self.directory.trajectories(name), map(trajectory_to_dict, trajectories))
-        summary = summarise(name, trajectories, fingerprint, self.open_judge() if self.config.eval.judge else None)
+        judge = self.open_judge() if self.config.eval.asks_judge else None
+        measured = summarise(name, trajectories, fingerprint, self.config.eval, judge)
         if is_writer:
-            write_json(self.directory.evaluation(name), summary)
-        return summary
+            write_jsonl(self.directory.evaluation_rows(name), measured.rows)
+            write_json(self.directory.evaluation(name), measured.result)
+        return measured.result
 
     def _check_policy(self, name: str, policy: str) -> None:
         """Raise a UserError unless the policy is there, and RL's is of the cold start that is there."""
@@ -142,29 +157,5 @@ class Evaluator:
         return (read_result(self.directory, name) or {}).get("fingerprint")
 
     def _bar(self, name: str, questions: Sequence[Question]) -> ProgressBar:
-        return ProgressBar(f"eval {name}", len(questions), console=self.console, live=self.config.log.progress)
-
-
-def summarise(
-    system: str, trajectories: Sequence[Trajectory], fingerprint: Facts, judge: Judge | None = None
-) -> dict[str, Any]:
-    """Return the content of `eval/<system>.json`: metrics of all questions and of each group of them.
-
-    Raises:
-        UserError: the judge fails too often.
-    """
-    acc = None if judge is None else accuracy(trajectories, judge)[0]
-    groups: dict[str, list[int]] = {ALL: list(range(len(trajectories)))}
-    for index, trajectory in enumerate(trajectories):
-        for name in groups_of(trajectory.question):
-            groups.setdefault(name, []).append(index)
-    return {
-        "system": system,
-        "title": SYSTEMS[system].title if system in SYSTEMS else system,
-        "num_questions": len(trajectories),
-        "fingerprint": fingerprint,
-        "groups": {
-            name: measure([trajectories[i] for i in indices], None if acc is None else acc[indices])
-            for name, indices in groups.items()
-        },
-    }
+        num = len(questions) * self.config.eval.samples
+        return ProgressBar(f"eval {name}", num, console=self.console, live=self.config.log.progress)

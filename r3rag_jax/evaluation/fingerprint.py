@@ -1,29 +1,32 @@
 """What the numbers of an evaluation depend on: a result with another fingerprint is out of date.
 
-A fingerprint is a JSON object of facts. `policy`, `tokenizer`, `index` and `questions` are digests of contents;
-`server` and `judge` say who samples and who judges, and are empty for the engine of this package and for no judge; the
-others are configuration keys. Every key of the configuration is in exactly one of the tables below.
+A fingerprint is a JSON object of facts. `policy`, `tokenizer`, `index`, `corpus` and `questions` are digests of
+contents; `split` and `num_questions` say in words which questions these are. `server` and `judge` say who samples and
+who judges, and are empty for the engine of this package and for no judge; `sampling` is empty where decoding is greedy;
+`metrics` has the version of each definition. The others are configuration keys. Every key of the configuration is in
+exactly one of the tables below.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from r3rag_jax.config import Config
 from r3rag_jax.config.evaluation import BASE_SYSTEMS
 from r3rag_jax.config.schema import value_of
 from r3rag_jax.data.questions import question_to_dict
+from r3rag_jax.evaluation.metrics import definitions
 from r3rag_jax.rewards.judge.factory import read_prompt
 from r3rag_jax.text.chat_template import read_template
 from r3rag_jax.types import Question
 
 Facts = dict[str, Any]
-# Digest of the files of a policy (BASE_POLICY, or the phase that trained it), of TOKENIZER, or of JUDGE.
+# Digest of the files of a policy (BASE_POLICY, or the phase that trained it), of TOKENIZER, of JUDGE, or of CORPUS.
 DigestOf = Callable[[str], str]
-TOKENIZER, JUDGE = "tokenizer", "judge"
+TOKENIZER, JUDGE, CORPUS = "tokenizer", "judge", "corpus"
 
 # Keys that are facts themselves.
 KEYS = (
@@ -41,11 +44,22 @@ KEYS = (
 )
 BASELINE_KEYS = ("eval.prompt", "retrieval.oneshot_top_k")  # facts of the systems that prompt the base model
 SERVER_KEYS = tuple(f"rollout.server.{name}" for name in ("url", "model", "prompt_format", "extra_fields"))
+# Facts where an evaluation samples instead of decoding greedily.
+SAMPLING_KEYS = (
+    "eval.samples",
+    "eval.temperature",
+    "eval.seed",
+    "rollout.min_p",
+    "rollout.top_k_tokens",
+    "rollout.top_p",
+)
+METRIC_KEYS = ("eval.candidate_em", "eval.recall_k")  # they decide what is measured
 JUDGE_KEYS = (
     "eval.judge",
     "judge.kind",
     "judge.max_tokens",
     "judge.correctness_prompt",  # the text of the file
+    "judge.candidates_prompt",  # the same
     "judge.endpoint.url",  # where no model is named
     "judge.endpoint.model",
     "judge.local.path",
@@ -66,9 +80,6 @@ DIGESTED_KEYS = {
         "lora",
         "rollout.samples",
         "rollout.temperatures",
-        "rollout.min_p",
-        "rollout.top_k_tokens",
-        "rollout.top_p",
         "sft",
         "rl",
         "rewards",
@@ -120,6 +131,10 @@ KEYS_WITHOUT_EFFECT = {
 }
 # Facts in which two evaluations differ that a table compares.
 SUBJECT_FACTS = ("system", "policy")
+# Facts that say in words what another one is a digest of.
+WORDED_FACTS = ("split", "num_questions")
+# Facts of which two evaluations may have different parts: those that both have are compared.
+PARTIAL_FACTS = ("metrics", "judge")
 
 
 def fingerprint(
@@ -127,9 +142,10 @@ def fingerprint(
     system: str,
     policy: str,
     index: str,
-    questions: Iterable[Question],
+    questions: Sequence[Question],
     digest_of: DigestOf,
     cold_start: str | None = None,
+    split: str = "",
 ) -> Facts:
     """The fingerprint of a system's evaluation.
 
@@ -138,6 +154,7 @@ def fingerprint(
         policy: BASE_POLICY, or the phase that trained it; "" where an inference server has it.
         index: the retriever's fingerprint.
         cold_start: digest of the cold start that the policy is of; None where it is of none, or nothing is known.
+        split: what the questions are called.
 
     Raises:
         UserError: the chat template or the judge's prompt cannot be read.
@@ -151,21 +168,49 @@ def fingerprint(
         "policy": "" if is_served else f"{policy} {digest_of(policy)}",
         "tokenizer": _digest([digest_of(TOKENIZER), template]),
         "index": index,
+        "corpus": digest_of(CORPUS),
         "questions": digest_questions(questions),
+        "split": split,
+        "num_questions": len(questions),
         "server": _server(config) if is_served else {},
-        "judge": _judge(config, digest_of) if config.eval.judge else {},
+        "sampling": _named(config, SAMPLING_KEYS) if config.eval.temperature > 0 else {},
+        "judge": _judge(config, digest_of),
+        "metrics": definitions(config.eval.recall_k, _judged_metrics(config)),
         **origin,
-    } | {name: _as_json(value_of(config, name)) for name in names}
+    } | _named(config, names)
 
 
-def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], varied: Collection[str] = ()) -> list[str]:
     """Names of the facts that make two evaluations not comparable, sorted.
 
     A table compares systems and policies, and not every system has every fact. A policy of RL and a cold start that it
     did not begin from are not comparable.
+
+    Args:
+        varied: facts in which the evaluations of a table are meant to differ.
     """
-    shared = (one.keys() & other.keys()) - set(SUBJECT_FACTS)
-    return sorted(name for name in shared if one[name] != other[name])
+    shared = (one.keys() & other.keys()) - {*SUBJECT_FACTS, *WORDED_FACTS, *varied}
+    return sorted(name for name in shared if not _agree(name, one[name], other[name]))
+
+
+def _agree(name: str, one: Any, other: Any) -> bool:
+    if name in PARTIAL_FACTS and isinstance(one, dict) and isinstance(other, dict):
+        return all(one[key] == other[key] for key in one.keys() & other.keys())
+    return bool(one == other)
+
+
+def describe(one: Mapping[str, Any], other: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The differences in words: `questions (400 of test, 100 of hotpotqa-dev), retrieval.top_k (3, 5)`."""
+    return ", ".join(f"{name}{_values(name, one, other)}" for name in names)
+
+
+def _values(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    if name == "questions" and all("num_questions" in facts for facts in (one, other)):
+        named = [f"{facts['num_questions']} of {facts['split']}" for facts in (one, other)]
+        return f" ({', '.join(named)})"
+    values = one[name], other[name]
+    is_short = all(isinstance(value, int | float | bool) for value in values) or "." in name
+    return f" ({values[0]}, {values[1]})" if is_short else ""
 
 
 def digest_questions(questions: Iterable[Question]) -> str:
@@ -178,14 +223,28 @@ def _server(config: Config) -> Facts:
     return {name.rpartition(".")[2]: value_of(config, name) for name in SERVER_KEYS}
 
 
+def _judged_metrics(config: Config) -> list[str]:
+    return ["acc"] * config.eval.judge + ["candidate_em"] * config.eval.candidate_em
+
+
 def _judge(config: Config, digest_of: DigestOf) -> Facts:
-    """The judge's model, and what else its verdicts depend on."""
+    """The judge's model, and what else its verdicts depend on; nothing where none is asked."""
     judge = config.judge
-    prompt = read_prompt(judge.correctness_prompt, "correctness")
-    facts: Facts = {"kind": judge.kind, "max_tokens": judge.max_tokens, "prompt": _digest([prompt])}
+    prompts: Facts = {}
+    if config.eval.judge:
+        prompts["prompt"] = _digest([read_prompt(judge.correctness_prompt, "correctness")])
+    if config.eval.candidate_em:
+        prompts["candidates_prompt"] = _digest([read_prompt(judge.candidates_prompt, "candidates")])
+    if not prompts:
+        return {}
+    facts: Facts = {"kind": judge.kind, "max_tokens": judge.max_tokens} | prompts
     if judge.kind == "server":
         return facts | {"model": judge.endpoint.model or judge.endpoint.url}
     return facts | {"model": digest_of(JUDGE), "max_length": judge.local.max_length, "dtype": judge.local.dtype}
+
+
+def _named(config: Config, names: Iterable[str]) -> Facts:
+    return {name: _as_json(value_of(config, name)) for name in names}
 
 
 def _digest(values: Iterable[Any]) -> str:

@@ -8,7 +8,6 @@ on colour alone.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from r3rag_jax.evaluation.fingerprint import differences
+from r3rag_jax.evaluation.fingerprint import describe, differences
 from r3rag_jax.evaluation.groups import ALL, SEEN, UNSEEN
-from r3rag_jax.rewards.answer import normalize_answer
+from r3rag_jax.evaluation.statistics import wilson
+from r3rag_jax.rewards.normalization import normalize_answer
 from r3rag_jax.types import Passage, Status, Trajectory
 
 Eval = Mapping[str, Any]  # the content of eval/<system>.json
@@ -39,7 +39,6 @@ STYLES = {
 SUPPORT_MARK = "★"
 TERMINAL_PASSAGE = 300  # maximum characters of a passage in a terminal
 HTML_PASSAGE = 260  # in HTML, passages with more characters are collapsed
-Z_95 = 1.96  # standard normal quantile of a two-sided 95 % interval
 
 # metric of eval/<system>.json, column title, description, decimals, whether the largest value is best
 Column = tuple[str, str, str, int, bool]
@@ -200,8 +199,8 @@ def result_rows(evals: Sequence[Eval]) -> list[Row]:
     columns = []
     for name, _, _, decimals, largest_is_best in columns_of(evals):
         values = [metrics.get(name) for metrics in whole]
-        nums = [int(metrics.get("num", 0)) for metrics in whole] if name == "em" else None
-        columns.append(_column(values, decimals, largest_is_best, nums))
+        margins = [margin_of(evaluation) for evaluation in evals] if name == "em" else None
+        columns.append(_column(values, decimals, largest_is_best, margins))
     return _rows(evals, columns)
 
 
@@ -222,7 +221,9 @@ def _group_order(name: str) -> int:
     return {ALL: 0, UNSEEN: 2, SEEN: 3}.get(name, 1)
 
 
-def _column(values: Sequence[float | None], decimals: int, largest_is_best: bool, nums: list[int] | None) -> list[Cell]:
+def _column(
+    values: Sequence[float | None], decimals: int, largest_is_best: bool, margins: list[float | None] | None
+) -> list[Cell]:
     known = [value for value in values if value is not None]
     best = max(known) if largest_is_best and len(set(known)) > 1 else None
     cells = []
@@ -230,9 +231,10 @@ def _column(values: Sequence[float | None], decimals: int, largest_is_best: bool
         if value is None:
             cells.append(Cell("—"))
             continue
-        margin = f"±{half_width(value, nums[index]):.1f}" if nums and nums[index] else ""
+        half = margins[index] if margins else None
+        margin = "" if half is None else f"±{half:.1f}"
         text = f"{value:,.{decimals}f}"
-        cells.append(Cell(text, value == best, value if nums else None, margin))
+        cells.append(Cell(text, value == best, value if margins else None, margin))
     return cells
 
 
@@ -240,11 +242,32 @@ def _rows(evals: Sequence[Eval], columns: Sequence[list[Cell]]) -> list[Row]:
     return [Row(title_of(e), [column[index] for column in columns]) for index, e in enumerate(evals)]
 
 
-def half_width(percent: float, num: int) -> float:
-    """Half-width, in percentage points, of the 95 % Agresti-Coull interval of a share of `num` questions."""
-    num_shifted = num + Z_95**2
-    share = (percent / 100 * num + Z_95**2 / 2) / num_shifted
-    return 100 * Z_95 * math.sqrt(share * (1 - share) / num_shifted)
+def margin_of(evaluation: Eval) -> float | None:
+    """Half the width of EM's 95 % interval over all questions, in percentage points; None without a question.
+
+    Of a result that says nothing of intervals, Wilson's.
+    """
+    whole = evaluation["groups"].get(ALL, {})
+    if not whole.get("num") or whole.get("em") is None:
+        return None
+    bounds = evaluation.get("intervals", {}).get("em")
+    if bounds is None:
+        bounds = [100 * bound for bound in wilson(whole["em"] / 100 * whole["num"], whole["num"])]
+    return (bounds[1] - bounds[0]) / 2
+
+
+def comparable_sets(evals: Sequence[Eval]) -> list[list[Eval]]:
+    """The evaluations that one table may compare, in the order in which the first of each set comes."""
+    sets: list[list[Eval]] = []
+    for evaluation in evals:
+        facts = evaluation.get("fingerprint", {})
+        for members in sets:
+            if not any(differences(member.get("fingerprint", {}), facts) for member in members):
+                members.append(evaluation)
+                break
+        else:
+            sets.append([evaluation])
+    return sets
 
 
 def not_comparable(evals: Sequence[Eval]) -> list[str]:
@@ -252,9 +275,10 @@ def not_comparable(evals: Sequence[Eval]) -> list[str]:
     sentences = []
     for number, other in enumerate(evals):
         for first in evals[:number]:
-            if keys := differences(first.get("fingerprint", {}), other.get("fingerprint", {})):
+            facts = first.get("fingerprint", {}), other.get("fingerprint", {})
+            if keys := differences(*facts):
                 names = " is not comparable with ".join(map(title_of, (other, first)))
-                sentences.append(f"{names}: they differ in {', '.join(map(pretty, keys))}.")
+                sentences.append(f"{names}: they differ in {pretty(describe(*facts, keys))}.")
                 break
     return sentences
 
@@ -264,13 +288,21 @@ def title_of(evaluation: Eval) -> str:
 
 
 def all_tables(evals: Sequence[Eval]) -> list[Table]:
-    """The tables that the eval phase prints."""
-    return [results_table(evals), groups_table(evals)]
+    """The tables that the eval phase prints: two of each comparable set; what is apart is said under the first."""
+    sets = comparable_sets(evals)
+    notes = [not_comparable(evals)] + [[] for _ in sets[1:]]
+    pairs = [(results_table(members, note), groups_table(members)) for members, note in zip(sets, notes, strict=False)]
+    return [table for pair in pairs for table in pair]
 
 
-def results_table(evals: Sequence[Eval]) -> Table:
-    """Systems and their metrics over all questions, for a terminal; the best value is bold."""
-    caption = "EM ± half the 95 % interval" + "".join(f"\n{s}" for s in not_comparable(evals))
+def results_table(evals: Sequence[Eval], notes: Sequence[str] = ()) -> Table:
+    """Systems and their metrics over all questions, for a terminal; the best value is bold.
+
+    Args:
+        evals: a comparable set.
+        notes: sentences under the table.
+    """
+    caption = "\n".join(["EM ± half the 95 % interval", *notes])
     return _table("Results", [title for _, title, *_ in columns_of(evals)], result_rows(evals), caption)
 
 
@@ -315,7 +347,8 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     functions = (
-        outcome, facts, is_supporting, visible, pretty, columns_of, result_rows, group_rows, not_comparable
+        outcome, facts, is_supporting, visible, pretty, columns_of, result_rows, group_rows, not_comparable,
+        comparable_sets,
     )  # fmt: skip
     templates.globals.update({function.__name__: function for function in functions})
     templates.globals.update(SUPPORT_MARK=SUPPORT_MARK, HTML_PASSAGE=HTML_PASSAGE)

@@ -6,8 +6,6 @@ Shape suffixes: B questions, G gold answers, W words of a prediction, X words of
 """
 
 import math
-import re
-import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +15,9 @@ import numpy as np
 from jax import lax
 
 from r3rag_jax.rewards.base import Resources, next_power_of_two
+from r3rag_jax.rewards.normalization import normalize_answer
 from r3rag_jax.types import Trajectory
 
-_DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PREDICTION_PAD, _GOLD_PAD = -1, -2  # unequal, so that padding never matches padding
 MAX_CELLS = 1 << 22  # of a padded array of word ids, [B, G, X]: more rows are scored in several batches
 _VECTORISED_WORDS = 32  # a gold answer of more words is compared word by word: memory then grows with X, not with X^2
@@ -93,15 +90,6 @@ def _batches(texts: Sequence[Sequence[str]]) -> list[list[int]]:
             batches.append([])
         batches[-1].append(i)
     return batches
-
-
-def normalize_answer(text: str) -> str:
-    """The text in lower case, without ASCII punctuation and articles, with one space between words.
-
-    As in the evaluation script of SQuAD (arXiv 1606.05250): "The U.S.,\tof A" becomes "us of".
-    """
-    text = text.lower().translate(_DROP_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 def encode_answers(

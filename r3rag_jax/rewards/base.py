@@ -38,13 +38,13 @@ class RewardTerm:
         rewards: (trajectories, resources) -> float32 [B, K] of a process reward, 0 where a trajectory has no such
             step; float32 [B] of an outcome reward, 0 without an answer. NaN = unknown, for a judgement has failed.
         needs: names of the optional resources that it reads.
-        inquiries: (trajectories, judge) -> what the judge must be asked before `rewards` is called, which then finds
-            the verdicts in `resources.verdicts_N`. The scorer asks the inquiries of all terms in one round.
+        inquiries: (trajectories, resources) -> what the judge must be asked before `rewards` is called, which then
+            finds the verdicts in `resources.verdicts_N`. The scorer asks the inquiries of all terms in one round.
     """
 
     rewards: Callable[[Sequence[Trajectory], Resources], np.ndarray]
     needs: tuple[str, ...] = ()
-    inquiries: Callable[[Sequence[Trajectory], Judge], list[Inquiry]] | None = None
+    inquiries: Callable[[Sequence[Trajectory], Resources], list[Inquiry]] | None = None
 
 
 def required(resource: T | None, name: str) -> T:

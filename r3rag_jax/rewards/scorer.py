@@ -86,30 +86,33 @@ class Scorer:
             UserError: the judge fails too often.
         """
         outlines = _outlines(trajectories, self._resources.max_steps)
-        process_resources, outcome_resources, verdicts = self._ask(trajectories)
+        answers = answer_metrics(trajectories)
+        resources = dataclasses.replace(self._resources, answers=answers)
+        process_resources, outcome_resources, verdicts = self._ask(trajectories, resources)
         process_BK = self._process.rewards(trajectories, process_resources)
         if self._config.compat == "r3":
             process_BK = np.where(shows_new(trajectories, self._resources.max_steps), process_BK, np.float32(0))
-        answers = answer_metrics(trajectories)
-        correct_B = self._outcome.rewards(trajectories, dataclasses.replace(outcome_resources, answers=answers))
+        correct_B = self._outcome.rewards(trajectories, outcome_resources)
         if self._outcome.inquiries is not None:
-            answers["acc"] = correct_B
+            answers = answers | {"acc": correct_B}
         shaped = self._shape(outlines, process_BK, correct_B)
         rewards_BK = np.asarray(shaped.rewards_BK)
         rewards = [rewards_BK[row, : len(trajectory.steps)] for row, trajectory in enumerate(trajectories)]
         parts = {name: np.asarray(x_BK).sum(axis=1)[: len(rewards)] for name, x_BK in shaped.parts_BK.items()}
         return Scores(rewards, process_BK, answers, parts, verdicts)
 
-    def _ask(self, trajectories: Sequence[Trajectory]) -> tuple[Resources, Resources, Verdicts | None]:
+    def _ask(
+        self, trajectories: Sequence[Trajectory], resources: Resources
+    ) -> tuple[Resources, Resources, Verdicts | None]:
         """One round of the judge for both terms: the resources of each, with its verdicts, and all verdicts."""
         terms = self._process, self._outcome
         if all(term.inquiries is None for term in terms):
-            return self._resources, self._resources, None
-        judge = required(self._resources.judge, "a judge")
-        inquiries = [[] if term.inquiries is None else term.inquiries(trajectories, judge) for term in terms]
+            return resources, resources, None
+        judge = required(resources.judge, "a judge")
+        inquiries = [[] if term.inquiries is None else term.inquiries(trajectories, resources) for term in terms]
         verdicts = judge.ask([*inquiries[0], *inquiries[1]])
         process, outcome = (
-            dataclasses.replace(self._resources, verdicts_N=values)
+            dataclasses.replace(resources, verdicts_N=values)
             for values in np.split(verdicts.values, [len(inquiries[0])])
         )
         return process, outcome, verdicts
@@ -165,13 +168,20 @@ def learnable(trajectories: Sequence[Trajectory], scores: Scores) -> tuple[list[
     return [trajectories[i] for i in kept], Scores(rewards, scores.process[kept], answers, parts, scores.verdicts)
 
 
-def accuracy(trajectories: Sequence[Trajectory], judge: Judge) -> tuple[np.ndarray, Verdicts]:
+def accuracy(
+    trajectories: Sequence[Trajectory], judge: Judge, answers: dict[str, np.ndarray] | None = None
+) -> tuple[np.ndarray, Verdicts]:
     """The paper's Acc, as `correctness_rewards`: float32 [B], NaN where the judgement failed; and the verdicts.
+
+    Args:
+        answers: `answer_metrics` of the trajectories, computed where it is None.
 
     Raises:
         UserError: the judge fails too often.
     """
-    verdicts = judge.ask(correctness.inquiries(trajectories, judge))
     max_steps = max((len(trajectory.steps) for trajectory in trajectories), default=0)
-    resources = Resources(max_steps, judge=judge, verdicts_N=verdicts.values)
+    answers = answer_metrics(trajectories) if answers is None else answers
+    resources = Resources(max_steps, judge=judge, answers=answers)
+    verdicts = judge.ask(correctness.inquiries(trajectories, resources))
+    resources = dataclasses.replace(resources, verdicts_N=verdicts.values)
     return correctness.correctness_rewards(trajectories, resources), verdicts

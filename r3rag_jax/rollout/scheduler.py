@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -39,7 +39,7 @@ def rollout(
     search_overlap: int = 0,
     on_done: OnDone | None = None,
 ) -> list[Trajectory]:
-    """Return the trajectories of the requests, in their order.
+    """Return the trajectories of the requests, in their order, with the numbers of tokens that they read and wrote.
 
     Args:
         search_overlap: calls that sample other slots while a search runs; 0: sampling waits for searches.
@@ -86,6 +86,8 @@ class _Scheduler:
         self._contexts: dict[int, Context] = {}  # slot -> context to be submitted
         self._queries: dict[int, Search] = {}  # slot -> search to be started
         self._searches: deque[_RunningSearch] = deque()
+        self._read: Counter[int] = Counter()  # slot -> tokens of the prompts of its question
+        self._written: Counter[int] = Counter()  # slot -> tokens sampled for its question
         self._done: dict[int, Trajectory] = {}  # index of the request -> trajectory
 
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
@@ -102,7 +104,9 @@ class _Scheduler:
                 self._finish_search()  # no call could run during the search
             contexts, self._contexts = self._contexts, {}
             self._generation.submit(contexts)
+            self._read.update({slot: len(context.ids) for slot, context in contexts.items()})
             for slot, completion in self._generation.wait():
+                self._written[slot] += len(completion.ids)
                 self._advance(slot, self._envs[slot].step(completion))
             self._start_search(call)
         return [self._done[index] for index in range(len(requests))]
@@ -126,9 +130,12 @@ class _Scheduler:
 
     def _finish(self, slot: int, done: Done) -> None:
         del self._envs[slot]
-        self._done[self._indices.pop(slot)] = done.trajectory
+        trajectory = dataclasses.replace(
+            done.trajectory, num_tokens=self._written.pop(slot, 0), num_input_tokens=self._read.pop(slot, 0)
+        )
+        self._done[self._indices.pop(slot)] = trajectory
         if self._on_done is not None:
-            self._on_done(done.trajectory)
+            self._on_done(trajectory)
 
     def _start_search(self, call: int) -> None:
         """Start one batched search, as deep as the deepest query needs, for all slots that `call` left without hits.

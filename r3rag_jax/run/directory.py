@@ -170,6 +170,10 @@ class RunDirectory:
         """Metrics and fingerprint (JSON) of an evaluated system or question file."""
         return self.evaluation_dir / f"{name}.json"
 
+    def evaluation_rows(self, name: str) -> Path:
+        """The values of each question (JSONL) of which an evaluation's metrics are the means."""
+        return self.evaluation_dir / f"{name}.questions.jsonl"
+
     def trajectories(self, name: str) -> Path:
         """Trajectories (JSONL) of an evaluation, or those that RL keeps (RL_TRAJECTORIES)."""
         return self.trajectory_dir / f"{name}.jsonl"

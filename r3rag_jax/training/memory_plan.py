@@ -93,7 +93,7 @@ class MemoryPlanner:
         """Bytes of the arrays of training by name, and of the trained parameters among them."""
         weights = self._size("weights", self.shapes, mesh)
         sizes = {{"sft": "start", "rl": "reference", "eval": "weights"}[phase]: weights}
-        if (phase == "rl" and config.rewards.needs_judge) or (phase == "eval" and config.eval.judge):
+        if (phase == "rl" and config.rewards.needs_judge) or (phase == "eval" and config.eval.asks_judge):
             sizes |= judge_memory(config.judge, mesh)
         if phase == "eval":
             return sizes, 0

@@ -17,7 +17,7 @@ def attempt(asked: Question, answer: str | None, *passages: Passage, num_tokens:
     steps = [Step("x", query="q", passages=(passage,)) for passage in passages]
     steps.append(Step("x", answer=answer) if answer is not None else Step("?", is_well_formed=False))
     status = Status.ANSWERED if answer is not None else Status.FORMAT_ERROR
-    return Trajectory(asked, tuple(steps), status, num_tokens=num_tokens)
+    return Trajectory(asked, tuple(steps), status, num_tokens=num_tokens, num_input_tokens=200)
 
 
 def attempts() -> list[Trajectory]:

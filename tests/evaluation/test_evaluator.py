@@ -21,10 +21,12 @@ from r3rag_jax.config import (
     ServerConfig,
 )
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.evaluator import Evaluator, summarise
+from r3rag_jax.evaluation.evaluator import Evaluator
 from r3rag_jax.evaluation.fingerprint import differences
-from r3rag_jax.evaluation.metrics import measure
+from r3rag_jax.evaluation.metrics import measure_each
+from r3rag_jax.evaluation.metrics import summary as row_of
 from r3rag_jax.evaluation.results import load_results
+from r3rag_jax.evaluation.summary import summarise
 from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rollout.env import EnvFactory
@@ -37,7 +39,7 @@ from r3rag_jax.types import Context, Step
 
 
 def test_groups_by_type_and_by_seen() -> None:
-    summary = summarise("r3rag", attempts(), {"questions": "abc"})
+    summary = summarise("r3rag", attempts(), {"questions": "abc"}).result
     assert (summary["system"], summary["title"], summary["num_questions"]) == ("r3rag", "R3-RAG", 4)
     assert summary["fingerprint"] == {"questions": "abc"}
     assert {name: group["num"] for name, group in summary["groups"].items()} == {
@@ -46,8 +48,8 @@ def test_groups_by_type_and_by_seen() -> None:
     assert {name: group["em"] for name, group in summary["groups"].items()} == {
         "all": 50.0, "bridge": pytest.approx(100 / 3), "single": 100.0, "unseen": 50.0, "seen": 50.0,
     }  # fmt: skip
-    assert summary["groups"]["all"] == measure(attempts())
-    assert summarise("mine", attempts()[:1], {})["title"] == "mine"
+    assert summary["groups"]["all"] == row_of(measure_each(attempts(), recall_k=(5,)))
+    assert summarise("mine", attempts()[:1], {}).result["title"] == "mine"
 
 
 def test_a_judge_is_asked_about_answers_that_do_not_match(tmp_path: Path) -> None:
@@ -61,13 +63,18 @@ def test_a_judge_is_asked_about_answers_that_do_not_match(tmp_path: Path) -> Non
 
         def reply_all(self, prompts: Sequence[str]) -> Iterator[tuple[int, str | UserError]]:
             self.prompts += prompts
-            yield from enumerate(["Correct: yes"] * len(prompts))
+            yield from enumerate(["Correct: yes\nCandidates: Charles Darwin | darwin"] * len(prompts))
 
         def give_up(self) -> None: ...
 
     chat = Agreeing()
-    summary = summarise("r3rag", attempts(), {}, Judge(chat, tmp_path / "judgements.jsonl"))
+    judge = Judge(chat, tmp_path / "judgements.jsonl")
+    summary = summarise("r3rag", attempts(), {}, EvalConfig(judge=True), judge).result
     assert len(chat.prompts) == 1 and "Question 3?" in chat.prompts[0]
+    assert "candidate_em" not in summary["groups"]["all"]
+    both = summarise("r3rag", attempts(), {}, EvalConfig(judge=True, candidate_em=True), judge).result
+    assert len(chat.prompts) == 2 and "Candidates:" in chat.prompts[1] and "Accepted" not in chat.prompts[1]
+    assert both["groups"]["all"]["candidate_em"] == 75.0
     assert {name: group["acc"] for name, group in summary["groups"].items()} == {
         "all": 75.0, "bridge": pytest.approx(200 / 3), "single": 100.0, "unseen": 50.0, "seen": 100.0,
     }  # fmt: skip
@@ -141,7 +148,8 @@ def test_the_phase_evaluates_what_has_no_result_with_its_fingerprint(tokenizer: 
     evaluator = evaluator_of(tmp_path, tokenizer, config, opened)
     assert evaluator.run(QUESTIONS) and len(opened) == 2
     assert [path.name for path in sorted(tmp_path.rglob("*.json*"))] == [
-        "closed_book.json", "oneshot_rag.json", "closed_book.jsonl", "oneshot_rag.jsonl",
+        "closed_book.json", "closed_book.questions.jsonl", "oneshot_rag.json", "oneshot_rag.questions.jsonl",
+        "closed_book.jsonl", "oneshot_rag.jsonl",
     ]  # fmt: skip
     results = load_results(RunDirectory(tmp_path), ("oneshot_rag", "r3rag", "closed_book"))
     assert [result["title"] for result in results] == ["One-shot RAG", "Closed book"]

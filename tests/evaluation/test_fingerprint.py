@@ -19,14 +19,18 @@ from r3rag_jax.evaluation.fingerprint import (
     JUDGE_KEYS,
     KEYS,
     KEYS_WITHOUT_EFFECT,
+    METRIC_KEYS,
+    SAMPLING_KEYS,
     SERVER_KEYS,
     Facts,
+    describe,
     differences,
     fingerprint,
 )
 from r3rag_jax.types import Question
 
 GROUPS = {"itself": KEYS, "baselines": BASELINE_KEYS, "server": SERVER_KEYS, "judge": JUDGE_KEYS}
+GROUPS |= {"sampling": SAMPLING_KEYS, "metrics": METRIC_KEYS}
 GROUPS |= DIGESTED_KEYS | KEYS_WITHOUT_EFFECT
 QUESTIONS = [question("1", "Shrewsbury", type="bridge"), question("2", "Down House")]
 
@@ -63,15 +67,18 @@ def facts(config: Config, system: str = "r3rag", questions: list[Question] = QUE
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """A judge and a server are asked, so that their keys count."""
+    """A judge and a server are asked and temperature is above 0, so that their keys count."""
     prompts = {name: tmp_path / f"{name}.txt" for name in ("prompt", "promptx")}
     for name, path in prompts.items():
-        path.write_text(f"{name} {{question}} {{golds}} {{answer}} Correct: yes")
+        path.write_text(f"{name} {{question}} {{golds}} {{answer}} Correct: yes Candidates: x")
     made: Section = Config()
     for name, value in {
         "phases": ("index",),
         "eval.judge": True,
+        "eval.candidate_em": True,
+        "eval.temperature": 0.5,
         "judge.correctness_prompt": str(tmp_path / "prompt.txt"),
+        "judge.candidates_prompt": str(tmp_path / "prompt.txt"),
         "judge.endpoint.model": "m",
         "rollout.server.url": "http://x",
     }.items():
@@ -88,7 +95,7 @@ def test_every_key_is_in_exactly_one_table() -> None:
 @pytest.mark.parametrize("name", schema())
 def test_a_key_changes_the_fingerprint_or_is_listed(name: str, config: Config, tmp_path: Path) -> None:
     """For a baseline, with server and judge; what reaches the numbers through a digest changes that digest instead."""
-    if name == "judge.correctness_prompt":
+    if name in ("judge.correctness_prompt", "judge.candidates_prompt"):
         other = with_value(config, name.split("."), str(tmp_path / "promptx.txt"))
     elif name == "model.chat_template":
         other = with_value(config, name.split("."), "chatml")
@@ -100,7 +107,7 @@ def test_a_key_changes_the_fingerprint_or_is_listed(name: str, config: Config, t
             config = with_value(config, ["judge", "kind"], "local")
         other = change(config, name)
     table = groups_of(name)[0]
-    counts = table in ("itself", "baselines", "server", "judge", "tokenizer")
+    counts = table in ("itself", "baselines", "server", "judge", "sampling", "metrics", "tokenizer")
     is_path = name == "judge.local.path"  # the digest of the files there counts
 
     def digests(config: Config) -> dict[str, str]:
@@ -122,7 +129,7 @@ def test_a_policy_is_not_out_of_date_when_the_baselines_prompt_changes() -> None
 def test_digests_of_contents_count() -> None:
     config = Config()
     plain = facts(config)
-    others = [facts(config, **{name: "other"}) for name in ("rl", "tokenizer", "index")]
+    others = [facts(config, **{name: "other"}) for name in ("rl", "tokenizer", "index", "corpus")]
     others += [
         facts(config, questions=asked)
         for asked in (
@@ -134,9 +141,11 @@ def test_digests_of_contents_count() -> None:
             [QUESTIONS[0], question("2", "Down House", type="single")],
         )
     ]
-    assert all(sum(plain[name] != other[name] for name in plain) == 1 for other in others)
+    words = "num_questions"
+    assert all(sum(plain[name] != other[name] for name in plain if name != words) == 1 for other in others)
     assert facts(config) == plain and plain["policy"] == "rl rl"
-    assert (plain["server"], plain["judge"]) == ({}, {})
+    assert (plain["server"], plain["judge"], plain["sampling"]) == ({}, {}, {})
+    assert (plain["num_questions"], plain["metrics"]["em"], plain["metrics"]["answer_recall@5"]) == (2, 1, 1)
 
 
 def test_a_served_policy_is_known_by_the_server_alone(config: Config) -> None:
@@ -159,3 +168,20 @@ def test_a_table_compares_systems_and_policies_that_share_the_rest() -> None:
     assert one != baseline and differences(one, baseline) == []
     assert differences(one, facts(more, "ircot", questions=QUESTIONS[:1])) == ["questions", "retrieval.top_k"]
     assert differences(facts(config, "ircot"), facts(change(config, "eval.prompt"), "oneshot_rag")) == ["eval.prompt"]
+
+
+def test_words_do_not_part_what_digests_join() -> None:
+    one = facts(Config())
+    assert differences(one, one | {"split": "hotpotqa-dev", "num_questions": 3}) == []
+    other = one | {"questions": "o", "split": "dev", "num_questions": 400, "retrieval.top_k": 5}
+    names = differences(one, other)
+    assert describe(one, other, names) == "questions (2 of , 400 of dev), retrieval.top_k (2, 5)"
+    assert differences(one, other, ["questions"]) == ["retrieval.top_k"]
+
+
+def test_metrics_and_judges_are_compared_as_far_as_both_have_them(config: Config) -> None:
+    judged, plain = facts(config), facts(with_value(config, ["eval", "judge"], False))
+    assert judged["metrics"].keys() - plain["metrics"].keys() == {"acc"}
+    assert differences(judged, plain) == [] and differences(judged, plain | {"judge": {}}) == []
+    assert differences(judged, judged | {"metrics": judged["metrics"] | {"f1": 2}}) == ["metrics"]
+    assert differences(judged, judged | {"judge": judged["judge"] | {"model": "n"}}) == ["judge"]

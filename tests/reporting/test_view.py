@@ -13,12 +13,14 @@ from rich.console import Console
 from r3rag_jax.reporting.rendering import (
     COLUMNS,
     Outcome,
+    all_tables,
+    comparable_sets,
     environment,
     facts,
     group_rows,
     groups_table,
-    half_width,
     is_correct,
+    margin_of,
     not_comparable,
     outcome,
     print_trajectory,
@@ -156,11 +158,15 @@ def test_a_lone_system_is_not_called_best():
     assert not any(cell.is_best for row in result_rows(EVALS[3:]) for cell in row.cells)
 
 
-def test_half_width_is_the_agresti_coull_interval():
-    # p~ = (50 + 1.9208) / 103.8416 = 0.5; 1.96 * sqrt(0.25 / 103.8416) = 0.0962
-    assert half_width(50.0, 100) == pytest.approx(9.617, abs=1e-3)
-    assert half_width(0.0, 100) > 1.5  # the textbook interval would claim certainty
-    assert half_width(50.0, 400) < half_width(50.0, 100)
+def test_the_margin_is_half_the_interval_of_the_result_or_wilsons():
+    def result(em, num, **fields):
+        return {"groups": {"all": {"em": em, "num": num}}, **fields}
+
+    # p = 1/2, n = 100: 1.96 sqrt(1/400 + 1.96^2 / 40000) / (1 + 1.96^2 / 100) = 0.0962
+    assert margin_of(result(50.0, 100)) == pytest.approx(9.617, abs=1e-3)
+    assert margin_of(result(0.0, 100)) > 1.5  # the textbook interval would claim certainty
+    assert margin_of(result(50.0, 100, intervals={"em": [41.0, 60.0]})) == 9.5
+    assert margin_of({"groups": {}}) is None and margin_of(result(None, 0)) is None
 
 
 def test_judged_accuracy_is_a_column_where_a_judge_was_asked():
@@ -230,16 +236,20 @@ def test_names_of_groups_and_results_are_no_markup():
     named = EVALS[3] | {"title": "[/dim] mine", "groups": groups, "fingerprint": {"questions": "q1"}}
     text = printed(groups_table([named]))
     assert "[/bold]" in text and "[red]x␛" in text and "[/dim] mine" in text
-    assert "[/dim] mine is not comparable with Cold start" in printed(results_table([EVALS[2], named]))
+    assert "[/dim] mine is not comparable with Cold start" in "".join(map(printed, all_tables([EVALS[2], named])))
 
 
 def test_different_questions_are_called_out():
     other = EVALS[3] | {"fingerprint": EVALS[3]["fingerprint"] | {"questions": "q1", "top_k": 5}}
-    sentence = "R3-RAG is not comparable with Cold start: they differ in questions, top k."
+    sentence = "R3-RAG is not comparable with Cold start: they differ in questions, top k (2, 5)."
     assert not_comparable([EVALS[2], other]) == [sentence]
-    assert sentence in printed(results_table([EVALS[2], other]))
-    assert sentence in results_html([EVALS[2], other])
-    assert not_comparable(EVALS) == []
+    tables = list(map(printed, all_tables([*EVALS[:3], other])))
+    assert len(tables) == 4 and "".join(tables).count(sentence) == 0  # it differs from the first, which is named
+    assert "R3-RAG is not comparable with Closed book" in tables[0]
+    assert ["R3-RAG" in table.split("EM ±")[0] for table in tables] == [False, False, True, True]
+    html = results_html([EVALS[2], other])
+    assert sentence in html and [tag for tag, _ in Tags(html).seen].count("table") == 4
+    assert not_comparable(EVALS) == [] and comparable_sets(EVALS) == [EVALS]
 
 
 def test_results_html_holds_both_tables():

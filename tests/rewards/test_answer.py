@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from r3rag_jax.rewards import answer
-from r3rag_jax.rewards.answer import AnswerBatch, answer_metrics, answer_scores, encode_answers, normalize_answer
+from r3rag_jax.rewards.answer import AnswerBatch, answer_metrics, answer_scores, encode_answers
+from r3rag_jax.rewards.normalization import normalize_answer
 from r3rag_jax.types import Question, Status, Step, Trajectory
 
 

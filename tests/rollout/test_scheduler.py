@@ -135,6 +135,15 @@ def test_questions_that_are_done_at_once_need_no_call() -> None:
     assert roll_out("s,,cs,", recorder) == ["b", "a", "d", "c"]
 
 
+def test_tokens_are_counted_by_question_and_not_by_slot() -> None:
+    """A slot that is used again begins at 0, and a search costs nothing."""
+    recorder = Recorder()
+    plans = {"a": "ccc", "b": "s", "c": "sc", "d": "c"}
+    requests = [RolloutRequest(Question(id, plan, ())) for id, plan in plans.items()]
+    done = rollout(recorder, EnvFactory(PlanEnv, STOPS), recorder, requests)
+    assert [(t.num_input_tokens, t.num_tokens) for t in done] == [(6, 3), (0, 0), (2, 1), (2, 1)]
+
+
 def test_no_request_is_no_trajectory() -> None:
     assert rollout(Recorder(), EnvFactory(PlanEnv, STOPS), Recorder(), []) == []
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from r3rag_jax.rewards.answer import answer_metrics, em_rewards
+from r3rag_jax.rewards.answer import em_rewards
 from r3rag_jax.rewards.base import Resources, required
-from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.judge.prompts import Inquiry
 from r3rag_jax.types import Trajectory
 
 
-def inquiries(trajectories: Sequence[Trajectory], judge: Judge) -> list[Inquiry]:
+def inquiries(trajectories: Sequence[Trajectory], resources: Resources) -> list[Inquiry]:
     """One for each answer that is no exact match."""
-    unmatched = _unmatched(trajectories, answer_metrics(trajectories)["em"])
+    judge = required(resources.judge, "a judge")
+    unmatched = unmatched_answers(trajectories, em_rewards(trajectories, resources))
     return [judge.correctness(trajectories[i].question, trajectories[i].answer or "") for i in unmatched]
 
 
@@ -26,10 +26,10 @@ def correctness_rewards(trajectories: Sequence[Trajectory], resources: Resources
         ValueError: there are no verdicts.
     """
     correct_B = em_rewards(trajectories, resources).copy()
-    correct_B[_unmatched(trajectories, correct_B)] = required(resources.verdicts_N, "the judge's verdicts")
+    correct_B[unmatched_answers(trajectories, correct_B)] = required(resources.verdicts_N, "the judge's verdicts")
     return correct_B
 
 
-def _unmatched(trajectories: Sequence[Trajectory], em_B: np.ndarray) -> list[int]:
+def unmatched_answers(trajectories: Sequence[Trajectory], em_B: np.ndarray) -> list[int]:
     """Indices of the trajectories with an answer that is no exact match."""
     return [i for i, trajectory in enumerate(trajectories) if trajectory.answer is not None and em_B[i] < 1]

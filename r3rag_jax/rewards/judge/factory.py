@@ -45,6 +45,7 @@ def open_judge(config: JudgeConfig, mesh: Mesh, default_cache: Path, *, first_wa
         prompts=Prompts(
             relevance=read_prompt(config.relevance_prompt, "relevance"),
             correctness=read_prompt(config.correctness_prompt, "correctness"),
+            candidates=read_prompt(config.candidates_prompt, "candidates"),
         ),
         max_failure_share=config.max_failure_share,
     )

@@ -24,7 +24,8 @@ from r3rag_jax.parallel.processes import from_process_0
 from r3rag_jax.retrieval.fingerprint import digest
 from r3rag_jax.rewards.judge.judgements import Judgements
 from r3rag_jax.rewards.judge.prompts import Inquiry, Prompts
-from r3rag_jax.rewards.judge.verdicts import EXAMPLES, read_verdict
+from r3rag_jax.rewards.judge.verdicts import EXAMPLES, read_candidates, read_verdict
+from r3rag_jax.rewards.normalization import normalize_answer
 from r3rag_jax.run.watchdog import moved
 from r3rag_jax.types import Question, Step
 
@@ -83,6 +84,10 @@ class Judge:
         """See `Prompts.ask_correctness`."""
         return self._prompts.ask_correctness(question, answer)
 
+    def candidates(self, question: Question, answer: str) -> Inquiry:
+        """See `Prompts.ask_candidates`."""
+        return self._prompts.ask_candidates(question, answer)
+
     def ask(self, inquiries: Sequence[Inquiry]) -> Verdicts:
         """One round: each inquiry is asked once, unless its verdict is known; all processes must call together.
 
@@ -122,7 +127,7 @@ class Judge:
         with self._file.writing() as add:
             for index, reply in self._chat.reply_all([inquiry.prompt for inquiry in inquiries]):
                 moved(f"judge: {index + 1} of {len(inquiries)} replies")
-                value = read_verdict(reply, inquiries[index].kind) if isinstance(reply, str) else None
+                value = _verdict(reply, inquiries[index]) if isinstance(reply, str) else None
                 if value is not None:
                     values[index] = value
                     add(keys[index], {"score": value, "reply": reply})
@@ -148,5 +153,15 @@ class Judge:
 
     def _key(self, inquiry: Inquiry) -> str:
         """Key of a judgement in the file: model and prompt, wherever the model is served."""
-        identity = json.dumps([self._chat.identity, inquiry.kind, inquiry.prompt])
+        identity = json.dumps([self._chat.identity, inquiry.kind, inquiry.prompt, *inquiry.golds])
         return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _verdict(reply: str, inquiry: Inquiry) -> float | None:
+    """The verdict of a reply in [0, 1], None: it has failed."""
+    if inquiry.kind != "candidates":
+        return read_verdict(reply, inquiry.kind)
+    candidates = read_candidates(reply)
+    if candidates is None:
+        return None
+    return float(bool(set(map(normalize_answer, candidates)) & set(map(normalize_answer, inquiry.golds))))

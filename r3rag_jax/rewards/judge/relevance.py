@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from r3rag_jax.rewards.base import Resources, required
-from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.judge.prompts import Inquiry
 from r3rag_jax.rewards.novelty import new_searches
 from r3rag_jax.types import Trajectory
 
 
-def inquiries(trajectories: Sequence[Trajectory], judge: Judge) -> list[Inquiry]:
+def inquiries(trajectories: Sequence[Trajectory], resources: Resources) -> list[Inquiry]:
     """One for each search that brings something new."""
+    judge = required(resources.judge, "a judge")
     return [
         judge.relevance(trajectories[i].question, trajectories[i].steps[k]) for i, k, _ in new_searches(trajectories)
     ]

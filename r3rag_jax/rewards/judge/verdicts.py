@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-Kind = Literal["relevance", "correctness"]
+Kind = Literal["relevance", "correctness", "candidates"]
 
-LABELS: dict[Kind, str] = {"relevance": "relevance", "correctness": "correct"}
-EXAMPLES: dict[Kind, str] = {"relevance": "Relevance: 0.7", "correctness": "Correct: yes"}  # a line of a reply
+LABELS: dict[Kind, str] = {"relevance": "relevance", "correctness": "correct", "candidates": "candidates"}
+EXAMPLES: dict[Kind, str] = {  # a line of a reply
+    "relevance": "Relevance: 0.7",
+    "correctness": "Correct: yes",
+    "candidates": "Candidates: Paris | Lyon",
+}
+_MARKUP = " \t*_`\"'"  # around a candidate
 _LINE_ENDS = re.compile(r"\r\n|\r|\n")  # str.splitlines has more, which a quoted passage may hold
 WORDS = {"yes": 1.0, "true": 1.0, "no": 0.0, "false": 0.0}
 _LINES: dict[Kind, re.Pattern[str]] = {
@@ -36,12 +41,28 @@ def read_verdict(reply: str, kind: Kind) -> float | None:
     A reply fails if it has no such line, if a line with the label holds something else ("Relevance: 8/10", "-0.5",
     "1.2", "high", "0.8 or so", "80%", "0,8"), or if two such lines disagree.
     """
+    values = {_read_value(text, kind) for text in _labelled(reply, kind)}
+    return values.pop() if len(values) == 1 else None
+
+
+def read_candidates(reply: str) -> tuple[str, ...] | None:
+    """The candidate answers at the end of a judge's reply, or None: the reply has failed.
+
+    A reply must contain one line `Candidates: Paris | Lyon` with at least one of them, or several equal lines. Markdown
+    and quotes around a candidate are removed.
+    """
+    lines = {
+        tuple(filter(None, (c.strip(_MARKUP) for c in text.split("|")))) for text in _labelled(reply, "candidates")
+    }
+    return (lines.pop() or None) if len(lines) == 1 else None
+
+
+def _labelled(reply: str, kind: Kind) -> list[str]:
+    """What follows the label, in each line that begins with it; text before `</think>` does not count."""
     answer = reply.rpartition("</think>")[2]
     if "<think>" in answer:  # the reply ends before the thinking does
-        return None
-    lines = [match for line in _LINE_ENDS.split(answer) if (match := _LINES[kind].fullmatch(line))]
-    values = {_read_value(match["value"], kind) for match in lines}
-    return values.pop() if len(values) == 1 else None
+        return []
+    return [match["value"] for line in _LINE_ENDS.split(answer) if (match := _LINES[kind].fullmatch(line))]
 
 
 def _read_value(text: str, kind: Kind) -> float | None:

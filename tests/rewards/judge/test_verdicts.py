@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from r3rag_jax.rewards.judge.verdicts import read_verdict
+from r3rag_jax.rewards.judge.verdicts import read_candidates, read_verdict
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,22 @@ def test_relevance_is_read_strictly(reply: str, value: float | None) -> None:
 )
 def test_correctness_is_read_strictly(reply: str, value: float | None) -> None:
     assert read_verdict(reply, "correctness") == value
+
+
+@pytest.mark.parametrize(
+    ("reply", "candidates"),
+    [
+        ("Candidates: Paris", ("Paris",)),
+        ("It hedges.\n**Candidates:** Paris | the city of Lyon |", ("Paris", "the city of Lyon")),
+        ('- candidates: "Paris" | `Lyon`', ("Paris", "Lyon")),
+        ("<think>Candidates: Rome</think>Candidates: 1,809 | 18:30", ("1,809", "18:30")),
+        ("Candidates: a\nCandidates: a", ("a",)),
+        ("Candidates: a\nCandidates: b", None),
+        ("Candidates:", None),
+        ("Candidates: | ", None),
+        ("Paris", None),
+        ("<think>\nCandidates: Paris", None),
+    ],
+)
+def test_candidates_are_read_off_one_line(reply: str, candidates: tuple[str, ...] | None) -> None:
+    assert read_candidates(reply) == candidates
