@@ -60,6 +60,7 @@ from r3rag_jax.sampler.memory import MemoryPlan
 from r3rag_jax.text.protocols import TAGS, make_protocol
 from r3rag_jax.text.transcript import Codec
 from r3rag_jax.training.layout import layout_of
+from r3rag_jax.training.likelihood import Likelihood
 from r3rag_jax.training.memory_plan import plan_phases, will_hold_policy
 from r3rag_jax.training.rl import RLParts
 from r3rag_jax.training.sft import SFTParts
@@ -238,17 +239,23 @@ class Components:
 
     # ---- rewards
 
-    @functools.cached_property
-    def scorer(self) -> Scorer:
+    def make_scorer(self, reference: Any) -> Scorer:
         """The reward function that the configuration describes.
+
+        Args:
+            reference: parameters of the reference policy.
 
         Raises:
             UserError: the encoder or the judge cannot be opened; see `encoder` and `judge`.
         """
-        needed = needed_resources(self.config.rewards)
+        needed, rl = needed_resources(self.config.rewards), self.config.rl
         encoder = self.encoder if "encoder" in needed and jax.process_index() == 0 else None  # process 0 encodes
         judge = self.judge if "judge" in needed else None
-        return Scorer(self.config.rewards, Resources(self.config.rollout.max_steps, encoder, judge))
+        likelihood = None
+        if "likelihood" in needed:
+            shape = {"row_length": rl.row_length, "batch_rows": rl.batch_rows}
+            likelihood = Likelihood(self.codec, self.mesh, self.policy.graphdef, reference, **shape)
+        return Scorer(self.config.rewards, Resources(self.config.rollout.max_steps, encoder, judge, likelihood))
 
     @functools.cached_property
     def judge(self) -> Judge:
@@ -301,7 +308,7 @@ class Components:
         self._evidence(questions).check(self.config.rewards, self.on_error.say)
         return RLParts(
             mesh=self.mesh, sampler_mesh=self.sampler_mesh, policy=self.policy, make_backend=self.engine_backends,
-            env_factory=self.search_env, retriever=self.retriever, scorer=self.scorer,
+            env_factory=self.search_env, retriever=self.retriever, make_scorer=self.make_scorer,
             questions=questions, evaluate=self.dev_evaluation, shares_prefixes=self.shares_prefixes, run=self.run,
             provenance=self.provenance("rl"), log=self.log, trajectory_log=self.trajectory_log,
             console=self.console, stop=self.stop,

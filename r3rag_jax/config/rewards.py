@@ -17,10 +17,11 @@ class RewardConfig(Section):
     outcome: Literal["em", "f1", "cover_em", "judge"] = key(
         "em", "what makes an answer correct; `judge`: exact match or a judge's agreement (the paper's Acc)"
     )
-    process: Literal["gold", "embedding", "judge"] = key(
+    process: Literal["gold", "embedding", "gain", "judge"] = key(
         "gold",
         "relevance of a retrieval: its number of new gold passages; the smaller of the cosines of question and query "
-        "and of query and passage (`embedding`); or a judge's rating",
+        "and of query and passage (`embedding`); the share of the gold answer's surprisal that it removes (`gain`); or "
+        "a judge's rating",
     )
     use_outcome: bool = key(True, "false: process rewards only")
     use_process: bool = key(True, "false: outcome reward only")

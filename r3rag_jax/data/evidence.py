@@ -55,7 +55,7 @@ class Evidence:
         if self.num_without == num:
             raise UserError(
                 f"{path}: rewards.process=gold needs metadata.supporting_ids of the corpus; none of {num} questions "
-                "has any: take rewards.process=embedding or rewards.process=judge, or rewards.use_process=false"
+                "has any: take rewards.process=gain, embedding or judge, or rewards.use_process=false"
             )
         say(
             f"{path}: {self.num_without} of {num} questions have no metadata.supporting_ids of the corpus: with "

@@ -7,16 +7,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from r3rag_jax.retrieval.base import Encoder
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.judge.prompts import Inquiry
-from r3rag_jax.types import Trajectory
+from r3rag_jax.text.transcript import Codec
+from r3rag_jax.types import Sample, Trajectory
 
 T = TypeVar("T")
+
+
+class Likelihood(Protocol):
+    """How probable texts are to a policy (`training/likelihood.py`)."""
+
+    @property
+    def codec(self) -> Codec: ...
+
+    def __call__(self, groups: Sequence[Sequence[Sample]]) -> list[list[np.ndarray]]:
+        """For each sample of each group the log-probabilities of the tokens in its loss_mask, float32 [tokens]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +38,7 @@ class Resources:
     max_steps: int  # K, the most steps of a trajectory (rollout.max_steps); the width of process rewards
     encoder: Encoder | None = None
     judge: Judge | None = None
+    likelihood: Likelihood | None = None  # under the reference policy
     verdicts_N: np.ndarray | None = None  # float32, in the order of the term's own `inquiries`; NaN = failed
     answers: dict[str, np.ndarray] | None = None  # `answer_metrics` of the same trajectories; None: not yet computed
 

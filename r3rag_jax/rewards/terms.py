@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from r3rag_jax.config import RewardConfig
-from r3rag_jax.rewards import answer, embedding, gold
+from r3rag_jax.rewards import answer, embedding, gain, gold
 from r3rag_jax.rewards.base import Resources, RewardTerm
 from r3rag_jax.rewards.judge import correctness, relevance
 from r3rag_jax.types import Trajectory
@@ -15,6 +15,7 @@ from r3rag_jax.types import Trajectory
 PROCESS_REWARDS: dict[str, RewardTerm] = {
     "gold": RewardTerm(gold.gold_rewards),
     "embedding": RewardTerm(embedding.embedding_rewards, needs=("encoder",)),
+    "gain": RewardTerm(gain.gain_rewards, needs=("likelihood",)),
     "judge": RewardTerm(relevance.relevance_rewards, needs=("judge",), inquiries=relevance.inquiries),
 }
 OUTCOME_REWARDS: dict[str, RewardTerm] = {

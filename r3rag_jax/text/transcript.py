@@ -15,7 +15,9 @@ Text from outside never becomes a special token.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -93,6 +95,15 @@ class Codec:
         continues = self._first_step_continues or (number > 1 and self.protocol.is_one_sequence)
         ids = self.tokenizer.encode_pieces(self.protocol.step_pieces(step, number), continues=continues)
         return ids if self.protocol.is_one_sequence else [*ids, self.turn_end_id]
+
+    def answer_start(self, step: Step, number: int) -> int:
+        """Return the index of the first token of an answering step's ids that depends on what the answer is."""
+        ids = self.step_ids(step, number)
+        others = [self.step_ids(dataclasses.replace(step, answer=other), number) for other in ("7", "Q")]
+        shared = (
+            itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, other, strict=False)) for other in others
+        )
+        return min(len(list(pairs)) for pairs in shared)
 
     def parse_step(self, ids: Sequence[int], number: int) -> Step:
         """Parse sampled ids into step `number` (from 1); a final end of turn is ignored."""
@@ -204,3 +215,10 @@ def teacher_samples(codec: Codec, trajectory: Trajectory) -> tuple[Sample, ...]:
         if step.query is not None:
             transcript.add_passages(step.passages)
     return transcript.samples(temperature=1.0)
+
+
+def forced_sample(codec: Codec, context: Sequence[int], step: Step, number: int) -> Sample:
+    """Return an answering step after a context as a sample whose loss_mask is the answer and what closes it."""
+    sequence = [*context, *codec.step_ids(step, number)]
+    start = len(context) + codec.answer_start(step, number)
+    return _sample([(start, len(sequence), np.zeros(len(sequence) - start, np.float32), 0)], sequence, 1.0)

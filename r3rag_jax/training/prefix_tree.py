@@ -49,9 +49,13 @@ def _fits(members: Sequence[Sample], max_length: int) -> bool:
 
 
 def _cuts(members: Sequence[Sample]) -> list[int]:
-    """For each sample the number of its tokens in the trunk: those that its prompt shares with the next prompt."""
+    """For each sample the number of its tokens in the trunk: those that its prompt shares with the next prompt.
+
+    But for the last sample the end of the prompt stays in the branch: it predicts the first token that the policy
+    wrote, and must stand right before it in the row.
+    """
     prompts = [sample.ids[: _prompt_length(sample)] for sample in members]
-    shared = [_common_prefix(one, next_) for one, next_ in itertools.pairwise(prompts)]
+    shared = [_common_prefix(one[:-1], next_) for one, next_ in itertools.pairwise(prompts)]
     return [*shared, len(prompts[-1])]
 
 

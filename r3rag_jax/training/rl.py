@@ -45,7 +45,7 @@ class RLParts:
     make_backend: MakeBackend
     env_factory: EnvFactory
     retriever: Retriever
-    scorer: Scorer
+    make_scorer: Callable[[Any], Scorer]  # of the reference policy's parameters
     questions: Sequence[Question]
     evaluate: Callable[[RolloutBackend], dict[str, float]] | None  # metrics on the dev questions; None: there are none
     shares_prefixes: bool  # samples that begin alike are trained in one sequence
@@ -72,7 +72,8 @@ def run_rl(config: Config, parts: RLParts) -> None:
     )  # fmt: skip
     parts.log.rewind("rl", trainer.iteration)
     parts.trajectory_log.rewind(trainer.iteration)
-    sampler = IterationSampler(config, parts.questions, parts.env_factory, parts.retriever, parts.scorer)
+    scorer = parts.make_scorer(trainer.reference_params)
+    sampler = IterationSampler(config, parts.questions, parts.env_factory, parts.retriever, scorer)
     prefetcher: Prefetcher[Any, RolloutBackend, Rollouts] = Prefetcher(
         lambda params: parts.make_backend(lambda: params), sampler.run
     )
@@ -84,21 +85,25 @@ def run_rl(config: Config, parts: RLParts) -> None:
     )  # fmt: skip
     with trainer.checkpoints, parts.stop.deferred(), bar, prefetcher, failures_told():
         while trainer.iteration < config.rl.iterations:
-            metrics = run_iteration(config, parts, trainer, prefetcher)
+            metrics = run_iteration(config, parts, trainer, scorer, prefetcher)
             bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
             schedule.after(trainer.iteration, trainer.save)
         parts.policy.save(parts.run.policy("rl"), trainer.policy_params, parts.provenance)
 
 
 def run_iteration(
-    config: Config, parts: RLParts, trainer: RLTrainer, prefetcher: Prefetcher[Any, RolloutBackend, Rollouts]
+    config: Config,
+    parts: RLParts,
+    trainer: RLTrainer,
+    scorer: Scorer,
+    prefetcher: Prefetcher[Any, RolloutBackend, Rollouts],
 ) -> dict[str, float]:
     """Rollout, rewards, advantages, update, evaluation; returns the metrics that it logs."""
     started, iteration, compiled = time.monotonic(), trainer.iteration, num_compiled()
     rollouts = prefetcher.result(iteration, trainer.policy_params)
     if may_prefetch(config, iteration + 1, has_evaluation=parts.evaluate is not None):
         prefetcher.start(iteration + 1, trainer.policy_params)
-    experience = rollouts.score(parts.scorer, totals=config.rl.returns == "total")
+    experience = rollouts.score(scorer, totals=config.rl.returns == "total")
     metrics = rollout_metrics(experience.trajectories, experience.scores)
     metrics["rollout_s"] = time.monotonic() - started
     moved(f"RL iteration {iteration}: {len(experience.trajectories)} trajectories scored")
@@ -140,11 +145,11 @@ def check_devices(config: Config, parts: RLParts) -> None:
             f"launch programs on the same {parts.mesh.size} devices; got mesh.sampler_devices="
             f"{config.mesh.sampler_devices}"
         )
-    judges_beside = config.rl.max_resamples > 0 and config.rewards.needs_judge and config.judge.kind == "local"
-    if config.rl.async_rollouts and judges_beside and parts.mesh.size > 1:
+    is_local = config.rewards.process == "gain" or (config.rewards.needs_judge and config.judge.kind == "local")
+    if config.rl.async_rollouts and config.rl.max_resamples > 0 and is_local and parts.mesh.size > 1:
         raise UserError(
-            "rl.max_resamples must be 0 with rl.async_rollouts and a local judge: rollouts are judged in a thread, on "
-            f"the {parts.mesh.size} devices that updates run on; got {config.rl.max_resamples}"
+            "rl.max_resamples must be 0 with rl.async_rollouts and a local judge, or rewards.process=gain: rollouts "
+            f"are scored in a thread, on the {parts.mesh.size} devices of updates; got {config.rl.max_resamples}"
         )
 
 

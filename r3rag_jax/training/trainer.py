@@ -84,6 +84,11 @@ class RLTrainer:
         trained = self.progress.state.params["policy"]
         return trained if self._frozen is None else self._merge(trained, self._frozen)
 
+    @property
+    def reference_params(self) -> Any:
+        """Parameters of the policy that RL began from, which it does not change."""
+        return self._ref_params
+
     def _modules(self) -> dict[str, lora.TrainableSplit]:
         """Policy and critic as they are before RL."""
         modules = {"policy": self._policy.trainable(self._ref_params)}

@@ -51,6 +51,15 @@ def split(tree: Sample) -> list[tuple[list[int], list[int], list[int], list[bool
     return found  # type: ignore[return-value]
 
 
+def assert_predicted(tree: Sample) -> None:
+    """What the policy wrote stands in the row right after the token of its own sample that predicts it."""
+    assert tree.branch_ids is not None and tree.positions is not None
+    written = np.flatnonzero(tree.loss_mask)
+    np.testing.assert_array_equal(tree.positions[written], tree.positions[written - 1] + 1)
+    before = tree.branch_ids[written - 1]
+    assert np.all((before == 0) | (before == tree.branch_ids[written]))
+
+
 def as_they_were(samples: list[Sample]) -> list[Any]:
     return [(s.ids.tolist(), list(range(len(s))), s.step_ids.tolist(), s.loss_mask.tolist()) for s in samples]
 
@@ -65,6 +74,15 @@ def test_typed_out() -> None:
     assert tree.step_ids.tolist() == [-1, -1, 0, -1, -1, 1, -1, -1, 2]
     np.testing.assert_allclose(tree.behaviour_logprobs, -0.1 * tree.ids * tree.loss_mask, rtol=1e-6)
     assert split(tree) == as_they_were(samples)
+    assert_predicted(tree)
+
+
+def test_samples_of_the_same_prompt_keep_its_end_which_predicts_what_was_written() -> None:
+    samples = [sample([Q, A], [X], 0), sample([Q, A], [Y, Z], 1)]
+    [tree] = share_prefixes(samples, max_length=9)
+    assert tree.ids.tolist() == [Q, A, X, A, Y, Z]
+    assert split(tree) == as_they_were(samples)
+    assert_predicted(tree)
 
 
 def test_what_cannot_share_opens_a_tree() -> None:
@@ -94,6 +112,8 @@ def test_every_sample_is_on_its_path(grown: list[tuple[list[int], int]], data: s
     trees = share_prefixes(samples, limit)
     assert all(len(tree) <= limit for tree in trees)
     assert sum(map(len, trees)) <= sum(map(len, samples))
+    for tree in trees:
+        assert_predicted(tree)
     kept = [one for one, written in zip(as_they_were(samples), grown, strict=True) if written[1] > 0]
     assert [path for tree in trees for path in split(tree) if any(path[3])] == kept
 
