@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from r3rag_jax.config.section import Section, key, require
+from r3rag_jax.config.section import ConfigError, Section, key, require
+
+# Data sets whose released layouts are read (`data/readers/layouts.py`); `flashrag` is FlashRAG's layout of any.
+DATA_SETS = ("flashrag", "hotpotqa", "2wikimultihopqa", "musique", "nq", "triviaqa", "popqa", "bamboogle")
+
+
+def split_source(source: str | Path) -> tuple[str, str]:
+    """NAME and FILE of `NAME:FILE`, a file of the data set NAME; a file alone has the name "".
+
+    Raises:
+        ConfigError: there is no such data set.
+    """
+    name, colon, file = str(source).partition(":")
+    if not colon or file.startswith("//") or not re.fullmatch(r"\w+", name):
+        return "", str(source)
+    if name not in DATA_SETS:
+        close = difflib.get_close_matches(name, DATA_SETS, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; a file of this name is ./{source}"
+        raise ConfigError(f"NAME of a source NAME:FILE must be one of {', '.join(DATA_SETS)}; got {name!r}{hint}")
+    return name, file
 
 
 class DataConfig(Section):
@@ -21,7 +42,12 @@ class DataConfig(Section):
     dir: str = key("", "directory that the relative paths below start from", "path")
     corpus: str = key("", "passages {id, contents}; JSON Lines, a JSON array or Parquet, as all files below", "path")
     sft: str = key("", "trajectories for the cold start {id, question, golden_answers, steps}", "path")
-    rl: str = key("", "questions for RL {id, question, golden_answers, metadata}", "path")
+    rl: str = key(
+        "",
+        "questions for RL {id, question, golden_answers, metadata}, or `NAME:FILE`, a released file of the data set "
+        f"NAME ({', '.join(DATA_SETS[1:])}); so also dev and test",
+        "path",
+    )
     dev: str = key("", "questions for the evaluations while training", "path")
     test: str = key("", "questions for the final tables", "path")
     num_sft: int = key(
@@ -38,7 +64,21 @@ class DataConfig(Section):
 
     def path(self, name: str) -> Path:
         """The file of `corpus` or of a split."""
-        return Path(self.dir) / getattr(self, name)
+        return Path(self.dir) / split_source(getattr(self, name))[1]
+
+    def source_of(self, name: str) -> str:
+        """The file of a split, as `NAME:FILE` where it has a name."""
+        data_set = split_source(getattr(self, name))[0]
+        return f"{data_set}:{self.path(name)}" if data_set else str(self.path(name))
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for name in ("rl", "dev", "test"):
+            try:
+                split_source(getattr(self, name))
+            except ConfigError as error:
+                raise ConfigError(f"data.{name}: {error}", [f"data.{name}"]) from None
+        return self
 
     @model_validator(mode="after")
     def _check_corpus(self) -> Self:

@@ -68,14 +68,16 @@ class Dataset:
         if data.source == "files" and not getattr(data, split):
             return Records("")
         if split not in self._questions:
-            questions = self.read(self.path_of(split))
+            is_own = data.source == "world"
+            questions = self.read(self.path_of(split) if is_own else data.source_of(split))
             is_left_out = data.source == "files" and split == "rl" and data.disjoint and data.sft
             self._questions[split] = self._without_cold_start(questions) if is_left_out else questions
         return self._questions[split]
 
-    def read(self, path: Path) -> Records[Question]:
-        """The questions of a file; says how many have the text of an earlier one."""
-        questions = read_questions(path, self._on_error)
+    def read(self, source: str | Path) -> Records[Question]:
+        """The questions of a file, or `NAME:FILE`; says how many have the text of an earlier one."""
+        questions = read_questions(source, self._on_error)
+        path = Path(questions.path)
         check_same(lambda: _digest(map(question_to_dict, questions)), f"questions of {path.name}")
         line_of: dict[str, int] = {}
         repeated = [

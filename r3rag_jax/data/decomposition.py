@@ -7,7 +7,9 @@
                        article with the evidence, `passage_id` the id of a passage of the corpus; one of them may be
                        missing, or both. (MuSiQue, 2WikiMultiHopQA, wikihop)
     supporting_titles  titles of the articles with the evidence, each once (HotpotQA, 2WikiMultiHopQA, MuSiQue, PopQA)
-    hops               their number
+    supporting_facts   [[title, number of a sentence from 0], …] (HotpotQA, 2WikiMultiHopQA)
+    evidences          [[subject, relation, object], …] (2WikiMultiHopQA)
+    hops               how many passages are needed
 
 `decomposition_of` reads the first.
 """
@@ -15,11 +17,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from r3rag_jax.data.fields import FieldError, Row, get_field, get_id, get_text, show
+from r3rag_jax.data.fields import FieldError, Row, as_rows, get_field, get_id, get_text, is_id, show
 from r3rag_jax.types import Question
 
 # Questions for relations of Wikidata, on which 2WikiMultiHopQA and parts of MuSiQue are built.
@@ -98,6 +101,52 @@ def decomposition_of(question: Question) -> tuple[Hop, ...]:
     return tuple(hops)
 
 
+def gold_evidence(row: Row) -> dict[str, Any]:
+    """What a record says of its evidence, as metadata in the shape above.
+
+    Args:
+        row: a record as its data set releases it, or the metadata of a record of FlashRAG. Of `supporting_facts`,
+            `evidences` and `question_decomposition` those that are there in a known shape count.
+    """
+    found: dict[str, Any] = {}
+    facts = _tuples(row.get("supporting_facts"), ("title", "sent_id"))
+    triples = [
+        [str(item) for item in triple] for triple in _tuples(row.get("evidences"), ("fact", "relation", "entity"))
+    ]
+    steps = parsed(row.get("question_decomposition"))
+    if facts:
+        found |= {"supporting_facts": facts, "supporting_titles": list(dict.fromkeys(str(title) for title, _ in facts))}
+    if triples:
+        found |= {"evidences": triples, "decomposition": from_triples(triples, found.get("supporting_titles", ()))}
+    if isinstance(steps, list) and steps and all(isinstance(step, Mapping) for step in steps):
+        paragraphs = parsed(row.get("paragraphs"))
+        hops = from_steps(steps, paragraphs if isinstance(paragraphs, list) else ())
+        titles = list(dict.fromkeys(hop["title"] for hop in hops if "title" in hop))
+        found |= {"decomposition": hops, "supporting_titles": titles, "type": row.get("type") or f"{len(hops)}hop"}
+    num_hops = len(found.get("decomposition") or found.get("supporting_titles", ()))
+    return found | ({"hops": num_hops} if num_hops else {})
+
+
+def parsed(value: Any) -> Any:
+    """A list or object that a table holds as JSON text; other values, and text that is no JSON, as they are."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _tuples(value: Any, names: Sequence[str]) -> list[list[Any]]:
+    """A list of equally long lists, as released, or as an object of one list a name, or a list of objects; else []."""
+    value = as_rows(parsed(value), names)
+    if not isinstance(value, list):
+        return []
+    rows = [[row.get(name) for name in names] if isinstance(row, Mapping) else row for row in value]
+    is_known = all(isinstance(row, list | tuple) and len(row) == len(names) and all(map(is_id, row)) for row in rows)
+    return [list(row) for row in rows] if is_known else []
+
+
 def relation_question(subject: str, relation: str) -> str:
     """A question for the object of a triple of Wikidata, e.g. ("Emma", "author") -> "Who wrote Emma?"."""
     before, _, after = RELATIONS.get(relation.strip().lower(), f"What is the {relation.strip()} of {{}}?").rpartition(
@@ -133,14 +182,18 @@ def from_steps(steps: Iterable[Row], paragraphs: Iterable[Row]) -> list[dict[str
     """
     title_of = {paragraph.get("idx"): paragraph.get("title") for paragraph in paragraphs}
     hops: list[dict[str, Any]] = []
-    for step in steps:
-        text = _with_answers(get_text(step, "question"), [hop["answer"] for hop in hops])
+    for number, step in enumerate(steps, 1):
+        try:
+            text = _with_answers(get_text(step, "question"), [hop["answer"] for hop in hops])
+            answer = get_text(step, "answer")
+        except FieldError as error:
+            raise FieldError(f"question_decomposition, step {number}: {error}") from error
         subject, arrow, relation = text.partition(" >> ")
         sub_question = relation_question(subject, relation) if arrow else text
         support = step.get("support_paragraph")
         index = step.get("paragraph_support_idx")
         title = support.get("title") if isinstance(support, Mapping) else title_of.get(index)
-        hop = {"sub_question": sub_question, "answer": get_text(step, "answer")}
+        hop = {"sub_question": sub_question, "answer": answer}
         hops.append(hop | ({"title": title} if title else {}))
     return hops
 

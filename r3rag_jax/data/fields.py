@@ -57,6 +57,30 @@ def get_ids(row: Row, name: str) -> list[str]:
     return [get_id({name: value}, name) for value in values]
 
 
+def get_texts(row: Row, name: str) -> list[str]:
+    """`row[name]` as a list of texts, of which blank ones are left out; empty where it is missing or null.
+
+    One text alone is a list of one.
+
+    Raises:
+        FieldError: it is something else.
+    """
+    value = row.get(name)
+    values = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
+        raise FieldError(f"{name} must be a list of texts; got {show(value)}")
+    return [text for text in values if text.strip()]
+
+
+def as_rows(value: Any, names: Sequence[str]) -> Any:
+    """A list of objects, where the value is one object with an equally long list for each name, as Parquet has it."""
+    if not isinstance(value, Mapping) or not all(isinstance(value.get(name), list) for name in names):
+        return value
+    columns = [value[name] for name in names]
+    is_table = len({len(column) for column in columns}) == 1
+    return [dict(zip(names, items, strict=True)) for items in zip(*columns, strict=True)] if is_table else value
+
+
 def show(value: Any) -> str:
     """A value as JSON, cut to a length that fits an error message."""
     text = json.dumps(value, ensure_ascii=False)

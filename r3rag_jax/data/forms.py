@@ -1,10 +1,10 @@
-"""The forms of a file of records, told by its first bytes: JSON Lines, a JSON array of objects, TSV (DPR), or Parquet.
+"""The forms of a file of records, told by its first bytes: JSON Lines, a JSON array of objects, a table, or Parquet.
 
-JSON and TSV are UTF-8, with or without a byte order mark, and may be compressed by gzip, bzip2, xz or zstd. The name of
-a file says nothing. `pyarrow`, which reads Parquet and zstd, is imported when it is needed.
+JSON and tables are UTF-8, with or without a byte order mark, and may be compressed by gzip, bzip2, xz or zstd. The name
+of a file says nothing. `pyarrow`, which reads Parquet and zstd, is imported when it is needed.
 
-A TSV begins with the line `id<tab>text<tab>title`, or `id<tab>text`, as in DPR's `psgs_w100.tsv`; a field may stand in
-double quotes.
+An array may be the member "Data" of one object, as in TriviaQA's files. A table is TSV or CSV: its first line names the
+fields (`id<tab>text<tab>title` in DPR's `psgs_w100.tsv`), at least two words; a field may stand in double quotes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import io
 import itertools
 import json
 import lzma
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,8 @@ from r3rag_jax.errors import UserError
 
 BOM = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 PARQUET = b"PAR1"
-TSV_HEADERS = (b"id\ttext\ttitle", b"id\ttext")
+WRAPPER = "Data"  # the member of one object that holds the records
+WRAPPED = re.compile(rb'\s*\{\s*("%s"\s*:\s*\[.*)?' % WRAPPER.encode(), re.DOTALL)  # the first line of such a file
 
 
 def _open_zstd(path: Path) -> IO[bytes]:
@@ -70,8 +72,8 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, Row | FieldError]]:
         is_compressed = [open for magic, open in COMPRESSIONS.items() if head.startswith(magic)]
         with is_compressed[0](path) if is_compressed else path.open("rb") as file:
             first = next(file, b"").removeprefix(BOM)
-            if first.rstrip(b"\r\n") in TSV_HEADERS:
-                yield from _tsv(path, first.decode().split(), file)
+            if names := _header(first):
+                yield from _table(path, names, "\t" if b"\t" in first else ",", file)
             else:
                 yield from _json(path, itertools.chain([first], file), file)
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -84,17 +86,37 @@ def read_objects(path: str | Path) -> Iterator[tuple[int, Row | FieldError]]:
 
 
 def _json(path: Path, lines: Iterable[bytes], file: IO[bytes]) -> Iterator[tuple[int, Row | FieldError]]:
-    """JSON Lines; or, where the first character that is not blank is a bracket, one array."""
-    is_first = True
+    """One array, alone or as a member of an object, if the first line that is not blank begins so; else JSON Lines."""
+    lines = iter(lines)
     for number, line in enumerate(lines, 1):
-        line = line.removeprefix(BOM)  # files that were joined have one in the middle
+        line = line.removeprefix(BOM)
         if not line.strip():
             continue
-        if is_first and line.lstrip().startswith(b"["):
-            yield from _array(path, number, line + file.read())
+        if line.lstrip().startswith(b"["):
+            text = _decoded(path, number, line + file.read())
+            end = yield from _elements(path, number, text, text.index("["))
+            if _skip_blank(text, end) < len(text):
+                line_of_end = number + text.count("\n", 0, end)
+                raise UserError(f"{path}:{line_of_end}: expected one JSON array; something follows it")
             return
-        is_first = False
-        yield number, _line(line)
+        if WRAPPED.fullmatch(line):
+            rest = line + file.read()
+            if (start := _wrapped_array(rest)) is not None:
+                text = _decoded(path, number, rest)
+                yield from _elements(path, number + text.count("\n", 0, start), text, start)
+                return
+            yield from _json_lines(number, rest.split(b"\n"))
+            return
+        yield from _json_lines(number, itertools.chain([line], lines))
+        return
+
+
+def _json_lines(first: int, lines: Iterable[bytes]) -> Iterator[tuple[int, Row | FieldError]]:
+    """JSON Lines from line `first` on; blank ones count, but are no records."""
+    for number, line in enumerate(lines, first):
+        line = line.removeprefix(BOM)  # files that were joined have one in the middle
+        if line.strip():
+            yield number, _line(line)
 
 
 def _line(line: bytes) -> Row | FieldError:
@@ -109,20 +131,45 @@ def _line(line: bytes) -> Row | FieldError:
         return FieldError(f"expected one JSON object per line; {error}")
 
 
-def _array(path: Path, number: int, data: bytes) -> Iterator[tuple[int, Row | FieldError]]:
-    """The elements of an array that begins on line `number`; a fault in its syntax ends the reading."""
+def _decoded(path: Path, number: int, data: bytes) -> str:
+    """The text of a file from line `number` on."""
     try:
-        text = data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = number + data.count(b"\n", 0, error.start)
         raise UserError(f"{path}:{line}: expected UTF-8; got byte {data[error.start]:#04x}") from error
-    decoder, end = json.JSONDecoder(), text.index("[") + 1
-    counted = 0  # up to here line ends have been counted
+
+
+def _wrapped_array(data: bytes) -> int | None:
+    """Where the array begins, in characters, that is the member "Data" of one object; None if there is no such object.
+
+    What follows the array is not read.
+    """
+    decoder, text = json.JSONDecoder(), data.decode("utf-8", "replace")
+    end = text.index("{")
+    try:
+        while text[end : end + 1] in ("{", ","):
+            name, end = decoder.raw_decode(text, _skip_blank(text, end + 1))
+            start = _skip_blank(text, _skip_blank(text, end) + 1)  # behind the colon
+            if name == WRAPPER and text[start : start + 1] == "[":
+                return start
+            end = _skip_blank(text, decoder.raw_decode(text, start)[1])
+    except ValueError:  # no JSON: the reader of lines says where
+        return None
+    return None
+
+
+def _elements(path: Path, number: int, text: str, start: int) -> Generator[tuple[int, Row | FieldError], None, int]:
+    """The elements of the array that begins at `start`, on line `number`, and where it ends; a fault in its syntax ends
+    the reading.
+    """
+    decoder, end = json.JSONDecoder(), start + 1
+    counted = start  # up to here line ends have been counted
     while True:
         start = _skip_blank(text, end)
         number, counted = number + text.count("\n", counted, start), start
         if text[start : start + 1] == "]":
-            break
+            return start + 1
         try:
             item, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
@@ -136,8 +183,6 @@ def _array(path: Path, number: int, data: bytes) -> Iterator[tuple[int, Row | Fi
             line = number + text.count("\n", counted, comma)
             raise UserError(f"{path}:{line}: expected a JSON array of objects; expecting ',' or ']'")
         end = comma + 1 if text[comma] == "," else comma
-    if _skip_blank(text, start + 1) < len(text):
-        raise UserError(f"{path}:{number}: expected one JSON array; something follows it")
 
 
 def _skip_blank(text: str, start: int) -> int:
@@ -157,10 +202,18 @@ def _object(value: Any, source: bytes) -> Row | FieldError:
     return value if isinstance(value, dict) else FieldError(f"expected a JSON object; got {kind_of(value)}")
 
 
-# ------------------------------------------------------------------------------------------- TSV
+# ----------------------------------------------------------------------------------------- tables
 
 
-def _tsv(path: Path, names: Sequence[str], file: IO[bytes]) -> Iterator[tuple[int, Row | FieldError]]:
+def _header(line: bytes) -> list[str]:
+    """The names of the fields of a table that begins with this line; empty if it is no such line."""
+    text = line.decode("utf-8", "replace").rstrip("\r\n")
+    names = [name.strip() for name in next(csv.reader([text], delimiter="\t" if "\t" in text else ","), [])]
+    is_header = 1 < len(names) == len(set(names)) and all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names)
+    return names if is_header else []
+
+
+def _table(path: Path, names: Sequence[str], delimiter: str, file: IO[bytes]) -> Iterator[tuple[int, Row | FieldError]]:
     """The rows behind the header, with the line on which each begins."""
     number = 2
 
@@ -171,14 +224,14 @@ def _tsv(path: Path, names: Sequence[str], file: IO[bytes]) -> Iterator[tuple[in
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}:{line}: expected UTF-8; got byte {data[error.start]:#04x}") from error
 
-    reader = csv.reader(texts(), delimiter="\t", strict=True)
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
     while True:
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{path}:{number}: expected fields separated by tabs; {error}") from error
+            raise UserError(f"{path}:{number}: expected the fields {', '.join(names)}; {error}") from error
         if row and len(row) != len(names):
             yield number, FieldError(f"expected {len(names)} fields, {', '.join(names)}; got {len(row)}")
         elif row:

@@ -38,13 +38,16 @@ def read_parsed(path: str | Path, parse: Callable[[Row], T], on_error: OnError =
     Raises:
         UserError: as `read_rows`; or, unless `on_error` leaves the record out, `parse` raised a FieldError.
     """
-    return _read(path, parse, FaultyRecords(path, on_error))
+    return _read(path, lambda row, _: parse(row), FaultyRecords(path, on_error))
 
 
 def read_all(
-    path: str | Path, parse: Callable[[Row], T], id_of: Callable[[T], Hashable], on_error: OnError = STOP
+    path: str | Path, parse: Callable[[Row, int], T], id_of: Callable[[T], Hashable], on_error: OnError = STOP
 ) -> Records[T]:
     """All parsed rows of a file, with their lines.
+
+    Args:
+        parse: takes the row and its line.
 
     Raises:
         UserError: as `read_parsed`; or, unless `on_error` leaves the later one out, two rows have equal ids.
@@ -63,7 +66,7 @@ def read_all(
     return Records(path, rows)
 
 
-def _read(path: str | Path, parse: Callable[[Row], T], faults: FaultyRecords) -> Iterator[tuple[int, T]]:
+def _read(path: str | Path, parse: Callable[[Row, int], T], faults: FaultyRecords) -> Iterator[tuple[int, T]]:
     """As `read_parsed`; `faults` are reported when the last row has been taken."""
     num = 0
     for number, row in read_objects(path):
@@ -71,7 +74,7 @@ def _read(path: str | Path, parse: Callable[[Row], T], faults: FaultyRecords) ->
         try:
             if isinstance(row, FieldError):
                 raise row
-            item = parse(row)
+            item = parse(row, number)
         except FieldError as error:
             faults.add(number, str(error))
         else:

@@ -1,43 +1,42 @@
-"""Questions and passages in FlashRAG's layout (github.com/RUC-NLPIR/FlashRAG).
+"""Files of questions and of passages: FlashRAG's layout, and those in which data sets are released (`readers/`).
 
-HotpotQA, 2WikiMultihopQA, MuSiQue and many other data sets are distributed in it. What the files of others hold in its
-place is read too:
-
-    field            instead of it
-    id               _id; a text or a whole number
-    golden_answers   answers or answer, with answer_aliases; a list or one alone, of texts, numbers, true and false
-    metadata         null or an empty list for none
-    contents         text, with or without title
-
-Another layout is read by another function from a record to a Question, which `jsonl.read_all` takes.
+field of a passage   instead of it
+id                   _id; a text or a whole number
+contents             text, with or without title
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator
-from math import isfinite
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from r3rag_jax.data.fields import FieldError, Row, first_name, get_field, get_id, get_text, is_id, show
+from r3rag_jax.config.data import split_source
+from r3rag_jax.data.fields import Row, first_name, get_field, get_id, get_text
 from r3rag_jax.data.jsonl import read_all, read_parsed
+from r3rag_jax.data.readers.flashrag import ID_FIELDS
+from r3rag_jax.data.readers.layouts import parse_question
+from r3rag_jax.data.readers.multi_hop import with_aliases
 from r3rag_jax.data.records import STOP, OnError, Records
 from r3rag_jax.types import Passage, Question
 
-# Names of a field, the first one that a record has; those after the first are other data sets'.
-ID_FIELDS = ("id", "_id")
-ANSWER_FIELDS = ("golden_answers", "answers", "answer")
-CONTENT_FIELDS = ("contents", "text")
+CONTENT_FIELDS = ("contents", "text")  # names of a field, the first one that a record has
 
 
-def read_questions(path: str | Path, on_error: OnError = STOP) -> Records[Question]:
-    """Read records `{id, question, golden_answers, metadata?}`.
+def read_questions(source: str | Path, on_error: OnError = STOP) -> Records[Question]:
+    """Read a file of questions, or `NAME:FILE`, a file of the data set NAME.
+
+    The layout of each record is told by its fields; with a name, it must be one of that data set.
 
     Raises:
         UserError: as `jsonl.read_all`; names file and line of the first fault.
     """
-    return read_all(path, question_from_dict, lambda question: question.id, on_error)
+    name, path = split_source(source)
+    questions = read_all(
+        path, lambda row, line: parse_question(row, line, name), lambda question: question.id, on_error
+    )
+    return with_aliases(questions, Path(path))
 
 
 def read_passages(path: str | Path, on_error: OnError = STOP) -> Records[Passage]:
@@ -46,7 +45,7 @@ def read_passages(path: str | Path, on_error: OnError = STOP) -> Records[Passage
     Raises:
         UserError: as `jsonl.read_all`; names file and line of the first fault.
     """
-    return read_all(path, passage_from_dict, lambda passage: passage.id, on_error)
+    return read_all(path, lambda row, _: passage_from_dict(row), lambda passage: passage.id, on_error)
 
 
 def iterate_passages(path: str | Path, on_error: OnError = STOP) -> Iterator[Passage]:
@@ -61,65 +60,6 @@ def identity(question: Question) -> str:
     """
     text = " ".join(unicodedata.normalize("NFKC", question.question).casefold().split())
     return text.rstrip(" ?!.。") or text
-
-
-def question_from_dict(row: Row) -> Question:
-    """Parse `{id, question, golden_answers, metadata?}`; a FieldError names the field at fault."""
-    return Question(
-        id=get_id(row, first_name(row, ID_FIELDS)),
-        question=get_text(row, "question"),
-        golden_answers=_golden_answers(row),
-        metadata=_metadata(row),
-    )
-
-
-def _golden_answers(row: Row) -> tuple[str, ...]:
-    """The accepted answers, as texts."""
-    name = first_name(row, ANSWER_FIELDS)
-    value = row[name]
-    texts_of = [_answer_texts(answer) for answer in (value if isinstance(value, list) else [value])]
-    if not texts_of or not all(texts_of):
-        raise FieldError(f"{name} must be one or more texts, numbers or truth values; got {show(value)}")
-    answers = [text for texts in texts_of for text in texts]
-    if name != ANSWER_FIELDS[0]:
-        aliases = get_field(row, "answer_aliases", list, default=None) or []
-        if not all(isinstance(alias, str) and alias.strip() for alias in aliases):
-            raise FieldError(f"answer_aliases must be a list of texts; got {show(aliases)}")
-        answers += aliases
-    return tuple(answers)
-
-
-def _answer_texts(value: Any) -> list[str]:
-    """One answer as texts; none if it is none. True is both yes and true; 1986.0 is what tables make of 1986."""
-    if isinstance(value, bool):
-        return ["yes", "true"] if value else ["no", "false"]
-    if isinstance(value, str):
-        return [value] if value.strip() else []
-    if isinstance(value, int | float) and isfinite(value):
-        return [str(int(value) if value == int(value) else value)]
-    return []
-
-
-def _metadata(row: Row) -> dict[str, Any]:
-    """The field `metadata`; what this package reads of it has the right type, or is left out where it is null or ''.
-
-    `type` (a text) and `unseen` (true or false) name groups of an evaluation; `supporting_ids` is a list of ids of
-    passages. All other names are kept as they are.
-    """
-    if row.get("metadata") == []:  # how some languages write an empty object
-        return {}
-    metadata = dict(get_field(row, "metadata", dict, default=None) or {})
-    checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "type": ("a text", lambda value: isinstance(value, str)),
-        "unseen": ("true or false", lambda value: isinstance(value, bool)),
-        "supporting_ids": ("a list of ids", lambda value: isinstance(value, list) and all(map(is_id, value))),
-    }
-    for name, (what, is_right) in checks.items():
-        if metadata.get(name) in (None, ""):
-            metadata.pop(name, None)
-        elif not is_right(metadata[name]):
-            raise FieldError(f"metadata.{name} must be {what}; got {show(metadata[name])}")
-    return metadata
 
 
 def question_to_dict(question: Question) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from r3rag_jax.data.fields import FieldError, Row, get_field, get_ids, get_text, kind_of
 from r3rag_jax.data.jsonl import read_all
-from r3rag_jax.data.questions import passage_from_dict, passage_to_dict, question_from_dict, question_to_dict
+from r3rag_jax.data.questions import passage_from_dict, passage_to_dict, question_to_dict
+from r3rag_jax.data.readers.flashrag import question_from_dict
 from r3rag_jax.data.records import STOP, OnError, Records
 from r3rag_jax.errors import UserError
 from r3rag_jax.types import Passage, Status, Step, Trajectory
@@ -38,7 +39,7 @@ def read_trajectories(
         raise UserError(f"passages_per_step must be at least 1; got {passages_per_step}")
     return read_all(
         path,
-        lambda row: teacher_trajectory_from_dict(row, corpus, passages_per_step),
+        lambda row, _: teacher_trajectory_from_dict(row, corpus, passages_per_step),
         lambda trajectory: (trajectory.question.id, trajectory.sample_index),
         on_error,
     )

@@ -112,7 +112,7 @@ def test_passages_of_dpr_and_of_zstd(tmp_path: Path) -> None:
         ("é\n".encode("utf-16"), "any_name: expected JSON in UTF-8, or Parquet; got UTF-16: save it as UTF-8"),
         (b"\x28\xb5\x2f\xfd....", "any_name: expected a readable file of records; ZSTD decompress"),
         (b"id\ttext\ttitle\n1\ta\n", "any_name:2: expected 3 fields, id, text, title; got 2"),
-        (b'id\ttext\n1\t"a"b\n', "any_name:2: expected fields separated by tabs; "),
+        (b'id\ttext\n1\t"a"b\n', "any_name:2: expected the fields id, text; "),
         (b"id\ttext\n1\t\xff\n", "any_name:2: expected UTF-8; got byte 0xff"),
         (b"PK\x03\x04....", "any_name: expected JSON in UTF-8, or Parquet; got a zip archive: unzip it"),
         (gzip.compress(LINES, mtime=0)[:-20], "any_name: expected a whole compressed file; "),
@@ -128,7 +128,12 @@ def test_passages_of_dpr_and_of_zstd(tmp_path: Path) -> None:
         (json.dumps(ROWS[:1]).encode() + b"\n[]", "any_name:1: expected one JSON array; something follows it"),
         (b'[{"id": "\\ud800"}]', "any_name:1: expected Unicode text; got a lone surrogate escape"),
         (b'[{"id":\n"\xff"}]', "any_name:2: expected UTF-8; got byte 0xff"),
-        (b"question,answer\nWho?,x\n", "any_name:1: expected one JSON object per line; Expecting value at column 1"),
+        (b"question,answer\nWho?,x\n", "any_name:2: expected a record with an id, or of a known data set; got the f"),
+        (b"question,question\nWho?,x\n", "any_name:1: expected one JSON object per line; Expecting value at column 1"),
+        (b"question,answer\nWho?\n", "any_name:2: expected 2 fields, question, answer; got 1"),
+        (b'{\n"id": "q0"}\n', "any_name:1: expected one JSON object per line; Expecting property name"),
+        (b'{"Data": [\n{"id": 1},\n 3 4]}', "any_name:2: expected a field 'question'"),
+        (b'{"Data": [\n 3 4]}', "any_name:2: expected a JSON object; got a whole number"),
     ],
 )
 def test_what_is_in_no_form_is_refused_with_its_place(tmp_path: Path, data: bytes, expected: str) -> None:

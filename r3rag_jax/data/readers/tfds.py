@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r3rag_jax.data.jsonl import read_rows
-from r3rag_jax.data.questions import question_from_dict, question_to_dict, read_questions
+from r3rag_jax.data.questions import question_to_dict, read_questions
+from r3rag_jax.data.readers.flashrag import question_from_dict
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
 from r3rag_jax.types import Passage, Question
