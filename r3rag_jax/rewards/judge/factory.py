@@ -5,25 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from r3rag_jax.clients.chat import ChatClient
 from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
 from r3rag_jax.config import JudgeConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.models.hf.decoder_files import check_vocabulary, load_config, load_decoder
-from r3rag_jax.models.params import param_shardings
-from r3rag_jax.models.paths import model_path, reading
+from r3rag_jax.models.hf.decoder_files import load_config
+from r3rag_jax.models.paths import reading
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.judge.prompts import Prompts, check_template
 from r3rag_jax.rewards.judge.verdicts import Kind
-from r3rag_jax.sampler.cache.kv_cache import default_kv_dtype
 from r3rag_jax.sampler.chat import EngineChat
-from r3rag_jax.sampler.engine import Engine
+from r3rag_jax.sampler.local import engine_sizes, local_path, open_local
 from r3rag_jax.sampler.memory import bytes_per_device
 from r3rag_jax.sampler.programs import SamplerPrograms
-from r3rag_jax.text.tokenizer import Tokenizer
 
 
 def open_judge(config: JudgeConfig, mesh: Mesh, default_cache: Path, *, first_wait_s: float = FIRST_WAIT_S) -> Judge:
@@ -82,22 +78,10 @@ def local_chat(config: JudgeConfig, mesh: Mesh) -> EngineChat:
     Raises:
         UserError: the model cannot be read.
     """
-    path, dtype = _local_path(config), jnp.dtype(config.local.dtype)
-    with reading(path):
-        model_config, tokenizer = load_config(path), Tokenizer(path)
-        check_vocabulary(model_config, tokenizer, path)
-        decoder = load_decoder(path, dtype=dtype, shardings=param_shardings(mesh, model_config))
-    graphdef, params = nnx.split(decoder)
-    engine = Engine(
-        graphdef, model_config, mesh, slots=config.local.slots, max_length=config.local.max_length,
-        dtype=default_kv_dtype(dtype, model_config, mesh), shard_weights=True,
-    )  # fmt: skip
-    # Size and time of the files tell other weights at the same path apart.
-    versions = [f"{f.stat().st_size} {f.stat().st_mtime_ns}" for f in sorted(path.glob("*.safetensors"))]
-    with reading(path):  # its chat template
+    local = open_local(config.local, mesh)
+    with reading(local.path):  # its chat template
         return EngineChat(
-            engine, engine.load(params), tokenizer, model=config.local.path,
-            identity=" ".join([config.local.path, config.local.dtype, *versions]),
+            local.engine, local.decoder, local.tokenizer, model=config.local.path, identity=local.identity,
             max_tokens=config.max_tokens,
         )  # fmt: skip
 
@@ -110,23 +94,12 @@ def judge_memory(config: JudgeConfig, mesh: Mesh) -> dict[str, int]:
     """
     if config.kind == "server":
         return {}
-    path, dtype = _local_path(config), jnp.dtype(config.local.dtype)
+    path, dtype = local_path(config.local), jnp.dtype(config.local.dtype)
     with reading(path):
         model_config = load_config(path)
-    programs = SamplerPrograms(
-        model_config, mesh, slots=config.local.slots, max_length=config.local.max_length,
-        dtype=default_kv_dtype(dtype, model_config, mesh), shard_weights=True,
-    )  # fmt: skip
+    programs = SamplerPrograms(model_config, mesh, **engine_sizes(config.local, model_config, mesh))
     decoder = programs.abstract_decoder(dtype)
     return {
         "judge": bytes_per_device(decoder, programs.decoder_shardings(decoder)),
         "judge's cache": bytes_per_device(programs.cache, programs.cache.shardings(mesh)),
     }
-
-
-def _local_path(config: JudgeConfig) -> Path:
-    """The directory of `judge.local.path`."""
-    path = model_path(config.local.path)
-    if not (path / "config.json").is_file():
-        raise UserError(f"judge.local.path must be a Hugging Face directory with config.json; got {path}")
-    return path
