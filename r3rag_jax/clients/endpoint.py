@@ -145,7 +145,7 @@ class Endpoint:
         for attempt in range(num_attempts):
             least_wait_s = 0.0
             for url in self._replicas.order():
-                if self._limit is not None and self._pause(self._limit.reserve()):
+                if self._limit is not None and self.pause(self._limit.reserve()):
                     break
                 reply, reason = self._send(url, path, content)
                 asked = url
@@ -158,7 +158,7 @@ class Endpoint:
             if attempt == self._config.retries:
                 self._is_away = True
             wait_s = min(MAX_WAIT_S, max(least_wait_s, self._first_wait_s * 2**attempt))
-            if attempt == num_attempts - 1 or self._pause(wait_s):
+            if attempt == num_attempts - 1 or self.pause(wait_s):
                 break
         raise UserError(
             f"{self._name}.url: {asked}{path} failed, attempt {attempt + 1} of {self._config.retries + 1}: {reason}"
@@ -201,8 +201,8 @@ class Endpoint:
             text = text.replace(key, "***")
         return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
-    def _pause(self, seconds: float) -> bool:
-        """Wait; returns whether the calls were given up."""
+    def pause(self, seconds: float) -> bool:
+        """Wait, at most until the session's calls are given up; returns whether they are."""
         self._wait(seconds)
         return self._has_given_up.is_set()
 

@@ -173,10 +173,22 @@ class ServerBackend:
             yield ServerGeneration(server, pool)
 
 
+class Completer(Protocol):
+    """A client that completes one context; called from many threads."""
+
+    def complete(self, context: Context) -> Completion:
+        """Raises a UserError where the server does not."""
+        ...
+
+    def give_up(self) -> None:
+        """End the retries of the calls in flight."""
+        ...
+
+
 class ServerGeneration:
     """The completions of one rollout that are requested from a server."""
 
-    def __init__(self, server: CompletionsClient, pool: ThreadPoolExecutor):
+    def __init__(self, server: Completer, pool: ThreadPoolExecutor):
         self._server, self._pool = server, pool
         self._in_flight: dict[Future[Completion], int] = {}  # request -> slot
         self._failure: UserError | None = None

@@ -68,9 +68,13 @@ class Codec:
         before, after = self._frame
         return self._lines.encode_pieces([before, self.tokenizer.strip_content(message), after])
 
+    def shown(self, passage: Passage) -> str:
+        """Return the text of a passage that prompts show: its first `passage_tokens`."""
+        return self._truncated(passage.contents).text
+
     def passage_text(self, passages: Sequence[Passage]) -> str:
         """Return the text of the passages as a user message shows them, each cut to `passage_tokens`."""
-        return self.protocol.render_passages([self._truncated(passage.contents).text for passage in passages])
+        return self.protocol.render_passages([self.shown(passage) for passage in passages])
 
     def passage_ids(self, passages: Sequence[Passage], step: Sequence[int] = ()) -> list[int]:
         """Return the ids of the passages as inserted into one sequence, each cut to `passage_tokens`.
