@@ -20,7 +20,7 @@ import pytest
 import tiny
 import yaml
 from fake_backend import FakeBackend
-from test_layers import ENTRY_POINTS, FOLDERS, PACKAGE
+from test_layers import ENTRY_POINTS, FOLDER_ENTRY_POINTS, FOLDERS, PACKAGE
 
 from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.config import Config, RetrievalConfig, RewardConfig, RLConfig, RolloutConfig, load_config
@@ -154,7 +154,7 @@ def test_the_folders_stand_in_the_order_of_imports() -> None:
     commands = re.search(r"Entry points.*?: (.*?)\.\n", text)
     assert commands is not None
     named = set(re.findall(r"`(\w+)`", commands[1]))
-    assert named == {name for name in ENTRY_POINTS if (PACKAGE / f"{name}.py").is_file()}
+    assert named == {name for name in ENTRY_POINTS if (PACKAGE / f"{name}.py").is_file()} | {*FOLDER_ENTRY_POINTS}
 
 
 def test_every_dependency_has_its_reason() -> None:
@@ -227,7 +227,8 @@ def help_of(program: tuple[str, ...]) -> str:
             finally:
                 sys.argv = before
         else:
-            importlib.import_module(f"r3rag_jax.{program[0]}").main(["--help"])
+            main = ".__main__" if program[0] in FOLDER_ENTRY_POINTS else ""
+            importlib.import_module(f"r3rag_jax.{program[0]}{main}").main(["--help"])
     assert exit.value.code == 0
     return output.getvalue()
 

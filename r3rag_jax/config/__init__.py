@@ -1,6 +1,7 @@
 """Configuration of an experiment: one pydantic model a section, read strictly from YAML and `key=value` overrides."""
 
 from r3rag_jax.config.cli import FlagParser, parse_args
+from r3rag_jax.config.coldstart import ColdStartConfig, LocalTeacherConfig, TeacherConfig
 from r3rag_jax.config.data import DataConfig
 from r3rag_jax.config.endpoint import EndpointConfig
 from r3rag_jax.config.evaluation import SYSTEMS, EvalConfig
@@ -24,6 +25,7 @@ __all__ = [
     "PHASES",
     "PROJECTIONS",
     "SYSTEMS",
+    "ColdStartConfig",
     "Config",
     "ConfigError",
     "CriticConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "JudgeConfig",
     "KLConfig",
     "LocalJudgeConfig",
+    "LocalTeacherConfig",
     "LogConfig",
     "LoraConfig",
     "MeshConfig",
@@ -48,6 +51,7 @@ __all__ = [
     "SFTConfig",
     "Section",
     "ServerConfig",
+    "TeacherConfig",
     "WorldConfig",
     "load_config",
     "parse_args",

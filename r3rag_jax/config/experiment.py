@@ -8,6 +8,7 @@ from typing import Self
 
 from pydantic import field_validator, model_validator
 
+from r3rag_jax.config.coldstart import ColdStartConfig
 from r3rag_jax.config.data import DataConfig
 from r3rag_jax.config.evaluation import BASE_SYSTEMS, EvalConfig
 from r3rag_jax.config.guards import GuardsConfig
@@ -48,6 +49,7 @@ class Config(Section):
     rewards: RewardConfig = section(RewardConfig())
     guards: GuardsConfig = section(GuardsConfig())
     judge: JudgeConfig = section(JudgeConfig())
+    coldstart: ColdStartConfig = section(ColdStartConfig())
     eval: EvalConfig = section(EvalConfig())
     mesh: MeshConfig = section(MeshConfig())
     log: LogConfig = section(LogConfig())

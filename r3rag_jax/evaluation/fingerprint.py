@@ -84,6 +84,7 @@ DIGESTED_KEYS = {
         "rl",
         "rewards",
         "guards",
+        "coldstart",
     ),
     "tokenizer": ("model.chat_template",),
     "index": (

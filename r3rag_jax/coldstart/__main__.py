@@ -1,0 +1,73 @@
+"""Make the trajectories that the cold start learns from, by a teacher or from gold decompositions.
+
+    python -m r3rag_jax.coldstart --config RECIPE [key=value …]
+    python -m r3rag_jax.coldstart check --config RECIPE [--trajectories FILE] [key=value …]
+
+The first command asks the questions of `coldstart.questions`, and goes on where it was stopped or killed. `check` plays
+finished trajectories against the live retriever.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from r3rag_jax.coldstart.commands import JOURNAL, TRAJECTORIES, Parts, build, check, check_config
+from r3rag_jax.coldstart.journal import open_journal
+from r3rag_jax.components import Components
+from r3rag_jax.config import Config, parse_args
+from r3rag_jax.errors import main_guard
+from r3rag_jax.run.caches import use_compile_cache
+
+# A cold start trains nothing, and its trajectories are not there yet.
+FIXED = ("phases=index", "data.refresh_retrieved=false")
+
+
+@main_guard
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    is_check = words[:1] == ["check"]
+    config, args = parse_args(
+        [*words[is_check:], *([] if "--help" in words else FIXED)],
+        prog="python -m r3rag_jax.coldstart", description=__doc__ or "", extra=add_flags,
+    )  # fmt: skip
+    use_compile_cache()
+    directory = Path(config.coldstart.dir or f"runs/{config.name}-coldstart")
+    c = Components(config, directory)
+    if is_check:
+        return int(check(parts_of(c, directory), args.trajectories or directory / TRAJECTORIES) > 0)
+    check_config(config)
+    _ = c.codec  # a model that cannot be used is reported before an index is built
+    with c.stop, open_journal(directory / JOURNAL, c.on_error.say) as journal:
+        parts = parts_of(c, directory)
+        build(parts, c.read_questions(question_file(c, config), "r3rag"), journal)
+    return 0
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags besides `--config`."""
+    parser.add_argument(
+        "--trajectories", type=Path, metavar="FILE", help="check: default: those that the recipe's command has written"
+    )
+
+
+def question_file(c: Components, config: Config) -> Path:
+    """The file of questions to ask."""
+    return config.coldstart.question_file(config.data) or c.dataset.path_of("rl")
+
+
+def parts_of(c: Components, directory: Path) -> Parts:
+    """The parts of a configuration, with the index of its corpus, which is built unless it is there."""
+    kind = c.config.retrieval.kind
+    c.open_corpus(None, builds_index=not c.config.retrieval.index_dir and kind != "http")
+    return Parts(
+        config=c.config, directory=directory, codec=c.codec, search_env=c.search_env, retriever=c.retriever,
+        corpus=None if kind == "http" else c.corpus, mesh=c.sampler_mesh, console=c.console,
+        open_judge=lambda: c.judge,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
