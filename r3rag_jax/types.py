@@ -95,11 +95,12 @@ class Completion:
     """The tokens sampled as the continuation of a Context."""
 
     ids: list[int]  # at least one; includes the stop token, unless the budget ended the completion
-    logprobs: np.ndarray | None  # float32 [len(ids)], under the distribution sampled from; None = unknown
+    # float32 [len(ids)], under the distribution sampled from; NaN: of a stop that a server left out; None = unknown
+    logprobs: np.ndarray | None
 
     @property
     def behaviour_logprobs(self) -> np.ndarray:
-        """float32 [len(ids)]; all NaN if `logprobs` is unknown, in which case RL cannot train on the tokens."""
+        """float32 [len(ids)]; all NaN if `logprobs` is unknown. RL cannot train on tokens of which one is NaN."""
         return np.full(len(self.ids), np.nan, np.float32) if self.logprobs is None else self.logprobs
 
 

@@ -11,15 +11,18 @@ from r3rag_jax.rollout.env import StopRule
 from r3rag_jax.types import Completion, Context
 
 Complete = Callable[[int, Context], Sequence[int]]  # slot, context -> sampled ids
+LogprobsOf = Callable[[Sequence[int]], Sequence[float] | None]  # sampled ids -> log-probabilities
 
 
 class FakeBackend:
-    """Completes contexts by a function, with log-probability -0.5 each; a call finishes all that are under way."""
+    """Completes contexts by a function, by default with log-probability -0.5 each; a call finishes all under way."""
 
     is_open = True
 
-    def __init__(self, complete: Complete, num_slots: int = 2):
+    def __init__(self, complete: Complete, num_slots: int = 2, logprobs_of: LogprobsOf | None = None):
+        """`logprobs_of`: log-probabilities of the ids of a completion; None: they are unknown."""
         self._complete, self.num_slots = complete, num_slots
+        self._logprobs_of = logprobs_of or (lambda ids: [-0.5] * len(ids))
         self._active: dict[int, Context] = {}
         self.contexts: list[Context] = []  # in the order in which they came
         self.stops: list[StopRule] = []  # of each rollout
@@ -46,7 +49,9 @@ class FakeBackend:
         completions = []
         for slot, context in sorted(active.items()):
             ids = list(self._complete(slot, context))[: context.budget]
-            completions.append((slot, Completion(ids, np.full(len(ids), -0.5, np.float32))))
+            logprobs = self._logprobs_of(ids)
+            known = None if logprobs is None else np.asarray(logprobs, np.float32)
+            completions.append((slot, Completion(ids, known)))
         return completions
 
 

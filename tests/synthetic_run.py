@@ -14,11 +14,11 @@ from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
 
 TITLES = {
     "closed_book": "Closed book",
-    "oneshot_rag": "One-shot RAG",
+    "naive_rag": "Naive RAG",
     "cold_start": "Cold start",
     "r3rag": "R3-RAG",
 }
-EM = {"closed_book": 4.0, "oneshot_rag": 21.5, "cold_start": 55.5, "r3rag": 73.0}
+EM = {"closed_book": 4.0, "naive_rag": 21.5, "cold_start": 55.5, "r3rag": 73.0}
 TYPES = ("single", "bridge", "comparison", "bridge_comparison")
 NUM_QUESTIONS = 200
 CONFIG = "name: synthetic\nseed: 0\nrl:\n  iterations: 40\n  lr: 0.0001\n"

@@ -159,7 +159,7 @@ def test_constants_are_those_of_the_paper(name: str, sft_lr: float) -> None:
     assert (rollout.protocol, rollout.max_steps, rollout.max_new_tokens) == ("steps", 5, 512)
     assert not rollout.truncates
     assert rollout.samples == 4 and rollout.temperatures == (0.1, 0.4, 0.7, 1.0)
-    assert (retrieval.top_k, retrieval.max_passages, retrieval.oneshot_top_k) == (2, 10, 16)
+    assert (retrieval.top_k, retrieval.max_passages, config.baselines.naive_rag.top_k) == (2, 10, 16)
     assert (retrieval.encoder.query_prefix, retrieval.encoder.passage_prefix) == ("query: ", "passage: ")
     assert (config.rewards.outcome_weight, config.rewards.factor_correct, config.rewards.factor_wrong) == (2, 1.6, 0.8)
     assert (config.rewards.compat, config.rewards.malformed) == ("paper", -0.9)

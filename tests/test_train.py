@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight for
 PROTOCOLS = ("tags", "steps")
 
 
-SYSTEMS = ("closed_book", "oneshot_rag", "cold_start", "r3rag")
+SYSTEMS = ("closed_book", "naive_rag", "cold_start", "r3rag")
 
 
 @pytest.fixture(params=PROTOCOLS)
@@ -91,7 +91,7 @@ def test_evaluations_and_trajectories(protocol: str, finished: Callable[[str], P
         trajectories = [trajectory_from_dict(row) for row in rows]
         asked = read_questions(run_dir / "data" / "test.jsonl")
         assert [t.question for t in trajectories] == asked
-        assert max(t.num_retrievals for t in trajectories) <= {"closed_book": 0, "oneshot_rag": 1}.get(system, 3)
+        assert max(t.num_retrievals for t in trajectories) <= {"closed_book": 0, "naive_rag": 1}.get(system, 3)
     assert all(differences(mark, marks[0]) == [] for mark in marks)
     assert [mark["policy"].split()[0] for mark in marks] == ["base", "base", "sft", "rl"]
     rows = [row for _, row in read_rows(run_dir / "trajectories" / "rl.jsonl")]

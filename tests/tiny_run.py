@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "retrieval.encoder.dim": 256,
     "retrieval.passage_tokens": 12,
     "retrieval.top_k": 1,
-    "retrieval.oneshot_top_k": 2,
+    "baselines.naive_rag.top_k": 2,
     "rollout.max_new_tokens": 48,
     "rollout.max_steps": 3,
     "rollout.max_length": 320,

@@ -67,13 +67,14 @@ class CompletionReader:
             ids, logprobs = self._tokenizer.encode(text, continues=True), []
         if num_kept := self._tokenizer.end_of(self.stop_strings, ids) if self.stop_strings else 0:
             ids, logprobs = ids[:num_kept], logprobs[:num_kept]
-        elif finish == "stop" and not self._is_ended(ids):
-            ids = [*ids, *self._ending(choice, text)]
-        if not ids:
-            raise MalformedReplyError("at least one sampled token")
-        is_known = len(logprobs) == len(ids) and all(
+        is_known = 0 < len(logprobs) == len(ids) and all(
             isinstance(value, int | float) and abs(value) <= MAX_LOGPROB for value in logprobs
         )
+        if not num_kept and finish == "stop" and not self._is_ended(ids):
+            ending = self._ending(choice, text)
+            ids, logprobs = [*ids, *ending], [*logprobs, *[np.nan] * len(ending)]
+        if not ids:
+            raise MalformedReplyError("at least one sampled token")
         return Completion(ids, np.asarray(logprobs, np.float32) if is_known else None)
 
     def _ids_and_logprobs(self, choice: dict[str, Any]) -> tuple[list[int] | None, list[Any]]:

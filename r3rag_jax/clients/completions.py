@@ -74,12 +74,13 @@ class CompletionsClient:
         except MalformedReplyError as error:
             raise self._endpoint.malformed(PATH, str(error), reply) from None
         # Servers report log-probabilities at temperature 1 or at the sampling temperature, and before or after they
-        # leave out unlikely tokens.
-        is_as_sampled = context.temperature in (0.0, 1.0) and not self._config.truncates
+        # leave out unlikely tokens; greedy requests leave out none.
+        is_as_sampled = context.temperature == 0 or (context.temperature == 1 and not self._config.truncates)
         return completion if is_as_sampled else Completion(completion.ids, None)
 
     def _body(self, context: Context) -> dict[str, Any]:
         config, stops = self._config, self._reader.stop_texts
+        is_greedy = context.temperature == 0  # the most likely token is never left out
         stop_texts = dict.fromkeys([*self._reader.stop_strings, *stops.values()])
         ids = [int(i) for i in context.ids]
         body: dict[str, Any] = {
@@ -87,7 +88,7 @@ class CompletionsClient:
             "prompt": ids if config.server.prompt_format == "ids" else self._tokenizer.decode(ids),
             "max_tokens": min(context.budget, self.max_length - len(ids)),
             "temperature": context.temperature,
-            "top_p": config.top_p,
+            "top_p": 1.0 if is_greedy else config.top_p,
             "stop": [text for text in stop_texts if text][:MAX_STOPS],
             "logprobs": 1,
         }
@@ -103,8 +104,8 @@ class CompletionsClient:
                 "add_special_tokens": False,
                 "return_token_ids": True,
                 "return_tokens_as_token_ids": True,
-                "min_p": config.min_p,
-                "top_k": config.top_k_tokens or -1,
+                "min_p": 0.0 if is_greedy else config.min_p,
+                "top_k": -1 if is_greedy else config.top_k_tokens or -1,
                 "repetition_penalty": 1.0,
             }
         return body

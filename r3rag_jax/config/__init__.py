@@ -1,5 +1,6 @@
 """Configuration of an experiment: one pydantic model a section, read strictly from YAML and `key=value` overrides."""
 
+from r3rag_jax.config.baselines import BaselinesConfig, NaiveRAGConfig
 from r3rag_jax.config.cli import FlagParser, parse_args
 from r3rag_jax.config.coldstart import ColdStartConfig, LocalTeacherConfig, TeacherConfig
 from r3rag_jax.config.data import DataConfig
@@ -25,6 +26,7 @@ __all__ = [
     "PHASES",
     "PROJECTIONS",
     "SYSTEMS",
+    "BaselinesConfig",
     "ColdStartConfig",
     "Config",
     "ConfigError",
@@ -43,6 +45,7 @@ __all__ = [
     "LoraConfig",
     "MeshConfig",
     "ModelConfig",
+    "NaiveRAGConfig",
     "RLConfig",
     "RemoteRetrieverConfig",
     "RetrievalConfig",

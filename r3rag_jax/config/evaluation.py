@@ -6,10 +6,11 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
+from r3rag_jax.config.baselines import BASELINES
 from r3rag_jax.config.section import Section, check_names, key, require
 
-SYSTEMS = ("closed_book", "oneshot_rag", "ircot", "cold_start", "r3rag")
-BASE_SYSTEMS = ("closed_book", "oneshot_rag", "ircot")  # they use the base model, before any training
+BASE_SYSTEMS = BASELINES  # they use the base model, before any training
+SYSTEMS = (*BASE_SYSTEMS, "cold_start", "r3rag")
 
 
 class EvalConfig(Section):
@@ -18,7 +19,7 @@ class EvalConfig(Section):
     dotted: ClassVar[str] = "eval"
 
     systems: tuple[str, ...] = key(
-        ("closed_book", "oneshot_rag", "cold_start", "r3rag"),
+        ("closed_book", "naive_rag", "cold_start", "r3rag"),
         f"systems that the eval phase compares, among {', '.join(SYSTEMS)}",
     )
     prompt: Literal["reading", "chat"] = key(

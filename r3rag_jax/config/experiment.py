@@ -8,6 +8,7 @@ from typing import Self
 
 from pydantic import field_validator, model_validator
 
+from r3rag_jax.config.baselines import BaselinesConfig
 from r3rag_jax.config.coldstart import ColdStartConfig
 from r3rag_jax.config.data import DataConfig
 from r3rag_jax.config.evaluation import BASE_SYSTEMS, EvalConfig
@@ -50,6 +51,7 @@ class Config(Section):
     guards: GuardsConfig = section(GuardsConfig())
     judge: JudgeConfig = section(JudgeConfig())
     coldstart: ColdStartConfig = section(ColdStartConfig())
+    baselines: BaselinesConfig = section(BaselinesConfig())
     eval: EvalConfig = section(EvalConfig())
     mesh: MeshConfig = section(MeshConfig())
     log: LogConfig = section(LogConfig())

@@ -16,6 +16,7 @@ RENAMED = {
     "retrieval.passage_prefix": "retrieval.encoder.passage_prefix",
     "retrieval.dim": "retrieval.encoder.dim",
     "retrieval.index": "retrieval.kind (faiss for flat)",
+    "retrieval.oneshot_top_k": "baselines.naive_rag.top_k",
     "rollout.split_weights": "rollout.shard_weights",
     "rollout.search_turns": "rollout.search_overlap",
     "rollout.server": "rollout.server.url",

@@ -15,7 +15,7 @@ FREE_KEYS = {
     "results that depend on it are evaluated again": (
         "eval",
         "data.test",
-        "retrieval.oneshot_top_k",
+        "baselines",
         "rollout.server",
     ),
     "what is shown and recorded": ("log",),

@@ -130,7 +130,6 @@ class RetrievalConfig(Section):
     )
     index_dir: str = key("", "directory of the index; empty: `index` in the run directory", "path")
     top_k: int = key(2, "passages per retrieval", "passages", ge=1)
-    oneshot_top_k: int = key(8, "passages of the one-shot RAG baseline", "passages", ge=1)
     passage_tokens: int = key(64, "longer passages are truncated to this length", "tokens", ge=1)
     max_passages: int = key(10, "budget of passages of a trajectory", "passages", ge=1)
     vector_dtype: Literal["auto", "float32", "float16"] = key(

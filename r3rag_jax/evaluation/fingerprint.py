@@ -16,7 +16,7 @@ from typing import Any
 
 from r3rag_jax.config import Config
 from r3rag_jax.config.evaluation import BASE_SYSTEMS
-from r3rag_jax.config.schema import value_of
+from r3rag_jax.config.schema import schema, value_of
 from r3rag_jax.data.questions import question_to_dict
 from r3rag_jax.evaluation.metrics import definitions
 from r3rag_jax.rewards.judge.factory import read_prompt
@@ -42,7 +42,8 @@ KEYS = (
     "rollout.kv_dtype",
     "rollout.stop_strings",
 )
-BASELINE_KEYS = ("eval.prompt", "retrieval.oneshot_top_k")  # facts of the systems that prompt the base model
+# Facts of the systems that prompt the base model; a section `baselines.NAME` is one of that baseline alone.
+BASELINE_KEYS = ("eval.prompt", "baselines")
 SERVER_KEYS = tuple(f"rollout.server.{name}" for name in ("url", "model", "prompt_format", "extra_fields"))
 # Facts where an evaluation samples instead of decoding greedily.
 SAMPLING_KEYS = (
@@ -160,7 +161,7 @@ def fingerprint(
     Raises:
         UserError: the chat template or the judge's prompt cannot be read.
     """
-    names = KEYS + (BASELINE_KEYS if system in BASE_SYSTEMS else ())
+    names = KEYS + (_baseline_keys(system) if system in BASE_SYSTEMS else ())
     template = read_template(config.model.chat_template) if config.model.chat_template else ""
     is_served = config.rollout.server.is_given
     origin = {} if cold_start is None or is_served else {"cold_start": cold_start}
@@ -179,6 +180,12 @@ def fingerprint(
         "metrics": definitions(config.eval.recall_k, _judged_metrics(config)),
         **origin,
     } | _named(config, names)
+
+
+def _baseline_keys(system: str) -> tuple[str, ...]:
+    """The keys that the numbers of a baseline depend on, beside those of all systems."""
+    names = (name for name in schema() if name.startswith(f"baselines.{system}."))
+    return ("eval.prompt", "baselines.max_answer_tokens", *names)
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any], varied: Collection[str] = ()) -> list[str]:

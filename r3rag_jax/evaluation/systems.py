@@ -44,8 +44,14 @@ def _baseline(title: str, name: str) -> System:
 
 SYSTEMS = {
     "closed_book": _baseline("Closed book", "closed_book"),
-    "oneshot_rag": _baseline("One-shot RAG", "oneshot_rag"),
+    "cot": _baseline("CoT", "cot"),
+    "naive_rag": _baseline("Naive RAG", "naive_rag"),
+    "rag_cot": _baseline("RAG + CoT", "rag_cot"),
     "ircot": _baseline("IRCoT", "ircot"),
+    "self_ask": _baseline("Self-Ask", "self_ask"),
+    "iter_retgen": _baseline("ITER-RETGEN", "iter_retgen"),
+    "react": _baseline("ReAct", "react"),
+    "flare": _baseline("FLARE", "flare"),
     "cold_start": System("Cold start", "sft", lambda parts: parts.search_env),
     "r3rag": System("R3-RAG", "rl", lambda parts: parts.search_env),
 }  # in the order of the tables

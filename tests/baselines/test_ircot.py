@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import jax
-import numpy as np
 import pytest
 import tiny
 from fake_backend import FakeBackend
-from flax import nnx
 
 from r3rag_jax.baselines.factory import BASELINES
-from r3rag_jax.baselines.ircot import MAX_SENTENCE_TOKENS, MAX_SENTENCES
-from r3rag_jax.baselines.reading import MAX_ANSWER_TOKENS
-from r3rag_jax.config import Config, EvalConfig, MeshConfig, RetrievalConfig, RolloutConfig
-from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
-from r3rag_jax.rollout.backends import EngineBackend, RolloutBackend
+from r3rag_jax.config import BaselinesConfig, Config, EvalConfig, RetrievalConfig, RolloutConfig
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.scheduler import rollout
-from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Context, Passage, Question, Status, Step, Trajectory
 
+MAX_ANSWER_TOKENS = BaselinesConfig().max_answer_tokens
+MAX_SENTENCE_TOKENS = BaselinesConfig().ircot.sentence_tokens
+MAX_SENTENCES = BaselinesConfig().ircot.max_sentences
 ORIGIN = Passage("a", '"Origin"\nOrigin was written by Charles Darwin.')
 DARWIN = Passage("b", '"Charles Darwin"\nCharles Darwin was born in Shrewsbury.')
 GENESIS = Passage("c", '"Genesis"\nGenesis is a band.')
@@ -151,32 +146,3 @@ def test_passages_have_a_budget(tokenizer: Tokenizer) -> None:
     lines = [f" {FIRST}", f" {SECOND} Genesis.", " So the answer is: x."]
     trajectory, *_ = think(tokenizer, lines, top_k=2, max_passages=2)
     assert [len(step.passages) for step in trajectory.steps] == [2, 0, 0, 0]
-
-
-@pytest.fixture(scope="module")
-def engine_backend(tokenizer: Tokenizer) -> Callable[[int], RolloutBackend]:
-    """Number of slots -> the tiny random model on a real engine."""
-    graphdef, params = nnx.split(tiny.decoder())
-
-    def backend(slots: int) -> RolloutBackend:
-        mesh = make_sampler_mesh(MeshConfig(sampler_devices=1), make_mesh(MeshConfig()))
-        engine = Engine(graphdef, tiny.decoder().config, mesh, slots=slots, max_length=1600)
-        return EngineBackend(engine, engine.load(params), tokenizer, decode_chunk=16)
-
-    return backend
-
-
-@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
-def test_the_engine_plays_it(tokenizer: Tokenizer, engine_backend: Callable[[int], RolloutBackend]) -> None:
-    """A random model writes bytes: its sentences are cut by their budget, or end where a stop is drawn."""
-    env_factory = BASELINES["ircot"](config_of(max_length=1600), tokenizer)
-    requests = [RolloutRequest(Question(str(i), f"Who is {i} of Origin?", ("x",)), i, 1.0, seed=2) for i in range(5)]
-    together, alone = (rollout(engine_backend(n), env_factory, Retriever(), requests) for n in (3, 1))
-    assert [t.steps for t in together] == [t.steps for t in alone]
-    assert [t.sample_index for t in together] == [0, 1, 2, 3, 4]
-    for trajectory in together:
-        queries = [step for step in trajectory.steps if step.query is not None]
-        assert 1 <= len(queries) <= 1 + MAX_SENTENCES and queries[0].query == trajectory.question.question
-        assert all("\n" not in step.analysis and "." not in step.analysis[:-1] for step in queries)
-        assert 0 < trajectory.num_policy_tokens <= MAX_SENTENCES * MAX_SENTENCE_TOKENS + MAX_ANSWER_TOKENS
-    assert len({np.sum([len(step.analysis) for step in t.steps]) for t in together}) > 1

@@ -1,4 +1,4 @@
-"""Closed book and one-shot RAG: what they are asked, and how their line of answer is read."""
+"""Closed book and naive RAG: what they are asked, and how their line of answer is read."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import tiny
 from fake_backend import FakeBackend
 
 from r3rag_jax.baselines.factory import BASELINES
-from r3rag_jax.baselines.reading import MAX_ANSWER_TOKENS, line_stops
-from r3rag_jax.config import Config, EvalConfig, RetrievalConfig, RolloutConfig
+from r3rag_jax.baselines.prompting import line_stops
+from r3rag_jax.config import BaselinesConfig, Config, EvalConfig, NaiveRAGConfig, RolloutConfig
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.scheduler import rollout
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Context, Passage, Question, Status, Trajectory
 
+MAX_ANSWER_TOKENS = BaselinesConfig().max_answer_tokens
 DARWIN = Passage("a", '"Origin"\nOrigin was written by Charles Darwin.')
 BORN = Passage("b", '"Charles Darwin"\nCharles Darwin was born in Shrewsbury.')
 
@@ -52,7 +53,7 @@ def read(
     config = Config(
         phases=("index",),
         rollout=RolloutConfig(max_length=max_length, max_new_tokens=8),
-        retrieval=RetrievalConfig(oneshot_top_k=2),
+        baselines=BaselinesConfig(naive_rag=NaiveRAGConfig(top_k=2)),
         eval=EvalConfig(prompt="chat" if chat else "reading"),
     )
     heard: list[Trajectory] = []
@@ -74,8 +75,8 @@ def test_closed_book_reads_no_passage(tokenizer: Tokenizer, slots: int) -> None:
     assert [t.num_policy_tokens for t in done[:2]] == [15 + 1, 11]  # bytes: " Charles Darwin\n", " Shrewsbury"
 
 
-def test_oneshot_rag_reads_what_one_search_brings(tokenizer: Tokenizer) -> None:
-    done, prompts = read(tokenizer, "oneshot_rag")
+def test_naive_rag_reads_what_one_search_brings(tokenizer: Tokenizer) -> None:
+    done, prompts = read(tokenizer, "naive_rag")
     assert (
         '"Charles Darwin"\nCharles Darwin was born in Shrewsbury.\n"Origin"\nOrigin was written by Charles Darwin.\n'
         "Question: Where was Charles Darwin born?\nAnswer:"
@@ -87,9 +88,9 @@ def test_oneshot_rag_reads_what_one_search_brings(tokenizer: Tokenizer) -> None:
 
 def test_a_prompt_that_outgrows_the_context_loses_its_last_passages(tokenizer: Tokenizer) -> None:
     whole = f"{BORN.contents}\nQuestion: Where was Charles Darwin born?\nAnswer:"
-    _, prompts = read(tokenizer, "oneshot_rag", max_length=len(whole) + MAX_ANSWER_TOKENS)
+    _, prompts = read(tokenizer, "naive_rag", max_length=len(whole) + MAX_ANSWER_TOKENS)
     assert whole in prompts
-    _, prompts = read(tokenizer, "oneshot_rag", max_length=len(whole) + MAX_ANSWER_TOKENS - 1)
+    _, prompts = read(tokenizer, "naive_rag", max_length=len(whole) + MAX_ANSWER_TOKENS - 1)
     assert "Question: Where was Charles Darwin born?\nAnswer:" in prompts
     _, prompts = read(tokenizer, "closed_book", max_length=len("born?\nAnswer:") + MAX_ANSWER_TOKENS)
     assert "born?\nAnswer:" in prompts
@@ -98,7 +99,7 @@ def test_a_prompt_that_outgrows_the_context_loses_its_last_passages(tokenizer: T
 def test_a_chat_model_is_shown_how_short_an_answer_is(tokenizer: Tokenizer) -> None:
     _, prompts = read(tokenizer, "closed_book", chat=True, max_length=1500)
     assert all("Documents:" not in prompt and prompt.count("<|im_start|>user") == 4 for prompt in prompts)
-    done, prompts = read(tokenizer, "oneshot_rag", chat=True, max_length=1500)
+    done, prompts = read(tokenizer, "naive_rag", chat=True, max_length=1500)
     instruction = "Answer the question with a name, a number or a few words only."
     [prompt] = [prompt for prompt in prompts if "Where was" in prompt]
     assert prompt.startswith(
@@ -112,7 +113,7 @@ def test_a_chat_model_is_shown_how_short_an_answer_is(tokenizer: Tokenizer) -> N
     )
     assert done[1].answer == "Shrewsbury"
     length = len(tokenizer.encode(prompt)) + MAX_ANSWER_TOKENS - 1
-    cut, prompts = read(tokenizer, "oneshot_rag", chat=True, max_length=length)
+    cut, prompts = read(tokenizer, "naive_rag", chat=True, max_length=length)
     [prompt] = [prompt for prompt in prompts if "Where was" in prompt]
     assert BORN.contents in prompt and DARWIN.contents not in prompt and prompt.endswith("assistant\n")
     assert cut[1].answer == "Shrewsbury"

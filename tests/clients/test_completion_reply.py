@@ -119,6 +119,14 @@ def test_a_content_without_ids_is_encoded_again(reader: CompletionReader, tokeni
     assert reader.read(reply).ids == [*tokenizer.encode("ab"), tokenizer.eos_id]
 
 
+def test_a_stop_that_a_server_left_out_has_no_logprob(reader: CompletionReader, tokenizer: Tokenizer) -> None:
+    read = reader.read(completion("a", token_ids=[70, 71], logprobs={"token_logprobs": [-0.5, -0.25]}))
+    assert read.ids == [70, 71, tokenizer.eos_id] and read.logprobs is not None
+    assert read.logprobs[:2].tolist() == [-0.5, -0.25] and np.isnan(read.logprobs[2])
+    unknown = completion("a", token_ids=[70, 71], logprobs={"token_logprobs": [-0.5, None]})
+    assert reader.read(unknown) == Completion([70, 71, tokenizer.eos_id], None)
+
+
 @pytest.mark.parametrize(
     "values", [[-1.0], [-1.0, None], [-1.0, "x"], [-1.0, float("nan")], [-1.0, float("-inf")], [-1.0, -(10**400)]]
 )

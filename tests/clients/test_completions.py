@@ -90,12 +90,14 @@ def test_logprobs_count_only_where_they_are_those_of_the_sampling(open_at: Open)
             (0.7, {}, False),
             (1.0, {"min_p": 0.1}, False),
             (1.0, {"top_p": 0.9}, False),
-            (0.0, {"top_k_tokens": 40}, False),
+            (0.7, {"top_k_tokens": 40}, False),
+            (0.0, {"top_k_tokens": 40, "min_p": 0.1, "top_p": 0.9}, True),  # greedy: nothing is left out
         ):
             read = open_at(server.url, **settings).complete(context(temperature=temperature))
             assert read.ids == [70, 71]
             assert np.isnan(read.behaviour_logprobs).tolist() == [not is_known] * 2
             assert not is_known or read.behaviour_logprobs.tolist() == [-0.5, -0.25]
+    assert [server.bodies[-1][name] for name in ("top_k", "min_p", "top_p")] == [-1, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("length", [0, 512, 600])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from r3rag_jax.config import (
+    SYSTEMS,
     Config,
     ConfigError,
     DataConfig,
@@ -20,6 +21,7 @@ from r3rag_jax.config import (
     ServerConfig,
     loader,
 )
+from r3rag_jax.config.evaluation import BASE_SYSTEMS
 from r3rag_jax.config.redact import redact_override
 
 Write = Callable[[str], Path]
@@ -66,7 +68,7 @@ ErrorOf = Callable[..., str]  # the fixture: message of the error that loading r
         (["phases=eval,eval"], "phases must name nothing twice; got eval, eval"),
         (["phases=[]"], "phases must name at least one of index, sft, rl, eval; got none"),
         (["phases=train"], "phases must be among index, sft, rl, eval; got 'train'"),
-        (["eval.systems=gpt"], "eval.systems must be among closed_book, oneshot_rag, ircot, cold_start, r3rag; got"
+        (["eval.systems=gpt"], f"eval.systems must be among {', '.join(SYSTEMS)}; got"
          " 'gpt'"),
         (["mesh.data=0"], "mesh.data must be at least 1, or -1 for what is left; got 0"),
         (["mesh.process_id=0"], "mesh.process_id must stay -1 without a mesh.coordinator; got 0"),
@@ -79,8 +81,8 @@ ErrorOf = Callable[..., str]  # the fixture: message of the error that loading r
         (["rollout.server.url=http://h/v1"], "phases must not have rl when rollout.server.url is given: RL samples"
          " with the policy that it trains; got index, sft, rl, eval"),
         (["phases=eval", "rollout.server.url=http://h/v1"], "eval.systems must be of one policy, the served one,"
-         " when rollout.server.url is given: closed_book, oneshot_rag, ircot, or cold_start, or r3rag; got"
-         " closed_book, oneshot_rag, cold_start, r3rag"),
+         f" when rollout.server.url is given: {', '.join(BASE_SYSTEMS)}, or cold_start, or r3rag; got"
+         " closed_book, naive_rag, cold_start, r3rag"),
         (["phases=index", "rollout.server.url=http://h", "mesh.distributed=true"], "mesh.distributed must be false"
          " when rollout.server.url is given; got true"),
         (["phases=index", "rollout.server.url=http://h", "rollout.server.extra_fields=false", "rollout.min_p=0.1"], ""
@@ -152,7 +154,7 @@ def test_files_need_the_paths_of_their_phases_only(phase: str, name: str) -> Non
     assert Config(data=data, phases=("index",)).data == data
 
 
-@pytest.mark.parametrize("systems", [("closed_book", "oneshot_rag", "ircot"), ("cold_start",), ("r3rag",)])
+@pytest.mark.parametrize("systems", [("closed_book", "naive_rag", "ircot"), ("cold_start",), ("r3rag",)])
 def test_a_server_evaluates_the_systems_of_one_policy(systems: tuple[str, ...]) -> None:
     rollout = RolloutConfig(server=ServerConfig(url="https://host:8000/v1"))
     config = Config(phases=("index", "eval"), rollout=rollout, eval=EvalConfig(systems=systems))

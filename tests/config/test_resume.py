@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from r3rag_jax.config import (
+    BaselinesConfig,
     Config,
     DataConfig,
     EncoderConfig,
@@ -17,6 +18,7 @@ from r3rag_jax.config import (
     LogConfig,
     MeshConfig,
     ModelConfig,
+    NaiveRAGConfig,
     RemoteRetrieverConfig,
     RetrievalConfig,
     RewardConfig,
@@ -55,7 +57,8 @@ def test_every_free_key_is_a_key_or_a_section() -> None:
         {"data": DataConfig(test="other.jsonl")},
         {"model": ModelConfig(remat="dots", micro_tokens=512)},
         {"rollout": RolloutConfig(slots=3, shard_weights=True, decode_chunk=5, search_overlap=2)},
-        {"retrieval": RetrievalConfig(oneshot_top_k=3, index_dir="moved", encoder=EncoderConfig(batch_tokens=99))},
+        {"retrieval": RetrievalConfig(index_dir="moved", encoder=EncoderConfig(batch_tokens=99))},
+        {"baselines": BaselinesConfig(naive_rag=NaiveRAGConfig(top_k=3))},
         {"sft": SFTConfig(checkpoint_every=7), "rl": RLConfig(checkpoint_every=7, eval_every=3)},
         {"phases": ("index",), "rollout": RolloutConfig(server=ServerConfig(url="http://h", model="m", retries=1))},
         {"retrieval": RetrievalConfig(endpoint=RemoteRetrieverConfig(url="http://h", retries=1, timeout_s=60.0))},

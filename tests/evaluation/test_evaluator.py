@@ -96,7 +96,12 @@ def evaluator_of(run_dir: Path, tokenizer: Tokenizer, config: Config, opened: li
             opened.append(policy)
         answer = Step("I know.", answer="Shrewsbury")
         codec = Codec(tokenizer, make_protocol("tags"), passage_tokens=100)
-        texts = {"Reasoning:": " So the answer is: Shrewsbury.", "Answer:": " Shrewsbury\n"}
+        texts = {
+            "Reasoning:": " So the answer is: Shrewsbury.",
+            "Answer:": " Shrewsbury\n",
+            "needed here:": " No.\nSo the final answer is: Shrewsbury",
+            "Thought 1:": " I know.\nAction 1: Finish[Shrewsbury]",
+        }
 
         def complete(slot: int, context: Context) -> Sequence[int]:
             asked = tokenizer.decode(context.ids)
@@ -143,20 +148,20 @@ def test_every_system_is_a_policy_and_an_env(name: str, tokenizer: Tokenizer, tm
 
 
 def test_the_phase_evaluates_what_has_no_result_with_its_fingerprint(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    config = config_of(eval=EvalConfig(systems=("closed_book", "oneshot_rag")))
+    config = config_of(eval=EvalConfig(systems=("closed_book", "naive_rag")))
     opened: list[str] = []
     evaluator = evaluator_of(tmp_path, tokenizer, config, opened)
     assert evaluator.run(QUESTIONS) and len(opened) == 2
     assert [path.name for path in sorted(tmp_path.rglob("*.json*"))] == [
-        "closed_book.json", "closed_book.questions.jsonl", "oneshot_rag.json", "oneshot_rag.questions.jsonl",
-        "closed_book.jsonl", "oneshot_rag.jsonl",
+        "closed_book.json", "closed_book.questions.jsonl", "naive_rag.json", "naive_rag.questions.jsonl",
+        "closed_book.jsonl", "naive_rag.jsonl",
     ]  # fmt: skip
-    results = load_results(RunDirectory(tmp_path), ("oneshot_rag", "r3rag", "closed_book"))
-    assert [result["title"] for result in results] == ["One-shot RAG", "Closed book"]
+    results = load_results(RunDirectory(tmp_path), ("naive_rag", "r3rag", "closed_book"))
+    assert [result["title"] for result in results] == ["Naive RAG", "Closed book"]
     assert [result["groups"]["all"]["em"] for result in results] == [50.0, 50.0]
-    assert results[0]["fingerprint"] == evaluator.fingerprint("oneshot_rag", QUESTIONS)
+    assert results[0]["fingerprint"] == evaluator.fingerprint("naive_rag", QUESTIONS)
     assert results[0]["fingerprint"]["policy"] == "base digest of base"
-    assert len((tmp_path / "trajectories" / "oneshot_rag.jsonl").read_text().splitlines()) == 2
+    assert len((tmp_path / "trajectories" / "naive_rag.jsonl").read_text().splitlines()) == 2
     assert not evaluator.run(QUESTIONS) and len(opened) == 2
     (tmp_path / "eval" / "closed_book.json").unlink()
     assert evaluator.run(QUESTIONS) and len(opened) == 3

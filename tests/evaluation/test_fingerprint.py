@@ -10,6 +10,7 @@ import pytest
 from attempts import question
 
 from r3rag_jax.config import Config
+from r3rag_jax.config.evaluation import BASE_SYSTEMS
 from r3rag_jax.config.schema import schema, section_names, value_of
 from r3rag_jax.config.section import Section
 from r3rag_jax.errors import UserError
@@ -113,7 +114,9 @@ def test_a_key_changes_the_fingerprint_or_is_listed(name: str, config: Config, t
     def digests(config: Config) -> dict[str, str]:
         return {"judge": config.judge.local.path}
 
-    before, after = (facts(c, "ircot", **digests(c)) for c in (config, other))
+    own = name.split(".")[1] if name.startswith("baselines.") else ""
+    system = own if own in BASE_SYSTEMS else "ircot"
+    before, after = (facts(c, system, **digests(c)) for c in (config, other))
     assert (before != after) == counts
     assert not is_path or before["judge"] != after["judge"]
 
@@ -122,8 +125,14 @@ def test_a_policy_is_not_out_of_date_when_the_baselines_prompt_changes() -> None
     config = Config()
     chat = change(config, "eval.prompt")
     assert facts(config) == facts(chat) and facts(config, "cold_start") == facts(chat, "cold_start")
-    for system in ("closed_book", "oneshot_rag", "ircot"):
+    for system in BASE_SYSTEMS:
         assert facts(config, system) != facts(chat, system)
+
+
+def test_a_baseline_is_not_out_of_date_when_another_ones_settings_change() -> None:
+    config = Config()
+    other = change(config, "baselines.flare.threshold")
+    assert [name for name in BASE_SYSTEMS if facts(config, name) != facts(other, name)] == ["flare"]
 
 
 def test_digests_of_contents_count() -> None:
@@ -167,7 +176,7 @@ def test_a_table_compares_systems_and_policies_that_share_the_rest() -> None:
     one, baseline = facts(config), facts(config, "ircot", rl="other")
     assert one != baseline and differences(one, baseline) == []
     assert differences(one, facts(more, "ircot", questions=QUESTIONS[:1])) == ["questions", "retrieval.top_k"]
-    assert differences(facts(config, "ircot"), facts(change(config, "eval.prompt"), "oneshot_rag")) == ["eval.prompt"]
+    assert differences(facts(config, "ircot"), facts(change(config, "eval.prompt"), "naive_rag")) == ["eval.prompt"]
 
 
 def test_words_do_not_part_what_digests_join() -> None:

@@ -44,7 +44,7 @@ def test_the_folder_of_a_relative_path_is_found(tmp_path: Path, monkeypatch: pyt
     assert result_name("", Path("../dev.jsonl"), None) == "musique-dev"
 
 
-@pytest.mark.parametrize("given", ["rl", "RL", "r3rag", "cold_start", "closed_book", "oneshot_rag", "ircot"])
+@pytest.mark.parametrize("given", ["rl", "RL", "r3rag", "cold_start", "closed_book", "naive_rag", "ircot"])
 def test_the_runs_own_names_are_refused(given: str) -> None:
     with pytest.raises(UserError, match=rf"--name must be none that the run itself uses \(.*\); got {given}$"):
         result_name(given, None, None)

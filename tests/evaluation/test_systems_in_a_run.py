@@ -13,6 +13,7 @@ from rich.console import Console
 
 from r3rag_jax import evaluate, train
 from r3rag_jax.config import load_config
+from r3rag_jax.config.evaluation import BASE_SYSTEMS
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.run.directory import RunDirectory
 
@@ -40,6 +41,21 @@ def test_ircot_on_a_finished_run(
     assert "EM" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(run.path), "--system", "ircod"])
+
+
+@pytest.mark.slow
+def test_every_baseline_on_a_finished_run(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    """By the eval phase, and by `evaluate`: the same trajectories."""
+    run = RunDirectory(shutil.copytree(finished("tags"), tmp_path / "run"))
+    budgets = [f"baselines.{name}.max_tokens=16" for name in ("cot", "rag_cot", "self_ask", "iter_retgen", "react")]
+    budgets += ["baselines.ircot.sentence_tokens=16", "baselines.flare.look_ahead=16", "baselines.flare.max_tokens=32"]
+    settings = [f"run_dir={run.path}", "phases=index,eval", f"eval.systems={','.join(BASE_SYSTEMS)}", *budgets]
+    train.run(load_config(run.config_file, settings), Console(quiet=True))
+    for name in BASE_SYSTEMS:
+        rows = [row for _, row in read_rows(run.trajectories(name))]
+        assert len(rows) == 4, name
+        assert evaluate.main(["--checkpoint", str(run.path), "--system", name, *budgets]) == 0
+        assert [row for _, row in read_rows(run.trajectories(f"test-{name}"))] == rows, name
 
 
 @pytest.mark.slow

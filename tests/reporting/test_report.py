@@ -156,17 +156,17 @@ def test_command_line(run_dir, tmp_path, capsys):
 def test_evaluations_come_in_order_baselines_first(run_dir):
     assert [e["system"] for e in load_run(run_dir).evals] == [
         "closed_book",
-        "oneshot_rag",
+        "naive_rag",
         "cold_start",
         "r3rag",
     ]
 
 
 def test_headline():
-    evals = [synthetic_run.evaluation(system) for system in ("oneshot_rag", "cold_start", "r3rag")]
+    evals = [synthetic_run.evaluation(system) for system in ("naive_rag", "cold_start", "r3rag")]
     assert headline(evals) == (
         "R3-RAG answers 73.0 % of 200 test questions exactly: "
-        "+17.5 points against Cold start, +51.5 points against One-shot RAG."
+        "+17.5 points against Cold start, +51.5 points against Naive RAG."
     )
     assert headline(evals[:2]) == "" and headline([]) == ""
 

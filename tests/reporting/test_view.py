@@ -146,7 +146,7 @@ def test_html_of_an_empty_retrieval_says_so():
 
 def test_result_rows():
     rows = result_rows(EVALS)
-    assert [row.title for row in rows] == ["Closed book", "One-shot RAG", "Cold start", "R3-RAG"]
+    assert [row.title for row in rows] == ["Closed book", "Naive RAG", "Cold start", "R3-RAG"]
     texts = [cell.text for cell in rows[3].cells]
     assert texts == ["73.0", "77.2", "76.0", "1.95", "79.0", "56", "200"]
     assert [cell.is_best for cell in rows[3].cells] == [True, True, True, False, True, False, False]

@@ -108,10 +108,10 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
         served = f"rollout.server.url={endpoint.url}"
         assert evaluate.main(["--checkpoint", str(run_dir), "--name", "served", served]) == 0
         client = tiny_run.open_components(run_dir, served)
-        oneshot_rag = BASELINES["oneshot_rag"](components.config, components.policy.tokenizer)
+        naive_rag = BASELINES["naive_rag"](components.config, components.policy.tokenizer)
         backend = client.backends(lambda: None)
         requests = [RolloutRequest(question) for question in components.dataset.questions("test")]
-        trajectories = rollout(backend, oneshot_rag, components.retriever, requests)
+        trajectories = rollout(backend, naive_rag, components.retriever, requests)
         copy = shutil.copytree(run_dir, tmp_path / "copy")
         shutil.rmtree(copy / "policy")  # a server has its own
         settings = [f"run_dir={copy}", "phases=index,eval", "eval.systems=r3rag", served]
@@ -125,7 +125,7 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
     marks = {name: json.loads((run_dir / "eval" / f"{name}.json").read_text())["fingerprint"] for name in rows}
     assert differences(marks["served"], marks["local"]) == ["server"]
     assert marks["served"]["server"]["url"] == endpoint.url and marks["served"]["policy"] == ""
-    own = rollout(components.engine_backends(lambda: params), oneshot_rag, components.retriever, requests)
+    own = rollout(components.engine_backends(lambda: params), naive_rag, components.retriever, requests)
     assert [(t.steps, t.status, t.num_policy_tokens) for t in trajectories] == [
         (t.steps, t.status, t.num_policy_tokens) for t in own
     ]

@@ -6,9 +6,7 @@ import pytest
 import tiny
 
 from r3rag_jax.baselines.factory import BASELINES
-from r3rag_jax.baselines.ircot import MAX_SENTENCE_TOKENS
-from r3rag_jax.baselines.reading import MAX_ANSWER_TOKENS
-from r3rag_jax.config import Config, EvalConfig, RolloutConfig
+from r3rag_jax.config import BaselinesConfig, Config, EvalConfig, RolloutConfig
 from r3rag_jax.data.records import OnError, Records
 from r3rag_jax.errors import UserError
 from r3rag_jax.rollout.env import Done, EnvFactory, Search, StopRule
@@ -20,6 +18,8 @@ from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.text.transcript import Codec
 from r3rag_jax.types import Completion, Context, Question, Status
 
+MAX_ANSWER_TOKENS = BaselinesConfig().max_answer_tokens
+MAX_SENTENCE_TOKENS = BaselinesConfig().ircot.sentence_tokens
 SHORT, LONG = Question("short", "Who?", ("x",)), Question("long", "Who was it? " * 40, ("x",))
 
 
@@ -51,7 +51,7 @@ def opening(factory: EnvFactory, question: Question) -> Context:
 def test_what_a_question_needs_is_its_first_prompt_and_a_completion(tokenizer: Tokenizer, question: Question) -> None:
     factory = search_env(tokenizer, max_new_tokens=20, max_length=4000)
     assert factory.num_tokens(question) == len(opening(factory, question).ids) + 20
-    for name in ("closed_book", "oneshot_rag"):
+    for name in ("closed_book", "naive_rag"):
         for prompt in ("reading", "chat"):
             factory = baseline(tokenizer, name, prompt=prompt)
             assert factory.num_tokens(question) == len(opening(factory, question).ids) + MAX_ANSWER_TOKENS
@@ -82,11 +82,11 @@ def test_questions_that_do_not_fit_are_named_with_their_lines(tokenizer: Tokeniz
 
 
 def test_all_systems_are_asked_the_same_questions(tokenizer: Tokenizer) -> None:
-    factories = {name: baseline(tokenizer, name, prompt="chat") for name in ("closed_book", "oneshot_rag")}
+    factories = {name: baseline(tokenizer, name, prompt="chat") for name in ("closed_book", "naive_rag")}
     one, other = (factory.num_tokens(SHORT) for factory in factories.values())
     assert one < other  # the examples show documents
     assert misfit(SHORT, factories, other) is None
-    assert "of oneshot_rag must fit" in str(misfit(SHORT, factories, one))
+    assert "of naive_rag must fit" in str(misfit(SHORT, factories, one))
 
 
 def test_an_env_that_does_not_say_what_it_needs_is_not_checked() -> None:

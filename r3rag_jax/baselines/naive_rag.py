@@ -1,4 +1,7 @@
-"""One-shot (naive) RAG: one retrieval for the question itself, then one line of answer."""
+"""Naive RAG: one retrieval for the question itself, then one line of answer.
+
+R3-RAG (arXiv 2505.23794) retrieves 16 passages for it. A prompt that exceeds the context loses its last passages.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.types import Completion, Context, Passage
 
 
-class OneShotRAGEnv:
+class NaiveRAGEnv:
     """One question, answered in one line that may use what one search found."""
 
     def __init__(self, request: RolloutRequest, reader: LineReader, top_k: int):
