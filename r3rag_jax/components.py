@@ -287,9 +287,11 @@ class Components:
         """The inputs of the cold start.
 
         Raises:
-            UserError: the protocol cannot read a teacher's step back, and `data.on_error` is stop.
+            UserError: the protocol cannot read a teacher's step back, and `data.on_error` is stop; or held-out
+                questions are learnt from, and `data.leakage` is refuse.
         """
         trajectories = self.on_error.check(self.dataset.trajectories(), self.codec.unreadable_step)
+        self.dataset.leaks  # noqa: B018  # reported, or refused
         return SFTParts(
             mesh=self.mesh, policy=self.policy, codec=self.codec, trajectories=trajectories,
             shares_prefixes=self.shares_prefixes, run=self.run, provenance=self.provenance("sft"), log=self.log,
@@ -301,10 +303,11 @@ class Components:
         """The inputs of RL.
 
         Raises:
-            UserError: a question does not fit the context, and `data.on_error` is stop; or no question has the evidence
-                that its process reward needs.
+            UserError: a question does not fit the context, and `data.on_error` is stop; no question has the evidence
+                that its process reward needs; or held-out questions are learnt from, and `data.leakage` is refuse.
         """
         questions = self._fitting(self.dataset.questions("rl"))
+        self.dataset.leaks  # noqa: B018  # reported, or refused
         self._evidence(questions).check(self.config.rewards, self.on_error.say)
         return RLParts(
             mesh=self.mesh, sampler_mesh=self.sampler_mesh, policy=self.policy, make_backend=self.engine_backends,
@@ -323,6 +326,8 @@ class Components:
 
         def of_files() -> dict[str, str]:
             files = {"data": digests.get(data)[:16]} if data.is_file() else {}
+            if left_out := self.on_error.num_left_out:  # not compared
+                files["left_out"] = ", ".join(f"{num} records of {path}" for path, num in sorted(left_out.items()))
             return files | ({"corpus": read_manifest(self.index_dir).corpus[:16]} if has_index(self.index_dir) else {})
 
         return found | on_process_0(of_files, f"provenance of {phase}")

@@ -253,6 +253,17 @@ def test_data_that_leaves_nothing_or_holds_too_little_is_the_users_to_fix(config
         Components(many, one.run.path).dataset.trajectories()
 
 
+def test_what_is_left_out_is_in_the_provenance(config: Config, tmp_path: Path) -> None:
+    skipping = files_of_ones_own(config, tmp_path / "data", on_error="skip", disjoint=False)
+    path = tmp_path / "data" / "train.jsonl"
+    path.write_text(path.read_text() + "{\n[]\n")
+    one = Components(skipping, open_run(skipping))
+    PHASES["index"](one)
+    before = one.provenance("rl")
+    assert "left_out" not in before and len(one.dataset.questions("rl")) == 10
+    assert one.provenance("rl") == before | {"left_out": f"2 records of {path}"}
+
+
 def test_rl_by_gold_passages_needs_questions_that_name_some(config: Config, tmp_path: Path) -> None:
     none = files_of_ones_own(config, tmp_path / "data", disjoint=False)
     one = Components(none, open_run(none))

@@ -57,7 +57,11 @@ class DataConfig(Section):
     refresh_retrieved: bool = key(
         False, "the cold start replaces the retrieved_ids of the file by what this run's retriever finds"
     )
-
+    leakage: Literal["report", "refuse", "off"] = key(
+        "report",
+        "questions of dev or test that the run learns from (the same question; or an answer and an entity in common): "
+        "`report` them, `refuse` to train, or do not look (`off`)",
+    )
     on_error: Literal["stop", "skip"] = key(
         "stop", "a record that cannot be used: `stop` and name its file and line, or `skip` it and report how many"
     )

@@ -21,6 +21,7 @@ FREE_KEYS = {
     "what is shown and recorded": ("log",),
     "what ends a run": ("guards",),
     "it made the file data.sft, which is compared": ("coldstart",),
+    "it changes no data": ("data.leakage",),
     "with `stop`, nothing was computed from a file with a record that `skip` leaves out": ("data.on_error",),
     "memory and speed; numbers are the same but for rounding": (
         "mesh",

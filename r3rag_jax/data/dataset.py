@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from r3rag_jax.config import Config
+from r3rag_jax.data.leakage import check_leakage
 from r3rag_jax.data.questions import identity, question_to_dict, read_questions
 from r3rag_jax.data.records import STOP, OnError, Records, listed
 from r3rag_jax.data.trajectories import read_trajectories, trajectory_to_dict
@@ -73,6 +74,32 @@ class Dataset:
             is_left_out = data.source == "files" and split == "rl" and data.disjoint and data.sft
             self._questions[split] = self._without_cold_start(questions) if is_left_out else questions
         return self._questions[split]
+
+    @functools.cached_property
+    def leaks(self) -> list[str]:
+        """What leaks between the splits that the run's phases read, in sentences, which are also printed.
+
+        Splits of the embedded world share no entity, and are not read for this.
+
+        Raises:
+            UserError: something leaks, and `data.leakage` is refuse.
+        """
+        data, phases = self._config.data, self._config.phases
+        if data.source == "world" or data.leakage == "off":
+            return []
+        names = {"rl": "rl", "dev": "rl", "test": "eval"}  # split -> the phase that reads it
+        splits = {
+            name: self.questions(name) for name, phase in names.items() if phase in phases and getattr(data, name)
+        }
+        if "sft" in phases and data.sft:
+            splits["sft"] = self.trajectories().map(lambda trajectory: trajectory.question)
+        found = check_leakage({name: questions for name, questions in splits.items() if questions})
+        if found and data.leakage == "refuse":
+            remedy = "take them out of one of the files, or data.leakage=report"
+            raise UserError(f"held-out questions must not be learnt from; {'; '.join(found)}: {remedy}")
+        for text in found:
+            self._on_error.say(text)
+        return found
 
     def read(self, source: str | Path) -> Records[Question]:
         """The questions of a file, or `NAME:FILE`; says how many have the text of an earlier one."""

@@ -58,7 +58,12 @@ def identity(question: Question) -> str:
 
     Texts are compared in one Unicode form (NFKC). Ids do not tell: every data set numbers its questions from 0.
     """
-    text = " ".join(unicodedata.normalize("NFKC", question.question).casefold().split())
+    return normal_text(question.question)
+
+
+def normal_text(text: str) -> str:
+    """A text for comparisons: in one Unicode form, without case, surplus blanks and closing punctuation."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return text.rstrip(" ?!.。") or text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -45,6 +46,7 @@ class OnError:
 
     action: Literal["stop", "skip"] = "stop"
     say: Callable[[str], None] = print  # prints a report, which may have several lines
+    num_left_out: Counter[str] = dataclasses.field(default_factory=Counter, compare=False)  # by file
 
     @classmethod
     def of(cls, config: DataConfig, console: Console) -> OnError:
@@ -77,6 +79,7 @@ class OnError:
             return
         if len(faults) == num:
             raise UserError(f"{path}: data.on_error=skip leaves none of {num} records; {listed(faults, '; ')}")
+        self.num_left_out[str(path)] += len(faults)
         head = f"{path}: left out {len(faults)} of {num} records (data.on_error=skip):"
         self.say(listed([head, *faults], "\n  ", MAX_NAMED + 1))
 

@@ -6,6 +6,7 @@ A provenance is a JSON object of digests:
     cold_start  RL: the policy of the cold start, from which RL begins; "" where RL begins from the base
     data        the trajectories of the cold start, or the questions of RL
     corpus      the passages of the index
+    left_out    how many records of which files `data.on_error=skip` left out; is not compared
 
 A digest that is missing on one side is not compared: a file may have been removed after the phase.
 """
