@@ -2,9 +2,12 @@
 
     python -m r3rag_jax.coldstart --config RECIPE [key=value …]
     python -m r3rag_jax.coldstart check --config RECIPE [--trajectories FILE] [key=value …]
+    python -m r3rag_jax.coldstart import FILE OUT [--corpus FILE] [--on-error skip]
+    python -m r3rag_jax.coldstart export FILE OUT [--corpus FILE] [--top-k K] [--on-error skip]
 
 The first command asks the questions of `coldstart.questions`, and goes on where it was stopped or killed. `check` plays
-finished trajectories against the live retriever.
+finished trajectories against the live retriever. `import` and `export` read and write the instruction format of the
+released R3-RAG-ColdStartTrainingData.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from r3rag_jax.coldstart import instructions
 from r3rag_jax.coldstart.commands import JOURNAL, TRAJECTORIES, Parts, build, check, check_config
 from r3rag_jax.coldstart.journal import open_journal
 from r3rag_jax.components import Components
@@ -28,6 +32,9 @@ FIXED = ("phases=index", "data.refresh_retrieved=false")
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["import"], ["export"]):
+        instructions.run(words[0], words[1:], print)
+        return 0
     is_check = words[:1] == ["check"]
     config, args = parse_args(
         [*words[is_check:], *([] if "--help" in words else FIXED)],
