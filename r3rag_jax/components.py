@@ -362,7 +362,7 @@ class Components:
         questions = questions.take(range(len(questions))[: self.config.eval.max_questions or None])
         return self._fitting(questions, self.config.eval.systems)
 
-    def read_questions(self, path: Path, system: str) -> Records[Question]:
+    def read_questions(self, path: str | Path, system: str) -> Records[Question]:
         """The questions of a file, which a system can read.
 
         Raises:

@@ -21,7 +21,7 @@ from r3rag_jax.coldstart import instructions
 from r3rag_jax.coldstart.commands import JOURNAL, TRAJECTORIES, Parts, build, check, check_config
 from r3rag_jax.coldstart.journal import open_journal
 from r3rag_jax.components import Components
-from r3rag_jax.config import Config, parse_args
+from r3rag_jax.config import parse_args
 from r3rag_jax.errors import main_guard
 from r3rag_jax.run.caches import use_compile_cache
 
@@ -49,26 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     _ = c.codec  # a model that cannot be used is reported before an index is built
     with c.stop, open_journal(directory / JOURNAL, c.on_error.say) as journal:
         parts = parts_of(c, directory)
-        build(parts, c.read_questions(question_file(c, config), "r3rag"), journal)
+        build(parts, c.read_questions(questions_of(c), "r3rag"), journal)
     return 0
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags besides `--config`."""
-    parser.add_argument(
-        "--trajectories", type=Path, metavar="FILE", help="check: default: those that the recipe's command has written"
-    )
+    parser.add_argument("--trajectories", type=Path, metavar="FILE", help="of check; default: those that were built")
 
 
-def question_file(c: Components, config: Config) -> Path:
-    """The file of questions to ask."""
-    return config.coldstart.question_file(config.data) or c.dataset.path_of("rl")
+def questions_of(c: Components) -> str | Path:
+    """The file of questions to ask, or `NAME:FILE`."""
+    config, data = c.config.coldstart, c.config.data
+    is_own = data.source == "world"
+    return config.question_source(data) or (c.dataset.path_of("rl") if is_own else data.source_of("rl"))
 
 
 def parts_of(c: Components, directory: Path) -> Parts:
     """The parts of a configuration, with the index of its corpus, which is built unless it is there."""
-    kind = c.config.retrieval.kind
-    c.open_corpus(None, builds_index=not c.config.retrieval.index_dir and kind != "http")
+    kind, is_world = c.config.retrieval.kind, c.config.data.source == "world"
+    c.open_corpus(None, builds_index=kind != "http" and (is_world or not c.config.retrieval.index_dir))
     return Parts(
         config=c.config, directory=directory, codec=c.codec, search_env=c.search_env, retriever=c.retriever,
         corpus=None if kind == "http" else c.corpus, mesh=c.sampler_mesh, console=c.console,

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from r3rag_jax.config.data import DataConfig
+from r3rag_jax.config.data import DataConfig, split_source
 from r3rag_jax.config.endpoint import EndpointConfig
 from r3rag_jax.config.judge import LocalJudgeConfig
 from r3rag_jax.config.section import Section, key, require, section
@@ -45,7 +45,7 @@ class ColdStartConfig(Section):
         "who writes: `server`: a chat model on any OpenAI-compatible server; `local`: a Hugging Face model on the own "
         "devices; `gold`: the decompositions that the questions come with",
     )
-    questions: str = key("", "questions with their answers, under data.dir; empty: data.rl", "path")
+    questions: str = key("", "questions with their answers, as data.rl; empty: those of data.rl", "path")
     max_questions: int = key(0, "the first so many of them; 0: all", "questions", ge=0)
     dir: str = key("", "directory of journal and trajectories; empty: runs/<name>-coldstart", "path")
     temperatures: tuple[float, ...] = key(
@@ -93,6 +93,8 @@ class ColdStartConfig(Section):
         )
         return self
 
-    def question_file(self, data: DataConfig) -> Path | None:
-        """The file of questions under `data.dir`; None where none is named here."""
-        return Path(data.dir) / self.questions if self.questions else None
+    def question_source(self, data: DataConfig) -> str:
+        """The file of the questions, as `NAME:FILE` where it has a name; empty where none is named here."""
+        data_set, file = split_source(self.questions)
+        path = str(Path(data.dir) / file) if file else ""
+        return f"{data_set}:{path}" if data_set else path

@@ -42,8 +42,8 @@ SECOND = (
 THIRD = "Step 3:\nThe problem analysis: He was born in England.\nThe final answer: no"
 PROMPT_1 = "The question: Was the naturalist Darwin an American?"
 PROMPT_2 = (
-    f'{PROMPT_1}\n{FIRST}\nThe retrieval documents: "Charles Darwin"\nCharles Darwin was an English naturalist, born in '
-    'Shrewsbury.\nHe died in Downe.\n"Darwin (surname)"\nDarwin is an English surname.'
+    f'{PROMPT_1}\n{FIRST}\nThe retrieval documents: "Charles Darwin"\nCharles Darwin was an English naturalist, '
+    'born in Shrewsbury.\nHe died in Downe.\n"Darwin (surname)"\nDarwin is an English surname.'
 )
 PROMPT_3 = f"{PROMPT_2}\n{SECOND}\nThe retrieval documents: Shrewsbury is a town in Shropshire, England."
 ROWS = [
