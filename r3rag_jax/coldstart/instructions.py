@@ -141,7 +141,7 @@ def _parse_row(row: Row) -> _Row:
 
 def _split_steps(text: str) -> list[str]:
     """The question, and the text of each step with its documents; the steps are numbered from 1."""
-    parts = []
+    parts = list[str]()
     while True:
         before, mark, after = text.partition(f"\nStep {len(parts) + 1}:\n{ANALYSIS}")
         parts.append(before)

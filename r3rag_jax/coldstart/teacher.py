@@ -91,7 +91,8 @@ class TeacherClient:
         self._lock = threading.Lock()
         self._num_requests = 0
         self.failures: list[str] = []  # reasons, in the order in which they came
-        self._is_stopped = False
+        self._is_stopped = False  # the session ends: requests under way may fail
+        self._end: UserError | None = None  # too many have failed
 
     @property
     def model(self) -> str:
@@ -150,25 +151,27 @@ class TeacherClient:
     def _fail(self, key: str, error: UserError) -> None:
         """Count a failed request; a share that is too large ends the build."""
         with self._lock:
+            if self._end is not None:
+                raise self._end
             if self._is_stopped:
                 raise error
             self.failures.append(str(error))
             num, most = len(self.failures), self._config.max_failure_share * self._num_requests
-            is_too_many = num >= MIN_FAILURES and num > most
-            self._is_stopped = is_too_many
+            if num >= MIN_FAILURES and num > most:
+                self._end = UserError(
+                    f"the teacher {self._endpoint.url} failed in {num} of {self._num_requests} requests, more than "
+                    f"coldstart.max_failure_share={self._config.max_failure_share:g} allows; {self._journal.path} "
+                    f"keeps all replies; the first failure: {self.failures[0]}"
+                )
         self._journal.add_failure(key, str(error))
-        if is_too_many:
-            raise UserError(
-                f"the teacher {self._endpoint.url} failed in {num} of {self._num_requests} requests, more than "
-                f"coldstart.max_failure_share={self._config.max_failure_share:g} allows; {self._journal.path} keeps "
-                f"all replies; the first failure: {self.failures[0]}"
-            )
+        if self._end is not None:
+            raise self._end
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """A session of requests; an exception inside ends the retries of those in flight, whose replies are kept."""
         with self._endpoint.session():
-            self._is_stopped = False
+            self._is_stopped, self._end = False, None
             try:
                 yield
             except BaseException:
