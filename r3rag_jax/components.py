@@ -16,16 +16,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
+from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.evidence import Evidence
 from r3rag_jax.data.questions import iterate_passages
 from r3rag_jax.data.records import OnError, Records
 from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.checkpoint import Checkpoint
 from r3rag_jax.evaluation.dev import DevEvaluation
 from r3rag_jax.evaluation.evaluator import Evaluator
 from r3rag_jax.evaluation.fingerprint import CORPUS, JUDGE, TOKENIZER
 from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS
+from r3rag_jax.evaluation.tables.cells import Cell, OpenedCell
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
@@ -106,6 +109,17 @@ class Components:
     def stop(self) -> StopSignals:
         """The signals that end the run early, a context manager that listens for them."""
         return StopSignals(self.config.stop_s, lambda text: self.console.print(text, highlight=False, markup=False))
+
+    def variant(self, config: Config) -> Components:
+        """The objects of the same run with another configuration.
+
+        What the difference does not touch is shared: an engine whose programs are compiled, an index that is open.
+        """
+        other = Components(config, self.run, self.console)
+        for names, untouched in SHARED:
+            if _without(self.config, untouched) == _without(config, untouched):
+                other.__dict__.update({name: self.__dict__[name] for name in names if name in self.__dict__})
+        return other
 
     # ---- policy and data
 
@@ -189,11 +203,22 @@ class Components:
             prepare_data(self.config, self.run, self.dataset.path_of("corpus"), self.index_dir, self.console)
 
     def _use_corpus(self, corpus: Path) -> None:
-        directory = tempfile.mkdtemp(prefix="r3rag-index-")
-        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
-        self.index_dir = Path(directory) / "index"
+        self.temporary_index = _TemporaryDirectory()
+        self.index_dir = self.temporary_index.path / "index"
+        self._build(corpus)
+
+    def _build(self, corpus: Path) -> None:
         with bar_of_unknown_length("index", console=self.console, live=self.config.log.progress) as on_progress:
             build_index(self.config.retrieval, iterate_passages(corpus, self.on_error), self.index_dir, on_progress)
+
+    def ensure_index(self) -> None:
+        """Build the index of `retrieval.index_dir` from the corpus of the configuration, if it is not there.
+
+        Raises:
+            UserError: the corpus cannot be read.
+        """
+        if self.config.retrieval.kind != "http" and not has_index(self.index_dir):
+            self._build(self.dataset.path_of("corpus"))
 
     # ---- rollouts
 
@@ -413,3 +438,63 @@ class Components:
         found = on_process_0(digest, f"digest of {what}")
         is_random = what == BASE_POLICY and self.config.model.init == "random"
         return f"{found} random {self.config.seed}" if is_random else found
+
+
+class _TemporaryDirectory:
+    """A directory that is deleted with the last object that holds this one."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="r3rag-index-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+# Keys that change how an Env plays a question and what is measured, and nothing that is loaded or compiled.
+PLAY_KEYS = ("eval", "retrieval.top_k", "retrieval.oneshot_top_k", "retrieval.max_passages", "rollout.max_steps")
+# Objects, and the keys and sections that do not change them.
+SHARED = (
+    (("policy", "kv_dtype", "engine", "judge"), ("eval", "retrieval", "rollout.max_steps")),
+    (("index_dir", "temporary_index", "encoder", "retriever", "corpus"), PLAY_KEYS),
+)
+
+
+def _without(config: Config, keys: Sequence[str]) -> dict[str, Any]:
+    """A configuration as a tree without some of its keys or sections."""
+    tree = config.model_dump()
+    for key in keys:
+        *sections, name = key.split(".")
+        functools.reduce(lambda node, section: node[section], sections, tree).pop(name)
+    return tree
+
+
+class CellComponents:
+    """Opens the cells of a table, or a single evaluation; neighbouring cells share what they can."""
+
+    def __init__(self, corpus: Path | None, console: Console | None = None):
+        """`corpus`: passages to search instead of those of a run's index."""
+        self._corpus, self._console = corpus, console
+        self._last: Components | None = None
+
+    def open(self, cell: Cell) -> OpenedCell:
+        """What measures a cell.
+
+        Raises:
+            UserError: its model, index or questions cannot be used.
+        """
+        components, before = self._components(cell.checkpoint), self._last
+        self._last = components
+        # A model that cannot be used is reported before an index is built.
+        _ = components.policy.tokenizer if cell.system in BASELINES else components.codec
+        if before is None or components.index_dir is not before.index_dir:
+            components.open_corpus(self._corpus, builds_index=cell.checkpoint.builds_index)
+            components.ensure_index()
+        path = cell.questions.path or components.dataset.path_of("test")
+        questions = components.read_questions(path, cell.system)
+        questions = questions.take(range(len(questions))[: cell.questions.limit or None])
+        has_own = components.config.retrieval.kind != "http" and has_index(components.index_dir)
+        num_passages = read_manifest(components.index_dir).num_passages if has_own else None
+        return OpenedCell(components.evaluator, questions, components.policy.decoder_config, num_passages)
+
+    def _components(self, checkpoint: Checkpoint) -> Components:
+        if self._last is not None and self._last.run == checkpoint.run:
+            return self._last.variant(checkpoint.config)
+        return Components(checkpoint.config, checkpoint.run, self._console)

@@ -3,72 +3,77 @@
     python -m r3rag_jax.evaluate --checkpoint runs/quickstart --questions FILE --corpus FILE [key=value …]
     python -m r3rag_jax.evaluate --checkpoint runs/quickstart --system ircot
     python -m r3rag_jax.evaluate --checkpoint MODEL --config RECIPE --questions FILE
+    python -m r3rag_jax.evaluate compare runs/a/eval/r3rag.json runs/b/eval/r3rag.json
+    python -m r3rag_jax.evaluate table main --checkpoint runs/quickstart --questions hotpotqa/dev.jsonl …
 
 Writes `<run>/eval/<name>.json` and `<run>/trajectories/<name>.jsonl`, and prints a table of the metrics; for a model
-from elsewhere <run> is runs/eval-<model>, or what run_dir=… names.
+from elsewhere <run> is runs/eval-<model>, or what run_dir=… names. `compare` tests whether two results differ. `table`
+makes one of the paper's tables (main, rewards, max_steps, top_k, retrievers, tokens) in `<run>/tables`.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
 
 from r3rag_jax.baselines.factory import BASELINES
-from r3rag_jax.components import Components
-from r3rag_jax.config import FlagParser
+from r3rag_jax.components import CellComponents
 from r3rag_jax.errors import main_guard
-from r3rag_jax.evaluation.checkpoint import add_checkpoint_flags, open_checkpoint
-from r3rag_jax.evaluation.results import replaced_result, result_name
+from r3rag_jax.evaluation.checkpoint import open_checkpoint
+from r3rag_jax.evaluation.flags import PROG, evaluation_parser, parse_table
+from r3rag_jax.evaluation.results import TEST, file_name, replaced_result, result_name
 from r3rag_jax.evaluation.systems import SYSTEMS
+from r3rag_jax.evaluation.tables.cells import Cell, QuestionSet
+from r3rag_jax.evaluation.tables.plans import plan_table
+from r3rag_jax.evaluation.tables.table import make_table
+from r3rag_jax.reporting.paper_tables import contrast, publish_tables
 from r3rag_jax.reporting.rendering import results_table
 from r3rag_jax.rollout.context_limit import context_notices
 from r3rag_jax.run.caches import use_compile_cache
-from r3rag_jax.run.progress import ProgressBar
 
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = FlagParser(prog="python -m r3rag_jax.evaluate", description=(__doc__ or "").splitlines()[0])
-    add_checkpoint_flags(parser)
-    parser.add_argument(
-        "--system", choices=SYSTEMS, help="the system to evaluate; default: R3-RAG with the run's policy"
-    )
-    parser.add_argument("--questions", type=Path, metavar="FILE", help="questions; default: the run's test questions")
-    parser.add_argument(
-        "--name",
-        default="",
-        help="name of the result files; default: folder and name of the question file (hotpotqa-dev, or `test` for "
-        "the run's test questions), followed by the system if one is given",
-    )
-    args = parser.parse_intermixed_args(argv)
-    use_compile_cache()
-    checkpoint = open_checkpoint(args)
-    config = checkpoint.config
-    name = result_name(args.name, args.questions, args.system)
-    system = SYSTEMS[args.system or "r3rag"]
-    components = Components(config, checkpoint.run)
-    policy = checkpoint.choose_policy(args.phase or (system.policy if args.system else None))
-    # A model that cannot be used is reported before an index is built.
-    _ = components.policy.tokenizer if args.system in BASELINES else components.codec
-    components.open_corpus(args.corpus, builds_index=checkpoint.builds_index)
-    path = args.questions or components.dataset.path_of("test")
-    questions = components.read_questions(path, args.system or "r3rag")
-    for notice in context_notices(config) if args.system not in BASELINES else ():
-        components.console.print(notice, highlight=False, markup=False)
-    evaluator, live = components.evaluator, config.log.progress
-    fingerprint = evaluator.fingerprint(args.system or "r3rag", questions, policy)
-    if notice := replaced_result(components.run, name, fingerprint):
-        components.console.print(notice, highlight=False, markup=False)
-    with ProgressBar(f"eval {name}", len(questions), console=components.console, live=live) as bar:
-        trajectories = evaluator.rollouts(
-            system, questions, policy=policy, on_done=lambda trajectory: bar.advance(steps=len(trajectory.steps))
-        )
-    result = evaluator.write(name, trajectories, fingerprint)
-    components.run.publish()
-    components.console.print(results_table([result]))
+    words = list(sys.argv[1:] if argv is None else argv)
+    action = ACTIONS.get(words[0]) if words else None
+    evaluate(words) if action is None else action(words[1:])
     return 0
 
+
+def evaluate(words: Sequence[str]) -> None:
+    """One system on one file of questions."""
+    args = evaluation_parser(__doc__ or "").parse_intermixed_args(words)
+    use_compile_cache()
+    checkpoint = open_checkpoint(args)
+    name, system = result_name(args.name, args.questions, args.system), args.system or "r3rag"
+    policy = checkpoint.choose_policy(args.phase or (SYSTEMS[system].policy if args.system else None))
+    asked = QuestionSet(file_name(args.questions) if args.questions else TEST, args.questions)
+    cell = Cell(name, checkpoint, system, policy, asked)
+    opened = CellComponents(args.corpus).open(cell)
+    evaluator, questions, console = opened.evaluator, opened.questions, opened.evaluator.console
+    for notice in context_notices(checkpoint.config) if system not in BASELINES else ():
+        console.print(notice, highlight=False)
+    fingerprint = evaluator.fingerprint(system, questions, policy, asked.name)
+    if notice := replaced_result(evaluator.directory, name, fingerprint):
+        console.print(notice, highlight=False, markup=False)
+    result = evaluator.evaluate(name, SYSTEMS[system], questions, fingerprint, policy)
+    evaluator.directory.publish()
+    console.print(results_table([result]))
+
+
+def tabulate(words: Sequence[str]) -> None:
+    """One of the paper's tables."""
+    request = parse_table(words)
+    use_compile_cache()
+    plan, console = plan_table(request), Console()
+    table = make_table(plan, CellComponents(request.corpus, console).open, console)
+    publish_tables(plan.cells[0].checkpoint.run, table, f"{PROG} table {shlex.join(words)}", console)
+
+
+ACTIONS: dict[str, Callable[[Sequence[str]], None]] = {"table": tabulate, "compare": contrast}
 
 if __name__ == "__main__":
     sys.exit(main())

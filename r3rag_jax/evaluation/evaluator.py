@@ -67,16 +67,28 @@ class Evaluator:
             "evaluations that are missing",
         )
         for name in missing:
-            system = SYSTEMS[name]
-            with self._bar(name, questions) as bar:
-                trajectories = self.rollouts(
-                    system,
-                    questions,
-                    on_done=lambda t: bar.advance(retrievals=t.num_retrievals),
-                )
-            self.write(name, trajectories, expected[name])
+            self.evaluate(name, SYSTEMS[name], questions, expected[name])
         barrier("eval")
         return bool(missing)
+
+    def evaluate(
+        self, name: str, system: System, questions: Sequence[Question], fingerprint: Facts, policy: str | None = None
+    ) -> dict[str, Any]:
+        """Roll a system out on questions behind a progress bar, write the files, and return the result.
+
+        Args:
+            name: of the files.
+            policy: replaces the system's own.
+
+        Raises:
+            UserError: as `write`; or the backend failed.
+        """
+        num = len(questions) * self.config.eval.samples
+        with ProgressBar(f"eval {name}", num, console=self.console, live=self.config.log.progress) as bar:
+            trajectories = self.rollouts(
+                system, questions, policy=policy, on_done=lambda t: bar.advance(retrievals=t.num_retrievals)
+            )
+        return self.write(name, trajectories, fingerprint)
 
     def rollouts(
         self,
@@ -155,7 +167,3 @@ class Evaluator:
 
     def _stored_fingerprint(self, name: str) -> Facts | None:
         return (read_result(self.directory, name) or {}).get("fingerprint")
-
-    def _bar(self, name: str, questions: Sequence[Question]) -> ProgressBar:
-        num = len(questions) * self.config.eval.samples
-        return ProgressBar(f"eval {name}", num, console=self.console, live=self.config.log.progress)

@@ -86,15 +86,22 @@ ANSWER_RECALL = Metric(
     "answer recall", "one of the first k passages of a search holds a gold answer as a substring of its characters",
     FLASHRAG, is_binary=True,
 )  # fmt: skip
-# Ratios of sums over questions, whose denominator is the number of exact matches.
-PER_CORRECT = {
+# Ratios of sums over questions: name -> (numerator, denominator, definition).
+RATIOS = {
     "tokens_per_correct": (
         "output_tokens",
-        Metric("tokens/correct", "output tokens of all questions per exact match", R3RAG, "tokens", 0),
+        "em",
+        Metric("tokens/correct", "output tokens of all questions per exact match", OWN, "tokens", 0),
     ),
     "input_tokens_per_correct": (
         "input_tokens",
+        "em",
         Metric("input tokens/correct", "input tokens of all questions per exact match", OWN, "tokens", 0),
+    ),
+    "tokens_per_acc": (
+        "output_tokens",
+        "acc",
+        Metric("tokens/ACC", "output tokens of all questions per answer that is correct by ACC", R3RAG, "tokens", 0),
     ),
 }
 JUDGED = ("acc", "candidate_em")
@@ -104,8 +111,8 @@ def metric_of(name: str) -> Metric:
     """The definition behind a name of a result; `answer_recall@k` for any k."""
     if name in METRICS:
         return METRICS[name]
-    if name in PER_CORRECT:
-        return PER_CORRECT[name][1]
+    if name in RATIOS:
+        return RATIOS[name][2]
     label, _, k = name.partition("@")
     if label == "answer_recall":
         return dataclasses.replace(ANSWER_RECALL, title=f"answer recall@{k}")
@@ -198,9 +205,9 @@ def summary(values: Values) -> dict[str, Any]:
         row[name] = _number(metric_of(name).scale * _mean(values_Q))
         if name == "acc":
             row["judge_failures"] = int(np.isnan(values_Q).sum())
-    for name, (tokens, _) in PER_CORRECT.items():
-        if tokens in values and "em" in values:
-            row[name] = _number(ratio(values[tokens], values["em"]))
+    for name, (tokens, correct, _) in RATIOS.items():
+        if tokens in values and correct in values:
+            row[name] = _number(ratio(values[tokens], values[correct]))
     return row
 
 

@@ -46,13 +46,13 @@ def result_name(given: str, questions: Path | None, system: str | None) -> str:
     """
     if given and re.fullmatch(r"\w[\w.+-]*", given) is None:
         raise UserError(f"--name must be letters, digits and _.+-, not led by a sign; got {given!r}")
-    name = given or "-".join(filter(None, [_file_name(questions) if questions else TEST, system]))
+    name = given or "-".join(filter(None, [file_name(questions) if questions else TEST, system]))
     if name.casefold() in RESERVED:  # a file system may ignore case
         raise UserError(f"--name must be none that the run itself uses ({', '.join(RESERVED)}); got {name}")
     return name
 
 
-def _file_name(path: Path) -> str:
+def file_name(path: Path) -> str:
     path = path.absolute()
     parts = [path.resolve().parent.name if path.parent.name in ("", "..") else path.parent.name]
     parts.append(SUFFIXES.sub("", path.name) or path.name)

@@ -11,7 +11,7 @@ import numpy as np
 from r3rag_jax.config import EvalConfig
 from r3rag_jax.evaluation.fingerprint import Facts
 from r3rag_jax.evaluation.groups import ALL, groups_of
-from r3rag_jax.evaluation.metrics import PER_CORRECT, Values, measure_each, metric_of, of_questions, summary
+from r3rag_jax.evaluation.metrics import RATIOS, Values, measure_each, metric_of, of_questions, ratio, summary
 from r3rag_jax.evaluation.sampled import sampled_values
 from r3rag_jax.evaluation.statistics import Interval, Statistic, bootstrap, weighted_mean, weighted_ratio, wilson
 from r3rag_jax.evaluation.systems import SYSTEMS
@@ -79,7 +79,8 @@ def summarise(
 def intervals(values: Values) -> dict[str, Interval]:
     """95 % interval of each number of `summary`, on its scale; none where nothing is known.
 
-    Shares of questions have Wilson's, all other numbers the bootstrap's; see `statistics.py`.
+    Shares of questions have Wilson's, all other numbers the bootstrap's; see `statistics.py`. Fractions that are the
+    same for all questions have Wilson's, too.
     """
     shares: dict[str, Interval] = {}
     statistics: dict[str, Statistic] = {}
@@ -89,11 +90,16 @@ def intervals(values: Values) -> dict[str, Interval]:
             shares[name] = wilson(known_Q.sum(), len(known_Q))
         elif len(known_Q):
             statistics[name] = weighted_mean(values_Q)
-    for name, (tokens, _) in PER_CORRECT.items():
-        if tokens in values and np.isfinite(values[tokens]).all() and values["em"].sum() > 0:
-            statistics[name] = weighted_ratio(values[tokens], values["em"])
+    for name, (tokens, correct, _) in RATIOS.items():
+        if tokens in values and correct in values and np.isfinite(ratio(values[tokens], values[correct])):
+            statistics[name] = weighted_ratio(values[tokens], values[correct])
     found = shares | bootstrap(statistics, len(next(iter(values.values()))))
-    order = [name for name in (*values, *PER_CORRECT) if name in found]
+    for name in statistics.keys() & values.keys():
+        known_Q = values[name][np.isfinite(values[name])]
+        if metric_of(name).unit == "%" and np.ptp(known_Q) == 0:
+            # Resampling equal values shows no variation. No distribution on [0, 1] varies more than a share.
+            found[name] = wilson(known_Q.sum(), len(known_Q))
+    order = [name for name in (*values, *RATIOS) if name in found]
     return {name: (metric_of(name).scale * found[name][0], metric_of(name).scale * found[name][1]) for name in order}
 
 

@@ -174,6 +174,10 @@ class RunDirectory:
         """The values of each question (JSONL) of which an evaluation's metrics are the means."""
         return self.evaluation_dir / f"{name}.questions.jsonl"
 
+    def table(self, name: str, suffix: str) -> Path:
+        """A table of `python -m r3rag_jax.evaluate table`, in one of its formats (suffix `json`, `md`, `tex`)."""
+        return self.path / "tables" / f"{name}.{suffix}"
+
     def trajectories(self, name: str) -> Path:
         """Trajectories (JSONL) of an evaluation, or those that RL keeps (RL_TRAJECTORIES)."""
         return self.trajectory_dir / f"{name}.jsonl"

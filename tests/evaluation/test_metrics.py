@@ -16,7 +16,7 @@ from attempts import BORN, DARWIN, attempt, attempts, question
 from r3rag_jax.evaluation.answer_texts import hotpot_overlap
 from r3rag_jax.evaluation.metrics import (
     METRICS,
-    PER_CORRECT,
+    RATIOS,
     definitions,
     measure_each,
     metric_of,
@@ -79,6 +79,8 @@ def test_tokens_are_counted_in_the_samples_where_no_number_is_given() -> None:
 
 def test_judged_accuracy_is_of_what_was_judged() -> None:
     row = row_of(attempts(), acc=np.asarray([1, 1, np.nan, 0], np.float32))
+    assert row.pop("tokens_per_acc") is None  # of an unknown number
+    assert row_of(attempts(), acc=np.asarray([1, 1, 1, 0]))["tokens_per_acc"] == pytest.approx(73 / 3)
     assert (row.pop("acc"), row.pop("judge_failures")) == (pytest.approx(200 / 3), 1)
     assert row == row_of(attempts())
     assert row_of(attempts()[:1], acc=np.asarray([np.nan], np.float32))["acc"] is None
@@ -96,7 +98,7 @@ def test_every_number_of_a_row_has_a_definition() -> None:
     for name in row.keys() - {"num", "judge_failures"}:
         metric = metric_of(name)
         assert metric.definition and metric.source and metric.title
-    assert {*METRICS, *PER_CORRECT} < row.keys()
+    assert {*METRICS, *RATIOS} < row.keys()
     with pytest.raises(KeyError):
         metric_of("bleu")
     assert definitions((2, 5))["answer_recall@5"] == 1 and "acc" not in definitions(())

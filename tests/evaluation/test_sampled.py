@@ -86,6 +86,13 @@ def test_intervals_of_samples_are_over_questions() -> None:
     assert high - low < 20
 
 
+def test_equal_fractions_are_not_certain() -> None:
+    trajectories = [attempt(question(str(i), "Paris"), "Rome") for i in range(6)]
+    intervals = summarise("m", trajectories, {}).result["intervals"]
+    assert intervals["f1"] == intervals["em"] and intervals["em"][1] > 35
+    assert intervals["output_tokens"] == [10.0, 10.0]  # nothing bounds a number of tokens
+
+
 def test_several_greedy_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"eval\.temperature must be above 0 with eval\.samples=2"):
         EvalConfig(samples=2)
