@@ -100,8 +100,8 @@ class FaissConfig(Section):
     candidates: int = key(
         0, "with hnsw, ivfpq: passages whose exact inner products decide the ranks; 0: 64, or 4 * k", "passages", ge=0
     )
-    hnsw_links: int = key(16, "with hnsw: links of a vector; its lowest level has twice as many", "links", ge=2, le=128)
-    hnsw_build_ef: int = key(40, "with hnsw: candidates for the links of a new vector", "vectors", ge=1)
+    hnsw_links: int = key(32, "with hnsw: links of a vector; its lowest level has twice as many", "links", ge=2, le=128)
+    hnsw_build_ef: int = key(100, "with hnsw: candidates for the links of a new vector", "vectors", ge=1)
     hnsw_search_ef: int = key(64, "with hnsw: candidates that a search keeps", "vectors", ge=1)
     ivf_lists: int = key(0, "with ivfpq: inverted lists; 0: a power of two near 4 sqrt(P)", "lists", ge=0)
     ivf_probes: int = key(0, "with ivfpq: lists that a search reads; 0: 1/32 of them, at least 16", "lists", ge=0)

@@ -1,4 +1,4 @@
-"""A finished run evaluated with retrievers that keys alone choose: equal hits, equal trajectories."""
+"""Whole runs in miniature whose retrievers keys alone choose: with exact dense search, the runs that FAISS gives."""
 
 from __future__ import annotations
 
@@ -8,59 +8,92 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import tiny_run
 from serving import server_process
 
-from r3rag_jax import evaluate, index
+from r3rag_jax import evaluate, train
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def run(finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of a finished run, with an evaluation named `flat` by its own FAISS index."""
+def flat(finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The run that searches FAISS in its own process."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    directory = Path(shutil.copytree(finished("tags"), tmp_path / "run"))
-    assert b'"passages": [{"id"' in evaluated(directory, "flat")[0]  # there is something to find
-    return directory
+    return finished("tags")
 
 
-def evaluated(run: Path, name: str, *keys: str) -> tuple[bytes, dict[str, Any]]:
-    """Trajectories and result of an evaluation."""
-    assert evaluate.main(["--checkpoint", str(run), "--name", name, *keys]) == 0
-    return (run / "trajectories" / f"{name}.jsonl").read_bytes(), json.loads(
-        (run / "eval" / f"{name}.json").read_text()
-    )
+def trained(directory: Path, base: Path, *keys: str) -> Path:
+    """The same run with other keys, as on the command line."""
+    recipe = tiny_run.write_recipe(directory, base)
+    train.main(["--config", str(recipe), *keys])
+    return directory / "run"
 
 
-def build(run: Path, out: Path, *keys: str) -> None:
-    """An index of the run's passages, from the command line."""
-    corpus = tiny_run.open_components(run).dataset.path_of("corpus")
-    assert index.main(["build", "--corpus", str(corpus), "--out", str(out), *keys]) == 0
+def texts(run: Path, folder: str) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (run / folder).iterdir()}
 
 
-def test_a_server_in_a_process_of_its_own(run: Path) -> None:
-    flat, result = evaluated(run, "flat")
-    with server_process(run / "index") as (_, url):
-        for format in ("native", "search_r1"):
-            keys = ("retrieval.kind=http", f"retrieval.endpoint.url={url}", f"retrieval.endpoint.format={format}")
-            found, remote = evaluated(run, format, *keys)
-            assert found == flat
-            assert (remote["fingerprint"] == result["fingerprint"]) is (format == "native")
+def passages_found(run: Path) -> int:
+    """Trajectories of the RL rollouts in which a passage was found."""
+    rows = (run / "trajectories" / "rl.jsonl").read_text().splitlines()
+    return sum('"passages": [{"id"' in row for row in rows)
 
 
-def test_milvus_lite(run: Path, tmp_path: Path) -> None:
+def assert_same_run(ours: Path, flat: Path) -> None:
+    """Data, trajectories of all phases, metrics and weights are equal to the last bit."""
+    assert passages_found(flat) > 0
+    for folder in ("trajectories", "data"):
+        assert texts(ours, folder) == texts(flat, folder)
+    assert tiny_run.metrics(ours) == tiny_run.metrics(flat)
+    for phase in ("sft", "rl"):
+        assert {name: array.tobytes() for name, array in tiny_run.weights(ours, phase).items()} == {
+            name: array.tobytes() for name, array in tiny_run.weights(flat, phase).items()
+        }
+
+
+def fingerprint(run: Path, name: str) -> dict[str, Any]:
+    """What an evaluation names as its ingredients."""
+    result: dict[str, Any] = json.loads((run / "eval" / f"{name}.json").read_text())["fingerprint"]
+    return result
+
+
+def test_a_server_in_a_process_of_its_own(flat: Path, base: Path, tmp_path: Path) -> None:
+    with server_process(flat / "index") as (_, url):
+        keys = ("retrieval.kind=http", f"retrieval.endpoint.url={url}")
+        ours = trained(tmp_path, base, *keys, "retrieval.endpoint.format=native")
+        assert_same_run(ours, flat)
+        for name in texts(flat, "eval"):
+            assert fingerprint(ours, Path(name).stem) == fingerprint(flat, Path(name).stem)
+
+
+def test_a_server_of_another_format(flat: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(flat, tmp_path / "run"))
+    with server_process(flat / "index") as (_, url):
+        keys = ("retrieval.kind=http", f"retrieval.endpoint.url={url}", "retrieval.endpoint.format=search_r1")
+        for name, words in (("flat", ()), ("search_r1", keys)):
+            assert evaluate.main(["--checkpoint", str(run), "--name", name, *words]) == 0
+    found = texts(run, "trajectories")
+    assert '"passages": [{"id"' in found["flat.jsonl"]
+    assert found["search_r1.jsonl"] == found["flat.jsonl"]
+    assert fingerprint(run, "search_r1") != fingerprint(run, "flat")  # whose index it is, the server does not say
+
+
+def test_milvus_lite(flat: Path, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("milvus_lite", reason="needs the extra milvus")
-    keys = ("retrieval.kind=milvus", "retrieval.encoder.dim=256")
-    build(run, tmp_path / "index", *keys)
-    assert evaluated(run, "milvus", *keys, f"retrieval.index_dir={tmp_path / 'index'}")[0] == evaluated(run, "flat")[0]
+    assert_same_run(trained(tmp_path, base, "retrieval.kind=milvus"), flat)
 
 
-def test_bm25(run: Path, tmp_path: Path) -> None:
-    build(run, tmp_path / "index", "retrieval.kind=bm25")
-    found, lexical = evaluated(run, "bm25", "retrieval.kind=bm25", f"retrieval.index_dir={tmp_path / 'index'}")
-    flat, dense = evaluated(run, "flat")
-    assert len(found.splitlines()) == len(flat.splitlines())
-    assert lexical["groups"]["all"]["retrievals"] > 0  # of a small world, perhaps the same passages
-    assert lexical["fingerprint"]["index"] != dense["fingerprint"]["index"]
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
+def test_the_devices_of_the_mesh(flat: Path, base: Path, tmp_path: Path) -> None:
+    assert_same_run(trained(tmp_path, base, "retrieval.kind=device"), flat)
+
+
+def test_bm25(flat: Path, base: Path, tmp_path: Path) -> None:
+    ours = trained(tmp_path, base, "retrieval.kind=bm25")
+    assert passages_found(ours) > 0
+    assert texts(ours, "data") == texts(flat, "data")
+    for name in texts(flat, "eval"):
+        assert fingerprint(ours, Path(name).stem)["index"] != fingerprint(flat, Path(name).stem)["index"]
