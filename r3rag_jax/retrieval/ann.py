@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 import threading
 import warnings
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ _ADD = 8192  # vectors added at once
 _NUM_SCALES = 65_536  # vectors of a segment from which the 8-bit scales are taken
 _FEW = 4  # queries
 _GIB = 1 << 30
+_CODE_BYTES = {b"IHNs": 1, b"IHNf": 4}  # of a float, by FAISS's name of a graph with vectors of 8 bits or whole ones
+_READERS, _BLOCK = 4, 4 << 20  # threads that read ahead, and bytes that one reads at once
 
 
 def build_hnsw(
@@ -182,10 +185,11 @@ def open_file(path: Path, *, search_ef: int = 0, probes: int = 0) -> Any:
     """
     faiss = import_faiss()
     try:
+        _read_links(path)
         # Inverted lists are mapped by another flag than flat codes and graphs.
         flags = faiss.IO_FLAG_MMAP_IFC if not _is_ivf(path) else faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
         index = faiss.read_index(str(path), flags)
-    except RuntimeError as error:
+    except (RuntimeError, struct.error) as error:
         raise UserError(f"{path} must be a FAISS index: {error}. {AGAIN}") from error
     if hasattr(index, "hnsw") and search_ef:
         index.hnsw.efSearch = search_ef
@@ -227,6 +231,22 @@ def _is_ivf(path: Path) -> bool:
     """Whether a file holds inverted lists, by FAISS's four-letter name of its kind (`IwPQ`, `IwFl`, `IwSq`, …)."""
     with path.open("rb") as file:
         return file.read(2) == b"Iw"
+
+
+def _read_links(path: Path) -> None:
+    """Bring the links of a graph into the page cache, in large blocks.
+
+    FAISS checks every link when it maps a file, and reads a page at a time from the disk: 13 s instead of 1 s for two
+    million vectors. In the file, links are followed by the vectors, which are read when a search needs them.
+    """
+    with path.open("rb", buffering=0) as file:
+        name, dim, num_vectors = struct.unpack("<4siq", file.read(16))
+        if name not in _CODE_BYTES:
+            return
+        size = os.fstat(file.fileno()).st_size - num_vectors * dim * _CODE_BYTES[name]
+        with ThreadPoolExecutor(_READERS) as pool:
+            for _ in pool.map(lambda start: len(os.pread(file.fileno(), _BLOCK, start)), range(0, size, _BLOCK)):
+                pass
 
 
 def _write(index: Any, path: Path) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ LAYOUT = 3  # of the files in an index directory; another one is refused
 AGAIN = "Build the index again."
 SMALL = 4 << 20  # bytes; a file up to this size is read whole when an index is opened
 NUM_SAMPLES, SAMPLE = 16, 16 << 10  # of a larger file: blocks that are read instead, and their bytes
+READERS = 8  # threads that read files, so that a disk has several requests at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,8 @@ def check_files(directory: Path, manifest: Manifest, names: Iterable[str], *, re
     Raises:
         UserError: a file is missing, or is not the one that was written.
     """
-    for name in names:
+
+    def check(name: str) -> None:
         path, expected = directory / name, manifest.files.get(name)
         if not path.is_file():
             raise UserError(f"an index directory holds {name}; {path} is missing. {AGAIN}")
@@ -161,6 +164,10 @@ def check_files(directory: Path, manifest: Manifest, names: Iterable[str], *, re
         found = file_digest(path) if reads_all else sample_digest(path)
         if found != (digest := expected.sha256 if reads_all else expected.sample):
             raise UserError(f"{path} must be the file that was built, of SHA-256 {digest}; got {found}. {AGAIN}")
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(check, names):  # raises the error of the first file that has one
+            pass
 
 
 def sample_digest(path: Path) -> str:
