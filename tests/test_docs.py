@@ -27,6 +27,9 @@ from r3rag_jax.config import Config, RetrievalConfig, RewardConfig, RLConfig, Ro
 from r3rag_jax.config.presets import PRESETS, SOURCES
 from r3rag_jax.config.schema import schema, section_names
 from r3rag_jax.config.values import convert, override_node
+from r3rag_jax.evaluate import ACTIONS
+from r3rag_jax.evaluation.answer_texts import contains_characters, hotpot_overlap
+from r3rag_jax.evaluation.metrics import METRICS, RATIOS, metric_of
 from r3rag_jax.retrieval.factory import RETRIEVERS, build_index, open_retriever
 from r3rag_jax.rewards.answer import answer_scores, encode_answers
 from r3rag_jax.rewards.base import Resources
@@ -166,12 +169,23 @@ def test_every_dependency_has_its_reason() -> None:
 
 
 def test_the_examples_of_metrics_are_what_the_metrics_say() -> None:
-    section = (ROOT / "docs" / "configuration.md").read_text("utf-8").partition("| prediction | gold answer |")[2]
+    section = (ROOT / "docs" / "evaluation.md").read_text("utf-8").partition("| prediction | gold answer |")[2]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.partition("\n\n")[0].splitlines()[2:]]
     assert len(rows) == 8
     scores = answer_scores(encode_answers([row[0] for row in rows], [(row[1],) for row in rows]))
     for column, name in enumerate(("em", "f1", "cover_em"), 2):
         np.testing.assert_allclose(scores[name], [float(row[column]) for row in rows], atol=5e-4)
+    for prediction, gold, *_, f1_hotpot, sub_em in rows:
+        assert hotpot_overlap(prediction, [gold]).f1 == pytest.approx(float(f1_hotpot), abs=5e-4)
+        assert contains_characters(prediction, [gold]) == float(sub_em)
+
+
+def test_every_metric_stands_in_the_table_with_its_definition_and_source() -> None:
+    text = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([\w@]+)` \| (.*) \| (.*) \| (.*) \|$", text.partition("## Metrics")[2], re.MULTILINE)
+    listed = {name: (definition, unit, source) for name, definition, unit, source in rows}
+    names = [*METRICS, *RATIOS, "answer_recall@k", "pass@k", "majority@k"]
+    assert listed == {name: (m.definition, m.unit, m.source) for name in names for m in [metric_of(name)]}
 
 
 # ------------------------------------------------------------------------------------ commands and their flags
@@ -228,7 +242,7 @@ def help_of(program: tuple[str, ...]) -> str:
                 sys.argv = before
         else:
             main = ".__main__" if program[0] in FOLDER_ENTRY_POINTS else ""
-            importlib.import_module(f"r3rag_jax.{program[0]}{main}").main(["--help"])
+            importlib.import_module(f"r3rag_jax.{program[0]}{main}").main([*program[1:], "--help"])
     assert exit.value.code == 0
     return output.getvalue()
 
@@ -237,7 +251,8 @@ def help_of(program: tuple[str, ...]) -> str:
 def test_every_command_has_its_flags(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     words = [word.strip("[]…\\") for word in shlex.split(command)]
-    help = help_of((words[0],))
+    is_action = words[0] == "evaluate" and words[1] in ACTIONS
+    help = help_of((words[0], words[1]) if is_action else (words[0],))
     if (choices := re.search(r"\{([\w,]+)\} \.\.\.", help)) and len(words) > 1:
         assert words[1] in choices[1].split(","), command
         help = help_of((words[0], words[1]))

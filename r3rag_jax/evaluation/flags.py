@@ -65,7 +65,10 @@ def table_parser() -> FlagParser:
         "--questions", nargs="+", default=[], metavar="[NAME=]FILE",
         help="sets of questions, a column each; default: the run's test questions",
     )  # fmt: skip
-    add("--systems", nargs="+", choices=SYSTEMS, default=[], help="rows of `main` and `tokens`; default: all there are")
+    add(
+        "--systems", nargs="+", choices=SYSTEMS, default=[], metavar="SYSTEM",
+        help=f"rows of `main` and `tokens`, among {', '.join(SYSTEMS)}; default: all whose policy there is",
+    )  # fmt: skip
     add("--system", choices=SYSTEMS, default="r3rag", help="the system of the other tables; default: r3rag")
     add("--values", default="1-10", help="values of `max_steps` and `top_k`: 1-10 or 1,2,5; default: 1-10")
     add(

@@ -1,7 +1,7 @@
 """Outcome rewards `em`, `f1`, `cover_em`: exact match, F1 and cover exact match after SQuAD normalisation.
 
 The best gold answer (alias) of a question counts. The host turns text into padded word ids; one jitted function of the
-ids computes all three. docs/configuration.md compares the definitions with those of other projects.
+ids computes all three. docs/evaluation.md compares the definitions with those of other projects.
 Shape suffixes: B questions, G gold answers, W words of a prediction, X words of a gold answer.
 """
 
