@@ -87,14 +87,16 @@ def open_checkpoint(args: argparse.Namespace) -> Checkpoint:
     if args.phase is not None:
         raise UserError(f"--phase must be left out with a model, which is one policy; got {args.phase}")
     config = _model_config(path, args.config, args.overrides)
-    is_given = args.corpus is not None or args.config is not None or "data.source=world" in args.overrides
-    if (
-        not is_given
-        and config.data.source == "world"
-        and Checkpoint(config, RunDirectory(path), is_run=False).builds_index
-    ):
+    checkpoint = Checkpoint(config, RunDirectory.at(config.run_directory), is_run=False)
+    is_given = args.corpus is not None or args.config is not None or "data.source" in named_keys(args.overrides)
+    if checkpoint.builds_index and not is_given:  # the default, the fictional encyclopedia, is nobody's corpus
         raise UserError(NEEDS_PASSAGES)
-    return Checkpoint(config, RunDirectory.at(config.run_directory), is_run=False)
+    return checkpoint
+
+
+def named_keys(overrides: Sequence[str]) -> set[str]:
+    """The keys of `key=value` words."""
+    return {word.partition("=")[0].strip() for word in overrides}
 
 
 def load_run_config(run_dir: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -112,9 +114,8 @@ def load_run_config(run_dir: str | os.PathLike[str], overrides: Sequence[str] = 
 
 def _model_config(path: Path, recipe: Path | None, overrides: Sequence[str]) -> Config:
     """Return the configuration to use a model with: of a recipe, or the defaults."""
-    is_named = "name" in {word.partition("=")[0].strip() for word in overrides}
     # A recipe's own run directory is that of its training.
-    own = ["run_dir=" if is_named else f"run_dir=runs/eval-{_model_name(path)}"]
+    own = ["run_dir=" if "name" in named_keys(overrides) else f"run_dir=runs/eval-{_model_name(path)}"]
     fixed = [f"model.path={path}", "model.init=pretrained", "data.refresh_retrieved=false", "phases=index"]
     config = load_config(recipe, [*own, *overrides, *fixed])
     directory = config.run_directory

@@ -21,7 +21,7 @@ from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.config import Config
 from r3rag_jax.config.schema import value_of
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.checkpoint import Checkpoint
+from r3rag_jax.evaluation.checkpoint import Checkpoint, named_keys
 from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS
 from r3rag_jax.evaluation.tables.cells import Cell, Plan, QuestionSet, slug
 
@@ -60,8 +60,8 @@ class Request:
 
     def checkpoint(self, *keys: str, place: str | None = None) -> Checkpoint:
         """The run or model with the user's keys and further ones; a key of the user's is never replaced."""
-        named = {word.partition("=")[0].strip() for word in self.overrides}
-        own = [key for key in keys if key.partition("=")[0] not in named]
+        named = named_keys(self.overrides)
+        own = [key for key in keys if not named_keys([key]) & named]
         return self.open_checkpoint(self.places[0] if place is None else place, [*self.overrides, *own])
 
 
@@ -184,7 +184,7 @@ def _sweep(name: str, key: str, title: str) -> Callable[[Request], Plan]:
     def plan(request: Request) -> Plan:
         cells = []
         for value in request.values:
-            given = [word for word in request.overrides if word.partition("=")[0].strip() != key]
+            given = [word for word in request.overrides if named_keys([word]) != {key}]
             without = dataclasses.replace(request, overrides=tuple(given))
             most = _most_passages(request, key, value)
             checkpoint = without.checkpoint(f"{key}={value}", f"retrieval.max_passages={most}")
@@ -217,8 +217,7 @@ def _retrievers(request: Request) -> Plan:
     chosen = request.retrievers or both[: 1 if kind == "bm25" else 2]
     cells = []
     for label, keys in chosen:
-        names = {key.partition("=")[0] for key in keys}
-        is_built = bool(keys) and "retrieval.index_dir" not in names and "retrieval.kind=http" not in keys
+        is_built = bool(keys) and "retrieval.index_dir" not in named_keys(keys) and "retrieval.kind=http" not in keys
         index = (f"retrieval.index_dir={own.run.path / 'indexes' / slug(label)}",) if is_built else ()
         checkpoint = request.checkpoint(*keys, *index)
         policy = _policy(checkpoint, request)
