@@ -18,6 +18,7 @@ from rich.text import Text
 
 from r3rag_jax.evaluation.fingerprint import describe, differences
 from r3rag_jax.evaluation.groups import ALL, SEEN, UNSEEN
+from r3rag_jax.evaluation.metrics import metric_of
 from r3rag_jax.evaluation.statistics import wilson
 from r3rag_jax.rewards.normalization import normalize_answer
 from r3rag_jax.types import Passage, Status, Trajectory
@@ -47,13 +48,15 @@ COLUMNS: tuple[Column, ...] = (
     ("f1", "F1", "word overlap, %", 1, True),
     ("cover_em", "cover-EM", "the answer contains a gold answer, %", 1, True),
     ("acc", "ACC", "exact match, or correct according to the judge, %", 1, True),
+    ("candidate_em", "candidate EM", "a judge reads off an answer that matches exactly, %", 1, True),
     ("retrievals", "retrievals", "searches per question", 2, False),
     ("support_found", "support", "supporting passages found, %", 1, True),
     ("tokens_per_correct", "tokens/correct", "tokens written per correct answer", 0, False),
     ("context_full", "full", "trajectories whose context was full before an answer, %", 1, False),
     ("num", "n", "questions", 0, False),
 )
-OPTIONAL = ("acc",)  # columns shown only if an evaluation has the metric
+OPTIONAL = ("acc", "candidate_em")  # columns shown only if an evaluation has the metric
+SAMPLED = ("pass@", "majority@")  # columns of evaluations with several samples per question begin so
 RARE = ("context_full",)  # columns shown only if an evaluation has a value other than 0
 LABELS = {Status.FORMAT_ERROR: "✗ malformed step", Status.CONTEXT_FULL: "✗ context full"}  # others: no answer
 
@@ -190,7 +193,11 @@ def columns_of(evals: Sequence[Eval]) -> list[Column]:
     """The columns of the results table of these evaluations: COLUMNS without those that say nothing of any of them."""
     measured = [item for evaluation in evals for item in evaluation["groups"].get("all", {}).items()]
     hidden = {*OPTIONAL, *RARE} - {name for name, value in measured if name not in RARE or value}
-    return [column for column in COLUMNS if column[0] not in hidden]
+    columns = [column for column in COLUMNS if column[0] not in hidden]
+    of_samples = dict.fromkeys(name for name, _ in measured if name.startswith(SAMPLED))
+    at = next(number for number, column in enumerate(columns) if column[0] == "retrievals")
+    found = [(name, metric_of(name).title, f"{metric_of(name).definition}, %", 1, True) for name in of_samples]
+    return [*columns[:at], *found, *columns[at:]]
 
 
 def result_rows(evals: Sequence[Eval]) -> list[Row]:

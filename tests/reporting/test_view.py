@@ -173,10 +173,18 @@ def test_judged_accuracy_is_a_column_where_a_judge_was_asked():
     judged = copy.deepcopy(EVALS)
     judged[3]["groups"]["all"]["acc"] = 80.04
     header = printed(results_table(judged)).splitlines()[1].split()
-    assert header == [title for _, title, *_ in COLUMNS if title != "full"]
+    assert header == [title for _, title, *_ in COLUMNS if title not in ("full", "candidate EM")]
     at = header.index("ACC")
     assert [row.cells[at].text for row in result_rows(judged)] == ["—", "—", "—", "80.0"]
     assert ">ACC</th>" in results_html(judged) and ">ACC</th>" not in results_html(EVALS)
+
+
+def test_several_samples_are_columns_of_their_own():
+    sampled = copy.deepcopy(EVALS[3:])
+    sampled[0]["groups"]["all"] |= {"pass@1": 73.0, "pass@4": 91.26, "majority@4": 77.0}
+    [row] = result_rows(sampled)
+    text = printed(results_table(sampled))
+    assert "pass@4" in text and "91.3" in text and [cell.text for cell in row.cells][3:6] == ["73.0", "91.3", "77.0"]
 
 
 def test_full_contexts_are_a_column_where_there_were_any():
@@ -191,7 +199,9 @@ def test_full_contexts_are_a_column_where_there_were_any():
 def test_tables_in_a_terminal():
     text = printed(results_table(EVALS))
     header = text.splitlines()[1].split()
-    assert header == [title for _, title, *_ in COLUMNS if title not in ("ACC", "full")]  # no judge was asked
+    assert header == [
+        title for _, title, *_ in COLUMNS if title not in ("ACC", "candidate EM", "full")
+    ]  # no judge was asked
     assert text.splitlines()[5].split() == [
         "R3-RAG",
         "73.0",

@@ -13,6 +13,7 @@ from openai_server import Reply, RunningServer, chat, serve
 
 from r3rag_jax.config import RewardConfig
 from r3rag_jax.errors import UserError
+from r3rag_jax.rewards import answer, scorer
 from r3rag_jax.rewards.base import Resources
 from r3rag_jax.rewards.scorer import Scorer, Scores, accuracy, learnable
 from r3rag_jax.rewards.shaping import shape_rewards
@@ -78,6 +79,21 @@ def test_rewards_of_a_judge_typed_out(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores.parts["process"], [2.4, 0.8, 0.8, 0.4, 0, 0, 0.48], rtol=1e-6)
     np.testing.assert_allclose(scores.parts["format"], [0, 0, 0, 0, -1, 0, 0])
     np.testing.assert_allclose(scores.parts["no_answer"], [0, 0, 0, -0.5, 0, 0, 0])
+
+
+def test_answers_are_compared_once_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge is asked about what does not match; the reward is a match or its verdict: one comparison for both."""
+    calls: list[int] = []
+
+    def counted(trajectories: Any) -> dict[str, np.ndarray]:
+        calls.append(len(trajectories))
+        return compare(trajectories)
+
+    compare = answer.answer_metrics
+    for module in (answer, scorer):
+        monkeypatch.setattr(module, "answer_metrics", counted)
+    rewarded(tmp_path, graded())
+    assert calls == [len(ATTEMPTS)]
 
 
 def test_weights_and_parts_without_the_judge(tmp_path: Path) -> None:
