@@ -49,7 +49,10 @@ def serve(
             self.answer(200, {"data": [{"id": MODEL}]} if self.path == "/v1/models" else {})
 
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            length = int(self.headers["Content-Length"])
+            if len(content := self.rfile.read(length)) < length:
+                return  # the client was killed as it sent
+            body = json.loads(content)
             with lock:
                 running.bodies.append(body)
                 running.headers.append(dict(self.headers))
