@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -19,6 +19,23 @@ class OnProgress(Protocol):
 
     def __call__(self, count: int, total: int, stage: str = ..., /) -> None:
         """`count` passages are newly done, of `total`; `stage` names a stage after the first, each of which has all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenFiles:
+    """Files that are used instead of being computed."""
+
+    vectors: tuple[Path, ...] = ()  # float arrays [n, D] in numpy's format, in the order of the corpus
+    index: Path | None = None  # a FAISS index
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """What a build of an index is given besides configuration and passages."""
+
+    on_progress: OnProgress | None = None
+    say: Callable[[str], None] | None = None  # told what the index will take, and how good it has become
+    given: GivenFiles = GivenFiles()  # only for kinds of index that hold vectors
 
 
 class RetrievalError(RuntimeError):

@@ -15,7 +15,7 @@ import numpy as np
 
 from r3rag_jax.config.retrieval import RetrievalConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.retrieval.base import Encoder, OnProgress
+from r3rag_jax.retrieval.base import BuildOptions, Encoder, OnProgress
 from r3rag_jax.retrieval.fingerprint import digest
 from r3rag_jax.retrieval.manifest import AGAIN, Manifest, check_index
 from r3rag_jax.retrieval.ranked import RankedRetriever, Ranking
@@ -71,14 +71,14 @@ class BM25Retriever(RankedRetriever):
 
     @staticmethod
     def write_files(
-        config: RetrievalConfig, store: PassageStore, directory: Path, on_progress: OnProgress | None = None
+        config: RetrievalConfig, store: PassageStore, directory: Path, options: BuildOptions
     ) -> Mapping[str, str]:
         """Write the scores of all words in all passages.
 
         Raises:
             UserError: no passage has a word, or bm25s would need more than `retrieval.memory_gb`.
         """
-        words = _read_words((passage.contents for passage in store.passages()), len(store), on_progress)
+        words = _read_words((passage.contents for passage in store.passages()), len(store), options.on_progress)
         if not words.vocab:
             raise UserError("the passages must have words of two letters or digits at least; got none")
         if (needed := len(words.ids) * BYTES_PER_WORD / (1 << 30)) > config.memory_gb:

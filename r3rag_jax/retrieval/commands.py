@@ -14,9 +14,9 @@ from r3rag_jax.config import Config, load_config
 from r3rag_jax.data.questions import iterate_passages
 from r3rag_jax.data.records import OnError
 from r3rag_jax.errors import UserError
+from r3rag_jax.retrieval.base import GivenFiles
 from r3rag_jax.retrieval.factory import build_index, open_local_retriever
 from r3rag_jax.retrieval.faiss import FaissRetriever
-from r3rag_jax.retrieval.given import GivenFiles
 from r3rag_jax.retrieval.manifest import check_files, has_index, read_manifest
 from r3rag_jax.retrieval.planner import describe, plan_faiss
 from r3rag_jax.retrieval.quality import against_exact, measure, read_queries, read_trajectory_queries, search_all

@@ -24,12 +24,11 @@ from r3rag_jax.config.retrieval import RetrievalConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import check_same
 from r3rag_jax.parallel.shardings import device_put_global, replicated
-from r3rag_jax.retrieval.base import Encoder, OnProgress
+from r3rag_jax.retrieval.base import BuildOptions, Encoder
 from r3rag_jax.retrieval.encoders.factory import new_encoder, open_encoder
 from r3rag_jax.retrieval.encoders.traced import Inputs, TracedEncoder
 from r3rag_jax.retrieval.encoding import copy_vectors, encode, encode_passages
 from r3rag_jax.retrieval.fingerprint import digest
-from r3rag_jax.retrieval.given import NOTHING, GivenFiles
 from r3rag_jax.retrieval.manifest import AGAIN, check_files, read_manifest
 from r3rag_jax.retrieval.nearest import Layout, VectorType, load_vectors, make_search, search_mesh
 from r3rag_jax.retrieval.ranked import RankedRetriever, Ranking
@@ -127,27 +126,25 @@ class DeviceRetriever(RankedRetriever):
 
     @staticmethod
     def write_files(
-        config: RetrievalConfig,
-        store: PassageStore,
-        directory: Path,
-        on_progress: OnProgress | None = None,
-        given: GivenFiles = NOTHING,
-        say: Callable[[str], None] | None = None,
+        config: RetrievalConfig, store: PassageStore, directory: Path, options: BuildOptions
     ) -> Mapping[str, str]:
         """Write the vectors of the passages, and the encoder's own file.
 
         Raises:
             UserError: the encoder cannot be read, or what was given does not fit it or the passages.
         """
+        given = options.given
         if given.index is not None:
             raise UserError(f"an index of retrieval.kind=device holds vectors: --vectors FILE; got {given.index}")
         encoder = new_encoder(config, store)
         encoder.save(directory)
         dtype = "float32" if config.vector_dtype == "auto" else config.vector_dtype
-        if say is not None:
+        if options.say is not None:
             size = len(store) * encoder.dim * np.dtype(dtype).itemsize / 2**30
-            say(f"{len(store)} vectors of {encoder.dim} {dtype}, searched on the devices: {size:.2f} GiB on disk")
-        inputs = (encoder, store.at, len(store), directory, dtype, on_progress)
+            options.say(
+                f"{len(store)} vectors of {encoder.dim} {dtype}, searched on the devices: {size:.2f} GiB on disk"
+            )
+        inputs = (encoder, store.at, len(store), directory, dtype, options.on_progress)
         copy_vectors(given.vectors, *inputs) if given.vectors else encode_passages(*inputs)
         return {"encoder": encoder.fingerprint}
 

@@ -12,14 +12,13 @@ import jax
 from r3rag_jax.config.retrieval import RetrievalConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.paths import PREFIX
-from r3rag_jax.retrieval.base import Encoder, OnProgress, Retriever
+from r3rag_jax.retrieval.base import BuildOptions, Encoder, GivenFiles, OnProgress, Retriever
 from r3rag_jax.retrieval.bm25 import BM25Retriever
 from r3rag_jax.retrieval.broadcast import BroadcastRetriever
 from r3rag_jax.retrieval.builder import write_index
 from r3rag_jax.retrieval.device import DeviceRetriever
 from r3rag_jax.retrieval.encoders.factory import open_encoder
 from r3rag_jax.retrieval.faiss import FaissRetriever
-from r3rag_jax.retrieval.given import NOTHING, GivenFiles
 from r3rag_jax.retrieval.http import HttpRetriever
 from r3rag_jax.retrieval.hybrid import HybridRetriever
 from r3rag_jax.retrieval.milvus import MilvusRetriever
@@ -54,7 +53,7 @@ class RetrieverKind(Protocol):
         config: RetrievalConfig,
         store: PassageStore,
         directory: Path,
-        on_progress: OnProgress | None = None,
+        options: BuildOptions,
     ) -> Mapping[str, str]:
         """Write what the index holds besides the passages; returns name -> fingerprint of what it depends on."""
         ...
@@ -69,7 +68,7 @@ RETRIEVERS: dict[str, RetrieverKind] = {
     "http": HttpRetriever,
     "milvus": MilvusRetriever,
 }
-WITH_VECTORS = ("faiss", "hybrid", "device")  # whose `write_files` takes `given` and `say`
+WITH_VECTORS = ("faiss", "hybrid", "device")  # whose `write_files` takes given files
 
 
 def open_retriever(
@@ -106,7 +105,7 @@ def build_index(
     passages: Iterable[Passage],
     index_dir: str | Path,
     on_progress: OnProgress | None = None,
-    given: GivenFiles = NOTHING,
+    given: GivenFiles | None = None,
     say: Callable[[str], None] | None = None,
 ) -> None:
     """Write the index of the configuration into a directory, whole or not at all; an index that was there is replaced.
@@ -126,16 +125,14 @@ def build_index(
         UserError: there are no passages, two have the same id, the encoder cannot be read, or what is given does not
             fit.
     """
-    if given != NOTHING and config.kind not in WITH_VECTORS:
+    if given not in (None, GivenFiles()) and config.kind not in WITH_VECTORS:
         raise UserError(
             f"vectors are given to an index of one of {', '.join(WITH_VECTORS)}; got retrieval.kind={config.kind}"
         )
+    options = BuildOptions(on_progress, say, given or GivenFiles())
 
     def write_files(store: PassageStore, directory: Path) -> Mapping[str, str]:
-        write = RETRIEVERS[config.kind].write_files
-        if config.kind not in WITH_VECTORS:
-            return write(config, store, directory, on_progress)
-        return write(config, store, directory, on_progress, given=given, say=say)  # type: ignore[call-arg]
+        return RETRIEVERS[config.kind].write_files(config, store, directory, options)
 
     write_index(Path(index_dir), config.kind, passages, write_files, recipe_of(config))
 

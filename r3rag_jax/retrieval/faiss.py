@@ -14,11 +14,11 @@ import numpy as np
 from r3rag_jax.config.retrieval import RetrievalConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.ann import FaissIndexes, build_hnsw, build_ivfpq, import_faiss, merge
-from r3rag_jax.retrieval.base import Encoder, OnProgress
+from r3rag_jax.retrieval.base import BuildOptions, Encoder
 from r3rag_jax.retrieval.encoders.factory import new_encoder, open_encoder
 from r3rag_jax.retrieval.encoding import CHUNK, copy_vectors, encode, encode_passages
 from r3rag_jax.retrieval.fingerprint import corpus_fingerprint, digest
-from r3rag_jax.retrieval.given import GIVEN, NOTHING, GivenFiles, open_given, take_index
+from r3rag_jax.retrieval.given import GIVEN, open_given, take_index
 from r3rag_jax.retrieval.manifest import AGAIN, Manifest, check_index
 from r3rag_jax.retrieval.planner import FaissPlan, check_memory, describe, plan_faiss
 from r3rag_jax.retrieval.ranked import RankedRetriever, Ranking
@@ -136,18 +136,14 @@ class FaissRetriever(RankedRetriever):
 
     @staticmethod
     def write_files(
-        config: RetrievalConfig,
-        store: PassageStore,
-        directory: Path,
-        on_progress: OnProgress | None = None,
-        given: GivenFiles = NOTHING,
-        say: Callable[[str], None] | None = None,
+        config: RetrievalConfig, store: PassageStore, directory: Path, options: BuildOptions
     ) -> Mapping[str, str]:
         """Write the vectors of the passages, the index over them, and the encoder's own file.
 
         Raises:
             UserError: the encoder cannot be read, or what was given does not fit it or the passages.
         """
+        given, say, on_progress = options.given, options.say, options.on_progress
         encoder = new_encoder(config, store)
         encoder.save(directory)
         facts: Mapping[str, Any]

@@ -6,7 +6,6 @@ index directory as it is, after it was compared with the corpus and the encoder.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -25,17 +24,6 @@ from r3rag_jax.retrieval.store import PassageStore
 
 GIVEN = "given"  # instead of a kind: an index that was built elsewhere
 _DEPTH = 100  # an approximate index must find most passages among so many nearest of their own vectors
-
-
-@dataclasses.dataclass(frozen=True)
-class GivenFiles:
-    """Files that are used instead of being computed."""
-
-    vectors: tuple[Path, ...] = ()  # float arrays [n, D] in numpy's format, in the order of the corpus
-    index: Path | None = None  # a FAISS index
-
-
-NOTHING = GivenFiles()
 
 
 def take_index(path: Path, encoder: Encoder, store: PassageStore, directory: Path) -> dict[str, Any]:

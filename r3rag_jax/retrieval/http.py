@@ -10,7 +10,7 @@ from typing import Any
 from r3rag_jax.clients.endpoint import Endpoint
 from r3rag_jax.config.retrieval import RemoteRetrieverConfig, RetrievalConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.retrieval.base import Encoder, Hit, OnProgress, failed_search
+from r3rag_jax.retrieval.base import BuildOptions, Encoder, Hit, failed_search
 from r3rag_jax.retrieval.fingerprint import digest
 from r3rag_jax.retrieval.store import PassageStore
 from r3rag_jax.retrieval.wire import FORMATS, WireError
@@ -45,7 +45,7 @@ class HttpRetriever:
 
     @staticmethod
     def write_files(
-        config: RetrievalConfig, store: PassageStore, directory: Path, on_progress: OnProgress | None = None
+        config: RetrievalConfig, store: PassageStore, directory: Path, options: BuildOptions
     ) -> Mapping[str, str]:
         """Nothing: the server has the index. The passages themselves are kept for the cold start."""
         return {}

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from r3rag_jax.config.retrieval import HybridConfig, RetrievalConfig
-from r3rag_jax.retrieval.base import Encoder, OnProgress
+from r3rag_jax.retrieval.base import BuildOptions, Encoder
 from r3rag_jax.retrieval.bm25 import BM25Retriever
 from r3rag_jax.retrieval.faiss import FaissRetriever
 from r3rag_jax.retrieval.fingerprint import digest
-from r3rag_jax.retrieval.given import NOTHING, GivenFiles
 from r3rag_jax.retrieval.manifest import check_index
 from r3rag_jax.retrieval.ranked import RankedRetriever, Ranking
 from r3rag_jax.retrieval.store import PassageStore
@@ -58,21 +57,16 @@ class HybridRetriever(RankedRetriever):
 
     @staticmethod
     def write_files(
-        config: RetrievalConfig,
-        store: PassageStore,
-        directory: Path,
-        on_progress: OnProgress | None = None,
-        given: GivenFiles = NOTHING,
-        say: Callable[[str], None] | None = None,
+        config: RetrievalConfig, store: PassageStore, directory: Path, options: BuildOptions
     ) -> Mapping[str, str]:
         """Write the files of both, those of BM25 first: they take less time."""
 
         def on_words(count: int, total: int, stage: str = "words") -> None:
-            if on_progress is not None:
-                on_progress(count, total, stage)
+            if options.on_progress is not None:
+                options.on_progress(count, total, stage)
 
-        words = BM25Retriever.write_files(config, store, directory, on_words)
-        return {**words, **FaissRetriever.write_files(config, store, directory, on_progress, given, say)}
+        words = BM25Retriever.write_files(config, store, directory, BuildOptions(on_words))
+        return {**words, **FaissRetriever.write_files(config, store, directory, options)}
 
     @property
     def fingerprint(self) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 from r3rag_jax.clients.endpoint import read_key
 from r3rag_jax.config.retrieval import MilvusConfig, RetrievalConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.retrieval.base import Encoder, OnProgress
+from r3rag_jax.retrieval.base import BuildOptions, Encoder, OnProgress
 from r3rag_jax.retrieval.encoders.factory import new_encoder, open_encoder
 from r3rag_jax.retrieval.encoding import encode, report
 from r3rag_jax.retrieval.fingerprint import corpus_fingerprint, digest
@@ -82,11 +82,7 @@ class MilvusRetriever(RankedRetriever):
             raise UserError(f"{index_dir} must hold an index of retrieval.kind=milvus; got one of {manifest.kind}")
         check_files(index_dir, manifest, STORE_FILES)  # Milvus Lite's files change when they are opened
         opened = open_encoder(config, index_dir) if encoder is None else encoder()
-        if opened.fingerprint != (built := manifest.depends_on.get("encoder")):
-            raise UserError(
-                f"the encoder must be the one that the index in {index_dir} was built with, of fingerprint {built}; "
-                f"got {opened.fingerprint}. {AGAIN}"
-            )
+        manifest.check_encoder(opened.fingerprint, index_dir)
         name = manifest.depends_on.get("collection", "")
         client = connect(config.milvus, index_dir)
         with milvus_errors(config.milvus):
@@ -103,7 +99,7 @@ class MilvusRetriever(RankedRetriever):
 
     @staticmethod
     def write_files(
-        config: RetrievalConfig, store: PassageStore, directory: Path, on_progress: OnProgress | None = None
+        config: RetrievalConfig, store: PassageStore, directory: Path, options: BuildOptions
     ) -> Mapping[str, str]:
         """Insert the passages into a collection that is named by their content.
 
@@ -121,7 +117,7 @@ class MilvusRetriever(RankedRetriever):
                 if not client.has_collection(name):
                     create_collection(client, name, encoder.dim, milvus)
                 client.load_collection(name, timeout=milvus.timeout_s)
-                insert_passages(client, name, encoder, store, on_progress)
+                insert_passages(client, name, encoder, store, options.on_progress)
                 client.flush(name, timeout=milvus.timeout_s)
         finally:
             close(client, milvus, directory)

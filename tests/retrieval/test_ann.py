@@ -13,9 +13,9 @@ from corpora import encyclopedia, ids
 from r3rag_jax.config.retrieval import EncoderConfig, FaissConfig, HybridConfig, RetrievalConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval import ann
+from r3rag_jax.retrieval.base import GivenFiles
 from r3rag_jax.retrieval.encoders.hashed import HashEncoder
 from r3rag_jax.retrieval.factory import build_index, open_retriever, open_store
-from r3rag_jax.retrieval.given import GivenFiles
 from r3rag_jax.retrieval.hybrid import HybridRetriever
 from r3rag_jax.retrieval.vectors import VectorShards
 from r3rag_jax.types import Passage

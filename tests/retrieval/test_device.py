@@ -14,13 +14,12 @@ from test_encoder import write_model, write_tokenizer
 from r3rag_jax.config import ConfigError, load_config
 from r3rag_jax.config.retrieval import EncoderConfig, RetrievalConfig
 from r3rag_jax.errors import UserError
-from r3rag_jax.retrieval.base import RetrievalError
+from r3rag_jax.retrieval.base import GivenFiles, RetrievalError
 from r3rag_jax.retrieval.device import DeviceRetriever
 from r3rag_jax.retrieval.encoders.bert import BertEncoder
 from r3rag_jax.retrieval.encoders.hashed import HashEncoder
 from r3rag_jax.retrieval.factory import build_index, open_local_retriever, open_retriever
 from r3rag_jax.retrieval.faiss import FaissRetriever
-from r3rag_jax.retrieval.given import GivenFiles
 from r3rag_jax.retrieval.nearest import search_mesh
 from r3rag_jax.retrieval.vectors import VectorShards
 from r3rag_jax.types import Passage
