@@ -57,7 +57,9 @@ class Played:
         return [context.budget for context in self.contexts]
 
 
-def config_of(*, chat: bool = False, max_length: int = 8000, top_k: int = 1, **baselines: Any) -> Config:
+def config_of(
+    *, chat: bool = False, max_length: int = 8000, top_k: int = 1, max_passages: int = 10, **baselines: Any
+) -> Config:
     """`baselines`: values of keys as `react__max_steps=2`."""
     settings = BaselinesConfig()
     for name, value in baselines.items():
@@ -66,7 +68,7 @@ def config_of(*, chat: bool = False, max_length: int = 8000, top_k: int = 1, **b
     return Config(
         phases=("index",),
         rollout=RolloutConfig(max_length=max_length, max_new_tokens=8),
-        retrieval=RetrievalConfig(top_k=top_k),
+        retrieval=RetrievalConfig(top_k=top_k, max_passages=max_passages),
         eval=EvalConfig(prompt="chat" if chat else "reading"),
         baselines=settings,
     )

@@ -3,71 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import pytest
-import tiny
-from fake_backend import FakeBackend
+from playing import DARWIN, ORIGIN, QUESTION, Played, play
 
-from r3rag_jax.baselines.factory import BASELINES
-from r3rag_jax.config import BaselinesConfig, Config, EvalConfig, RetrievalConfig, RolloutConfig
-from r3rag_jax.rollout.request import RolloutRequest
-from r3rag_jax.rollout.scheduler import rollout
+from r3rag_jax.config import BaselinesConfig
 from r3rag_jax.text.tokenizer import Tokenizer
-from r3rag_jax.types import Context, Passage, Question, Status, Step, Trajectory
+from r3rag_jax.types import Context, Status, Step, Trajectory
 
 MAX_ANSWER_TOKENS = BaselinesConfig().max_answer_tokens
 MAX_SENTENCE_TOKENS = BaselinesConfig().ircot.sentence_tokens
 MAX_SENTENCES = BaselinesConfig().ircot.max_sentences
-ORIGIN = Passage("a", '"Origin"\nOrigin was written by Charles Darwin.')
-DARWIN = Passage("b", '"Charles Darwin"\nCharles Darwin was born in Shrewsbury.')
-GENESIS = Passage("c", '"Genesis"\nGenesis is a band.')
-QUESTION = Question("q", "Where was the author of Origin born?", ("Shrewsbury",))
 FIRST, SECOND = "The author of Origin is Charles Darwin.", "Charles Darwin was born in Shrewsbury."
 
 
-class Retriever(tiny.DictRetriever):
-    """Keeps the queries and depths of its searches."""
-
-    def __init__(self) -> None:
-        super().__init__([ORIGIN, DARWIN, GENESIS])
-        self.asked: list[tuple[list[str], int]] = []
-
-    def search(self, queries, k):
-        self.asked.append((list(queries), k))
-        return super().search(queries, k)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-def config_of(*, chat: bool = False, max_length: int = 2000, top_k: int = 1, max_passages: int = 10) -> Config:
-    return Config(
-        phases=("index",),
-        rollout=RolloutConfig(max_length=max_length, max_new_tokens=8),
-        retrieval=RetrievalConfig(top_k=top_k, max_passages=max_passages),
-        eval=EvalConfig(prompt="chat" if chat else "reading"),
-    )
-
-
 def think(
-    tokenizer: Tokenizer, lines: Sequence[str], ends: str = "", **settings: int | bool
-) -> tuple[Trajectory, list[str], Retriever, list[Context]]:
-    """The trajectory of a model that writes these lines, its prompts, its retriever and its contexts."""
-    waiting = iter(lines)
-    backend = FakeBackend(lambda slot, context: tokenizer.encode(next(waiting) + ends) or [tokenizer.eos_id])
-    retriever = Retriever()
-    env_factory = BASELINES["ircot"](config_of(**settings), tokenizer)
-    [trajectory] = rollout(backend, env_factory, retriever, [RolloutRequest(QUESTION)])
-    assert next(waiting, None) is None
-    return trajectory, [tokenizer.decode(context.ids) for context in backend.contexts], retriever, backend.contexts
+    tokenizer: Tokenizer, lines: Sequence[str], ends: str = "", **settings: Any
+) -> tuple[Trajectory, list[str], Played, list[Context]]:
+    """The trajectory of a model that writes these lines, its prompts, its searches and its contexts."""
+    played = play(tokenizer, "ircot", [line + ends for line in lines], **settings)
+    return played.trajectory, played.prompts, played, played.contexts
 
 
 def test_each_sentence_is_a_query_until_the_answer(tokenizer: Tokenizer) -> None:
     lines = [f" {FIRST}", f" {SECOND}", " So the answer is: Shrewsbury."]
-    trajectory, prompts, retriever, contexts = think(tokenizer, lines)
-    assert retriever.asked == [([QUESTION.question], 1), ([FIRST], 2), ([SECOND], 3)]
+    trajectory, prompts, searches, contexts = think(tokenizer, lines)
+    assert searches.asked == [(QUESTION.question, 1), (FIRST, 2), (SECOND, 3)]
     assert trajectory.steps == (
         Step("", query=QUESTION.question, passages=(ORIGIN,)),
         Step(FIRST, query=FIRST, passages=(DARWIN,)),
@@ -87,14 +48,14 @@ def test_each_sentence_is_a_query_until_the_answer(tokenizer: Tokenizer) -> None
 def test_a_chain_without_an_answer_is_asked_for_one(tokenizer: Tokenizer) -> None:
     """After so many sentences, and when the model ends its chain by itself."""
     thoughts = [f" Thought {number} of Darwin." for number in range(MAX_SENTENCES)]
-    trajectory, prompts, retriever, contexts = think(tokenizer, [*thoughts, " Shrewsbury\n"])
-    assert len(retriever.asked) == 1 + MAX_SENTENCES
+    trajectory, prompts, searches, contexts = think(tokenizer, [*thoughts, " Shrewsbury\n"])
+    assert len(searches.asked) == 1 + MAX_SENTENCES
     assert prompts[-1].endswith(f"Reasoning:{''.join(thoughts)} So the answer is:")
     assert [context.budget for context in contexts[-2:]] == [MAX_SENTENCE_TOKENS, MAX_ANSWER_TOKENS]
     assert trajectory.answer == "Shrewsbury"
     for nothing in ("", "\n", " ."):
-        trajectory, prompts, retriever, _ = think(tokenizer, [f" {FIRST}", nothing, " Shrewsbury"])
-        assert len(retriever.asked) == 2 and prompts[-1].endswith(f"{FIRST} So the answer is:")
+        trajectory, prompts, searches, _ = think(tokenizer, [f" {FIRST}", nothing, " Shrewsbury"])
+        assert len(searches.asked) == 2 and prompts[-1].endswith(f"{FIRST} So the answer is:")
         assert (trajectory.answer, len(trajectory.steps)) == ("Shrewsbury", 3)
 
 
@@ -106,8 +67,8 @@ def test_no_answer_is_none(tokenizer: Tokenizer) -> None:
 
 def test_a_server_that_leaves_the_full_stop_out_changes_nothing(tokenizer: Tokenizer) -> None:
     lines = [FIRST.rstrip("."), SECOND.rstrip("."), "So the answer is: Shrewsbury"]
-    trajectory, prompts, retriever, _ = think(tokenizer, lines, ends=tokenizer.decode([tokenizer.eos_id]))
-    assert [queries for queries, _ in retriever.asked] == [[QUESTION.question], [FIRST], [SECOND]]
+    trajectory, prompts, searches, _ = think(tokenizer, lines, ends=tokenizer.decode([tokenizer.eos_id]))
+    assert searches.queries == [QUESTION.question, FIRST, SECOND]
     assert prompts[-1].endswith(f"Reasoning: {FIRST} {SECOND}")
     assert trajectory.answer == "Shrewsbury"
 
