@@ -70,9 +70,9 @@ def parts_of(c: Components, directory: Path) -> Parts:
     kind, is_world = c.config.retrieval.kind, c.config.data.source == "world"
     c.open_corpus(None, builds_index=kind != "http" and (is_world or not c.config.retrieval.index_dir))
     return Parts(
-        config=c.config, directory=directory, codec=c.codec, search_env=c.search_env, retriever=c.retriever,
-        corpus=None if kind == "http" else c.corpus, mesh=c.sampler_mesh, console=c.console,
-        open_judge=lambda: c.judge,
+        config=c.config, directory=directory, codec=c.codec, search_env=c.search_env, dataset=c.dataset,
+        retriever=c.retriever, corpus=None if kind == "http" else c.corpus, mesh=c.sampler_mesh,
+        console=c.console, open_judge=lambda: c.judge,
     )  # fmt: skip
 
 

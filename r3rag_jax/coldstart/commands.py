@@ -23,7 +23,9 @@ from r3rag_jax.coldstart.spending import cost
 from r3rag_jax.coldstart.teacher import LocalText, ServedBackend, ServedText, TeacherClient
 from r3rag_jax.coldstart.teacher_env import TeacherRules, TeacherText
 from r3rag_jax.config import Config
+from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.jsonl import write_jsonl
+from r3rag_jax.data.leakage import check_leakage
 from r3rag_jax.data.records import OnError, Records, listed
 from r3rag_jax.data.trajectories import read_trajectories, trajectory_to_dict
 from r3rag_jax.errors import UserError
@@ -47,6 +49,7 @@ class Parts:
     Fields:
         directory: of journal and trajectories.
         codec, search_env: of the policy that will learn from the trajectories.
+        dataset: of the questions that are held out.
         corpus: passages by id; None where a server has them.
         mesh: devices of a local teacher.
     """
@@ -55,6 +58,7 @@ class Parts:
     directory: Path
     codec: Codec
     search_env: EnvFactory
+    dataset: Dataset
     retriever: Retriever
     corpus: Mapping[str, Passage] | None
     mesh: Mesh
@@ -95,6 +99,7 @@ def build(parts: Parts, questions: Records[Question], journal: Journal) -> Tally
     if cold.source == "gold":
         questions = OnError.of(config.data, parts.console).check(questions, decomposition_fault)
     questions = questions.take(range(len(questions))[: cold.max_questions or None])
+    check_held_out(questions, parts.dataset, config, parts.say)
     source, slots = open_source(parts, journal)
     journal.add_facts(source.facts)
     gate = Gate(
@@ -114,6 +119,23 @@ def build(parts: Parts, questions: Records[Question], journal: Journal) -> Tally
             write(parts, accepted, builder.tally, journal)
     report(parts, builder.tally, gate, journal, len(accepted))
     return builder.tally
+
+
+def check_held_out(questions: Records[Question], dataset: Dataset, config: Config, say: Callable[[str], None]) -> None:
+    """Say which of the questions leak into `data.dev` or `data.test`, before a teacher is paid for them.
+
+    Raises:
+        UserError: one does, and `data.leakage` is refuse.
+    """
+    data = config.data
+    if data.source == "world" or data.leakage == "off" or not questions:
+        return
+    splits = {name: dataset.questions(name) for name in ("dev", "test") if getattr(data, name)}
+    found = check_leakage({"sft": questions, **splits})
+    if found and data.leakage == "refuse":
+        raise UserError(f"held-out questions must not be learnt from; {'; '.join(found)}: take them out of one file")
+    for text in found:
+        say(text)
 
 
 def open_source(parts: Parts, journal: Journal) -> tuple[Source, int]:

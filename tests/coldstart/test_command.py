@@ -13,10 +13,14 @@ from openai_server import chat, serve
 from scripted_teacher import ScriptedTeacher
 
 from r3rag_jax.coldstart.__main__ import main
+from r3rag_jax.coldstart.commands import check_held_out
 from r3rag_jax.config import load_config
+from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.jsonl import read_rows, write_jsonl
 from r3rag_jax.data.questions import read_questions
 from r3rag_jax.data.trajectories import read_trajectories
+from r3rag_jax.errors import UserError
+from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.world.encyclopedia import World
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
@@ -122,6 +126,24 @@ def test_what_is_refused(run: Run, words: list[str], expected: str, capsys: pyte
     except SystemExit as exit:
         status = exit.code
     assert status == 2 and expected in capsys.readouterr().err
+
+
+def test_held_out_questions_are_not_asked(base: Path, tmp_path: Path) -> None:
+    rows = [{"id": i, "question": f"Who wrote {i}?", "golden_answers": ["x"]} for i in "ab"]
+    for name in ("rl", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", rows if name == "rl" else rows[1:])
+    files = ["data.source=files", "data.corpus=c", f"data.dir={tmp_path}", "data.rl=rl.jsonl", "data.test=test.jsonl"]
+    recipe = tiny_run.write_recipe(tmp_path, base, phases="[index]")
+    config, said = load_config(recipe, files), list[str]()
+    questions = read_questions(tmp_path / "rl.jsonl")
+    dataset = Dataset(config, RunDirectory(tmp_path), dict)
+    check_held_out(questions, dataset, config, said.append)
+    assert len(said) == 1 and "1 of 1 questions of data.test" in said[0]
+    with pytest.raises(UserError, match=r"held-out questions must not be learnt from; .*test.jsonl"):
+        check_held_out(questions, dataset, load_config(recipe, [*files, "data.leakage=refuse"]), said.append)
+    check_held_out(questions.take([0]), dataset, config, said.append)
+    check_held_out(questions, dataset, load_config(recipe, [*files, "data.leakage=off"]), said.append)
+    assert len(said) == 1
 
 
 def test_where_questions_come_from(base: Path, tmp_path: Path) -> None:
