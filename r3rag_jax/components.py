@@ -449,10 +449,10 @@ class _TemporaryDirectory:
 
 
 # Keys that change how an Env plays a question and what is measured, and nothing that is loaded or compiled.
-PLAY_KEYS = ("eval", "retrieval.top_k", "retrieval.oneshot_top_k", "retrieval.max_passages", "rollout.max_steps")
+PLAY_KEYS = ("eval", "baselines", "retrieval.top_k", "retrieval.max_passages", "rollout.max_steps")
 # Objects, and the keys and sections that do not change them.
 SHARED = (
-    (("policy", "kv_dtype", "engine", "judge"), ("eval", "retrieval", "rollout.max_steps")),
+    (("policy", "kv_dtype", "engine", "judge"), ("eval", "baselines", "retrieval", "rollout.max_steps")),
     (("index_dir", "temporary_index", "encoder", "retriever", "corpus"), PLAY_KEYS),
 )
 

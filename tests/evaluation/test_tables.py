@@ -164,6 +164,9 @@ def test_what_a_checkpoint_does_not_have(tmp_path: Path, run: str) -> None:
         plan_table(parse_table(["main", "--checkpoint", only_sft, "--systems", "r3rag"]))
     with pytest.raises(UserError, match="--checkpoint must name one run or model for main; got 2"):
         plan_table(parse_table(["main", "--checkpoint", run, only_sft]))
+    for table, system in (("max_steps", "ircot"), ("top_k", "closed_book")):
+        with pytest.raises(UserError, match=rf"--system must be of those that .* changes: .*; got {system}"):
+            plan_table(parse_table([table, "--checkpoint", run, "--system", system]))
     sweep = plan_table(parse_table(["top_k", "--checkpoint", only_sft, "--values", "1"]))
     assert sweep.cells[0].policy == "sft"  # the last that there is
 

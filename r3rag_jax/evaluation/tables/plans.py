@@ -180,8 +180,14 @@ def _missing_runs(labels: Collection[str], has_cold_start: bool, place: str) -> 
 # ------------------------------------------------------------------------------------------- sweeps
 
 
-def _sweep(name: str, key: str, title: str) -> Callable[[Request], Plan]:
+_POLICIES = tuple(name for name in SYSTEMS if name not in BASELINES)
+_SEARCHING = ("ircot", "self_ask", "iter_retgen", "react", "flare")  # baselines that search as retrieval.top_k says
+
+
+def _sweep(name: str, key: str, title: str, swept: Sequence[str]) -> Callable[[Request], Plan]:
     def plan(request: Request) -> Plan:
+        if request.system not in swept:
+            raise UserError(f"--system must be of those that {key} changes: {', '.join(swept)}; got {request.system}")
         cells = []
         for value in request.values:
             given = [word for word in request.overrides if named_keys([word]) != {key}]
@@ -232,8 +238,8 @@ def _retrievers(request: Request) -> Plan:
 PLANS: dict[str, Callable[[Request], Plan]] = {
     "main": _main,
     "rewards": _rewards,
-    "max_steps": _sweep("max_steps", "rollout.max_steps", "Maximum steps"),
-    "top_k": _sweep("top_k", "retrieval.top_k", "Passages per retrieval"),
+    "max_steps": _sweep("max_steps", "rollout.max_steps", "Maximum steps", _POLICIES),
+    "top_k": _sweep("top_k", "retrieval.top_k", "Passages per retrieval", (*_SEARCHING, *_POLICIES)),
     "retrievers": _retrievers,
     "tokens": _tokens,
 }
