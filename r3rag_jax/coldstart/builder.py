@@ -92,6 +92,7 @@ class Builder:
         self._source, self._gate, self._journal, self._limits = source, gate, journal, limits
         self._block, self._cost, self._advance = max(BLOCK, 8 * slots), cost, advance
         self.tally = Tally()
+        self.has_judged_journal = False
         self._kept: dict[str, list[Trajectory]] = {}  # question id -> accepted trajectories
         self._made: dict[str, set[int]] = {}  # question id -> numbers of its finished attempts
         self._waiting: list[Attempt] = []  # for the judge
@@ -106,6 +107,7 @@ class Builder:
         """
         asked = self._distinct(questions)
         self._take_up(asked)
+        self.has_judged_journal = True
         self._num_asked = len(asked)
         self._show(asked)
         self._began = (len(self._settled), time.monotonic())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -109,14 +110,15 @@ def build(parts: Parts, questions: Records[Question], journal: Journal) -> Tally
         judge=parts.open_judge() if cold.correct == "judge" else None,
     )
     limits = Limits(cold.keep, cold.num_trajectories, cold.max_cost)
-    spent = lambda: cost(journal, cold.teacher)  # noqa: E731
+    spent = functools.partial(cost, journal, cold.teacher)
     with ProgressBar("cold start", len(questions), console=parts.console, live=config.log.progress) as bar:
         builder = Builder(source, gate, journal, limits, slots=slots, cost=spent, advance=bar.advance)
         try:
             builder.run(questions)
         finally:
-            accepted = builder.accepted(questions)
-            write(parts, accepted, builder.tally, journal)
+            if builder.has_judged_journal:  # else the file has more
+                accepted = builder.accepted(questions)
+                write(parts, accepted, builder.tally, journal)
     report(parts, builder.tally, gate, journal, len(accepted))
     return builder.tally
 
@@ -167,8 +169,9 @@ def open_source(parts: Parts, journal: Journal) -> tuple[Source, int]:
         "seed": config.seed,
     }
     rules = TeacherRules(
-        text, template, parts.codec.shown, steps, retrieval.top_k, retrieval.max_passages, cold.max_tokens
-    )
+        text, template, shown=parts.codec.shown, max_steps=steps, top_k=retrieval.top_k,
+        max_passages=retrieval.max_passages, max_tokens=cold.max_tokens,
+    )  # fmt: skip
     return TeacherSource(
         backend, stops, rules, parts.retriever, temperatures=cold.temperatures, seed=config.seed,
         search_overlap=config.rollout.search_overlap, facts=facts,

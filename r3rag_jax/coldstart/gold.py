@@ -123,7 +123,7 @@ class GoldSource:
         )
         rollout(
             NoBackend(self._slots), factory, self._retriever, [RolloutRequest(q, number) for q in questions],
-            on_done=lambda trajectory: on_attempt(Attempt(_without_samples(trajectory), 0.0), trajectory.question),
+            on_done=lambda trajectory: on_attempt(Attempt.of(trajectory, 0.0), trajectory.question),
         )  # fmt: skip
 
     def fault_of(self, trajectory: Trajectory) -> str | None:
@@ -168,7 +168,3 @@ def analysis(question: Question, hops: Sequence[Hop], number: int) -> str:
     facts = [hops[-1].fact] if is_last else [hop.fact for hop in hops]
     text = LAST[(pick + number) % len(LAST)].format(fact=" ".join(facts), answer=answer)
     return text if text.endswith(".") else f"{text}."
-
-
-def _without_samples(trajectory: Trajectory) -> Trajectory:
-    return Trajectory(trajectory.question, trajectory.steps, trajectory.status, sample_index=trajectory.sample_index)

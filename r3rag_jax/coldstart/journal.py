@@ -56,6 +56,12 @@ class Attempt:
     trajectory: Trajectory
     temperature: float
 
+    @classmethod
+    def of(cls, trajectory: Trajectory, temperature: float) -> Attempt:
+        """An attempt as a journal keeps it: without samples and counts of tokens, which are those of a backend."""
+        question, steps, status = trajectory.question, trajectory.steps, trajectory.status
+        return cls(Trajectory(question, steps, status, sample_index=trajectory.sample_index), temperature)
+
 
 class Journal:
     """A journal that is open for appending; its methods may be called from many threads."""

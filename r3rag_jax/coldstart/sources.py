@@ -87,7 +87,7 @@ class TeacherSource:
         def on_done(trajectory: Trajectory) -> None:
             question = trajectory.question
             has_failed = envs.pop(question.id).has_failed
-            on_attempt(None if has_failed else Attempt(trajectory, temperature), question)
+            on_attempt(None if has_failed else Attempt.of(trajectory, temperature), question)
 
         rollout(
             self._backend,

@@ -18,6 +18,7 @@ from r3rag_jax.coldstart.builder import Builder, Limits
 from r3rag_jax.coldstart.journal import Journal, open_journal
 from r3rag_jax.coldstart.rejection import Gate
 from r3rag_jax.coldstart.replay import differences, fault_of
+from r3rag_jax.errors import UserError
 from r3rag_jax.text.transcript import Codec
 from r3rag_jax.types import Question, Trajectory
 
@@ -34,7 +35,7 @@ def build(
     journal: Journal, codec: Codec, replies: Replies, questions: Sequence[Question] = QUESTIONS, *,
     judge: Any = None, temperatures: tuple[float, ...] = (0.1, 0.9), min_searches: int = 1, env: Any = None,
     cost: Callable[[], float] = lambda: 0.0, advance: Callable[..., None] = lambda count, **numbers: None,
-    **limits: Any,
+    made: list[Builder] | None = None, **limits: Any,
 ) -> tuple[list[Trajectory], Builder]:  # fmt: skip
     source = parts.source(replies, codec, temperatures)
     search_env = env or parts.search_env(codec)
@@ -43,6 +44,8 @@ def build(
         policy_fault=lambda trajectory: fault_of(trajectory, codec, search_env), judge=judge,
     )  # fmt: skip
     builder = Builder(source, gate, journal, Limits(**limits), slots=2, cost=cost, advance=advance)
+    if made is not None:
+        made.append(builder)
     return builder.run(questions), builder
 
 
@@ -119,6 +122,19 @@ def test_a_build_that_was_stopped_makes_the_attempts_that_are_missing(journal: J
     done = len([*journal.attempts()])
     accepted, _ = build(journal, codec, replies := Replies(gold_answer))
     assert len(accepted) == 2 and len(replies.asked) == 3 * (2 - done)
+
+
+def test_a_journal_that_is_being_judged_is_told_from_one_that_was(journal: Journal, codec: Codec) -> None:
+    class AwayJudge(KindJudge):
+        def ask(self, inquiries: list[str]) -> Any:
+            raise UserError("away")
+
+    wrong = Replies(lambda prompt, t: gold_answer(prompt, t).replace("answer: ", "answer: maybe "))
+    _, builder = build(journal, codec, wrong, [MARX], temperatures=(0.1,))
+    assert builder.has_judged_journal
+    with pytest.raises(UserError, match="away"):
+        build(journal, codec, wrong, [MARX], judge=AwayJudge(), made=(made := []))
+    assert not made[0].has_judged_journal
 
 
 def test_more_questions_and_temperatures_go_on_from_a_journal(journal: Journal, codec: Codec) -> None:
