@@ -67,6 +67,7 @@ TEST = [
     "pytest>=9.0",
     "pytest-xdist>=3.8",
     "hypothesis>=6.150",
+    "scipy>=1.14",  # which jax needs, too: intervals and tests are compared with its own
     "ruff>=0.15",
     "mypy>=2.0",
     "types-PyYAML>=6.0.12",

@@ -181,10 +181,13 @@ def contrast(words: Sequence[str]) -> None:
 
 def comparison_table(comparison: Comparison) -> TerminalTable:
     """Two results side by side, with the interval of each difference and its p value."""
-    lines = ["Difference: second minus first, with its 95 % interval over the same questions."]
+    lines = [
+        "Difference: second minus first, with its 95 % interval over the same questions.",
+        "McNemar a:b: the exact test; questions that the first and the second alone have. Flips: a permutation test.",
+    ]
     lines += [f"They differ in {comparison.varied}."] * bool(comparison.varied)
-    terminal = TerminalTable(caption=Text(visible("\n".join(lines)), "table.caption"), box=None)
-    terminal.caption_justify = "left"
+    shown = Text(visible("\n".join(lines)), "table.caption")
+    terminal = TerminalTable(caption=shown, caption_justify="left", box=None)
     terminal.add_column("")
     for name in (*comparison.titles, "difference", "95 % interval", "p", "test", "n"):
         terminal.add_column(Text(visible(name)), justify="right")
@@ -192,9 +195,7 @@ def comparison_table(comparison: Comparison) -> TerminalTable:
         definition = metric_of(found.metric)
         numbers = (found.one, found.other, found.other - found.one, *found.interval)
         one, other, difference, low, high = (f"{number:,.{definition.decimals}f}" for number in numbers)
-        test = found.test
-        if found.only_one is not None:
-            test = f"{test}: {found.only_one} against {found.only_other}"
+        test = "flips" if found.only_one is None else f"McNemar {found.only_one}:{found.only_other}"
         bounds = f"{low} to {high}"
         terminal.add_row(definition.title, one, other, difference, bounds, _p_text(found.p_value), test, str(found.num))
     return terminal

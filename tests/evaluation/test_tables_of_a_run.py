@@ -46,4 +46,4 @@ def test_every_table_of_a_finished_run(
     one, other = (run / "eval" / "tables" / f"r3rag-rl-test-top_k={k}.json" for k in (1, 2))
     one = one if one.is_file() else run / "eval" / "r3rag.json"  # the run's own depth
     assert evaluate.main(["compare", str(one), str(other), "--varied", "retrieval.top_k"]) == 0
-    assert "sign flips" in capsys.readouterr().out
+    assert "They differ in retrieval.top_k (1, 2)." in capsys.readouterr().out

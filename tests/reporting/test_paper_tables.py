@@ -77,6 +77,6 @@ def test_a_comparison_in_a_terminal() -> None:
     console = Console(file=io.StringIO(), width=140)
     console.print(comparison_table(Comparison(("a: Cold start", "b: R3-RAG"), "retrieval.top_k (2, 5)", [em, tokens])))
     lines = console.file.getvalue().splitlines()
-    assert lines[1].split() == "EM 61.0 86.5 25.5 20.2 to 30.5 <0.001 McNemar, exact: 10 against 112 400".split()
-    assert lines[2].split() == "output tokens 40 52 12 -3 to 9 0.040 sign flips 400".split()
+    assert lines[1].split() == "EM 61.0 86.5 25.5 20.2 to 30.5 <0.001 McNemar 10:112 400".split()
+    assert lines[2].split() == "output tokens 40 52 12 -3 to 9 0.040 flips 400".split()
     assert "They differ in retrieval.top_k (2, 5)." in console.file.getvalue()
