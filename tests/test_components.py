@@ -25,6 +25,7 @@ from r3rag_jax.config import (
 )
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.questions import read_passages, read_questions
+from r3rag_jax.data.records import Records
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.hf.decoder_files import load_decoder
@@ -32,6 +33,8 @@ from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import open_run
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.train import PHASES
+from r3rag_jax.training.requests import iteration_requests
+from r3rag_jax.training.sft import make_batches
 from r3rag_jax.types import Status
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
@@ -59,8 +62,9 @@ def test_the_cold_start_takes_steps_that_can_be_read_back(finished: Callable[[st
     found = components.dataset.trajectories()
     components.sft_parts  # noqa: B018  # all can
     step = dataclasses.replace(found[1].steps[0], analysis="an answer is in <answer>")
-    found[1] = dataclasses.replace(found[1], steps=(step, *found[1].steps[1:]))
-    monkeypatch.setattr(components.dataset, "trajectories", lambda: found)
+    items = [found[0], dataclasses.replace(found[1], steps=(step, *found[1].steps[1:])), *found[2:]]
+    broken = Records(found.path, zip(found.lines, items, strict=True))
+    monkeypatch.setattr(components.dataset, "trajectories", lambda: broken)
     with pytest.raises(UserError, match=rf"{re.escape(str(found.path))}:2: step 1 must be read back"):
         components.sft_parts  # noqa: B018
 
@@ -251,6 +255,22 @@ def test_data_that_leaves_nothing_or_holds_too_little_is_the_users_to_fix(config
     many = every.replace(data=every.data.replace(num_sft=7))
     with pytest.raises(UserError, match=r"data.num_sft must be at most 6, what .*taught.jsonl holds; got 7"):
         Components(many, one.run.path).dataset.trajectories()
+
+
+def test_array_record_files_hold_what_memory_holds(config: Config, tmp_path: Path) -> None:
+    in_memory = files_of_ones_own(config, tmp_path / "data", num_sft=4)
+    stored = in_memory.replace(data=in_memory.data.replace(storage="array_record"))
+    one = Components(in_memory, open_run(in_memory))
+    PHASES["index"](one)
+    other = Components(stored, one.run.path)
+    assert other.dataset.trajectories().is_stored and other.dataset.questions("rl").is_stored
+    assert other.dataset.trajectories() == one.dataset.trajectories()
+    assert other.dataset.questions("rl") == one.dataset.questions("rl")
+    assert [iteration_requests(stored, other.dataset.questions("rl"), i) for i in range(4)] == [
+        iteration_requests(in_memory, one.dataset.questions("rl"), i) for i in range(4)
+    ]
+    for a, b in zip(make_batches(in_memory, one.sft_parts), make_batches(stored, other.sft_parts), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_what_is_left_out_is_in_the_provenance(config: Config, tmp_path: Path) -> None:

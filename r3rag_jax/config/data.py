@@ -57,6 +57,11 @@ class DataConfig(Section):
     refresh_retrieved: bool = key(
         False, "the cold start replaces the retrieved_ids of the file by what this run's retriever finds"
     )
+    storage: Literal["memory", "array_record"] = key(
+        "memory",
+        "where the records of sft and rl are while training: in each process's `memory`, or in array_record files in "
+        "the run directory, of which each process reads what it needs",
+    )
     leakage: Literal["report", "refuse", "off"] = key(
         "report",
         "questions of dev or test that the run learns from (the same question; or an answer and an entity in common): "

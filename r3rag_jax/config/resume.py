@@ -25,6 +25,7 @@ FREE_KEYS = {
     "with `stop`, nothing was computed from a file with a record that `skip` leaves out": ("data.on_error",),
     "memory and speed; numbers are the same but for rounding": (
         "mesh",
+        "data.storage",
         "model.remat",
         "model.micro_tokens",
         "rollout.slots",

@@ -14,10 +14,16 @@ import numpy as np
 from r3rag_jax.config import Config
 from r3rag_jax.data.leakage import check_leakage
 from r3rag_jax.data.questions import identity, question_to_dict, read_questions
+from r3rag_jax.data.readers import tfds
 from r3rag_jax.data.records import STOP, OnError, Records, listed
-from r3rag_jax.data.trajectories import read_trajectories, trajectory_to_dict
+from r3rag_jax.data.trajectories import (
+    read_trajectories,
+    teacher_rows,
+    teacher_trajectory_from_dict,
+    trajectory_to_dict,
+)
 from r3rag_jax.errors import UserError
-from r3rag_jax.parallel.processes import check_same
+from r3rag_jax.parallel.processes import check_same, on_process_0
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.types import Passage, Question, Trajectory
 
@@ -54,10 +60,36 @@ class Dataset:
     @functools.cached_property
     def _trajectories(self) -> Records[Trajectory]:
         """All of the file."""
-        path = self.path_of("sft")
-        found = read_trajectories(path, self._corpus(), self._config.retrieval.top_k, self._on_error)
+        path, corpus, top_k = self.path_of("sft"), self._corpus(), self._config.retrieval.top_k
+        read = lambda: read_trajectories(path, corpus, top_k, self._on_error)  # noqa: E731
+        if self._is_stored:
+            rows = self._stored("sft", path, lambda: teacher_rows(path, read().lines))
+            return rows.map(lambda row: teacher_trajectory_from_dict(row, corpus, top_k))
+        found = read()
         check_same(lambda: _digest(map(trajectory_to_dict, found)), "trajectories of the cold start")
         return found
+
+    @property
+    def _is_stored(self) -> bool:
+        return self._config.data.storage == "array_record"
+
+    def _stored(self, what: str, path: Path, read: Callable[[], Records[Any]]) -> Records[Any]:
+        """The rows of a file as array_record files in the run directory, which process 0 writes.
+
+        Args:
+            what: `sft`, or a split of questions.
+            read: reads the file; called where its rows are not stored on this machine yet.
+        """
+        kind: tfds.Kind = "trajectories" if what == "sft" else "questions"
+
+        def build() -> str:
+            return str(tfds.build({what: read()}, self._run.data_dir / "array_record", kind))
+
+        built = on_process_0(build, f"stored {what}")
+        # A host with a run directory of its own writes the same files there.
+        directory = Path(built if Path(built).is_dir() else build())
+        check_same(lambda: directory.parent.name, f"rows of {what}")
+        return tfds.open_split(directory, what, path)
 
     def questions(self, split: str) -> Records[Question]:
         """The questions of a split, none where no file is given; RL's without those of the cold start's trajectories.
@@ -70,7 +102,12 @@ class Dataset:
             return Records("")
         if split not in self._questions:
             is_own = data.source == "world"
-            questions = self.read(self.path_of(split) if is_own else data.source_of(split))
+            source = str(self.path_of(split)) if is_own else data.source_of(split)
+            if split == "rl" and self._is_stored:
+                rows = lambda: self.read(source, is_shared=False).map(question_to_dict)  # noqa: E731
+                questions = self._stored(split, self.path_of(split), rows)
+            else:
+                questions = self.read(source)
             is_left_out = data.source == "files" and split == "rl" and data.disjoint and data.sft
             self._questions[split] = self._without_cold_start(questions) if is_left_out else questions
         return self._questions[split]
@@ -101,11 +138,16 @@ class Dataset:
             self._on_error.say(text)
         return found
 
-    def read(self, source: str | Path) -> Records[Question]:
-        """The questions of a file, or `NAME:FILE`; says how many have the text of an earlier one."""
+    def read(self, source: str | Path, *, is_shared: bool = True) -> Records[Question]:
+        """The questions of a file, or `NAME:FILE`; says how many have the text of an earlier one.
+
+        Args:
+            is_shared: all processes read it, and compare what they got.
+        """
         questions = read_questions(source, self._on_error)
         path = Path(questions.path)
-        check_same(lambda: _digest(map(question_to_dict, questions)), f"questions of {path.name}")
+        if is_shared:
+            check_same(lambda: _digest(map(question_to_dict, questions)), f"questions of {path.name}")
         line_of: dict[str, int] = {}
         repeated = [
             f"line {line} is that of line {first}"

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 
@@ -18,14 +18,42 @@ S = TypeVar("S")
 MAX_NAMED = 10  # faults that a message names; the others are counted
 
 
-class Records(list[T]):
-    """What was read from a file, in its order; each item has a line, so that a later check can name it."""
+class Records(Sequence[T]):
+    """What was read from a file, in its order; each item has a line, so that a later check can name it.
+
+    The items are in memory; or they are read from `stored` whenever they are asked for, and so are those of the records
+    that `map` and `take` make of them.
+    """
 
     def __init__(self, path: str | Path, rows: Iterable[tuple[int, T]] = ()) -> None:
         """`rows`: (line number from 1, item)."""
         rows = list(rows)
-        super().__init__(item for _, item in rows)
         self.path, self.lines = path, [number for number, _ in rows]
+        self._items: Sequence[T] = [item for _, item in rows]
+        self.is_stored = False
+
+    @classmethod
+    def stored(cls, path: str | Path, lines: Iterable[int], items: Sequence[T]) -> Records[T]:
+        """Records that stay where they are: `items` gives random access to them, and may be read by several threads."""
+        records = cls(path)
+        records.lines, records._items, records.is_stored = list(lines), items, True
+        return records
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._items[i] for i in range(len(self))[index]]
+        return self._items[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as a list's
+
+    def __repr__(self) -> str:
+        return f"Records({str(self.path)!r}, {len(self)} items)"
 
     def place(self, index: int) -> str:
         """`file:line` of an item."""
@@ -33,11 +61,43 @@ class Records(list[T]):
 
     def map(self, function: Callable[[T], S]) -> Records[S]:
         """What a function makes of the items, at their lines."""
+        if self.is_stored:
+            return Records.stored(self.path, self.lines, Mapped(self._items, function))
         return Records(self.path, zip(self.lines, map(function, self), strict=True))
 
     def take(self, indices: Iterable[int]) -> Records[T]:
         """The items at these indices, with their lines."""
+        indices = list(indices)
+        if self.is_stored:
+            lines = [self.lines[index] for index in indices]
+            return Records.stored(self.path, lines, Chosen(self._items, indices))
         return Records(self.path, ((self.lines[index], self[index]) for index in indices))
+
+
+class Mapped(Sequence[S]):
+    """What a function makes of items, made whenever one is asked for."""
+
+    def __init__(self, items: Sequence[T], function: Callable[[T], S]) -> None:
+        self._items, self._function = items, function
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._function(self._items[range(len(self))[index]])
+
+
+class Chosen(Sequence[T]):
+    """Some of the items, by their indices."""
+
+    def __init__(self, items: Sequence[T], indices: Sequence[int]) -> None:
+        self._items, self._indices = items, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._items[self._indices[index]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r3rag_jax.data.fields import FieldError, Row, get_field, get_ids, get_text, kind_of
-from r3rag_jax.data.jsonl import read_all
+from r3rag_jax.data.jsonl import read_all, read_rows
 from r3rag_jax.data.questions import passage_from_dict, passage_to_dict, question_to_dict
 from r3rag_jax.data.readers.flashrag import question_from_dict
 from r3rag_jax.data.records import STOP, OnError, Records
@@ -43,6 +43,22 @@ def read_trajectories(
         lambda trajectory: (trajectory.question.id, trajectory.sample_index),
         on_error,
     )
+
+
+def teacher_rows(path: str | Path, lines: Iterable[int]) -> Records[dict[str, Any]]:
+    """The records of a teacher's trajectories at these lines, in one shape, as `teacher_trajectory_from_dict` reads it.
+
+    Args:
+        lines: of the records that `read_trajectories` has kept.
+    """
+    kept = set(lines)
+
+    def shaped(row: Row) -> dict[str, Any]:
+        sample_index = get_field(row, "sample_index", int, default=0)
+        return question_to_dict(question_from_dict(row)) | {"sample_index": sample_index, "steps": row["steps"]}
+
+    rows = read_rows(path, OnError("skip", say=lambda _: None))  # faults were reported when they were read first
+    return Records(path, ((line, shaped(row)) for line, row in rows if line in kept))
 
 
 def trajectory_from_dict(row: Row) -> Trajectory:

@@ -6,19 +6,18 @@ import dataclasses
 import time
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.markup import escape
 
 from r3rag_jax.config import Config
 from r3rag_jax.data.records import OnError, Records
-from r3rag_jax.data.sft import SFTBatches, SFTSample
+from r3rag_jax.data.sft import FlatSamples, SFTBatches, SFTSample
 from r3rag_jax.errors import UserError
 from r3rag_jax.models import lora
 from r3rag_jax.models.policy import Policy
+from r3rag_jax.parallel.local_rows import device_put_rows, local_rows
 from r3rag_jax.parallel.processes import failures_told
-from r3rag_jax.parallel.shardings import device_put_batch
 from r3rag_jax.run.checkpoints import save_arrays
 from r3rag_jax.run.directory import RunDirectory, open_checkpoints
 from r3rag_jax.run.metrics import MetricsLog
@@ -86,11 +85,12 @@ def run_sft(config: Config, parts: SFTParts) -> None:
         while batches.step < batches.num_steps:
             started, number = time.monotonic(), batches.step
             batch = next(batches)
-            state, metrics = step(state, device_put_batch(parts.mesh, batch), policy.frozen)
+            rows = device_put_rows(parts.mesh, batch, batches.rows, config.sft.batch_rows)
+            state, metrics = step(state, rows, policy.frozen)
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not is_finite(numbers):
-                report_bad_step(config, parts, number, batch, numbers)
-            numbers["tokens_per_s"] = float(np.sum(batch.segment_ids > 0)) / (time.monotonic() - started)
+                report_bad_step(config, parts, number, batches.whole(number), numbers)
+            numbers["tokens_per_s"] = batches.num_tokens(number) / (time.monotonic() - started)
             parts.log.write("sft", number, numbers)
             bar.advance(**{name: numbers[name] for name in ("loss", "accuracy", "tokens_per_s")})
             schedule.after(batches.step, save)
@@ -118,10 +118,12 @@ def make_batches(config: Config, parts: SFTParts) -> SFTBatches:
         return f"{rule}; got {longest} with question {id!r}" if longest > sft.row_length else None
 
     kept = parts.on_error.check(parts.trajectories.map(taught), fault_of)
-    samples = [SFTSample(s.ids, s.loss_mask, s.positions, s.branch_ids) for _, made in kept for s in made]
+    groups = kept.map(lambda taught: [SFTSample(s.ids, s.loss_mask, s.positions, s.branch_ids) for s in taught[1]])
+    rows = local_rows(parts.mesh, sft.batch_rows)
     return SFTBatches(
-        samples, row_length=sft.row_length, batch_rows=sft.batch_rows, epochs=sft.epochs, seed=config.seed
-    )
+        FlatSamples(groups), row_length=sft.row_length, batch_rows=sft.batch_rows, epochs=sft.epochs, seed=config.seed,
+        rows=rows,
+    )  # fmt: skip
 
 
 def report_bad_step(config: Config, parts: SFTParts, number: int, batch: SFTBatch, metrics: dict[str, float]) -> None:

@@ -48,7 +48,7 @@ def test_gold_rewards_without_any_evidence_are_refused(ids: list[str | int] | No
         found.check(RewardConfig(), print)
     assert str(error.value) == (
         "rl.jsonl: rewards.process=gold needs metadata.supporting_ids of the corpus; none of 2 questions "
-        "has any: take rewards.process=embedding or rewards.process=judge, or rewards.use_process=false"
+        "has any: take rewards.process=gain, embedding or judge, or rewards.use_process=false"
     )
 
 

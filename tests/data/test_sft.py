@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from r3rag_jax.data.packing import plan_rows
-from r3rag_jax.data.sft import SFTBatch, SFTBatches, SFTSample
+from r3rag_jax.data.sft import FlatSamples, SFTBatch, SFTBatches, SFTSample
 from r3rag_jax.errors import UserError
 
 FIELDS = ("tokens", "positions", "segment_ids", "loss_mask")
@@ -101,19 +101,24 @@ def test_finished_stays_finished() -> None:
     assert (num_batches, list(resumed), resumed.step) == (resumed.num_steps, [], resumed.num_steps)
 
 
-def test_shards_are_the_batch_in_parts() -> None:
+@pytest.mark.parametrize("rows", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0, 1, 2, 3], [0, 1, 2, 3]], [[0], [1, 2, 3]]])
+def test_processes_make_their_rows_of_a_batch(rows: list[list[int]]) -> None:
     data = samples()
-    shards = [batches(data, process_index=i, process_count=2) for i in range(2)]
-    for whole, even, odd in zip(batches(data), *shards, strict=True):
-        assert len(even.tokens) == len(odd.tokens) == 2
-        for field in FIELDS:
-            np.testing.assert_array_equal(getattr(whole, field)[0::2], getattr(even, field))
-            np.testing.assert_array_equal(getattr(whole, field)[1::2], getattr(odd, field))
+    whole = batches(data)
+    shards = [batches(data, rows=own) for own in rows]
+    for step, (batch, *parts) in enumerate(zip(whole, *shards, strict=True)):
+        assert_equal(batch, whole.whole(step))
+        assert whole.num_tokens(step) == int((batch.segment_ids > 0).sum())
+        for own, part in zip(rows, parts, strict=True):
+            for field in FIELDS:
+                np.testing.assert_array_equal(getattr(batch, field)[own], getattr(part, field))
+    assert whole.num_examples == 120
 
 
-def test_resumes_on_another_number_of_processes() -> None:
+@pytest.mark.parametrize("after", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[2], [0], [3], [1]]])
+def test_resumes_on_another_number_of_processes_bit_for_bit(after: list[list[int]]) -> None:
     data = samples()
-    before = [batches(data, process_index=i, process_count=4) for i in range(4)]
+    before = [batches(data, rows=own) for own in ([0], [1], [2], [3])]
     for stream in before:
         next(stream)
         next(stream)
@@ -121,12 +126,36 @@ def test_resumes_on_another_number_of_processes() -> None:
     whole = batches(data)
     next(whole)
     next(whole)
-    after = [batches(data, process_index=i, process_count=2) for i in range(2)]
-    for stream in after:
-        stream.set_state(dict(state))
-    for expected, even, odd in zip(whole, *after, strict=True):
-        np.testing.assert_array_equal(expected.tokens[0::2], even.tokens)
-        np.testing.assert_array_equal(expected.tokens[1::2], odd.tokens)
+    streams = [batches(data, rows=own) for own in after]
+    for stream in streams:
+        stream.set_state(json.loads(json.dumps(dict(state))))
+    for expected, *parts in zip(whole, *streams, strict=True):
+        for field in FIELDS:
+            found = np.empty_like(getattr(expected, field))
+            for own, part in zip(after, parts, strict=True):
+                found[own] = getattr(part, field)
+            assert found.tobytes() == getattr(expected, field).tobytes()
+
+
+def test_samples_of_groups_are_made_when_they_are_asked_for() -> None:
+    made: list[int] = []
+
+    class Groups(list):
+        def __getitem__(self, index):
+            made.append(index)
+            return super().__getitem__(index)
+
+        def __iter__(self):
+            return iter([super(Groups, self).__getitem__(index) for index in range(len(self))])
+
+    data = samples(7)
+    flat = FlatSamples(Groups([data[:2], [], data[2:3], data[3:]]))
+    assert flat.lengths.tolist() == [len(one) for one in data] and made == []
+    assert [flat[index].ids.tolist() for index in range(7)] == [one.ids.tolist() for one in data]
+    assert made == [0, 0, 2, 3, 3, 3, 3]
+    assert flat[-1] is data[-1]
+    for a, b in zip(batches(data), batches(flat), strict=True):
+        assert_equal(a, b)
 
 
 def test_resumes_with_another_batch_size() -> None:
@@ -161,8 +190,8 @@ def test_long_samples_are_an_error_or_counted() -> None:
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(UserError, match=r"batch_rows must be a positive multiple of 3 proc.*got 4"):
-        batches(samples(), process_count=3)
+    with pytest.raises(UserError, match=r"sft\.batch_rows must be at least 1; got 0"):
+        batches(samples(), batch_rows=0)
     with pytest.raises(UserError, match="epochs must be at least 1; got 0"):
         batches(samples(), epochs=0)
 

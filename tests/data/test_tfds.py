@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from r3rag_jax.data.jsonl import write_jsonl
-from r3rag_jax.data.questions import read_questions
+from r3rag_jax.data.questions import question_to_dict, read_questions
 from r3rag_jax.data.readers import tfds as tfds_builder
-from r3rag_jax.data.sft import SFTBatches, SFTSample
-from r3rag_jax.data.trajectories import read_trajectories, teacher_trajectory_from_dict
+from r3rag_jax.data.records import OnError, Records
+from r3rag_jax.data.sft import FlatSamples, SFTBatches, SFTSample
+from r3rag_jax.data.trajectories import read_trajectories, teacher_rows, teacher_trajectory_from_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.types import Passage, Trajectory
 
-grain = pytest.importorskip("grain")
+pytest.importorskip("grain")
 pytest.importorskip("tensorflow_datasets")
 
 CORPUS = {str(i): Passage(str(i), f'"Título {i}"\nText {i}.') for i in range(30)}
@@ -60,57 +61,68 @@ def tokenize(trajectory: Trajectory) -> SFTSample:
     return SFTSample(ids.astype(np.int32), np.arange(len(ids)) >= len(prompt))
 
 
+def question_rows(path: Path, *paths: Path) -> dict[str, Records]:
+    return {path.stem: read_questions(path).map(question_to_dict) for path in (path, *paths)}
+
+
 def test_questions_keep_every_row_in_order(folder: Path) -> None:
-    files = {"train": folder / "train.jsonl", "dev": folder / "dev.jsonl"}
-    builder = tfds_builder.build(files, folder / "data", "questions")
-    for split, path in files.items():
-        source = tfds_builder.data_source(builder, split)
-        assert list(source) == read_questions(path)
-    assert len(tfds_builder.data_source(builder, "train")) == NUM_ROWS
+    splits = question_rows(folder / "train.jsonl", folder / "dev.jsonl")
+    directory = tfds_builder.build(splits, folder / "data", "questions")
+    for split in splits:
+        path = folder / f"{split}.jsonl"
+        found = tfds_builder.open_split(directory, split, path)
+        assert found == read_questions(path) and found.lines == read_questions(path).lines
+        assert found.place(0) == f"{path}:1"
+    assert len(tfds_builder.open_split(directory, "train", "")) == NUM_ROWS
     with pytest.raises(UserError, match=r"split must be one of \['dev', 'train'\]; got 'test'"):
-        tfds_builder.data_source(builder, "test")
+        tfds_builder.open_split(directory, "test", "")
 
 
 def test_trajectories_to_batches_equal_direct_reading(folder: Path) -> None:
     path = folder / "teacher.jsonl"
-    builder = tfds_builder.build({"train": path}, folder / "data", "trajectories")
     direct = read_trajectories(path, CORPUS, 2)
-
-    def read(row: dict[str, object]) -> Trajectory:
-        return teacher_trajectory_from_dict(row, CORPUS, 2)
-
-    source = grain.MapDataset.source(tfds_builder.data_source(builder, "train")).map(read)
-    assert [source[i] for i in range(len(source))] == direct
+    rows = teacher_rows(path, direct.lines)
+    directory = tfds_builder.build({"sft": rows}, folder / "data", "trajectories")
+    stored = tfds_builder.open_split(directory, "sft", path).map(
+        lambda row: teacher_trajectory_from_dict(row, CORPUS, 2)
+    )
+    assert stored.is_stored and stored == direct
 
     options = {"row_length": 256, "batch_rows": 8, "epochs": 1, "seed": 0}
-    from_tfds = SFTBatches(source.map(tokenize), **options)
+    samples = FlatSamples(stored.map(lambda trajectory: [tokenize(trajectory)]))
+    shards = [SFTBatches(samples, rows=rows, **options) for rows in (range(4), range(4, 8))]
     from_jsonl = SFTBatches([tokenize(t) for t in direct], **options)
-    for a, b in zip(from_tfds, from_jsonl, strict=True):
-        np.testing.assert_array_equal(a.tokens, b.tokens)
-        np.testing.assert_array_equal(a.segment_ids, b.segment_ids)
-        np.testing.assert_array_equal(a.loss_mask, b.loss_mask)
-    assert from_tfds.num_examples == NUM_ROWS
+    for one, other, whole in zip(*shards, from_jsonl, strict=True):
+        for field in ("tokens", "segment_ids", "loss_mask"):
+            both = np.concatenate([getattr(one, field), getattr(other, field)])
+            np.testing.assert_array_equal(both, getattr(whole, field))
+    assert shards[0].num_examples == NUM_ROWS
+
+
+def test_chosen_and_mapped_records_stay_where_they_are(folder: Path) -> None:
+    path = folder / "train.jsonl"
+    directory = tfds_builder.build(question_rows(path), folder / "data", "questions")
+    stored, read = tfds_builder.open_split(directory, "train", path), read_questions(path)
+    chosen = stored.take(range(1, NUM_ROWS, 7))
+    assert chosen.is_stored and chosen == read.take(range(1, NUM_ROWS, 7)) and chosen.lines == list(range(2, 501, 7))
+    assert chosen.map(lambda q: q.id) == [f"q{i}" for i in range(1, NUM_ROWS, 7)] and chosen[:2] == read[1:9:7]
+    kept = OnError("skip", print).check(chosen, lambda q: "odd" if int(q.id[1:]) % 2 else None)
+    assert kept.is_stored and [q.id for q in kept][:2] == ["q8", "q22"] and kept.place(0) == f"{path}:9"
 
 
 def test_changed_content_is_built_anew(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    for count in (3, 5):
+    directories = []
+    for count in (3, 5, 3):
         write_jsonl(path, map(question, range(count)))
-        builder = tfds_builder.build({"train": path}, tmp_path / "data", "questions")
-        assert len(tfds_builder.data_source(builder, "train")) == count
-
-
-def test_faulty_row_names_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    write_jsonl(path, [question(0), question(1) | {"golden_answers": []}])
-    with pytest.raises(UserError, match=r"train\.jsonl:2: golden_answers must be one or more texts"):
-        tfds_builder.build({"train": path}, tmp_path / "data", "questions")
-    assert not (tmp_path / "data").exists()
+        directories.append(tfds_builder.build(question_rows(path), tmp_path / "data", "questions"))
+        assert len(tfds_builder.open_split(directories[-1], "train", path)) == count
+    assert directories[0] == directories[2] != directories[1]
 
 
 def test_source_is_a_sequence(folder: Path) -> None:
-    builder = tfds_builder.build({"dev": folder / "dev.jsonl"}, folder / "data", "questions")
-    source = tfds_builder.data_source(builder, "dev")
+    directory = tfds_builder.build(question_rows(folder / "dev.jsonl"), folder / "data", "questions")
+    source = tfds_builder.DataSource(directory, "dev")
     assert source[-1] == source[0] == source[np.int64(0)]
     with pytest.raises(IndexError):
         source[1]

@@ -47,6 +47,7 @@ def test_two_processes_train_the_same_run(base: Path, tmp_path: Path) -> None:
     two.mkdir()
     recipe = tiny_run.write_recipe(two, base, **SMALL)
     pair = ["mesh.distributed=true", "mesh.num_processes=2", f"mesh.coordinator=127.0.0.1:{free_port()}"]
+    pair.append("data.storage=array_record")  # each reads its own records; one process has them all in memory
     command = ["-m", "r3rag_jax.train", "--config", str(recipe), *OVERRIDES, *pair]
     said = finish([spawn([*command, f"mesh.process_id={rank}"], 2, two) for rank in range(2)])
     assert "Report" in said[0]

@@ -1,64 +1,69 @@
-"""FlashRAG JSONL as a tensorflow-datasets data set in array_record files, without TensorFlow.
+"""Questions and trajectories as a tensorflow-datasets data set in array_record files, without TensorFlow.
 
-Without TensorFlow, only the pair of `file_format="array_record"` and `as_data_source` reads back every row (parquet
-loses rows, `as_dataset` needs TensorFlow). tfds cannot nest the steps of a trajectory without TensorFlow, so they are
-stored as JSON text, and so is the metadata.
+`data.storage=array_record` keeps a run's records so: training reads them by random access, and no process holds all of
+them. Without TensorFlow, only the pair of `file_format="array_record"` and `as_data_source` reads back every row
+(parquet loses rows, `as_dataset` needs TensorFlow). tfds cannot nest the steps of a trajectory without TensorFlow, so
+they are stored as JSON text, and so is the metadata.
 
-`tensorflow_datasets` is imported inside the functions, because only users of this reader need it.
+`tensorflow_datasets` is imported inside the functions, because only users of this storage need it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from r3rag_jax.data.jsonl import read_rows
-from r3rag_jax.data.questions import question_to_dict, read_questions
+from r3rag_jax.data.fields import Row
 from r3rag_jax.data.readers.flashrag import question_from_dict
-from r3rag_jax.data.trajectories import read_trajectories
+from r3rag_jax.data.records import Records
 from r3rag_jax.errors import UserError
-from r3rag_jax.types import Passage, Question
 
 Kind = Literal["questions", "trajectories"]
 
 
-def build(files: Mapping[str, str | Path], data_dir: str | Path, kind: Kind) -> Any:
-    """Convert each split's JSONL file into `data_dir`, unless the same content is already there.
+def build(splits: Mapping[str, Records[Row]], data_dir: str | Path, kind: Kind) -> Path:
+    """Write records as a data set below `data_dir`, unless the same content is already there.
 
     Args:
-        files: split name -> JSONL file, as `read_questions` or `read_trajectories` read it.
+        splits: split name -> rows `{id, question, golden_answers, metadata}`, of trajectories also with `steps`, an
+            object each, and `sample_index`; their lines are stored, too.
 
     Returns:
-        The prepared `tfds.core.DatasetBuilder`, for `data_source`.
+        The directory of the data set, for `open_split`.
 
     Raises:
-        UserError: a row breaks a rule; names file and line.
         RuntimeError: rows were lost in writing.
     """
-    counts = {split: _check(path, kind) for split, path in files.items()}
     builder_class, config_class = _tfds_classes()
-    config = config_class(
-        name=f"{kind}_{_fingerprint(files)}",  # other content is another data set: never stale
-        kind=kind,
-        files={split: str(path) for split, path in files.items()},
-    )
-    builder = builder_class(data_dir=str(data_dir), config=config, file_format="array_record")
-    builder.download_and_prepare()
-    for split, count in counts.items():
-        if (written := len(data_source(builder, split))) != count:
-            raise RuntimeError(f"split {split!r} must hold its {count} rows; {written} were written")
-    return builder
+    # Other content is another data set: never stale.
+    config = config_class(name=f"{kind}_{_digest(splits, kind)}", kind=kind, splits=splits)
+    with _silent():
+        builder = builder_class(data_dir=str(data_dir), config=config, file_format="array_record")
+        builder.download_and_prepare()
+    directory = Path(builder.data_dir)
+    for split, records in splits.items():
+        if (written := len(DataSource(directory, split))) != len(records):
+            raise RuntimeError(f"split {split!r} must hold its {len(records)} rows; {written} were written")
+    return directory
 
 
-def data_source(builder: Any, split: str) -> DataSource:
-    """Random access to the rows of a split, in the order of its file; UserError if it has none."""
-    if split not in builder.info.splits:
-        raise UserError(f"split must be one of {sorted(builder.info.splits)}; got {split!r}")
-    return DataSource(builder.as_data_source(split=split))
+def open_split(directory: Path, split: str, path: str | Path) -> Records[Any]:
+    """The records of a split, in the order of its file: a Question each, or the row of a trajectory.
+
+    Args:
+        path: the file that they were read from, for messages.
+
+    Raises:
+        UserError: the data set has no such split.
+    """
+    source = DataSource(directory, split)
+    return Records.stored(path, source.lines(), source)
 
 
 class DataSource(Sequence[Any]):
@@ -67,8 +72,13 @@ class DataSource(Sequence[Any]):
     A source for `grain.MapDataset.source`: random access, safe to read from several threads.
     """
 
-    def __init__(self, records: Any) -> None:
-        self._records = records
+    def __init__(self, directory: Path, split: str) -> None:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(str(directory))
+        if split not in builder.info.splits:
+            raise UserError(f"split must be one of {sorted(builder.info.splits)}; got {split!r}")
+        self._records = builder.as_data_source(split=split)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -86,39 +96,50 @@ class DataSource(Sequence[Any]):
         steps = [json.loads(step) for step in record["steps"]]
         return row | {"sample_index": int(record["sample_index"]), "steps": steps}
 
-
-def _check(path: str | Path, kind: Kind) -> int:
-    """Number of rows of a file; UserError if one is not well formed."""
-    if kind == "questions":
-        return len(read_questions(path))
-    return len(read_trajectories(path, _AnyCorpus(), passages_per_step=1))
+    def lines(self) -> list[int]:
+        """The line of each row in the file that it comes from."""
+        return [int(self._records[index]["line"]) for index in range(len(self))]
 
 
-class _AnyCorpus(dict[str, Passage]):
-    """A corpus that holds every id: the passages of a trajectory are looked up when it is read, not here."""
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep what tfds says of a download that there is none of from the user's terminal; its errors are raised."""
+    import tensorflow_datasets as tfds
+    from absl import logging
 
-    def __missing__(self, passage_id: str) -> Passage:
-        return Passage(id=passage_id, contents="")
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
-def _fingerprint(files: Mapping[str, str | Path]) -> str:
-    digest = hashlib.sha256()
-    for split in sorted(files):
-        content = hashlib.sha256(Path(files[split]).read_bytes()).hexdigest()
-        digest.update(f"{split}={content};".encode())
-    return digest.hexdigest()[:16]
-
-
-def _examples(path: str, kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
+def _examples(records: Records[Row], kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
     """(key, features) of each row; the keys are in file order, which tfds keeps."""
-    for number, row in read_rows(path):
-        question: Question = question_from_dict(row)
-        example: dict[str, Any] = question_to_dict(question)
-        example["metadata"] = json.dumps(example["metadata"], ensure_ascii=False)
+    for line, row in zip(records.lines, records, strict=True):
+        example: dict[str, Any] = {
+            "id": row["id"],
+            "question": row["question"],
+            "golden_answers": list(row["golden_answers"]),
+            "metadata": json.dumps(row["metadata"], ensure_ascii=False),
+            "line": line,
+        }
         if kind == "trajectories":
-            example["sample_index"] = row.get("sample_index") or 0
+            example["sample_index"] = row["sample_index"]
             example["steps"] = [json.dumps(step, ensure_ascii=False) for step in row["steps"]]
-        yield number, example
+        yield line, example
+
+
+def _digest(splits: Mapping[str, Records[Row]], kind: Kind) -> str:
+    digest = hashlib.sha256()
+    for split in sorted(splits):
+        digest.update(f"{split}\n".encode())
+        for _, example in _examples(splits[split], kind):
+            digest.update(json.dumps(example, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 @functools.cache  # tfds registers a builder class by name, once
@@ -132,10 +153,10 @@ def _tfds_classes() -> tuple[Any, Any]:
     @dataclasses.dataclass
     class FlashRAGConfig(tfds.core.BuilderConfig):
         kind: Kind = "questions"
-        files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+        splits: Mapping[str, Records[Row]] = dataclasses.field(default_factory=dict)
 
     class FlashRAG(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
+        VERSION = tfds.core.Version("1.1.0")
         # Nothing is downloaded. tfds would look for checksums beside this file, and for that
         # imports importlib_resources, which it does not install.
         url_infos = None
@@ -147,6 +168,7 @@ def _tfds_classes() -> tuple[Any, Any]:
                 "question": text,
                 "golden_answers": tfds.features.Sequence(text),
                 "metadata": text,  # JSON
+                "line": np.int64,
             }
             if self.builder_config.kind == "trajectories":
                 features["sample_index"] = np.int64
@@ -159,10 +181,10 @@ def _tfds_classes() -> tuple[Any, Any]:
             )
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            files = self.builder_config.files
-            return {split: self._generate_examples(path) for split, path in files.items()}
+            splits, kind = self.builder_config.splits, self.builder_config.kind
+            return {split: _examples(records, kind) for split, records in splits.items()}
 
-        def _generate_examples(self, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-            return _examples(path, self.builder_config.kind)
+        def _generate_examples(self, records: Records[Row]) -> Iterator[tuple[int, dict[str, Any]]]:
+            return _examples(records, self.builder_config.kind)
 
     return FlashRAG, FlashRAGConfig
