@@ -1,8 +1,9 @@
 """Chooses the kind and the parameters of a FAISS index, and says what it will take, before it is built.
 
-Sizes follow from the layout of the files. Times and recall are estimates: they start from 100,000 generated vectors of
-768 floats on two cores with AVX-512, which other programs used as well (`benchmarks/index_scale.py`), with a margin for
-larger graphs. A build measures the recall that it has reached.
+Sizes follow from the layout of the files. Times and recall are estimates. Those of exact search and of graphs start
+from 2,000,000 generated vectors of 384 floats on two cores with AVX2, which other programs used as well, and those of
+inverted lists from 100,000 of 768 floats with AVX-512 (`benchmarks/index_scale.py`). A build measures the recall that
+it has reached.
 """
 
 from __future__ import annotations
@@ -109,10 +110,10 @@ def hnsw_segment_bytes(plan: FaissPlan, dim: int, num_passages: int = SEGMENT) -
     return num_passages * (dim + 8 * plan.hnsw_links + 32) + 65_536 * dim * 4
 
 
-_FLAT_BYTES_PER_MS = 6e6  # of float32 vectors that an exact search reads, one query at a time
-_HNSW_ADD_PER_S = 1400.0  # vectors of 768 floats, two graphs at once; 2,900 while they have 50,000 each
+_FLOATS_PER_MS = {"float32": 1.5e6, "float16": 3e5}  # that an exact search of one query reads; halves are widened first
+_HNSW_ADD_PER_S = 3200.0  # vectors of 384 floats to two graphs of 2^20 at once, from 100 candidates each
+_HNSW_MS = 0.65  # a search of one graph, with 64 candidates
 _IVF_FLOPS = 100e9  # of k-means and of the assignment to lists
-_HNSW_MS = 0.5  # a search of one graph
 _IVF_CODES_PER_MS = 2e5
 _RERANK_MS = 0.5
 
@@ -122,18 +123,20 @@ def estimate(plan: FaissPlan, num_passages: int, dim: int) -> Estimate:
     vectors = num_passages * dim * (4 if plan.dtype == "float32" else 2)
     shard = max(vectors // 256, 4096 * dim * 4) + 4096 * dim * 4  # what `encoding.py` holds
     if plan.kind == "flat":
-        return Estimate(vectors, shard, vectors, 0.0, num_passages * dim * 4 / _FLAT_BYTES_PER_MS, 1.0)
+        return Estimate(vectors, shard, vectors, 0.0, num_passages * dim / _FLOATS_PER_MS[plan.dtype], 1.0)
     if plan.kind == "hnsw":
         graph = hnsw_segment_bytes(plan, dim, num_passages)
         segments = -(-num_passages // SEGMENT)
-        build_s = num_passages / _HNSW_ADD_PER_S * dim / 768
+        size = (dim + 216) / 600  # 768 floats take 1.64 times as long as 384
+        build_s = num_passages / _HNSW_ADD_PER_S * size * plan.hnsw_build_ef / 100
+        search_ms = segments * _HNSW_MS * size * plan.hnsw_search_ef / 64 + _RERANK_MS
         build = hnsw_segment_bytes(plan, dim, min(SEGMENT, num_passages))
-        return Estimate(vectors + graph, max(build, shard), graph, build_s, segments * _HNSW_MS + _RERANK_MS, 0.98)
+        return Estimate(vectors + graph, max(build, shard), graph, build_s, search_ms, 0.99)
     codes = num_passages * (plan.pq_bytes + 8)
     centroids = plan.ivf_lists * dim * 4
     flops = 2 * dim * plan.ivf_lists * (10 * plan.ivf_train_rows + num_passages) + 2 * PQ_CENTROIDS * dim * num_passages
     read = num_passages * plan.ivf_probes / plan.ivf_lists
-    search_ms = read / _IVF_CODES_PER_MS + 2 * plan.ivf_lists * dim / _FLAT_BYTES_PER_MS + _RERANK_MS
+    search_ms = read / _IVF_CODES_PER_MS + plan.ivf_lists * dim / (2 * _FLOATS_PER_MS["float32"]) + _RERANK_MS
     build = max(plan.ivf_train_rows * dim * 4, 2 * codes, shard) + 2 * centroids
     return Estimate(vectors + codes + centroids, build, codes + centroids, flops / _IVF_FLOPS, search_ms, 0.95)
 
