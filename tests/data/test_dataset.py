@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from r3rag_jax.config import Config, DataConfig
+from r3rag_jax.config.data import split_source
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.questions import identity
@@ -80,3 +81,33 @@ def test_a_text_under_two_ids_is_counted(tmp_path: Path) -> None:
         f"{tmp_path}/test.jsonl: 2 of 4 questions are there twice under other ids: "
         "line 3 is that of line 1, line 4 is that of line 1"
     ]
+
+
+def test_a_split_may_name_its_data_set(tmp_path: Path) -> None:
+    questions = [{"question": "who is a", "answer": ["x"]}, {"question": "who is b", "answer": ["y"]}]
+    write_jsonl(tmp_path / "NQ-open.dev.jsonl", questions)
+    data = DataConfig(source="files", dir=str(tmp_path), corpus="corpus.jsonl", test="nq:NQ-open.dev.jsonl")
+    found = Dataset(Config(data=data, phases=("index",)), RunDirectory(tmp_path), dict).questions("test")
+    assert [question.id for question in found] == ["nq_1", "nq_2"]
+    assert found.place(1) == f"{tmp_path}/NQ-open.dev.jsonl:2" and data.path("test") == tmp_path / "NQ-open.dev.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "hotpot:dev.json",
+            "data.rl: NAME of a source NAME:FILE must be one of flashrag, .*; got 'hotpot'; did you mean",
+        ),
+        ("my:dev.json", "got 'my'; a file of this name is ./my:dev.json"),
+        ("nq:gs://bucket/dev.json", "data.rl must be a path on a disk of this machine; got nq:gs://bucket/dev.json"),
+    ],
+)
+def test_names_of_no_data_set_are_refused(source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DataConfig(rl=source)
+
+
+def test_a_file_may_have_a_colon() -> None:
+    assert split_source("./my:dev.json") == ("", "./my:dev.json")
+    assert split_source("a/b:c") == ("", "a/b:c") and split_source(Path("nq:a/b.json")) == ("nq", "a/b.json")
