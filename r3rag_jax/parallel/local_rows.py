@@ -34,6 +34,8 @@ def device_put_rows(mesh: Mesh, tree: Any, rows: list[int], num_rows: int) -> An
         x = np.asarray(x)
         shape = (num_rows, *x.shape[1:])
         sharding = batch_shardings(mesh, np.broadcast_to(np.zeros((), x.dtype), shape))
+        if sharding.is_fully_addressable and len(rows) == num_rows:
+            return jax.device_put(x, sharding)
 
         def shard(index: Any) -> np.ndarray:  # a slice for each dimension
             local = [place[row] for row in range(num_rows)[index[0]]]
