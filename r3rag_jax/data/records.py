@@ -31,13 +31,26 @@ class Records(Sequence[T]):
         self.path, self.lines = path, [number for number, _ in rows]
         self._items: Sequence[T] = [item for _, item in rows]
         self.is_stored = False
+        self._ids: list[str] | None = None
 
     @classmethod
-    def stored(cls, path: str | Path, lines: Iterable[int], items: Sequence[T]) -> Records[T]:
-        """Records that stay where they are: `items` gives random access to them, and may be read by several threads."""
+    def stored(
+        cls, path: str | Path, lines: Iterable[int], items: Sequence[T], ids: list[str] | None = None
+    ) -> Records[T]:
+        """Records that stay where they are.
+
+        Args:
+            items: gives random access to them, and may be read by several threads.
+            ids: of the items, if these are questions; None: they are read from the items.
+        """
         records = cls(path)
-        records.lines, records._items, records.is_stored = list(lines), items, True
+        records.lines, records._items, records.is_stored, records._ids = list(lines), items, True, ids
         return records
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the items, which must be questions."""
+        return [item.id for item in self._items] if self._ids is None else self._ids  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return len(self._items)
@@ -70,7 +83,8 @@ class Records(Sequence[T]):
         indices = list(indices)
         if self.is_stored:
             lines = [self.lines[index] for index in indices]
-            return Records.stored(self.path, lines, Chosen(self._items, indices))
+            ids = None if self._ids is None else [self._ids[index] for index in indices]
+            return Records.stored(self.path, lines, Chosen(self._items, indices), ids)
         return Records(self.path, ((self.lines[index], self[index]) for index in indices))
 
 

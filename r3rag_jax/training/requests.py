@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from r3rag_jax.config import Config
+from r3rag_jax.data.records import Records
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.types import Question
 
@@ -44,9 +45,10 @@ def replacement_requests(
     Args:
         round: 1 for the first replacements of the iteration, then counted up; part of the random seed.
     """
-    unused = [question for question in questions if question.id not in used_ids]
+    ids = questions.ids if isinstance(questions, Records) else [question.id for question in questions]
+    unused = [index for index, id in enumerate(ids) if id not in used_ids]
     order = np.random.default_rng((config.seed, iteration, round)).permutation(len(unused))[: max(0, num_questions)]
-    return [request for index in order for request in _requests_of(config, unused[index], iteration)]
+    return [request for index in order for request in _requests_of(config, questions[unused[index]], iteration)]
 
 
 def _requests_of(config: Config, question: Question, iteration: int, draw: int = 0) -> list[RolloutRequest]:

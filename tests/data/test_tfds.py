@@ -105,6 +105,7 @@ def test_chosen_and_mapped_records_stay_where_they_are(folder: Path) -> None:
     stored, read = tfds_builder.open_split(directory, "train", path), read_questions(path)
     chosen = stored.take(range(1, NUM_ROWS, 7))
     assert chosen.is_stored and chosen == read.take(range(1, NUM_ROWS, 7)) and chosen.lines == list(range(2, 501, 7))
+    assert chosen.ids == read.take(range(1, NUM_ROWS, 7)).ids
     assert chosen.map(lambda q: q.id) == [f"q{i}" for i in range(1, NUM_ROWS, 7)] and chosen[:2] == read[1:9:7]
     kept = OnError("skip", print).check(chosen, lambda q: "odd" if int(q.id[1:]) % 2 else None)
     assert kept.is_stored and [q.id for q in kept][:2] == ["q8", "q22"] and kept.place(0) == f"{path}:9"

@@ -63,7 +63,8 @@ def open_split(directory: Path, split: str, path: str | Path) -> Records[Any]:
         UserError: the data set has no such split.
     """
     source = DataSource(directory, split)
-    return Records.stored(path, source.lines(), source)
+    lines, ids = source.lines_and_ids()
+    return Records.stored(path, lines, source, ids)
 
 
 class DataSource(Sequence[Any]):
@@ -96,9 +97,11 @@ class DataSource(Sequence[Any]):
         steps = [json.loads(step) for step in record["steps"]]
         return row | {"sample_index": int(record["sample_index"]), "steps": steps}
 
-    def lines(self) -> list[int]:
-        """The line of each row in the file that it comes from."""
-        return [int(self._records[index]["line"]) for index in range(len(self))]
+    def lines_and_ids(self) -> tuple[list[int], list[str]]:
+        """The line of each row in the file that it comes from, and its id."""
+        records = (self._records[index] for index in range(len(self)))
+        pairs = [(int(record["line"]), record["id"].decode("utf-8")) for record in records]
+        return [line for line, _ in pairs], [id for _, id in pairs]
 
 
 @contextlib.contextmanager
