@@ -62,16 +62,18 @@ class Estimate:
 
 def plan_faiss(config: RetrievalConfig, num_passages: int, dim: int) -> FaissPlan:
     """The index of the configuration for so many passages; the same for the same arguments everywhere."""
-    kinds: tuple[str, ...] = ("flat", "hnsw", "ivfpq") if config.faiss.kind == "auto" else (config.faiss.kind,)
-    if config.faiss.kind == "auto" and config.encoder.kind == "hash":
-        kinds = ("flat",)  # most passages share no feature with a query: a graph of them leads nowhere
-    plans = [_plan(config, kind, num_passages, dim) for kind in kinds]
-    if len(plans) == 1:
-        return plans[0]
-    flat, hnsw = (estimate(plan, num_passages, dim) for plan in plans[:2])
-    if flat.search_ms <= MAX_EXACT_MS and flat.search_memory <= config.memory_gb * _GIB:
-        return plans[0]
-    return plans[1] if hnsw.search_memory <= config.memory_gb * _GIB else plans[2]
+    if config.faiss.kind != "auto":
+        return _plan(config, config.faiss.kind, num_passages, dim)
+    flat = _plan(config, "flat", num_passages, dim)
+    if config.encoder.kind == "hash":
+        return flat  # most passages share no feature with a query: a graph of them leads nowhere
+    taken = estimate(flat, num_passages, dim)
+    if taken.search_ms <= MAX_EXACT_MS and taken.search_memory <= config.memory_gb * _GIB:
+        return flat
+    hnsw = _plan(config, "hnsw", num_passages, dim)
+    if estimate(hnsw, num_passages, dim).search_memory <= config.memory_gb * _GIB:
+        return hnsw
+    return _plan(config, "ivfpq", num_passages, dim)
 
 
 def _plan(config: RetrievalConfig, kind: str, num_passages: int, dim: int) -> FaissPlan:

@@ -235,6 +235,8 @@ def test_an_index_of_others_that_does_not_fit_is_refused(flat: Path, tmp_path: P
     assert "300 of 64; got 300 of 32" in refused(faiss.IndexFlatIP(32), vectors[:, :32])
     assert "an index of inner products, FAISS's metric 0; got metric 1" in refused(faiss.IndexFlatL2(64), vectors)
     assert "must hold what the encoder makes of the passages" in refused(faiss.IndexFlatIP(64), vectors[::-1])
+    other = vectors + 0.1 * np.random.default_rng(0).normal(size=64).astype(np.float32) / 8  # as with another prefix
+    assert "got 0.99" in refused(faiss.IndexFlatIP(64), other)
     hnsw = faiss.IndexHNSWFlat(64, 8, faiss.METRIC_INNER_PRODUCT)
     assert "must find passages by the encoder's vectors of them" in refused(hnsw, -vectors)
     path.write_bytes(b"IxFI nothing")

@@ -14,6 +14,7 @@ AUTO = RetrievalConfig(faiss=FaissConfig(kind="auto"), encoder=EncoderConfig(kin
 @pytest.mark.parametrize(
     ("num_passages", "memory_gb", "kind", "dtype"),
     [
+        (100, 8.0, "flat", "float32"),  # fewer than IVF-PQ can be trained on
         (10_000, 8.0, "flat", "float32"),
         (2_000_000, 8.0, "hnsw", "float16"),
         (21_000_000, 32.0, "hnsw", "float16"),
