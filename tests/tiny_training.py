@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh
 
 from r3rag_jax.config import CriticConfig, KLConfig, ModelConfig, RLConfig
 from r3rag_jax.models.decoder import PARAM_AXES
+from r3rag_jax.parallel import blocks
 from r3rag_jax.parallel.mesh import AXES
 from r3rag_jax.parallel.shardings import device_put_batch, device_put_global, tree_shardings
 from r3rag_jax.parallel.target import Target
@@ -25,6 +26,8 @@ from r3rag_jax.training.targets import make_pre_update, make_targets
 from r3rag_jax.types import Question, Sample, SFTBatch, Status, Step, TrainBatch, Trajectory, TrajectoryTable
 
 VOCAB = 272  # divides by the tensor axis, so that the embedding is really cut
+# On a mesh the output matrix, of 272 x 32, is gathered in three blocks, the last of which is short.
+blocks.MAX_ELEMENTS = 3000
 
 
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,12 @@ from jax import lax
 
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.params import PARAM_AXES, param_spec
+from r3rag_jax.parallel.blocks import Blocks
 from r3rag_jax.parallel.collectives import (
     TENSOR,
     Dims,
     gather,
     mesh_axes,
-    scatter,
     shared_over_tensor,
     split_dims,
     sum_over_tensor,
@@ -127,41 +128,47 @@ def embeddings_of_shard(
     Each device of `tensor` looks up the tokens whose embeddings it has.
     """
     spec = param_spec(_mesh(target), config, "embed")
-    x = _look_up(table, tokens_BL, split_dims(spec, ("fsdp",), target), spec[0] is not None, dtype)
-    return x if spec[0] is None else sum_over_tensor(x, target)
+    blocks = Blocks.of(table.shape, 0, split_dims(spec, ("fsdp",), target), target)
+    if spec[0] is None:
+        return _look_up(table, tokens_BL, blocks, dtype)
+    return sum_over_tensor(_look_up(table, tokens_BL - lax.axis_index(TENSOR) * len(table), blocks, dtype), target)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _look_up(
-    table: jax.Array, tokens_BL: jax.Array, dims: Dims, is_split: bool, dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """Gather a table of embeddings in `dtype` and look tokens up in it. Its gradient is summed in float32."""
-    whole = gather(table, dims, dtype, table.dtype)
-    return whole.at[_index(len(whole), tokens_BL, is_split)].get(mode="fill", fill_value=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _look_up(table: jax.Array, index_BL: jax.Array, blocks: Blocks, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Look rows up in a table that is gathered in blocks of `dtype`; zeros where an index is out of range.
+
+    The gradient is summed in float32, a block after the other.
+    """
+
+    def of_block(x: jax.Array, number: Any) -> tuple[jax.Array, None]:
+        block = blocks.gather(table, number, dtype)
+        return x + block.at[blocks.positions(index_BL, number)].get(mode="fill", fill_value=0), None
+
+    width = blocks.whole_shape(table.shape)[1]
+    return blocks.scan(of_block, jnp.zeros((*index_BL.shape, width), dtype))[0]
 
 
 def _look_up_forward(
-    table: jax.Array, tokens_BL: jax.Array, dims: Dims, is_split: bool, dtype: jax.typing.DTypeLike
+    table: jax.Array, index_BL: jax.Array, blocks: Blocks, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _look_up(table, tokens_BL, dims, is_split, dtype), (table, tokens_BL)
+    return _look_up(table, index_BL, blocks, dtype), (table, index_BL)
 
 
 def _look_up_backward(
-    dims: Dims, is_split: bool, dtype: jax.typing.DTypeLike, saved: tuple[jax.Array, jax.Array], grad_BLD: jax.Array
+    blocks: Blocks, dtype: jax.typing.DTypeLike, saved: tuple[jax.Array, jax.Array], grad_BLD: jax.Array
 ) -> tuple[jax.Array, None]:
-    table, tokens_BL = saved
-    index_BL = _index(len(table), tokens_BL, is_split)
-    grad = jnp.zeros((len(table), grad_BLD.shape[-1]), jnp.float32)
-    return scatter(grad.at[index_BL].add(grad_BLD.astype(jnp.float32), mode="drop"), dims).astype(table.dtype), None
+    table, index_BL = saved
+
+    def of_block(_: None, number: Any) -> tuple[None, jax.Array]:
+        grad = jnp.zeros((blocks.width, grad_BLD.shape[-1]), jnp.float32)
+        index = blocks.positions(index_BL, number)
+        return None, blocks.scatter(grad.at[index].add(grad_BLD.astype(jnp.float32), mode="drop"))
+
+    return blocks.join(blocks.scan(of_block, None)[1]).astype(table.dtype), None
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)
-
-
-def _index(num_rows: int, tokens_BL: jax.Array, is_split: bool) -> jax.Array:
-    """Rows of a device's part of a table of embeddings; out of range for tokens of other devices."""
-    index_BL = tokens_BL - lax.axis_index(TENSOR) * num_rows if is_split else tokens_BL
-    return jnp.where(index_BL < 0, num_rows, index_BL)
 
 
 def _mesh(target: Target) -> jax.sharding.AbstractMesh:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from r3rag_jax.models.matmul import transpose_copy
+from r3rag_jax.parallel.blocks import Blocks
 from r3rag_jax.parallel.collectives import (
     Dims,
     gather,
@@ -22,6 +23,7 @@ from r3rag_jax.parallel.collectives import (
     sum_over_tensor,
 )
 from r3rag_jax.parallel.target import Target
+from r3rag_jax.rl.vocabulary_blocks import BlockedOutput, logprobs_in_blocks
 from r3rag_jax.sampler.distribution import WHOLE, Truncation, truncate
 
 
@@ -54,10 +56,10 @@ def chunked_logprobs(
         chunk: the most tokens whose logits exist at once on a device; at least one token of each row is in a chunk.
         tied: whether `weight` is a table of embeddings.
         truncation: what the tokens were sampled with.
-        target: the devices that this is compiled for. On a device's shard the rows are those of the device. The weight
-            is gathered before the loop over chunks and its gradient is summed over devices after it: the loop has no
-            collectives.
-        split: the dimensions of `weight` that devices have shards of; empty if it is whole.
+        target: the devices that this is compiled for. On a device's shard the rows are those of the device.
+        split: the dimensions of `weight` that devices have shards of; empty if it is whole. A split weight is gathered,
+            and its gradient summed over devices, a block of the vocabulary after the other (`vocabulary_blocks.py`);
+            with a truncation, whose threshold depends on all logits, in one. Loops over chunks have no collectives.
 
     Returns:
         logprobs_BL and entropy_BL in nats, float32 [B, L], 0 where not kept, differentiable in
@@ -66,6 +68,8 @@ def chunked_logprobs(
     Raises:
         ValueError: chunk is not positive.
     """
+    if split and truncation == WHOLE:
+        return _in_blocks(weight, hidden_BLD, temperature_BL, targets_BL, mask_BL, chunk, tied, target, split)[:2]
     chunks = _Chunks(mask_BL.astype(bool), chunk, target)
     inputs = map(chunks.split, (hidden_BLD, temperature_BL, targets_BL))
     found_K2C = _logprobs(_How(tied, target, split, truncation), weight, *inputs, chunks.mask_KC, chunks.any_K)
@@ -155,11 +159,8 @@ def cross_entropy(
         mask_BL: bool [B, L], True = keep.
         chunk: the most tokens whose logits exist at once on a device; at least one token of each row is in a chunk.
         tied: whether `weight` is a table of embeddings.
-        target: the devices that this is compiled for. On a device's shard the rows are those of the device. The weight
-            is gathered before the loop over chunks and its gradient is summed over devices after it: the loop has no
-            collectives.
-        split: the dimensions of `weight` that devices have shards of; empty if it is whole. The gradient of the weight
-            is summed over devices in the forward pass, so the gradient of the loss must be equal on all of them.
+        target, split: as of `chunked_logprobs`. In blocks the logits are computed again in the backward pass, since no
+            token's softmax is known before the last block.
         share: the weight of these rows' means in those of the whole batch.
 
     Returns:
@@ -169,16 +170,39 @@ def cross_entropy(
     Raises:
         ValueError: chunk is not positive.
     """
-    chunks = _Chunks(mask_BL.astype(bool), chunk, target)
     scale = share / jnp.maximum(jnp.sum(mask_BL, dtype=jnp.float32), 1.0)
+    if split:
+        ones = jnp.ones(mask_BL.shape, jnp.float32)
+        logprobs, _, right = _in_blocks(weight, hidden_BLD, ones, targets_BL, mask_BL, chunk, tied, target, split)
+        return -jnp.sum(logprobs) * scale, jnp.sum(right) * scale
+    chunks = _Chunks(mask_BL.astype(bool), chunk, target)
     inputs = chunks.split(hidden_BLD), chunks.split(targets_BL), chunks.mask_KC, chunks.any_K
-    return _cross_entropy(_How(tied, target, split), weight, *inputs, scale)
+    return _cross_entropy(_How(tied, target), weight, *inputs, scale)
+
+
+def _in_blocks(
+    weight: jax.Array,
+    hidden_BLD: jax.Array,
+    temperature_BL: jax.Array,
+    targets_BL: jax.Array,
+    mask_BL: jax.Array,
+    chunk: int,
+    tied: bool,
+    target: Target,
+    split: Dims,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities, entropies and whether the target is the argmax (1.0 or 0.0), float32 [B, L]."""
+    blocks = Blocks.of(weight.shape, 0 if tied else 1, split, target)
+    # A chunk's part of the logits is smaller, and a gradient in float32 is read and written once a chunk.
+    chunks = _Chunks(mask_BL.astype(bool), min(2, blocks.num) * chunk, target)
+    inputs = chunks.split(hidden_BLD), chunks.split(temperature_BL.astype(jnp.float32)), chunks.split(targets_BL)
+    found = logprobs_in_blocks(BlockedOutput(tied, target, blocks), weight, *inputs, chunks.mask_KC)
+    logprobs, entropy, right = (chunks.join(x.astype(jnp.float32)) for x in found)
+    return logprobs, entropy, right
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(how, weight, hidden_KCD, targets_KC, mask_KC, any_K, scale):
-    weight = how.whole(weight, hidden_KCD.dtype)
-
     def one_chunk(hidden_CD, targets_C, mask_C):
         return _chunk_sums(how.logits(hidden_CD, weight), targets_C, mask_C)[0]
 
@@ -192,14 +216,12 @@ def _cross_entropy(how, weight, hidden_KCD, targets_KC, mask_KC, any_K, scale):
 
 
 def _cross_entropy_forward(how, weight, hidden_KCD, targets_KC, mask_KC, any_K, scale):
-    whole = how.whole(weight, hidden_KCD.dtype)
-
     def one_chunk(carry, hidden_CD, targets_C, mask_C):
         sums, grad_weight = carry
-        chunk_sums, exps_CV, total_C = _chunk_sums(how.logits(hidden_CD, whole), targets_C, mask_C)
+        chunk_sums, exps_CV, total_C = _chunk_sums(how.logits(hidden_CD, weight), targets_C, mask_C)
         grad_CV = exps_CV.at[jnp.arange(len(targets_C)), targets_C].add(-total_C, mode="drop")
         grad_CV = grad_CV * jnp.where(mask_C, scale / total_C, 0.0)[:, None]
-        grad_weight, grad_hidden_CD = how.add_gradients(grad_weight, grad_CV, hidden_CD, whole)
+        grad_weight, grad_hidden_CD = how.add_gradients(grad_weight, grad_CV, hidden_CD, weight)
         return (sums + chunk_sums, grad_weight), grad_hidden_CD
 
     def if_kept(carry, inputs):
@@ -207,12 +229,10 @@ def _cross_entropy_forward(how, weight, hidden_KCD, targets_KC, mask_KC, any_K, 
         skip = jnp.zeros_like(chunk[0])
         return _if_kept(how.target, any_kept, lambda: one_chunk(carry, *chunk), lambda: (carry, skip))
 
-    start = jnp.zeros(2, jnp.float32), jnp.zeros(whole.shape, jnp.float32)
+    start = jnp.zeros(2, jnp.float32), jnp.zeros(weight.shape, jnp.float32)
     (sums, grad_weight), grad_hidden_KCD = lax.scan(if_kept, start, (hidden_KCD, targets_KC, mask_KC, any_K))
     loss, accuracy = sum_over_tensor(sums, how.target) * scale
-    grads = how.shard(grad_weight, weight.dtype), grad_hidden_KCD
-    # The gradient of the whole weight, which may take gigabytes, must not wait for the backward pass of the layers.
-    return (loss, accuracy), lax.optimization_barrier(grads) if how.split else grads
+    return (loss, accuracy), (grad_weight.astype(weight.dtype), grad_hidden_KCD)
 
 
 def _cross_entropy_backward(how, grads, cotangents):
@@ -243,7 +263,7 @@ class _How(NamedTuple):
 
     tied: bool
     target: Target
-    split: Dims
+    split: Dims = ()
     truncation: Truncation = WHOLE
 
     def whole(self, weight, dtype):

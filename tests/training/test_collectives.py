@@ -19,9 +19,13 @@ from r3rag_jax.compiling import hlo
 from r3rag_jax.config import ModelConfig, SFTConfig
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
+from r3rag_jax.parallel import blocks
+from r3rag_jax.parallel.blocks import Blocks
+from r3rag_jax.parallel.collectives import Dims
 from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.parallel.shardings import batch_shardings, tree_shardings
-from r3rag_jax.training import optimizer
+from r3rag_jax.parallel.target import Target
+from r3rag_jax.training import losses, optimizer
 from r3rag_jax.training.state import Targets, TrainState, new_critic
 from r3rag_jax.training.steps import make_rl_step, make_sft_step
 from r3rag_jax.types import SFTBatch, TrainBatch
@@ -76,28 +80,38 @@ def equations(jaxpr: Any, loops: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tu
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 @pytest.mark.parametrize("phase", ["sft", "rl"])
-def test_layers_are_gathered_one_at_a_time_and_the_loss_loop_sends_nothing(phase: str) -> None:
+def test_what_a_step_gathers_and_where(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer at a time, and a block of the vocabulary at a time, in whose loop over tokens nothing is sent."""
+    monkeypatch.setattr(losses, "CPU_LOSS_CHUNK", 8)  # several chunks of tokens for a block
+    monkeypatch.setattr(blocks, "MAX_ELEMENTS", 1400)
     mesh = make_mesh(tiny.mesh_config(1, 4, 2))
     step, arguments = step_and_arguments(mesh, phase, tiny.decoder(VOCAB), ModelConfig(remat="full"), (8, 40))
     found = list(equations(step.trace(*arguments).jaxpr.jaxpr))
     sent = [(e.primitive.name, loops) for e, loops in found if e.primitive.name.startswith(COLLECTIVES)]
     assert {name for name, _ in sent} <= {"all_gather", "psum", "psum_invariant", "reduce_scatter"}
-    loss_loops = [
-        loops[-1]
-        for e, loops in found
-        if loops and e.primitive.name == "dot_general" and VOCAB in e.outvars[0].aval.shape
-    ]
-    assert loss_loops
-    assert not [name for name, loops in sent if any(loop in loops for loop in loss_loops)]
-    in_layers = [name for name, loops in sent if loops]
-    passes = 1 if phase == "sft" else 2  # policy and critic
-    assert in_layers.count("reduce_scatter") == PROJECTIONS * passes
-    assert in_layers.count("all_gather") == 2 * PROJECTIONS * passes  # and once more in the backward pass
+    both: Dims = ((0, ("tensor",)), (1, ("fsdp",)))  # of an embedding the second alone: devices look up what they have
+    output, embedding = (Blocks.of((136, 8), 0, split, Target.of(mesh).shard()).num for split in (both, both[1:]))
+    assert (output, embedding) == (7, 4)
+    products = [loops for e, loops in found if e.primitive.name == "dot_general" and loops]
+    token_loops = [loops for loops in products if len(loops) > 1 and loops[-2].params["length"] == output]
+    assert token_loops
+    assert not [name for name, loops in sent if any(of_tokens[-1] in loops for of_tokens in token_loops)]
+
+    def sent_in(length: int, kind: str) -> int:
+        return sum(name == kind for name, loops in sent if loops and loops[-1].params["length"] == length)
+
+    layers, passes = 2, 1 if phase == "sft" else 2  # policy and critic
+    assert sent_in(layers, "reduce_scatter") == PROJECTIONS * passes
+    assert sent_in(layers, "all_gather") == 2 * PROJECTIONS * passes  # and once more in the backward pass
+    assert sent_in(output, "reduce_scatter") == 2
+    assert sent_in(output, "all_gather") == 2 * 2
+    assert sent_in(embedding, "reduce_scatter") == sent_in(embedding, "all_gather") == passes
 
 
-# A Qwen2.5 of two layers: small enough to compile in a minute, wide enough that XLA treats its matrices as large.
+# A Qwen2.5 of two layers: small enough to compile in a minute, wide enough that XLA treats its matrices as large. The
+# output matrix is three blocks.
 QWEN_OF_TWO_LAYERS = DecoderConfig(
-    vocab_size=32_768,
+    vocab_size=98_304,
     hidden_size=2048,
     num_layers=2,
     num_heads=16,
