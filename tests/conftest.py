@@ -33,7 +33,12 @@ hypothesis.settings.load_profile("no_clock")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The user's compile cache is neither read nor written; ours keeps what takes longer to compile than to write."""
+    """With `-m tpu` one CPU device: programs for a pod must not take a form that the CPUs of this process need.
+
+    The user's compile cache is neither read nor written; ours keeps what takes longer to compile than to write.
+    """
+    if config.option.markexpr == "tpu":  # jax is not imported yet
+        os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(f"{DEVICES}=8", f"{DEVICES}=1")
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")  # two writers of one entry could meet
     if not hasattr(config, "cache"):  # pytest -p no:cacheprovider
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -83,7 +88,10 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 
 @pytest.fixture
 def pod(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The devices of a v5e 4x4 slice, to compile for; with the optimizations that the other tests do without."""
+    """The devices of a v5e 4x4 slice, to compile for; with the optimizations that the other tests do without.
+
+    On a process with one CPU device, see `pytest_configure`.
+    """
     pytest.importorskip("libtpu", reason="needs the TPU compiler: the package libtpu, of the version jax[tpu] names")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-16")
@@ -91,6 +99,7 @@ def pod(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import jax
     from jax.experimental import topologies
 
+    assert jax.local_device_count() == 1, "run these tests with -m tpu alone"
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
     before = {
         "jax_disable_most_optimizations": jax.config.read("jax_disable_most_optimizations"),
