@@ -37,7 +37,8 @@ class ChatReply:
         prompt, ids = self._written[asked]
         tokenizer = self._model.tokenizer
         said = tokenizer.without_end(ids)
-        reply = chat(tokenizer.decode(said, skip_special=True), "stop" if len(said) < len(ids) else "length")
+        text, stop, _ = tokenizer.decode(said, skip_special=True).partition(body["stop"][0])
+        reply = chat(text, "stop" if stop or len(said) < len(ids) else "length")
         return 200, reply | {"usage": {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}}
 
     def _generate(self) -> None:

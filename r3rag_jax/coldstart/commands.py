@@ -22,7 +22,7 @@ from r3rag_jax.coldstart.replay import differences, fault_of
 from r3rag_jax.coldstart.sources import Source, TeacherSource
 from r3rag_jax.coldstart.spending import cost
 from r3rag_jax.coldstart.teacher import LocalText, ServedBackend, ServedText, TeacherClient
-from r3rag_jax.coldstart.teacher_env import TeacherRules, TeacherText
+from r3rag_jax.coldstart.teacher_env import STOP, TeacherRules, TeacherText
 from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.jsonl import write_jsonl
@@ -189,7 +189,7 @@ def _open_teacher(parts: Parts, journal: Journal) -> tuple[RolloutBackend, Teach
         local.engine, local.decoder, local.tokenizer, decode_chunk=parts.config.rollout.decode_chunk
     )
     text = LocalText(local.tokenizer, cold.local.max_length)
-    return backend, text, StopRule(stop_ids=local.tokenizer.end_ids), local.identity
+    return backend, text, StopRule((), local.tokenizer.end_ids, (STOP,)), local.identity
 
 
 def write(parts: Parts, accepted: Sequence[Trajectory], tally: Tally, journal: Journal) -> None:

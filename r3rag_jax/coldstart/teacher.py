@@ -18,6 +18,7 @@ from typing import Any
 from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
 from r3rag_jax.coldstart.journal import Journal, Reply
 from r3rag_jax.coldstart.spending import TokenLimit, most_tokens, used_tokens
+from r3rag_jax.coldstart.teacher_env import STOP
 from r3rag_jax.config import ColdStartConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.rollout.backends import ServerGeneration
@@ -111,6 +112,7 @@ class TeacherClient:
             "messages": [{"role": "user", "content": prompt}],
             "temperature": context.temperature,
             "max_tokens": context.budget,
+            "stop": [STOP],
         }
         if context.key is not None:
             body["seed"] = int(context.key[0]) >> 1  # 31 bits, which every server takes

@@ -26,6 +26,8 @@ from r3rag_jax.text.protocols import StepsProtocol, question_text
 from r3rag_jax.types import Completion, Context, Passage, Status, Step, Trajectory
 
 PROTOCOL = StepsProtocol()
+# A teacher that makes up what its query brings is stopped there.
+STOP = "\n" + PROTOCOL.render_passages([""]).rstrip()
 
 
 class TeacherText(Protocol):
@@ -82,10 +84,12 @@ class TeacherEnv:
         if reply is None:
             self.has_failed = True
             return self._done(Status.NO_ANSWER)
-        written = reply.text.rpartition("</think>")[2].strip()  # what a reasoning model thinks is no part of the step
-        step = PROTOCOL.parse_step(written, len(self._steps) + 1)
-        if not reply.is_whole or not step.is_well_formed:
-            self._steps.append(Step(written, is_well_formed=False))
+        said = reply.text.rpartition("</think>")[2]  # what a reasoning model thinks is no part of the step
+        written, stop, _ = said.partition(STOP)
+        step = PROTOCOL.parse_step(written.strip(), len(self._steps) + 1)
+        is_whole = reply.is_whole or stop != "" or _is_followed(step, written)
+        if not is_whole or not step.is_well_formed:
+            self._steps.append(Step(written.strip(), is_well_formed=False))
             return self._done(Status.FORMAT_ERROR)
         self._steps.append(step)
         if step.query is None:
@@ -114,3 +118,11 @@ class TeacherEnv:
     def _done(self, status: Status) -> Done:
         request = self._request
         return Done(Trajectory(request.question, tuple(self._steps), status, sample_index=request.sample_index))
+
+
+def _is_followed(step: Step, written: str) -> bool:
+    """Whether the query or answer of a step is a whole line: a teacher that went on from there may be cut off."""
+    if not step.is_well_formed:
+        return False
+    last = PROTOCOL.render_step(step, 1).rpartition("\n")[2]
+    return last in map(str.strip, written.split("\n")[:-1])

@@ -63,7 +63,7 @@ def test_a_reply_is_asked_for_once_and_kept(journal: Journal) -> None:
     assert len(server.bodies) == 3
     assert server.bodies[0] == {
         "model": "m", "messages": [{"role": "user", "content": "naïve 🙂"}], "temperature": 0.4, "max_tokens": 77,
-        "seed": 3,
+        "stop": ["\nThe retrieval documents:"], "seed": 3,
     }  # fmt: skip
     assert cost(journal, TeacherConfig(price_input=2.0, price_output=8.0)) == pytest.approx((30 * 2 + 9 * 8) / 1e6)
 

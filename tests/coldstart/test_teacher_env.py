@@ -101,6 +101,19 @@ def test_a_step_that_is_cut_off_is_malformed(codec: Codec) -> None:
     assert isinstance(done, Done) and done.trajectory.status is Status.FORMAT_ERROR
 
 
+TAILS = ["\nStep 2:\nThe problem", "  \n", "\nThe retrieval documents:", "\nThe retrieval documents: x"]
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_step_that_was_whole_before_the_reply_was_cut_off_counts(codec: Codec, tail: str) -> None:
+    one = env(codec)
+    context = one.start()
+    assert isinstance(context, Context)
+    text = gold_answer("".join(map(chr, context.ids)), 0.0)
+    search = one.step(Completion([*map(ord, text + tail), CUT_OFF], None))
+    assert isinstance(search, Search) and search.query == "Who wrote Origin?"
+
+
 def test_a_request_that_failed_ends_the_attempt_unfinished(codec: Codec) -> None:
     one = env(codec)
     one.start()
