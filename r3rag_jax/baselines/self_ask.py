@@ -64,6 +64,7 @@ class SelfAskEnv:
         self._attempt = Attempt(request, settings.writer.tokenizer)
         self._passages: Sequence[Passage] = ()  # of the last follow-up question
         self._reply = ""  # after the cue
+        self._thought = ""  # what was written before an answer that is asked for
         self._is_answering = False  # the prompt ends with FINAL
 
     def start(self) -> Context | Done:
@@ -74,7 +75,7 @@ class SelfAskEnv:
         """See `Env.step`."""
         text = self._attempt.read(completion)
         if self._is_answering:
-            return self._attempt.done("", first_line(text))
+            return self._attempt.done(self._thought, first_line(text))
         text = text.partition(INTERMEDIATE)[0].partition("\nQuestion:")[0]
         before, mark, answer = text.partition(FINAL)
         before, asks, question = before.partition(FOLLOW_UP)
@@ -83,6 +84,7 @@ class SelfAskEnv:
         self._reply += f" {before.strip()}" if before.strip() else ""
         query = first_line(question)
         if not query or self._num_left == 0:
+            self._thought = before.strip()
             return self._ask_for_answer()
         self._num_left -= 1
         self._reply += f"\n{FOLLOW_UP} {query}\n{INTERMEDIATE}"

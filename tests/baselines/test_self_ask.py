@@ -59,7 +59,7 @@ def test_who_asks_nothing_must_answer(tokenizer: Tokenizer) -> None:
     for line, shown in ((" Yes.\nFollow up: \n", " Yes."), (" Well.", " Well."), ("", "")):
         played = play(tokenizer, "self_ask", [line, " Shrewsbury\nFollow up: x"])
         assert played.asked == [] and played.prompts[1].endswith(f"{ASKED}{shown}\nSo the final answer is:")
-        assert played.trajectory.answer == "Shrewsbury"
+        assert played.trajectory.steps == (Step(shown.strip(), answer="Shrewsbury"),)
     nothing = play(tokenizer, "self_ask", ["", ""]).trajectory
     assert (nothing.status, nothing.steps) == (Status.NO_ANSWER, ())
 
