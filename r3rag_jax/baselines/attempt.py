@@ -45,9 +45,14 @@ class Attempt:
         self._steps[-1] = dataclasses.replace(self._steps[-1], passages=tuple(passages))
 
     def done(self, analysis: str = "", answer: str = "") -> Done:
-        """End with an answer, of which the full stop is left out, or without one if it is empty."""
+        """End with an answer, of which the full stop is left out, or without one if it is empty.
+
+        Without an answer the analysis is kept in a step that is not well formed.
+        """
         if answer := answer.strip().rstrip(".").strip():
             self._steps.append(Step(analysis.strip(), answer=answer))
+        elif analysis.strip():
+            self._steps.append(Step(analysis.strip(), is_well_formed=False))
         status, steps = Status.ANSWERED if answer else Status.NO_ANSWER, tuple(self._steps)
         index = self._request.sample_index
         return Done(Trajectory(self._request.question, steps, status, (), index, self._num_sampled))

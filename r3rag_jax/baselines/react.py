@@ -175,7 +175,7 @@ class ReActEnv:
 
     def _observed(self, observation: str) -> Context | Done:
         self._turns[-1] = dataclasses.replace(self._turns[-1], observation=observation)
-        return self._attempt.done() if len(self._turns) >= self._max_steps else self._context()
+        return self._attempt.done(self._notes) if len(self._turns) >= self._max_steps else self._context()
 
     def _look_up(self, word: str) -> str:
         """The next sentence of the passages that holds a word."""

@@ -79,7 +79,11 @@ def test_it_ends_without_an_answer_after_so_many_actions(tokenizer: Tokenizer) -
     last = play(tokenizer, "react", [SEARCH, " b\nAction 2: Finish[x]"], react__max_steps=2)
     assert last.trajectory.answer == "x"
     none = play(tokenizer, "react", [" a\nAction 1: Finish[]"])
-    assert (none.trajectory.status, none.trajectory.steps) == (Status.NO_ANSWER, ())
+    assert none.trajectory.status == Status.NO_ANSWER and none.trajectory.answer is None
+    assert none.trajectory.steps == (Step("a", is_well_formed=False),)
+    lost = play(tokenizer, "react", [" a\nAction 1: Look", " b\nAction 2: Look"], react__max_steps=2).trajectory
+    notes = "a\nLook\nInvalid action: Look\nb\nLook\nInvalid action: Look"
+    assert (lost.status, lost.steps) == (Status.NO_ANSWER, (Step(notes, is_well_formed=False),))
 
 
 def test_nothing_found_is_said(tokenizer: Tokenizer) -> None:
