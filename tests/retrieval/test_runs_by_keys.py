@@ -28,7 +28,7 @@ def flat(finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> Pa
 def trained(directory: Path, base: Path, *keys: str) -> Path:
     """The same run with other keys, as on the command line."""
     recipe = tiny_run.write_recipe(directory, base)
-    train.main(["--config", str(recipe), *keys])
+    assert train.main(["--config", str(recipe), *keys]) == 0
     return directory / "run"
 
 
