@@ -1,23 +1,30 @@
 """Encoding passages compared with sentence-transformers, with the same model and passages, in one process.
 
-    python benchmarks/encoding.py MODEL CORPUS [--passages 1024] [--rounds 3]     (needs torch, sentence-transformers)
+    python benchmarks/encoding.py MODEL CORPUS [--passages 1024] [--rounds 3] [--profile]
 
-MODEL is a Hugging Face directory or package:NAME; CORPUS is a file of passages, as `index build` reads it, from which
-passages are drawn. On a GPU both use it: XLA_PYTHON_CLIENT_MEM_FRACTION=.4 leaves memory for PyTorch.
+Needs torch and sentence-transformers. MODEL is a Hugging Face directory or package:NAME; CORPUS is a file of passages,
+as `index build` reads it, from which passages are drawn. On a GPU both use it: XLA_PYTHON_CLIENT_MEM_FRACTION=.4 leaves
+memory for PyTorch.
 
 Every round runs all variants in turn; figures are medians over the rounds, and ratios are quotients of medians. Both
 tokenize, sort by length and return vectors on the host. "of a matmul" is the share of the speed of a large matmul of
-the same dtype in JAX that the model's operations on the passages' tokens reach; padding counts as lost time.
+the same dtype in JAX that the model's operations on the passages' tokens reach; padding counts as lost time. "CPU
+µs/token" is the CPU time of all threads, which other programs disturb less. `--profile` adds the operations of this
+package that take the longest; those of `while` are the layers.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import os
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -60,6 +67,27 @@ def model_flops(config: BertConfig, lengths: np.ndarray) -> float:
     return float(config.num_layers * (per_token * lengths.sum() + 4 * D * np.square(lengths).sum()))
 
 
+def cpu_seconds(call: Callable[[], np.ndarray]) -> float:
+    """CPU time of a call, of all threads of the process."""
+    began = time.process_time()
+    call()
+    return time.process_time() - began
+
+
+def longest_operations(call: Callable[[], np.ndarray], count: int = 16) -> list[tuple[str, float]]:
+    """(name, seconds) of XLA's operations that take the longest, summed over a call."""
+    seconds: collections.Counter[str] = collections.Counter()
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            call()
+        [trace] = Path(directory).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+            for event in (event for line in plane.lines for event in line.events):
+                if "hlo_op" in (stat for stat, _ in event.stats):
+                    seconds[event.name] += event.duration_ns / 1e9
+    return seconds.most_common(count)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -68,6 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32, help="sentence-transformers' batch_size; its default is 32")
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", default=["float32", "bfloat16"])
+    parser.add_argument("--profile", action="store_true", help="also print the operations that take the longest")
     options = parser.parse_args()
     use_compile_cache()
     path = model_path(options.model)
@@ -93,17 +122,19 @@ def main() -> None:
     console = Console()
     peak = {dtype: matmul_flops(dtype) for dtype in options.dtypes}
     table = Table(title=f"{len(texts)} passages of {lengths.mean():.0f} tokens ({lengths.min()} to {lengths.max()})")
-    for column in ("", "passages/s", "tokens/s", "GFLOP/s", "of a matmul"):
+    for column in ("", "passages/s", "tokens/s", "GFLOP/s", "of a matmul", "CPU µs/token"):
         table.add_column(column, justify="left" if column == "" else "right")
     for name, taken in seconds.items():
         speed = model_flops(config, lengths) / taken
         share = speed / peak[name.split()[-1]]
-        table.add_row(
-            name, f"{len(texts) / taken:.1f}", f"{lengths.sum() / taken:.0f}", f"{speed / 1e9:.0f}", f"{share:.0%}"
-        )
+        cpu_us = 1e6 * cpu_seconds(variants[name]) / lengths.sum()
+        rates = f"{len(texts) / taken:.1f}", f"{lengths.sum() / taken:.0f}", f"{speed / 1e9:.0f}"
+        table.add_row(name, *rates, f"{share:.0%}", f"{cpu_us:.0f}")
     console.print(table)
     ours, theirs = (min((taken, key) for key, taken in seconds.items() if key.startswith(x)) for x in (OURS, THEIRS))
     console.print(f"best of each: {ours[1]} against {theirs[1]}, ratio {theirs[0] / ours[0]:.2f}")
+    for name, taken in longest_operations(variants[ours[1]]) if options.profile else ():
+        console.print(f"{1e6 * taken / lengths.sum():8.1f} µs/token  {name}", highlight=False)
 
 
 if __name__ == "__main__":
