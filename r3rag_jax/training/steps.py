@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from r3rag_jax.config import ModelConfig, RLConfig
 from r3rag_jax.models.decoder import PARAM_AXES
+from r3rag_jax.parallel.collectives import compiler_options
 from r3rag_jax.parallel.shardings import replicated, tree_shardings
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
@@ -84,4 +85,5 @@ def _update(
 
 def _jit_step(mesh: Mesh, step: Callable[..., Any], state: TrainState) -> Callable[..., Any]:
     shardings = tree_shardings(mesh, state, PARAM_AXES)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    options = compiler_options(Target.of(mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)), compiler_options=options)
