@@ -59,7 +59,8 @@ def _collectives(programs: RunPrograms, name: str) -> list[Collective]:
     mesh = programs.mesh if name in ("sft", "rl", "score") else programs.sampler_mesh
     data, fsdp, tensor = (mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
     item = jnp.dtype(config.model.dtype).itemsize
-    weights = sum(map(math.prod, param_shapes(decoder).values())) * item // tensor
+    elements = sum(map(math.prod, param_shapes(decoder).values())) // tensor
+    weights, gradients = elements * item, elements * 4  # gradients are summed in float32
     has_value_model = programs.model_flops("rl") > programs.model_flops("sft") * (
         config.rl.batch_rows * config.rl.row_length / config.sft.batch_rows / config.sft.row_length
     )
@@ -75,8 +76,8 @@ def _collectives(programs: RunPrograms, name: str) -> list[Collective]:
     is_gathered = name not in ("load", "prefill", "decode") or config.rollout.shard_weights
     gathers = (2 if is_training else 1) * micro * models * layers * is_gathered
     add("all-gather", weights // layers, fsdp, gathers, is_async=True)
-    add("reduce-scatter", weights // layers, fsdp, micro * models * layers * is_training, is_async=True)
-    add("all-reduce", 2 * weights // fsdp, data, models * is_training, is_async=True)
+    add("reduce-scatter", gradients // layers, fsdp, micro * models * layers * is_training, is_async=True)
+    add("all-reduce", gradients // fsdp, data, models * is_training, is_async=True)
     sums = {"sft": 4, "rl": 4, "score": 2, "load": 0, "prefill": 2, "decode": 2}[name]
     add("all-reduce", num_tokens * decoder.hidden_size * item, tensor, sums * layers * models * micro, is_async=False)
     if name == "load":

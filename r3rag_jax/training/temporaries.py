@@ -16,6 +16,7 @@ from r3rag_jax.config import Config
 from r3rag_jax.models.attention import QUERY_CHUNK
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import param_shapes
+from r3rag_jax.parallel.blocks import MAX_ELEMENTS
 from r3rag_jax.parallel.shardings import batch_ways
 from r3rag_jax.parallel.target import Target
 from r3rag_jax.rl.algorithms import ALGORITHMS
@@ -35,7 +36,7 @@ class _Sizes:
     layer_weights: int  # of one layer in the compute dtype, gathered over fsdp
     layer_params: int  # elements of one layer, gathered over fsdp
     logits: int  # a token's logits in float32, with their exponentials and gradient
-    output_params: int  # elements of the output matrix, gathered over fsdp
+    block: int  # elements of the output matrix, or of the embeddings, that a device gathers at once; 0: none
 
 
 def estimated_temporaries(config: Config, decoder: DecoderConfig, mesh: Mesh, trained_bytes: int) -> dict[str, int]:
@@ -52,7 +53,7 @@ def estimated_temporaries(config: Config, decoder: DecoderConfig, mesh: Mesh, tr
     gathered = 2 * sizes.layer_weights if rollout.shard_weights and mesh.shape["fsdp"] > 1 else 0
     return {
         "sft": _step(config, sizes, decoder, mesh, config.sft.batch_rows, config.sft.row_length, 1, trained_bytes),
-        "score": _forward(sizes, mesh, rl.batch_rows, rl.row_length) + sizes.layer_weights,
+        "score": _forward(sizes, decoder, mesh, rl.batch_rows, rl.row_length) + sizes.layer_weights,
         "rl": _step(
             config, sizes, decoder, mesh, rl.batch_rows, rl.row_length, 2 if has_value_model else 1, trained_bytes
         ),
@@ -73,11 +74,11 @@ def _sizes(config: Config, decoder: DecoderConfig, mesh: Mesh) -> _Sizes:
     return _Sizes(
         residual=decoder.hidden_size * item,
         activations=item * (4 * decoder.hidden_size + (2 * heads + 3 * decoder.ffn_size) // tensor),
-        scores=3 * 4 * QUERY_CHUNK * -(-decoder.num_heads // tensor),
+        scores=0 if config.model.attention == "splash" else 3 * 4 * QUERY_CHUNK * -(-decoder.num_heads // tensor),
         layer_weights=item * layer,
         layer_params=layer,
         logits=3 * 4 * -(-decoder.vocab_size // tensor),
-        output_params=decoder.hidden_size * decoder.vocab_size // tensor,
+        block=min(decoder.hidden_size * decoder.vocab_size, MAX_ELEMENTS) if mesh.shape["fsdp"] * tensor > 1 else 0,
     )
 
 
@@ -99,20 +100,25 @@ def _step(
     checkpoints = num_models * layers * tokens * kept[config.model.remat]
     layer = 2 * tokens * sizes.activations + micro * length * sizes.scores
     layer += 2 * sizes.layer_weights + 4 * sizes.layer_params
-    item = sizes.residual // decoder.hidden_size
-    loss = min(tokens, LOSS_TOKENS) * sizes.logits + tokens * 2 * sizes.residual + item * sizes.output_params
     gradients = trained_bytes * (2 if micro < rows else 1)
-    if mesh.shape["fsdp"] > 1:
-        # Gradients of the embedding of each model and of the output matrix are whole until they are summed. On TPU that
-        # takes as much again: XLA writes their reduce-scatter as an all-reduce of which a device keeps its share.
-        copies = 2 if Target.of(mesh).platform == "tpu" else 1
-        gradients += (num_models + 1) * copies * 4 * sizes.output_params
+    loss = tokens * 2 * sizes.residual + _loss(sizes, decoder, mesh, tokens)
     return gradients + checkpoints + max(layer, loss)
 
 
-def _forward(sizes: _Sizes, mesh: Mesh, num_rows: int, length: int) -> int:
+def _loss(sizes: _Sizes, decoder: DecoderConfig, mesh: Mesh, tokens: int) -> int:
+    """The logits of a chunk; where the output matrix is split, of a block with its gradient, and of hidden states."""
+    if not sizes.block:
+        return min(tokens, LOSS_TOKENS) * sizes.logits + 2 * decoder.hidden_size * decoder.vocab_size
+    # On TPU a gradient takes as much again: XLA writes its reduce-scatter as an all-reduce of which a device keeps its
+    # share.
+    gradients = 2 if Target.of(mesh).platform == "tpu" else 1
+    tokens //= mesh.shape["tensor"]
+    logits = min(tokens, 2 * LOSS_TOKENS) * 3 * 4 * sizes.block // decoder.hidden_size
+    return logits + tokens * 2 * sizes.residual + (2 + 4 * gradients) * sizes.block
+
+
+def _forward(sizes: _Sizes, decoder: DecoderConfig, mesh: Mesh, num_rows: int, length: int) -> int:
     """A forward pass over a batch, and the log-probabilities of its tokens."""
     tokens = num_rows // batch_ways(mesh, num_rows) * length
-    chunk = min(tokens, LOSS_TOKENS)
     layer = tokens * (sizes.activations + sizes.scores)
-    return tokens * 2 * sizes.residual + max(layer, chunk * sizes.logits + sizes.output_params * 2)
+    return tokens * 2 * sizes.residual + max(layer, _loss(sizes, decoder, mesh, tokens))
