@@ -12,7 +12,8 @@ from r3rag_jax.compiling.hlo import Computation, Instruction, Place, Program
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _OPCODES = {kind: kind for kind in KINDS} | {f"{kind}-start": kind for kind in KINDS}
 _OPCODES |= {"ragged-all-to-all": "all-to-all", "collective-broadcast": "all-gather"}
-_ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
+_ASYNC = 'custom_call_target="AsyncCollective'
+_ASYNC_START = f'{_ASYNC}Start"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,13 @@ def collectives(program: Program) -> list[Collective]:
 def is_collective(instruction: Instruction) -> bool:
     """Whether an instruction is, or starts, a collective."""
     return instruction.opcode in _OPCODES
+
+
+def hands_on(instruction: Instruction) -> bool:
+    """Whether, in a fusion that a collective runs beside, an instruction is a part of it or passes its arrays on."""
+    return (
+        is_collective(instruction) or instruction.opcode in ("tuple", "parameter") or _ASYNC in instruction.attributes
+    )
 
 
 def totals(found: Iterable[Collective]) -> dict[str, Total]:

@@ -2,7 +2,8 @@
 
 Operations are those of matrix products (`dot`, `convolution`, and what a kernel states as its cost): 2 per
 multiplication and addition. Traffic is what instructions outside fusions read from and write to HBM; a fusion that only
-slices an operand reads the slice, and an update in place writes the update.
+slices an operand reads the slice, and an update in place writes the update. It is without that of collectives, also of
+those that run beside a fusion, which has their arrays among its own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import numpy as np
 
 from r3rag_jax.compiling.hlo import Array, Computation, Instruction, Program
+from r3rag_jax.compiling.traffic import hands_on, is_collective
 
 # Instructions that move nothing: their result is a view, or belongs to another instruction.
 _FREE = {
@@ -82,9 +84,10 @@ def _in_hbm(arrays: tuple[Array, ...]) -> int:
 
 
 def _read_bytes(program: Program, inside: Computation, parameter: Instruction, operand: Instruction | None) -> float:
-    """What a fusion reads of an operand: all of it, or the slices that it takes."""
+    """What a fusion reads of an operand: all of it, or the slices that it takes; nothing of a collective's arrays."""
     whole = _in_hbm(parameter.result if operand is None else operand.result)
-    if not whole:
+    users = [user for user in inside.instructions.values() if parameter.name in user.operands]
+    if not whole or (_has_collective(inside) and all(map(hands_on, users))):
         return 0.0
     sliced = _sliced_bytes(program, inside, parameter.name)
     return whole if sliced is None else min(whole, sliced)
@@ -117,8 +120,10 @@ def _sliced_bytes(program: Program, inside: Computation, name: str) -> float | N
 
 
 def _written_bytes(inside: Computation, fusion: Instruction) -> float:
-    """What a fusion writes: its results, of an update in place the update."""
-    root = inside.root
+    """What a fusion writes: its results, of an update in place the update; nothing of a collective's arrays."""
+    root, has_collective = inside.root, _has_collective(inside)
+    if has_collective and root.opcode != "tuple" and hands_on(root):
+        return 0.0
     outputs = [inside.instructions[name] for name in root.operands] if root.opcode == "tuple" else [root]
     if len(outputs) != len(fusion.result):
         return _in_hbm(fusion.result)
@@ -126,10 +131,16 @@ def _written_bytes(inside: Computation, fusion: Instruction) -> float:
     for output, array in zip(outputs, fusion.result, strict=True):
         while output.opcode == "bitcast" and output.operands[0] in inside.instructions:
             output = inside.instructions[output.operands[0]]
+        if has_collective and hands_on(output):
+            continue
         place = _UPDATES.get(output.opcode)
         update = array.num_bytes if place is None else inside.instructions[output.operands[place]].num_bytes
         total += 0 if array.is_on_chip else update
     return total
+
+
+def _has_collective(inside: Computation) -> bool:
+    return any(map(is_collective, inside.instructions.values()))
 
 
 def _dot_flops(computation: Computation, instruction: Instruction) -> float:

@@ -217,6 +217,48 @@ def test_operations_and_hbm_traffic_count_with_their_loop() -> None:
     assert work.hbm_bytes(hlo.read(TPU)) == w + 2 * h + 2 * 4 + 6 * (h + 3 * 4)
 
 
+def test_a_sum_that_runs_beside_a_fusion_is_none_of_its_traffic() -> None:
+    """The fusion reads %a and writes its double; %g, and the sum of it over devices, it hands on."""
+    text = """\
+HloModule jit_s, num_partitions=4
+
+%sum (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %add = f32[] add(%x, %y)
+}
+
+%start (p.0: f32[256,512]) -> (f32[256,512], f32[256,512]) {
+  %p.0 = f32[256,512]{1,0} parameter(0)
+  %reduce.0 = f32[256,512]{1,0} all-reduce(%p.0), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%sum
+  ROOT %call.0 = (f32[256,512]{1,0}, f32[256,512]{1,0}) custom-call(%p.0, %reduce.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p.1: f32[256,512], p.2: f32[256,512], p.3: f32[64,64]) -> (f32[256,512], f32[256,512], f32[64,64]) {
+  %p.1 = f32[256,512]{1,0} parameter(0)
+  %p.2 = f32[256,512]{1,0} parameter(1)
+  %reduce.1 = f32[256,512]{1,0} all-reduce(%p.1), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%sum
+  %p.3 = f32[64,64]{1,0} parameter(2)
+  %double = f32[64,64]{1,0} add(%p.3, %p.3)
+  ROOT %tuple = (f32[256,512]{1,0}, f32[256,512]{1,0}, f32[64,64]{1,0}) tuple(%p.1, %reduce.1, %double)
+}
+
+ENTRY %main (g: f32[256,512], a: f32[64,64]) -> f32[64,64] {
+  %g = f32[256,512]{1,0} parameter(0)
+  %a = f32[64,64]{1,0} parameter(1)
+  %begun = (f32[256,512]{1,0}, f32[256,512]{1,0}) fusion(%g), kind=kCustom, calls=%start
+  %g.0 = f32[256,512]{1,0} get-tuple-element(%begun), index=0
+  %g.1 = f32[256,512]{1,0} get-tuple-element(%begun), index=1
+  %both = (f32[256,512]{1,0}, f32[256,512]{1,0}, f32[64,64]{1,0}) fusion(%g.0, %g.1, %a), kind=kCustom, calls=%beside
+  ROOT %result = f32[64,64]{1,0} get-tuple-element(%both), index=2
+}
+"""  # noqa: E501
+    program = hlo.read(text)
+    assert work.hbm_bytes(program) == 2 * 64 * 64 * 4
+    [found] = traffic.collectives(program)
+    assert found.is_async and found.num_bytes == 256 * 512 * 4
+
+
 @pytest.mark.parametrize(
     ("line", "flops"),
     [
