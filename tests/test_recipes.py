@@ -197,12 +197,12 @@ def test_every_recipe_fits_its_pods_by_arithmetic(name: str, topology: str, budg
 
 
 def test_estimated_temporaries_are_near_what_was_compiled() -> None:
-    """The SFT update of 7B for v5e:8x8, mesh.fsdp=64, 64 rows: 13.30 GB by libtpu 0.0.42.1."""
+    """The SFT update of 7B for v5e:8x8, mesh.fsdp=64, 64 rows: 5.72 GB by libtpu 0.0.42.1."""
     config, pod = recipe("r3rag_qwen2.5_7b", "v5e-64"), parse_topology("v5e-64")
     mesh = topology_mesh(devices_of(pod, compiles=False), (1, 64, 1))
     planner = MemoryPlanner(Architecture(config, mesh, decoder_config("Qwen2.5-7B-Instruct")))
     [planned] = planner.plan(config, "sft", mesh, mesh, jnp.bfloat16, pod.chip.memory)
-    assert planned.temporaries["sft"] == pytest.approx(13.30e9, rel=0.3)
+    assert planned.temporaries["sft"] == pytest.approx(5.72e9, rel=0.3)
 
 
 @pytest.mark.parametrize("name", RECIPES)
