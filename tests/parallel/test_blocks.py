@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from r3rag_jax.parallel import blocks as module
 from r3rag_jax.parallel.blocks import Blocks
-from r3rag_jax.parallel.collectives import per_device
-from r3rag_jax.parallel.mesh import make_mesh
+from r3rag_jax.parallel.collectives import compiler_options, per_device
+from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.parallel.target import ONE_CPU, Target
 
 SPLIT = ((0, ("fsdp",)), (1, ("tensor",)))
@@ -58,4 +59,12 @@ def test_blocks_make_up_the_matrix_and_their_gradients_its_gradient(
         np.testing.assert_array_equal(block[:, of_block >= 0], whole[:, of_block[of_block >= 0]])
         here = at < blocks.width
         np.testing.assert_array_equal(of_block[at[here]], np.flatnonzero(here))
-    np.testing.assert_array_equal(grad, 4 * whole)  # all four devices of a split dimension's pair gave the same
+    np.testing.assert_array_equal(
+        grad, 4 * whole
+    )  # a shard is summed over the four devices of fsdp and tensor, which gave the same
+
+
+def test_only_several_tpus_are_told_to_sum_beside_other_work() -> None:
+    mesh = AbstractMesh((1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    assert compiler_options(Target("cpu", mesh)) is compiler_options(Target("tpu")) is None
+    assert "xla_tpu_enable_async_collective_fusion_fuse_all_reduce" in (compiler_options(Target("tpu", mesh)) or {})

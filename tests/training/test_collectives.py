@@ -134,20 +134,26 @@ def test_what_a_step_for_a_pod_communicates(pod: Any, phase: str, sizes: tuple[i
     decoder = nnx.eval_shape(
         lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, attention_implementation="splash")
     )
-    step, arguments = step_and_arguments(mesh, phase, decoder, ModelConfig(remat="full"), (16, 1024))
+    step, arguments = step_and_arguments(mesh, phase, decoder, ModelConfig(remat="full"), (16, 4096))
     program = hlo.read(step.lower(*arguments).compile().as_text())
     kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
     executed = [(i, i.opcode.removesuffix("-start"), where) for _, i, where in program.executed()]
     sent = [(i, kind, where) for i, kind, where in executed if kind in kinds]
     assert {kind for _, kind, _ in sent} <= {"all-gather", "all-reduce", "reduce-scatter"}
-    products = [(i, where) for i, kind, where in executed if kind in ("convolution", "dot") and where.loops]
-    loss_loops = {where.loops[-1] for i, where in products if config.vocab_size in i.result[0].dims}
-    assert loss_loops
-    assert not [i.name for i, _, where in sent if loss_loops & set(where.loops)]
-    # The layers' loops send a layer's matrices, and over `tensor` activations; nothing as large as the output matrix.
-    in_layers = [max(array.num_elements for array in i.result) for i, _, where in sent if where.loops]
-    activations = 16 // (sizes[0] * sizes[1]) * 1024 * config.hidden_size
-    assert in_layers
-    assert max(in_layers) <= max(config.hidden_size * config.ffn_size // sizes[2], activations)
+    # Products with a block of the output matrix are in a loop over tokens, which is in the loop over blocks.
+    width = config.vocab_size // 3
+    products = [(i, where) for i, kind, where in executed if kind in ("convolution", "dot")]
+    token_loops = {where.loops[-1] for i, where in products if width in i.result[0].dims and len(where.loops) > 1}
+    assert token_loops
+    assert not [i.name for i, _, where in sent if token_loops & set(where.loops)]
+    # Loops send a block, a layer's matrix, or over `tensor` activations.
+    in_loops = [array for i, _, where in sent if where.loops for array in i.result]
+    blocks_sent = [array for array in in_loops if {width, width // sizes[2]} & set(array.dims)]
+    others = [array.num_elements for array in in_loops if array not in blocks_sent]
+    activations = 16 // (sizes[0] * sizes[1]) * 4096 * config.hidden_size
+    assert blocks_sent and others
+    assert max(array.num_elements for array in blocks_sent) <= blocks.MAX_ELEMENTS
+    assert max(others) <= max(config.hidden_size * config.ffn_size // sizes[2], activations)
+    assert max(array.num_elements for i, _, _ in sent for array in i.result) < config.hidden_size * config.vocab_size
     gathered = {i.result[-1].dtype for i, kind, where in sent if kind == "all-gather" and where.loops}
     assert gathered == {"bf16"}
