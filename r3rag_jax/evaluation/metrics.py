@@ -24,6 +24,8 @@ SQUAD = "SQuAD (arXiv 1606.05250)"
 HOTPOT = "HotpotQA, hotpot_evaluate_v1.py (arXiv 1809.09600)"
 FLASHRAG = "FlashRAG, evaluator/metrics.py (arXiv 2405.13576)"
 R3RAG = "R3-RAG (arXiv 2505.23794)"
+CODEX = "Codex (arXiv 2107.03374), equation 1"
+VOTE = "self-consistency (arXiv 2203.11171)"
 OWN = "this package"
 
 
@@ -37,7 +39,7 @@ class Metric:
         source: who defines it so.
         unit: `%` for a share or a fraction, else what is counted.
         decimals: that a table shows.
-        is_binary: whether each greedy trajectory has 0 or 1.
+        is_binary: whether one trajectory, or one vote, has 0 or 1.
         version: grows with each change of what is computed; results of different versions are not compared.
     """
 
@@ -117,14 +119,12 @@ def metric_of(name: str) -> Metric:
     if label == "answer_recall":
         return dataclasses.replace(ANSWER_RECALL, title=f"answer recall@{k}")
     if label == "pass":
-        return Metric(f"pass@{k}", f"at least one of {k} samples is an exact match, estimated without bias", CODEX)
+        definition = f"at least one of {k} samples is an exact match, estimated without bias"
+        return Metric(f"pass@{k}", definition, CODEX, is_binary=True)
     if label == "majority":
-        return Metric(f"majority of {k}", "the most frequent of the normalised answers is an exact match", VOTE)
+        definition = "the most frequent of the normalised answers is an exact match"
+        return Metric(f"majority of {k}", definition, VOTE, is_binary=True)
     raise KeyError(name)
-
-
-CODEX = "Codex (arXiv 2107.03374), equation 1"
-VOTE = "self-consistency (arXiv 2203.11171)"
 
 
 def definitions(recall_k: Sequence[int], judged: Sequence[str] = ()) -> dict[str, int]:

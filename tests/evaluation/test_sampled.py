@@ -69,6 +69,7 @@ def test_a_sampled_evaluation() -> None:
     ]  # fmt: skip
     assert measured.result["groups"]["bridge"]["em"] == 50.0
     assert whole["tokens_per_correct"] == pytest.approx(80 / 2)  # 80 tokens in all samples, two of which are right
+    assert measured.result["intervals"]["majority@4"] == pytest.approx([9.45, 90.55], abs=0.01)  # Wilson's, of 1 in 2
     assert [row["id"] for row in measured.rows] == ["1", "2"] and measured.rows[0]["em"] == 0.5
     assert "pass@3" not in whole and set(sampled_values(trajectories[:3], np.ones(3), 3)) == {
         "pass@1", "pass@2", "pass@3", "majority@3",
