@@ -70,7 +70,7 @@ def tabulate(words: Sequence[str]) -> None:
     use_compile_cache()
     plan, console = plan_table(request), Console()
     table = make_table(plan, CellComponents(request.corpus, console).open, console)
-    publish_tables(plan.cells[0].checkpoint.run, table, f"{PROG} table {shlex.join(words)}", console)
+    publish_tables(plan.cells[0].checkpoint.run, table, plan.file, f"{PROG} table {shlex.join(words)}", console)
 
 
 ACTIONS: dict[str, Callable[[Sequence[str]], None]] = {"table": tabulate, "compare": contrast}

@@ -11,7 +11,7 @@ from r3rag_jax.config import FlagParser
 from r3rag_jax.config.schema import schema, section_names
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.checkpoint import Checkpoint, add_checkpoint_flags, open_checkpoint
-from r3rag_jax.evaluation.results import TEST, file_name
+from r3rag_jax.evaluation.results import TEST, check_name, file_name
 from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.evaluation.tables.cells import QuestionSet
 from r3rag_jax.evaluation.tables.plans import PLANS, Request
@@ -75,6 +75,7 @@ def table_parser() -> FlagParser:
         "--retriever", nargs="+", action="append", default=[], metavar=("LABEL", "key=value"),
         help="a row of `retrievers` and the keys that choose it; repeat it; default: the checkpoint's own, and BM25",
     )  # fmt: skip
+    add("--name", default="", help="name of the files in <run>/tables; default: that of the table")
     add(
         "--varied", nargs="+", default=[], metavar="FACT", help="further facts of the fingerprints in which rows differ"
     )
@@ -107,6 +108,7 @@ def _request(args: argparse.Namespace, overrides: Sequence[str]) -> Request:
         words = vars(args) | {"checkpoint": place, "overrides": list(overrides), "phase": None}
         return open_checkpoint(argparse.Namespace(**words))
 
+    check_name(args.name)
     retrievers = [(words[0], tuple(words[1:])) for words in args.retriever]
     for label, keys in retrievers:
         if "=" in label or not all("=" in key for key in keys):
@@ -126,6 +128,7 @@ def _request(args: argparse.Namespace, overrides: Sequence[str]) -> Request:
         retrievers=tuple(retrievers),
         varied=tuple(args.varied),
         corpus=args.corpus,
+        name=args.name,
     )
 
 

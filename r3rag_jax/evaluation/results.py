@@ -44,15 +44,25 @@ def result_name(given: str, questions: Path | None, system: str | None) -> str:
     Raises:
         UserError: the name is no file name, or the run itself uses it.
     """
-    if given and re.fullmatch(r"\w[\w.+-]*", given) is None:
-        raise UserError(f"--name must be letters, digits and _.+-, not led by a sign; got {given!r}")
+    check_name(given)
     name = given or "-".join(filter(None, [file_name(questions) if questions else TEST, system]))
     if name.casefold() in RESERVED:  # a file system may ignore case
         raise UserError(f"--name must be none that the run itself uses ({', '.join(RESERVED)}); got {name}")
     return name
 
 
+def check_name(given: str) -> None:
+    """Check what the user calls a file; "" is none.
+
+    Raises:
+        UserError: it is no file name.
+    """
+    if given and re.fullmatch(r"\w[\w.+-]*", given) is None:
+        raise UserError(f"--name must be letters, digits and _.+-, not led by a sign; got {given!r}")
+
+
 def file_name(path: Path) -> str:
+    """Folder and stem of a question file: `hotpotqa/dev.jsonl` -> `hotpotqa-dev`."""
     path = path.absolute()
     parts = [path.resolve().parent.name if path.parent.name in ("", "..") else path.parent.name]
     parts.append(SUFFIXES.sub("", path.name) or path.name)

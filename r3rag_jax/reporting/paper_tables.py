@@ -152,7 +152,7 @@ def as_json(table: Table, command: str) -> str:
     return json.dumps({"command": command} | dataclasses.asdict(table), indent=2, ensure_ascii=False) + "\n"
 
 
-def publish_tables(run: RunDirectory, table: Table, command: str, console: Console) -> None:
+def publish_tables(run: RunDirectory, table: Table, name: str, command: str, console: Console) -> None:
     """Write `<run>/tables/<name>` in each format, upload it where the run is in a bucket, and print it.
 
     Raises:
@@ -160,12 +160,12 @@ def publish_tables(run: RunDirectory, table: Table, command: str, console: Conso
     """
     texts = {"json": as_json(table, command), "md": as_markdown(table, command), "tex": as_latex(table, command)}
     for suffix, text in texts.items():
-        write_text(run.table(table.name, suffix), text)
+        write_text(run.table(name, suffix), text)
     run.publish()
     console.print(as_terminal(table))
     for sentence in sentences(table):
         console.print(Text(visible(sentence), "table.caption"))
-    shown = ", ".join(run.shown(run.table(table.name, suffix)) for suffix in texts)
+    shown = ", ".join(run.shown(run.table(name, suffix)) for suffix in texts)
     console.print(f"Written: {shown}", highlight=False, markup=False, soft_wrap=True)
 
 

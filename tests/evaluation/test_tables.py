@@ -181,6 +181,10 @@ def test_keys_are_told_from_the_values_of_flags(run: str) -> None:
     assert request.overrides == ("retrieval.top_k=3", "rollout.max_steps=2", "seed=1")
     assert (request.places, request.questions) == ((run,), (QuestionSet("a", Path("b.jsonl")),))
     assert parse_table(["main", "--checkpoint", run]).questions == (QuestionSet("test"),)
+    named = [plan_table(parse_table(["main", "--checkpoint", run, *flags])).file for flags in ([], ["--name", "mine"])]
+    assert named == ["main", "mine"]
+    with pytest.raises(UserError, match=r"--name must be letters"):
+        parse_table(["main", "--checkpoint", run, "--name", "../x"])
 
 
 @pytest.mark.parametrize("text", ["", "0-3", "3-1", "1,1", "a", "1-", "0", "1-200", "1.5"])

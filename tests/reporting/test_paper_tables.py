@@ -62,7 +62,7 @@ def test_several_sets_of_questions_are_told_apart_in_the_header() -> None:
 
 def test_every_format_is_written_and_the_table_is_printed(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
-    publish_tables(RunDirectory(tmp_path), ONE, "make --it", console)
+    publish_tables(RunDirectory(tmp_path), ONE, "main", "make --it", console)
     shown = console.file.getvalue()
     assert "A_1 & [b]" in shown and "40.0 ±5.0" in shown and "main.tex" in shown
     assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["main.json", "main.md", "main.tex"]

@@ -85,7 +85,8 @@ class Plan:
     """A table that is to be made.
 
     Fields:
-        name: what the user calls it.
+        name: a key of PLANS.
+        file: name of its files.
         row_title: what its rows are.
         metrics: its numbers, in order.
         varied: facts of the fingerprints in which its rows are meant to differ.
@@ -101,6 +102,7 @@ class Plan:
     varied: tuple[str, ...] = ()
     reference: str = ""
     notes: tuple[str, ...] = ()
+    file: str = ""
 
 
 def slug(text: str) -> str:

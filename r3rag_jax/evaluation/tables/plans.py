@@ -43,6 +43,7 @@ class Request:
         retrievers: label -> the keys that choose it; empty: the checkpoint's own, and BM25.
         varied: further facts in which the rows may differ.
         corpus: passages to search instead of those of the index.
+        name: of the files; empty: `table`.
     """
 
     table: str
@@ -57,6 +58,7 @@ class Request:
     retrievers: tuple[tuple[str, tuple[str, ...]], ...] = ()
     varied: tuple[str, ...] = ()
     corpus: Path | None = None
+    name: str = ""
 
     def checkpoint(self, *keys: str, place: str | None = None) -> Checkpoint:
         """The run or model with the user's keys and further ones; a key of the user's is never replaced."""
@@ -77,7 +79,7 @@ def plan_table(request: Request) -> Plan:
     questions = tuple(dataclasses.replace(asked, limit=limit) for asked in request.questions)
     request = dataclasses.replace(request, questions=questions)
     plan = PLANS[request.table](request)
-    return dataclasses.replace(plan, varied=(*plan.varied, *request.varied))
+    return dataclasses.replace(plan, varied=(*plan.varied, *request.varied), file=request.name or request.table)
 
 
 def _main(request: Request) -> Plan:
