@@ -97,12 +97,12 @@ class ChainEnv:
         """End with the answer that a text gives; None if it gives none.
 
         Args:
-            thought: the analysis of the last step, if the answer had to be asked for.
+            thought: what the last step has thought before this text.
         """
         if self._is_answering:
             return self._attempt.done(thought, first_line(text))
-        thought, mark, answer = text.partition(ANSWER_MARK)
-        return self._attempt.done(thought, first_line(answer)) if mark else None
+        before, mark, answer = text.partition(ANSWER_MARK)
+        return self._attempt.done(f"{thought} {before.strip()}", first_line(answer)) if mark else None
 
 
 class WholeChainEnv(ChainEnv):

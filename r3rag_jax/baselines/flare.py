@@ -69,6 +69,7 @@ class FLAREEnv(ChainEnv):
         super().__init__(request, settings)
         self._threshold, self._mask_below, self._num_left = threshold, mask_below, max_tokens
         self._is_look_ahead = True  # whether the next completion may be a query
+        self._num_told = 0  # characters of the chain that a step has in its analysis
 
     def start(self) -> Search:
         """See `Env.start`."""
@@ -87,9 +88,11 @@ class FLAREEnv(ChainEnv):
             tokenizer = self._settings.writer.tokenizer
             if query := unsure_query(tokenizer, completion, self._threshold, self._mask_below):
                 self._is_look_ahead = False
-                return self._attempt.search(query, self._settings.top_k, first_line(text))
+                analysis = f"{self._chain[self._num_told :]} {first_line(text)}"
+                self._num_told = len(self._chain)
+                return self._attempt.search(query, self._settings.top_k, analysis.strip())
         self._is_look_ahead = True
-        if done := self._finish(text, thought=self._chain):
+        if done := self._finish(text, thought=self._chain[self._num_told :]):
             return done
         sentence = as_sentence(text)
         if not sentence:

@@ -37,8 +37,8 @@ def test_an_unsure_sentence_is_a_query_and_is_written_again(tokenizer: Tokenizer
     assert played.asked == [(QUESTION.question, 1), (masked, 1)]
     assert played.trajectory.steps == (
         Step("", query=QUESTION.question, passages=(ORIGIN,)),
-        Step(UNSURE.strip(), query=masked, passages=(DARWIN,)),
-        Step("", answer="Shrewsbury"),
+        Step(f"{SURE}{UNSURE}".strip(), query=masked, passages=(DARWIN,)),
+        Step(again.strip(), answer="Shrewsbury"),
     )
     assert played.prompts[0].endswith(f"\n\n{ORIGIN.contents}\n{ASKED}")
     assert played.prompts[1].endswith(f"\n\n{ORIGIN.contents}\n{ASKED}{SURE}")
