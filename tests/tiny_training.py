@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import tiny
 from flax import nnx
 from jax.sharding import AxisType, Mesh
@@ -26,9 +27,6 @@ from r3rag_jax.training.targets import make_pre_update, make_targets
 from r3rag_jax.types import Question, Sample, SFTBatch, Status, Step, TrainBatch, Trajectory, TrajectoryTable
 
 VOCAB = 272  # divides by the tensor axis, so that the embedding is really cut
-# On a mesh the output matrix, of 272 x 32, is gathered in three blocks, the last of which is short.
-blocks.MAX_ELEMENTS = 3000
-
 
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4))
 
@@ -155,8 +153,11 @@ def rl_grads(mesh: Mesh, batch: TrainBatch, targets: Targets | None = None, crit
 
 
 def grads_on(mesh: Mesh, gradients: Gradients, params: Any, batch: Any) -> tuple[dict[str, Any], Any]:
+    """On a mesh with the output matrix, of 272 x 32, in three blocks, the last of which is short."""
     params = device_put_global(params, tree_shardings(mesh, params, PARAM_AXES))
-    (_, metrics), grads = gradients(params, device_put_batch(mesh, batch))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "MAX_ELEMENTS", 3000)
+        (_, metrics), grads = gradients(params, device_put_batch(mesh, batch))
     return jax.device_get((metrics, grads))
 
 
