@@ -684,6 +684,7 @@ def trajectory(steps: list[Step]) -> Trajectory:
     return Trajectory(Question("q", "Who?", ("ann",)), tuple(steps), Status.NO_ANSWER)
 
 
+@pytest.mark.slow
 def test_a_run_trains_evaluates_and_asks_with_a_bert_encoder(
     built: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
