@@ -58,7 +58,7 @@ def test_greedy_trajectories_are_those_of_the_engine(protocol: str, finished: Ca
     params = components.policy.load(components.run.policy("rl"))
     requests = [
         RolloutRequest(question)
-        for question in [*components.dataset.questions("rl")[:4], *components.dataset.questions("test")]
+        for question in [*components.dataset.questions("rl")[:2], *components.dataset.questions("test")]
     ]
     local = rollout(components.engine_backends(lambda: params), components.search_env, components.retriever, requests)
     assert sum(t.num_retrievals for t in local) > 3  # so that passages are in the contexts

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight for
 TEMPERATURES = (0.0, 0.7, 1.0)
 
 
-@pytest.fixture(scope="module", params=["tags", "steps"])
+@pytest.fixture(scope="module", params=["tags", pytest.param("steps", marks=pytest.mark.slow)])
 def trained(request: pytest.FixtureRequest, finished: Callable[[str], Path]) -> tuple[Components, Any]:
     components = tiny_run.open_components(finished(request.param))
     return components, components.policy.load(components.run.policy("rl"))
@@ -190,8 +190,8 @@ def test_how_slow_a_search_is_changes_no_bit(trained: tuple[Components, Any]) ->
             np.testing.assert_array_equal(a.behaviour_logprobs, b.behaviour_logprobs)
 
 
-@pytest.mark.parametrize("is_alone", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("trained", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("is_alone", [False, True])
 def test_nothing_is_compiled_after_a_warm_up(trained: tuple[Components, Any], is_alone: bool) -> None:
     """Two hundred trajectories of all lengths, groups and temperatures, some slots full and some not."""
     components, params = trained

@@ -60,7 +60,7 @@ def test_attention_in_eight_bits():
     assert 0 < difference < 0.02
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.int8])
 @pytest.mark.parametrize("last", [[3, 6], [60, 130], [0, 299], [210, 299]])
 @pytest.mark.parametrize(
     ("C", "S", "sizes"),
