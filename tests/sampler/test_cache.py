@@ -21,6 +21,7 @@ from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.sampler.ops import XLA_ON_ONE_CPU
 from r3rag_jax.types import Context
 
+SLOW = pytest.mark.slow
 CONFIG = tiny.decoder().config
 # Jitted: an eager call compiles every operation by itself, which takes longer.
 attend = jax.jit(lambda cache, *args: cache.attend(*args))
@@ -60,8 +61,10 @@ def test_attention_in_eight_bits():
     assert 0 < difference < 0.02
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow), jnp.int8])
-@pytest.mark.parametrize("last", [[3, 6], [60, 130], [0, 299], [210, 299]])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=SLOW), jnp.int8])
+@pytest.mark.parametrize(
+    "last", [[3, 6], pytest.param([60, 130], marks=SLOW), pytest.param([0, 299], marks=SLOW), [210, 299]]
+)
 @pytest.mark.parametrize(
     ("C", "S", "sizes"),
     [(4, 300, ((64, 64), (60, 150), (150, 128))), (4, 320, ((64, 32), (32, 160), (256, 128))), (1, 320, ())],

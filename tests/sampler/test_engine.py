@@ -220,7 +220,7 @@ MOVED = r"= \(?\w+\[([\d,]+)\].* (?:all-gather|all-to-all|collective-permute)(?:
 MESHES = [
     pytest.param(MeshConfig(), False, id="data 8", marks=pytest.mark.slow),
     pytest.param(MeshConfig(fsdp=4), False, id="data 2, fsdp 4", marks=pytest.mark.slow),
-    pytest.param(MeshConfig(fsdp=4), True, id="data 2, fsdp 4, weights split"),
+    pytest.param(MeshConfig(fsdp=4), True, id="data 2, fsdp 4, weights split", marks=pytest.mark.slow),
     pytest.param(MeshConfig(fsdp=2, tensor=2), False, id="data 2, fsdp 2, tensor 2"),
 ]
 
