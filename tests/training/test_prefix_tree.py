@@ -188,6 +188,7 @@ def assert_same_gradient(one: Any, other: Any) -> None:
     assert np.linalg.norm(other) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_cold_start_learns_the_same(trajectories: list[Trajectory]) -> None:
     graphdef, params = nnx.split(tiny.decoder(VOCAB))
 
