@@ -81,7 +81,7 @@ def test_flags_are_keys_and_an_index_knows_what_it_was_built_with(
     assert index.main([*build, "retrieval.encoder.dim=64"]) == 0  # a key is no file of the list before it
     said = capsys.readouterr().out
     assert "recall@10 against exact search, first lines of 60 passages as queries: 1.000" in said
-    assert "60 vectors of 64 float16, hnsw, 16 links" in said and f"{out}: 60 passages, faiss, corpus" in said
+    assert "60 vectors of 64 float16, hnsw, 32 links" in said and f"{out}: 60 passages, faiss, corpus" in said
     assert index.main(["eval", "--index", str(out), "--questions", str(questions), "-k", "2"]) == 0
     said = capsys.readouterr().out
     assert "supporting" in said and "exact search" in said and "1.000" in said and "decomposed" in said
