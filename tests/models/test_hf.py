@@ -120,7 +120,9 @@ def test_hidden_states_match(tmp_path):
     assert_near(np.asarray(ours(jnp.asarray(TOKENS), positions)), want)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3"))]
+)
 def test_64_greedy_tokens_are_those_of_transformers(model_type, tmp_path):
     """Prompts of three lengths side by side in our sampler, one by one in theirs."""
     theirs = hf_model(model_type)

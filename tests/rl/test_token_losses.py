@@ -149,7 +149,7 @@ def _of_table(function):
     return lambda hidden_TD, weight_DV, *rest: function(hidden_TD, weight_DV.T, *rest, tied=True)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(("chunk", "target"), CHUNKS)
 def test_cross_entropy_matches_plain_in_value_and_gradient(chunk, target, tied):
     args = _inputs()
