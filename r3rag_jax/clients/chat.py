@@ -7,7 +7,7 @@ A message without a whole reply yields an error: neither a failure nor the half 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from r3rag_jax.clients.endpoint import Endpoint
 from r3rag_jax.errors import UserError
@@ -83,13 +83,23 @@ class ChatClient:
             "max_tokens": self._max_tokens,
         }
         reply = self._endpoint.call(PATH, body)
-        try:
-            choice = reply["choices"][0]
-            text, finish = choice["message"]["content"], choice.get("finish_reason")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            text, finish = None, None
-        if not isinstance(text, str):
-            raise self._endpoint.malformed(PATH, "choices with a message's content", reply)
+        text, finish = read_message(self._endpoint, reply)
         if finish == "length":
             raise self._endpoint.malformed(PATH, f"in {self._max_tokens} tokens", reply)
         return text
+
+
+def read_message(endpoint: Endpoint, reply: Any) -> tuple[str, Any]:
+    """The text of a reply's first choice, and why it ended; None where the server does not say.
+
+    Raises:
+        UserError: the reply holds no text; as `Endpoint.malformed`.
+    """
+    try:
+        choice = reply["choices"][0]
+        text, finish = choice["message"]["content"], choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        text, finish = None, None
+    if not isinstance(text, str):
+        raise endpoint.malformed(PATH, "choices with a message's content", reply)
+    return text, finish

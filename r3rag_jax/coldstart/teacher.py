@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from r3rag_jax.clients.chat import PATH, read_message
 from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
 from r3rag_jax.coldstart.journal import Journal, Reply
 from r3rag_jax.coldstart.spending import TokenLimit, most_tokens, used_tokens
@@ -27,7 +28,6 @@ from r3rag_jax.text.message_frame import MessageFrame
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Completion, Context
 
-PATH = "/chat/completions"
 WHOLE, CUT_OFF, FAILED = 0x110000, 0x110001, 0x110002  # the last id of a served completion; no character has them
 MIN_FAILURES = 5  # fewer do not end a build: one failure in three requests is a large share already
 
@@ -139,13 +139,7 @@ class TeacherClient:
         return reply
 
     def _read(self, reply: Any) -> Reply:
-        try:
-            choice = reply["choices"][0]
-            text, finish = choice["message"]["content"], choice.get("finish_reason")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            text, finish = None, None
-        if not isinstance(text, str):
-            raise self._endpoint.malformed(PATH, "choices with a message's content", reply)
+        text, finish = read_message(self._endpoint, reply)
         usage = reply.get("usage")
         counts = usage if isinstance(usage, dict) else {}
         return Reply(text, finish != "length", _count(counts, "prompt_tokens"), _count(counts, "completion_tokens"))
