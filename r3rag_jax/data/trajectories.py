@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from r3rag_jax.data.fields import FieldError, Row, get_field, get_ids, get_text, kind_of
-from r3rag_jax.data.jsonl import read_all, read_rows
+from r3rag_jax.data.jsonl import read_all, read_parsed, read_rows
 from r3rag_jax.data.questions import passage_from_dict, passage_to_dict, question_to_dict
 from r3rag_jax.data.readers.flashrag import question_from_dict
 from r3rag_jax.data.records import STOP, OnError, Records
@@ -59,6 +59,15 @@ def teacher_rows(path: str | Path, lines: Iterable[int]) -> Records[dict[str, An
 
     rows = read_rows(path, OnError("skip", say=lambda _: None))  # faults were reported when they were read first
     return Records(path, ((line, shaped(row)) for line, row in rows if line in kept))
+
+
+def read_recorded(path: str | Path) -> list[Trajectory]:
+    """Read trajectories that an evaluation or RL has written, with their passages and without samples.
+
+    Raises:
+        UserError: a row is none; names file and line.
+    """
+    return [trajectory for _, trajectory in read_parsed(path, trajectory_from_dict)]
 
 
 def trajectory_from_dict(row: Row) -> Trajectory:

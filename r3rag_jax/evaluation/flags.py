@@ -49,6 +49,16 @@ def comparison_parser() -> FlagParser:
     return parser
 
 
+def habits_parser() -> FlagParser:
+    """The flags of `habits`."""
+    parser = FlagParser(prog=f"{PROG} habits", description="Count what a reward may teach without anybody wanting it.")
+    parser.add_argument(
+        "trajectories", nargs="+", type=Path, metavar="TRAJECTORIES",
+        help="files trajectories/<name>.jsonl of any runs, a column each; words that the first never has count as new",
+    )  # fmt: skip
+    return parser
+
+
 def table_parser() -> FlagParser:
     """The flags of `table`."""
     parser = FlagParser(prog=f"{PROG} table", description="Make one of the paper's tables for a run or a model.")
