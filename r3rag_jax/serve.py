@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import functools
 import sys
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 
 from r3rag_jax.config import FlagParser, load_config
-from r3rag_jax.config.serving import ServeConfig
+from r3rag_jax.config.serving import ServeConfig, add_flags, read_flags
 from r3rag_jax.errors import UserError, main_guard
 from r3rag_jax.retrieval.factory import open_local_retriever
 from r3rag_jax.retrieval.manifest import read_manifest
@@ -29,18 +28,13 @@ def parse_flags(argv: Sequence[str] | None) -> tuple[Path, str | None, list[str]
         "--index", type=Path, metavar="DIR", required=True, help="what r3rag_jax.index build has written"
     )
     parser.add_argument("--config", metavar="RECIPE", help="a YAML recipe; only `retrieval` is used")
-    for name, field in ServeConfig.model_fields.items():
-        unit = (field.json_schema_extra or {}).get("unit")  # type: ignore[union-attr]
-        text = f"{field.description}{f' ({unit})' if unit else ''}; default: {field.default or 'none'}"
-        kind = typing.cast(type, field.annotation)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=text)
+    add_flags(parser, ServeConfig)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of section `retrieval` to change")
     args = parser.parse_intermixed_args(argv)
     for override in args.overrides:
         if not override.startswith("retrieval."):
             raise UserError(f"only keys of section retrieval describe an index; got {override!r}")
-    settings = {name: getattr(args, name) for name in ServeConfig.model_fields}
-    return args.index, args.config, args.overrides, ServeConfig(**settings)
+    return args.index, args.config, args.overrides, read_flags(args, ServeConfig)
 
 
 @main_guard

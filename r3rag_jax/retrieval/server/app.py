@@ -13,18 +13,19 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
 
 import r3rag_jax
 from r3rag_jax.config.serving import ServeConfig
 from r3rag_jax.retrieval.base import Hit
-from r3rag_jax.retrieval.server.batching import Batcher
+from r3rag_jax.retrieval.batching import Batcher
 from r3rag_jax.retrieval.server.bodies import Bodies, Name
-from r3rag_jax.retrieval.server.gate import Gate
 from r3rag_jax.retrieval.server.metrics import ServerMetrics
-from r3rag_jax.retrieval.server.refusal import Refusal, busy
 from r3rag_jax.retrieval.wire import flat_row, search_r1_row
+from r3rag_jax.serving.api import add_health_routes, new_api, openapi_refusals
+from r3rag_jax.serving.gate import Gate
+from r3rag_jax.serving.refusal import Refusal, busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +42,7 @@ class Application:
     def __init__(self, batcher: Batcher, info: IndexInfo, config: ServeConfig, token: str, metrics: ServerMetrics):
         self._batcher, self._info, self._config = batcher, info, config
         self._bodies, self._metrics = Bodies(config), metrics
-        self.app = FastAPI(
-            title="r3rag_jax retrieval", version=r3rag_jax.__version__, docs_url=None, redoc_url=None
-        )  # the documentation pages load scripts from elsewhere
-        self.app.add_exception_handler(Refusal, self._refused)
+        self.app = new_api("r3rag_jax retrieval")
         self._add_routes()
         paths = [str(getattr(route, "path", "")) for route in self.app.routes]
         self.gate = Gate(self.app, config, token, metrics, paths)
@@ -61,10 +59,7 @@ class Application:
     # ---- routes
 
     def _add_routes(self) -> None:
-        refusals: dict[int | str, dict[str, Any]] = {
-            status: {"description": text, "content": {"application/json": {"schema": _DETAIL}}}
-            for status, text in _REFUSALS.items()
-        }
+        refusals = openapi_refusals(_REFUSALS)
         for path, name, answer in (
             ("/v1/search", "native", self._search),
             ("/retrieve", "search_r1", self._retrieve),
@@ -74,14 +69,8 @@ class Application:
                 path, answer, methods=["POST"], response_model=None, responses=refusals, name=name,
                 openapi_extra=self._bodies.openapi(name),  # type: ignore[arg-type]
             )  # fmt: skip
-        add = self.app.get
-        add("/v1/index", response_model=None, responses={401: refusals[401], 503: refusals[503]})(self._index)
-        add("/healthz", response_model=None)(self._health)
-        add("/readyz", response_model=None, responses={503: refusals[503]})(self._ready)
-        add(
-            "/metrics", response_model=None, response_class=PlainTextResponse,
-            responses={401: refusals[401], 503: refusals[503]},
-        )(self._show_metrics)  # fmt: skip
+        self.app.get("/v1/index", response_model=None, responses={401: refusals[401], 503: refusals[503]})(self._index)
+        add_health_routes(self.app, self._check_ready, self._metrics, refusals)
 
     async def _search(self, request: Request) -> Response:
         """The `k` best passages for each query, with scores."""
@@ -112,19 +101,6 @@ class Application:
             "limits": {name: getattr(self._config, name) for name in limits},
         })  # fmt: skip
 
-    async def _health(self) -> Response:
-        """The process answers."""
-        return JSONResponse({"status": "ok"})
-
-    async def _ready(self) -> Response:
-        """Whether searches are answered."""
-        self._check_ready()
-        return JSONResponse({"status": "ready"})
-
-    async def _show_metrics(self) -> Response:
-        """Metrics in Prometheus' text format."""
-        return Response(self._metrics.text(), media_type=self._metrics.content_type)
-
     # ---- what routes share
 
     @property
@@ -148,12 +124,7 @@ class Application:
         except Exception as error:
             raise Refusal(500, f"the search failed: {type(error).__name__}: {str(error)[:300]}") from error
 
-    async def _refused(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refusal)
-        return Response(error.body, error.status, error.headers)
 
-
-_DETAIL = {"type": "object", "required": ["detail"], "properties": {"detail": {"type": "string"}}}
 _REFUSALS = {
     400: "The body is no JSON.",
     401: "The token is missing or another.",

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, create_model
 
 from r3rag_jax.config.serving import ServeConfig
-from r3rag_jax.data.fields import show
-from r3rag_jax.retrieval.server.refusal import Refusal
+from r3rag_jax.serving.api import openapi_body
+from r3rag_jax.serving.bodies import read_body, whole
+from r3rag_jax.serving.refusal import Refusal
 
-JSON = "application/json"
-SELF_EXPLAINING = ("json_invalid", "missing", "too_long")  # pydantic's errors that need not repeat the input
 Name = Literal["native", "search_r1", "r3rag"]
-
-
-def whole(value: Any) -> Any:
-    """3 for 3.0, which JSON does not tell from 3; anything else as it is."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Bodies:
@@ -48,25 +42,15 @@ class Bodies:
         if name == "r3rag":  # exactly one of the two
             schema["oneOf"] = [{"required": [one], "properties": {one: {"not": {"type": "null"}}}} for one in
                                ("query", "querys")]  # fmt: skip
-        return {"requestBody": {"required": True, "content": {JSON: {"schema": schema}}}}
+        return openapi_body(schema)
 
     def read(self, name: Name, content_type: str, body: bytes) -> Any:
         """The parsed body.
 
         Raises:
-            Refusal: 415 for another content type, 400 for what is no JSON, 422 for JSON that breaks a rule.
+            Refusal: as `read_body`.
         """
-        if content_type.partition(";")[0].strip().lower() != JSON:
-            raise Refusal(415, f"the header Content-Type must be {JSON}; got {content_type[:100]!r}")
-        try:
-            return self._models[name].model_validate_json(body)
-        except ValidationError as error:
-            found = error.errors(include_url=False, include_context=False)[0]
-            where = ".".join(map(str, found["loc"])) or "the body"
-            got = f"; got {show(found['input'])}" if found["type"] not in SELF_EXPLAINING else ""
-            raise Refusal(
-                400 if found["type"] == "json_invalid" else 422, f"{where[:100]}: {found['msg']}{got}"
-            ) from None
+        return read_body(self._models[name], content_type, body)
 
     def check_hits(self, num_queries: int, k: int) -> None:
         """Raises a Refusal for a request of too many passages."""

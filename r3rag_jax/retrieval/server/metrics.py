@@ -1,31 +1,19 @@
-"""What the server counts, in Prometheus' text format (prometheus_client, which orbax brings along)."""
+"""What the retrieval server counts besides its requests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from prometheus_client import Histogram
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from r3rag_jax.serving.metrics import SECONDS, RequestMetrics
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 QUERIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-OTHER = "other"  # the path of requests to no route: names of clients' choosing would be stored without end
 
 
-class ServerMetrics:
-    """The metrics of one server."""
-
-    content_type = CONTENT_TYPE_LATEST
+class ServerMetrics(RequestMetrics):
+    """The metrics of one retrieval server."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "r3rag_requests", "Requests by path and status", ("path", "status"), registry=self.registry
-        )
-        self._request_seconds = Histogram(
-            "r3rag_request_seconds", "From a request's headers to the end of its reply", ("path",), buckets=SECONDS,
-            registry=self.registry,
-        )  # fmt: skip
+        super().__init__()
         self._batch_queries = Histogram(
             "r3rag_batch_queries", "Queries searched together", buckets=QUERIES, registry=self.registry
         )
@@ -33,20 +21,7 @@ class ServerMetrics:
             "r3rag_search_seconds", "A search of the retriever", buckets=SECONDS, registry=self.registry
         )
 
-    def watch(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """A gauge that is read when the metrics are."""
-        Gauge(f"r3rag_{name}", help, registry=self.registry).set_function(value)
-
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        """A request has its reply."""
-        self._requests.labels(path, str(status)).inc()
-        self._request_seconds.labels(path).observe(seconds)
-
     def searched(self, num_queries: int, seconds: float) -> None:
         """See `batching.BatchObserver`."""
         self._batch_queries.observe(num_queries)
         self._search_seconds.observe(seconds)
-
-    def text(self) -> bytes:
-        """All metrics, as Prometheus reads them."""
-        return generate_latest(self.registry)

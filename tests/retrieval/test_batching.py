@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 
 from r3rag_jax.retrieval.base import Hit, Retriever
-from r3rag_jax.retrieval.server.batching import Batcher
-from r3rag_jax.retrieval.server.refusal import Refusal
+from r3rag_jax.retrieval.batching import Batcher
+from r3rag_jax.serving.refusal import Refusal
 from r3rag_jax.types import Passage
 
 

@@ -8,38 +8,47 @@ import time
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
-from r3rag_jax.config.serving import ServeConfig
-from r3rag_jax.retrieval.server.metrics import OTHER, ServerMetrics
-from r3rag_jax.retrieval.server.refusal import Refusal, busy
+from r3rag_jax.config.serving import ListenConfig
+from r3rag_jax.serving.metrics import OTHER, RequestMetrics
+from r3rag_jax.serving.refusal import Refusal, busy
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = ("/healthz", "/readyz")  # answered without a token, and while the server shuts down
+OPEN_PATHS = ("/healthz", "/readyz")
 MAX_DISCARDED = 4  # times max_body_bytes that are read and dropped, so that the client gets to read the refusal
 
 
 class Gate:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: App, config: ServeConfig, token: str, metrics: ServerMetrics, paths: Collection[str]):
+    def __init__(
+        self,
+        app: App,
+        config: ListenConfig,
+        token: str,
+        metrics: RequestMetrics,
+        paths: Collection[str],
+        open_paths: Collection[str] = OPEN_PATHS,
+    ):
         """
         Args:
             token: the bearer token of all requests; empty: none is asked.
             paths: of the routes, which metrics name.
+            open_paths: of the routes that are answered without a token, and while the server shuts down.
         """
         self._app, self._config, self._token, self._metrics = app, config, token.encode(), metrics
-        self._paths = frozenset(paths)
-        self.num_in_flight = 0  # requests, without those of OPEN_PATHS
+        self._paths, self._open_paths = frozenset(paths), frozenset(open_paths)
+        self.num_in_flight = 0  # requests, without those of `open_paths`
         self.is_draining = False
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         path, started_s, status = scope["path"], time.monotonic(), 500
-        counts = path not in OPEN_PATHS
+        counts = path not in self._open_paths
 
         async def send_on(message: Message) -> None:
             nonlocal status

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from r3rag_jax.retrieval.base import Hit, Retriever
-from r3rag_jax.retrieval.server.refusal import busy
+from r3rag_jax.serving.refusal import busy
 
 Rows = list[list[Hit]]
 
