@@ -51,9 +51,9 @@ def evaluate(words: Sequence[str]) -> None:
     checkpoint = open_checkpoint(args)
     name, system = result_name(args.name, args.questions, args.system), args.system or "r3rag"
     policy = checkpoint.choose_policy(args.phase or (SYSTEMS[system].policy if args.system else None))
-    asked = QuestionSet(file_name(args.questions) if args.questions else TEST, args.questions)
-    cell = Cell(name, checkpoint, system, policy, asked)
-    opened = CellComponents(args.corpus).open(cell)
+    limit = checkpoint.config.eval.max_questions
+    asked = QuestionSet(file_name(args.questions) if args.questions else TEST, args.questions, limit)
+    opened = CellComponents(args.corpus).open(Cell(name, checkpoint, system, policy, asked))
     evaluator, questions, console = opened.evaluator, opened.questions, opened.evaluator.console
     for notice in context_notices(checkpoint.config) if system not in BASELINES else ():
         console.print(notice, highlight=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shutil
 import warnings
 from array import array
@@ -166,4 +167,5 @@ def _import_bm25s() -> Any:
             import bm25s
     except ImportError as error:
         raise UserError(f"retrieval.kind=bm25 needs the package bm25s: pip install bm25s ({error})") from error
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # importing it asks for all that it does
     return bm25s

@@ -37,6 +37,11 @@ def open_over(passages: list[Passage], directory: Path) -> Retriever:
     return open_retriever(CONFIG, directory / "index")
 
 
+def test_nothing_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_over(DOORS, tmp_path).search(["red"], 1)
+    assert caplog.records == []
+
+
 def test_scores_by_hand(tmp_path: Path) -> None:
     retriever = open_over(DOORS, tmp_path)
     # Words of two letters or more: 3, 10, 2, 3 and 2 of them, 4 on average. `red`: df 2, `lamp`: df 3, of 5 passages.
