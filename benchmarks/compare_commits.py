@@ -168,7 +168,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_time_dependent(key: str) -> bool:
     """Whether a metric measures time, or counts compilations, which depend on the cache."""
-    return key.endswith("_s") or key == "num_compiled"
+    return key.endswith("_s") or key in ("num_compiled", "mfu", "memory_bandwidth")
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> str | None:

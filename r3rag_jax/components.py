@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from r3rag_jax.baselines.factory import BASELINES
+from r3rag_jax.compiling.peaks import utilization_of
 from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.evidence import Evidence
@@ -53,6 +51,7 @@ from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.preemption import StopSignals
 from r3rag_jax.run.progress import bar_of_unknown_length
 from r3rag_jax.run.provenance import Provenance
+from r3rag_jax.run.temporary import TemporaryDirectory
 from r3rag_jax.run.trackers.base import Tracker
 from r3rag_jax.run.trackers.factory import make_trackers
 from r3rag_jax.run.trajectories import TrajectoryLog
@@ -67,6 +66,7 @@ from r3rag_jax.training.likelihood import Likelihood
 from r3rag_jax.training.memory_plan import plan_phases, will_hold_policy
 from r3rag_jax.training.rl import RLParts
 from r3rag_jax.training.sft import SFTParts
+from r3rag_jax.training.utilization import Utilization
 from r3rag_jax.types import Question
 from r3rag_jax.world.dataset import prepare_data
 
@@ -203,7 +203,7 @@ class Components:
             prepare_data(self.config, self.run, self.dataset.path_of("corpus"), self.index_dir, self.console)
 
     def _use_corpus(self, corpus: Path) -> None:
-        self.temporary_index = _TemporaryDirectory()
+        self.temporary_index = TemporaryDirectory("r3rag-index-")
         self.index_dir = self.temporary_index.path / "index"
         self._build(corpus)
 
@@ -320,7 +320,7 @@ class Components:
         return SFTParts(
             mesh=self.mesh, policy=self.policy, codec=self.codec, trajectories=trajectories,
             shares_prefixes=self.shares_prefixes, run=self.run, provenance=self.provenance("sft"), log=self.log,
-            console=self.console, on_error=self.on_error, stop=self.stop,
+            console=self.console, on_error=self.on_error, stop=self.stop, utilization=self.utilization,
         )  # fmt: skip
 
     @property
@@ -339,8 +339,13 @@ class Components:
             env_factory=self.search_env, retriever=self.retriever, make_scorer=self.make_scorer,
             questions=questions, evaluate=self.dev_evaluation, shares_prefixes=self.shares_prefixes, run=self.run,
             provenance=self.provenance("rl"), log=self.log, trajectory_log=self.trajectory_log,
-            console=self.console, stop=self.stop,
+            console=self.console, stop=self.stop, sampler_work=lambda: self.engine.work, utilization=self.utilization,
         )  # fmt: skip
+
+    @property
+    def utilization(self) -> Utilization | None:
+        """What tells how much of the devices' peak rates is used; None where these are not known."""
+        return utilization_of(self.config, self.policy.decoder_config, self.mesh)
 
     def provenance(self, phase: str) -> Provenance:
         """What phase `sft` or `rl` begins from as the run is now. All processes must call."""
@@ -438,14 +443,6 @@ class Components:
         found = on_process_0(digest, f"digest of {what}")
         is_random = what == BASE_POLICY and self.config.model.init == "random"
         return f"{found} random {self.config.seed}" if is_random else found
-
-
-class _TemporaryDirectory:
-    """A directory that is deleted with the last object that holds this one."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="r3rag-index-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 # Keys that change how an Env plays a question and what is measured, and nothing that is loaded or compiled.

@@ -135,5 +135,7 @@ class Killed(Exception):
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock or on when a process began."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    clocked = ("time_s", "tokens_per_s", "rollout_s", "num_compiled")
-    return [{name: value for name, value in row.items() if name not in clocked} for row in rows]
+    return [
+        {name: value for name, value in row.items() if not name.endswith("_s") and name != "num_compiled"}
+        for row in rows
+    ]

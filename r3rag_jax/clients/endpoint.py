@@ -24,6 +24,7 @@ from r3rag_jax.clients.transport import MAX_REPLY_BYTES, Reply, ReplyTooLargeErr
 from r3rag_jax.config import EndpointConfig
 from r3rag_jax.config.redact import VARIABLE
 from r3rag_jax.errors import UserError
+from r3rag_jax.run.counters import count_event
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -154,6 +155,7 @@ class Endpoint:
                     self._is_away = False
                     return self._read(url, path, reply)
                 self._replicas.failed(url)
+                count_event(f"{self._name} failed")
                 least_wait_s = _seconds(reply.headers.get("Retry-After", "")) if reply is not None else 0.0
             if attempt == self._config.retries:
                 self._is_away = True

@@ -128,6 +128,7 @@ class EngineGeneration:
     def submit(self, contexts: Mapping[int, Context]) -> None:
         """See `Generation.submit`. Contexts are prefilled together, each from where it differs from its row's cache."""
         self._engine.set_context(self._policy, contexts)
+        self._engine.wait()  # else the next decode call would be charged with the prefill
         self._starts |= {slot: len(context.ids) for slot, context in contexts.items()}
 
     def wait(self) -> list[tuple[int, Completion]]:

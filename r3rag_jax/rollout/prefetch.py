@@ -39,9 +39,13 @@ class Prefetcher(Generic[Params, Policy, Rollouts]):
         """Begin the rollouts of an iteration in the thread."""
         self._started = iteration, self._thread.submit(self._run, iteration, self._copy_policy(params))
 
+    def has_started(self, iteration: int) -> bool:
+        """Whether the rollouts of an iteration were started, with the policy of that time."""
+        return self._started is not None and self._started[0] == iteration
+
     def result(self, iteration: int, params: Params) -> Rollouts:
         """Return the rollouts started for the iteration, or else run them here with the policy of `params`."""
-        if self._started is not None and self._started[0] == iteration:
+        if self._started is not None and self.has_started(iteration):
             rollouts, self._started = self._started[1].result(), None
             return rollouts
         self.discard()

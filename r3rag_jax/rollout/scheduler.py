@@ -24,6 +24,7 @@ from r3rag_jax.retrieval.base import Hit, Retriever
 from r3rag_jax.rollout.backends import Generation, RolloutBackend
 from r3rag_jax.rollout.env import Done, Env, EnvFactory, Search, Transition
 from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.rollout.times import RolloutTimes
 from r3rag_jax.run.watchdog import moved
 from r3rag_jax.types import Context, Trajectory
 
@@ -38,12 +39,14 @@ def rollout(
     *,
     search_overlap: int = 0,
     on_done: OnDone | None = None,
+    times: RolloutTimes | None = None,
 ) -> list[Trajectory]:
     """Return the trajectories of the requests, in their order, with the numbers of tokens that they read and wrote.
 
     Args:
         search_overlap: calls that sample other slots while a search runs; 0: sampling waits for searches.
         on_done: called with each trajectory when it has ended.
+        times: to which the seconds of prefill, decode and searches are added.
 
     Raises:
         RetrievalError: a search failed; it is never taken for "nothing found".
@@ -51,7 +54,10 @@ def rollout(
             trajectories that they end.
     """
     with ThreadPoolExecutor(max(1, search_overlap)) as pool, backend.generate(env_factory.stops) as generation:
-        scheduler = _Scheduler(generation, backend.num_slots, env_factory, retriever, pool, search_overlap, on_done)
+        scheduler = _Scheduler(
+            generation, backend.num_slots, env_factory, retriever, pool, search_overlap, on_done,
+            times or RolloutTimes(),
+        )  # fmt: skip
         return scheduler.run(requests)
 
 
@@ -76,10 +82,11 @@ class _Scheduler:
         pool: ThreadPoolExecutor,
         search_overlap: int,
         on_done: OnDone | None,
+        times: RolloutTimes,
     ):
         self._generation, self._num_slots, self._env_factory = generation, num_slots, env_factory
         self._retriever, self._pool, self._search_overlap = retriever, pool, search_overlap
-        self._on_done = on_done
+        self._on_done, self._times = on_done, times
         self._queue: deque[tuple[int, RolloutRequest]] = deque()  # requests without a slot, with their index
         self._indices: dict[int, int] = {}  # slot -> index of its request
         self._envs: dict[int, Env] = {}  # slot -> Env
@@ -103,9 +110,12 @@ class _Scheduler:
             while self._searches and not self._contexts and not self._generation.num_active:
                 self._finish_search()  # no call could run during the search
             contexts, self._contexts = self._contexts, {}
-            self._generation.submit(contexts)
+            with self._times.watch.measure("prefill"):
+                self._generation.submit(contexts)
             self._read.update({slot: len(context.ids) for slot, context in contexts.items()})
-            for slot, completion in self._generation.wait():
+            with self._times.watch.measure("decode"):
+                completions = self._generation.wait()
+            for slot, completion in completions:
                 self._written[slot] += len(completion.ids)
                 self._advance(slot, self._envs[slot].step(completion))
             self._start_search(call)
@@ -146,7 +156,8 @@ class _Scheduler:
             return
         queries, self._queries = self._queries, {}
         depth = max(query.k for query in queries.values())
-        search = functools.partial(self._retriever.search, [query.query for query in queries.values()], depth)
+        texts = [query.query for query in queries.values()]
+        search = functools.partial(self._times.search, self._retriever, texts, depth)
         hits = search if self._search_overlap == 0 else self._pool.submit(search).result
         self._searches.append(_RunningSearch(call + self._search_overlap, list(queries), hits))
 
@@ -158,5 +169,7 @@ class _Scheduler:
     def _finish_search(self) -> None:
         """Wait for the oldest search, and go on with its slots."""
         search = self._searches.popleft()
-        for slot, hits in zip(search.slots, search.hits(), strict=True):
+        with self._times.watch.measure("search_wait"):
+            found = search.hits()
+        for slot, hits in zip(search.slots, found, strict=True):
             self._advance(slot, self._envs[slot].observe(hits))

@@ -142,6 +142,11 @@ class RunDirectory:
         """Directory of the watchdog's reports; see `Watchdog`."""
         return self.path / "stalls"
 
+    @property
+    def profile(self) -> Path:
+        """Directory of the JAX profile that `log.profile` asks for, read by TensorBoard or xprof."""
+        return self.path / "profile"
+
     def data(self, split: str) -> Path:
         """The passages (`corpus`), the questions of a split, or the cold-start trajectories (`sft`), as JSONL."""
         return self.data_dir / f"{split}.jsonl"

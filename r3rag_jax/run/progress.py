@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.monitoring
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from r3rag_jax.run.watchdog import moved
 
@@ -18,7 +20,7 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # JAX reports it a
 
 
 class ProgressBar:
-    """A progress bar with live numbers; without a terminal, a line of text after every tenth of the work.
+    """A progress bar with live numbers and lines below it; without a terminal, text after every tenth of the work.
 
     Processes other than 0 show nothing.
     """
@@ -27,25 +29,31 @@ class ProgressBar:
         """Args: `total` units of work, of which `done` are already done; `live=False` for lines in a terminal too."""
         self._console, self._title, self._total, self._done = console, title, total, done
         self._last_tenth = -1
+        self._below: Sequence[str] = ()
         self._is_silent = jax.process_index() != 0
         self._progress = None
         if live and console.is_terminal and not self._is_silent:
             self._progress = Progress(
                 TextColumn("{task.description}", style="bold", markup=False), BarColumn(),
                 TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"), console=console,
+                TextColumn("{task.fields[note]}"),
             )  # fmt: skip
+            self._live = Live(self._progress, console=console)
             self._task = self._progress.add_task(title, total=total, completed=done, note="")
 
     def __enter__(self) -> ProgressBar:
         moved(f"{self._title} {self._done}/{self._total}")
         if self._progress is not None:
-            self._progress.start()
+            self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            self._live.stop()
+
+    def show_below(self, lines: Sequence[str]) -> None:
+        """Show lines below the bar from the next `advance` on."""
+        self._below = lines
 
     def advance(self, count: int = 1, /, **numbers: float) -> None:
         """Add `count` units of work and show the numbers, e.g. reward=1.2, em=61.0, tokens_per_s=5400."""
@@ -54,10 +62,12 @@ class ProgressBar:
         note = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done, note=note or None)
+            self._live.update(Group(self._progress, *(Text(line, "dim") for line in self._below)), refresh=True)
         elif not self._is_silent and (tenth := 10 * self._done // max(1, self._total)) > self._last_tenth:
             self._last_tenth = tenth
             line = f"{self._title} {self._done}/{self._total}  {note}"  # the title may name a file: no markup
-            self._console.print(line, highlight=False, markup=False)
+            for shown in (line, *(f"  {detail}" for detail in self._below)):
+                self._console.print(shown, highlight=False, markup=False)
 
 
 @contextlib.contextmanager

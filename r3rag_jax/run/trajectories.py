@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,30 @@ class TrajectoryLog:
         self._limit = limit
         self._trackers = tuple(trackers)
 
-    def choose(self, num_trajectories: int) -> Sequence[int]:
-        """Indices of the trajectories of an iteration to write, evenly spaced; none where this process writes none.
+    def choose(self, groups: Sequence[Hashable]) -> Sequence[int]:
+        """Indices of the trajectories of an iteration to write; none where this process writes none.
 
-        There are fewer than twice `limit`: the spacing is a whole number.
+        They are whole groups, evenly spaced in order of their first trajectory: about `limit` trajectories, and at
+        least one group.
+
+        Args:
+            groups: for each trajectory its question; those with the same one are compared.
         """
-        if not self._is_writer:
-            return range(0)
-        return range(0, num_trajectories, max(1, num_trajectories // self._limit))
+        members: dict[Hashable, list[int]] = {}
+        for index, group in enumerate(groups):
+            members.setdefault(group, []).append(index)
+        if not self._is_writer or not members:
+            return []
+        num_groups = max(1, self._limit * len(members) // len(groups))
+        chosen = list(members.values())[:: max(1, len(members) // num_groups)]
+        return [index for group in chosen for index in group]
 
     def write(self, iteration: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record trajectories of an iteration.
 
         Args:
             iteration: number of the RL iteration, from 0; added to every row.
-            rows: JSON objects of `data.trajectories.trajectory_to_dict`, with the trajectory's `reward`.
+            rows: JSON objects as `training.recorded.recorded_rows` makes them.
         """
         if not self._is_writer:
             return

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,16 @@ from r3rag_jax.sampler.programs import SamplerPrograms
 from r3rag_jax.sampler.state import Rows, RowStatus
 from r3rag_jax.sampler.stops import NO_STOPS, EndOf, StopTokens
 from r3rag_jax.types import Context
+
+
+class SamplerWork(NamedTuple):
+    """Counts of an engine."""
+
+    prefilled: int  # tokens
+    sampled: int  # tokens
+    steps: int  # of decoding, in each of which all active rows sample a token
+    attended: int  # cached positions that sampled tokens attended to
+    bytes_read: float  # from a device's memory while decoding: its weights in each step, and the attended positions
 
 
 class Engine:
@@ -73,6 +83,10 @@ class Engine:
         self._needs_warm_up = not self.programs.ops.target.is_cpu
         self.num_prefilled = 0  # tokens, without padding
         self.num_sampled = 0
+        self.num_steps = 0  # of decoding, in each of which all active rows sample a token
+        self.num_attended = 0  # cached positions that sampled tokens attended to
+        self._weight_bytes = 0.0  # of the policy on a device
+        self._bytes_read = 0.0
 
     def load(self, params: Any) -> CachedDecoder:
         """Copy parameters (a state of `graphdef`) to the layout of the engine; `params` may be donated afterwards.
@@ -80,6 +94,7 @@ class Engine:
         On an accelerator the first call also compiles every program of the engine, see `warm_up`.
         """
         decoder = self._load(params)
+        self._weight_bytes = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(decoder))
         if self._needs_warm_up:
             self.warm_up(decoder)
         return decoder
@@ -140,6 +155,17 @@ class Engine:
             max_tokens, active = max_tokens - count, self.find(RowStatus.ACTIVE)
         self.num_sampled += int((self.rows.lengths - before).sum())
 
+    def wait(self) -> None:
+        """Wait until the cache holds what was prefilled."""
+        jax.block_until_ready(self._cache)
+
+    @property
+    def work(self) -> SamplerWork:
+        """What was done so far."""
+        return SamplerWork(
+            self.num_prefilled, self.num_sampled, self.num_steps, self.num_attended, self._bytes_read
+        )  # fmt: skip
+
     def release(self, row: int) -> None:
         """Mark a slot as EMPTY. Its cache is kept and reused if the next context has a common prefix."""
         self.rows.status[row] = RowStatus.EMPTY
@@ -172,12 +198,21 @@ class Engine:
         window = next(w for w in self.programs.windows if w.rows >= len(active) and w.positions >= reach)
         others = np.setdiff1d(np.arange(self.slots), active)[: window.rows - len(active)]
         rows = np.union1d(active, others).astype(np.int32)
-        args = self._decode_args(rows, max_tokens, leave_at, stops)
+        args, before = self._decode_args(rows, max_tokens, leave_at, stops), self.rows.lengths[active]
         state = self.programs.decode(decoder, self._cache, *args, positions=window.positions)
         self._cache = state.cache
         self.rows.update(rows, jax.device_get(state.rows))
+        after = self.rows.lengths[active].astype(int)
+        self._count(int((after - before).max()), int(((after - before) * (after + before - 1) // 2).sum()))
         if stops.end_of is not None:
             self._stop_at_strings(active, stops.end_of)
+
+    def _count(self, num_steps: int, num_attended: int) -> None:
+        """Add a decode call to the engine's work."""
+        self.num_steps += num_steps
+        self.num_attended += num_attended
+        of_position = sum(x.nbytes for x in jax.tree.leaves(self._cache)) / (self.slots * self.max_length)
+        self._bytes_read += num_steps * self._weight_bytes + num_attended * of_position / self.mesh.size
 
     def _decode_args(self, rows: np.ndarray, max_tokens: int, leave_at: int, stops: StopTokens) -> tuple[Any, ...]:
         """The arguments of `decode.decode` from `cache_rows` to `pause_ids`."""

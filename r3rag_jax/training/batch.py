@@ -206,6 +206,7 @@ class IterationBatches:
     table: TrajectoryTable
     order: list[int]  # for each update the number of its batch
     metrics: dict[str, float]  # fill, learnt_from, equal_groups
+    rows: list[int]  # for each row of the table the number of its trajectory
 
 
 def pack_iteration(
@@ -245,7 +246,7 @@ def pack_iteration(
         "equal_groups": len(np.unique(groups[zero_variance])) / len(np.unique(groups)),
     }
     order = [i for _ in range(config.epochs) for i in rng.permutation(len(batches)).tolist()]
-    return IterationBatches(batches, table, order, metrics)
+    return IterationBatches(batches, table, order, metrics, rows)
 
 
 def fill_fraction(batch: TrainBatch) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -14,9 +14,14 @@ from r3rag_jax.rollout.backends import RolloutBackend
 from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.scheduler import rollout
+from r3rag_jax.rollout.times import RolloutTimes
+from r3rag_jax.run.counters import counted
+from r3rag_jax.sampler.engine import SamplerWork
 from r3rag_jax.training.groups import has_zero_variance, number_groups
 from r3rag_jax.training.requests import iteration_requests, replacement_requests
 from r3rag_jax.types import Question, Trajectory
+
+FAILED_SEARCH = "retrieval.endpoint failed"  # counted by clients/endpoint.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Rollouts:
 
     scored: tuple[Experience, ...]  # rounds whose zero-variance questions have been replaced by the next round
     last: list[Trajectory]
+    metrics: dict[str, float]  # seconds of sampling by what they were used for, searches, tokens per second
+    bytes_read: float  # from a device's memory while decoding
 
     def score(self, scorer: Scorer, *, totals: bool) -> Experience:
         """All rounds together; `totals` as of `has_zero_variance`.
@@ -88,9 +95,12 @@ class IterationSampler:
         env_factory: EnvFactory,
         retriever: Retriever,
         scorer: Scorer,
+        work: Callable[[], SamplerWork],
     ):
+        """`work`: of the engine that samples, so far."""
         self._config, self._questions = config, questions
         self._env_factory, self._retriever, self._scorer = env_factory, retriever, scorer
+        self._work = work
 
     def run(self, iteration: int, backend: RolloutBackend) -> Rollouts:
         """Roll out the questions of an iteration.
@@ -103,17 +113,29 @@ class IterationSampler:
         """
         config, totals = self._config, self._config.rl.returns == "total"
         scored: list[Experience] = []
+        times, work, failed = RolloutTimes(), self._work(), counted(FAILED_SEARCH)
         requests = iteration_requests(config, self._questions, iteration)
         for round in range(1, config.rl.max_resamples + 1):
-            scored.append(score_experience(self._rollout(backend, requests), self._scorer, totals=totals))
+            trajectories = self._rollout(backend, requests, times)
+            with times.watch.measure("score"):
+                scored.append(score_experience(trajectories, self._scorer, totals=totals))
             num_useful = sum(one.num_useful_draws(config.rollout.samples) for one in scored)
             num_missing = config.rl.questions - num_useful
             used_ids = {trajectory.question.id for one in scored for trajectory in one.trajectories}
             requests = replacement_requests(config, self._questions, iteration, round, num_missing, used_ids)
             if not requests:
-                return Rollouts(tuple(scored), [])
-        return Rollouts(tuple(scored), self._rollout(backend, requests))
+                break
+        last = self._rollout(backend, requests, times) if requests else []
+        done = self._work()
+        metrics = times.metrics | {"search_failures": float(counted(FAILED_SEARCH) - failed)}
+        if metrics["decode_s"] > 0:
+            metrics["decoded_per_s"] = (done.sampled - work.sampled) / metrics["decode_s"]
+        return Rollouts(tuple(scored), last, metrics, done.bytes_read - work.bytes_read)
 
-    def _rollout(self, backend: RolloutBackend, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
+    def _rollout(
+        self, backend: RolloutBackend, requests: Sequence[RolloutRequest], times: RolloutTimes
+    ) -> list[Trajectory]:
         overlap = self._config.rollout.search_overlap
-        return rollout(backend, self._env_factory, self._retriever, requests, search_overlap=overlap)
+        return rollout(
+            backend, self._env_factory, self._retriever, requests, search_overlap=overlap, times=times
+        )  # fmt: skip

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 from rich.console import Console
 
 from r3rag_jax.config import Config
-from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.processes import failures_told
@@ -22,16 +20,24 @@ from r3rag_jax.rollout.backends import RolloutBackend
 from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.prefetch import Prefetcher
 from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.live import live_lines, summary
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.preemption import StopSignals
+from r3rag_jax.run.profile import profiled
 from r3rag_jax.run.progress import ProgressBar, num_compiled
 from r3rag_jax.run.provenance import Provenance
 from r3rag_jax.run.schedule import SaveSchedule
+from r3rag_jax.run.stopwatch import Eta, Stopwatch
 from r3rag_jax.run.trajectories import TrajectoryLog
 from r3rag_jax.run.watchdog import moved
+from r3rag_jax.sampler.engine import SamplerWork
+from r3rag_jax.training.batch import IterationBatches
 from r3rag_jax.training.experience import Experience, IterationSampler, Rollouts
+from r3rag_jax.training.recorded import recorded_rows
+from r3rag_jax.training.rl_update import IterationTargets
 from r3rag_jax.training.rollout_metrics import rollout_metrics
 from r3rag_jax.training.trainer import RLTrainer
+from r3rag_jax.training.utilization import Utilization, Work
 from r3rag_jax.types import Question
 
 
@@ -43,6 +49,8 @@ class RLParts:
     sampler_mesh: Mesh  # where rollouts run; `mesh` itself, or one of other devices
     policy: Policy
     make_backend: MakeBackend
+    sampler_work: Callable[[], SamplerWork]  # of the engine behind the backends, so far
+    utilization: Utilization | None  # None: the peak rates of the devices are not known
     env_factory: EnvFactory
     retriever: Retriever
     make_scorer: Callable[[Any], Scorer]  # of the reference policy's parameters
@@ -73,7 +81,9 @@ def run_rl(config: Config, parts: RLParts) -> None:
     parts.log.rewind("rl", trainer.iteration)
     parts.trajectory_log.rewind(trainer.iteration)
     scorer = parts.make_scorer(trainer.reference_params)
-    sampler = IterationSampler(config, parts.questions, parts.env_factory, parts.retriever, scorer)
+    sampler = IterationSampler(
+        config, parts.questions, parts.env_factory, parts.retriever, scorer, parts.sampler_work
+    )  # fmt: skip
     prefetcher: Prefetcher[Any, RolloutBackend, Rollouts] = Prefetcher(
         lambda params: parts.make_backend(lambda: params), sampler.run
     )
@@ -83,11 +93,20 @@ def run_rl(config: Config, parts: RLParts) -> None:
         trainer.checkpoints, parts.stop, every=config.rl.checkpoint_every, minutes=config.rl.checkpoint_minutes,
         total=config.rl.iterations, unit="RL iteration",
     )  # fmt: skip
+    watch, eta = Stopwatch(), Eta()
     with trainer.checkpoints, parts.stop.deferred(), bar, prefetcher, failures_told():
         while trainer.iteration < config.rl.iterations:
-            metrics = run_iteration(config, parts, trainer, scorer, prefetcher)
-            bar.advance(reward=metrics["reward"], em=100 * metrics["em"], tokens_per_s=metrics["tokens_per_s"])
-            schedule.after(trainer.iteration, trainer.save)
+            iteration, checkpoint_s = trainer.iteration, watch.seconds.pop("checkpoint", 0.0)
+            with profiled(parts.run.profile, config.log.profile == iteration):
+                metrics = run_iteration(config, parts, trainer, scorer, prefetcher)
+            metrics |= {"checkpoint_s": checkpoint_s, "eta_s": eta.after(iteration + 1, config.rl.iterations)}
+            parts.log.write("rl", iteration, metrics)
+            if trainer.guard(metrics):
+                prefetcher.discard()  # its policy was rolled back
+            bar.show_below(live_lines(metrics))
+            bar.advance(**summary(metrics))
+            with watch.measure("checkpoint"):
+                schedule.after(trainer.iteration, trainer.save)
         parts.policy.save(parts.run.policy("rl"), trainer.policy_params, parts.provenance)
 
 
@@ -98,28 +117,48 @@ def run_iteration(
     scorer: Scorer,
     prefetcher: Prefetcher[Any, RolloutBackend, Rollouts],
 ) -> dict[str, float]:
-    """Rollout, rewards, advantages, update, evaluation; returns the metrics that it logs."""
-    started, iteration, compiled = time.monotonic(), trainer.iteration, num_compiled()
-    rollouts = prefetcher.result(iteration, trainer.policy_params)
-    if may_prefetch(config, iteration + 1, has_evaluation=parts.evaluate is not None):
-        prefetcher.start(iteration + 1, trainer.policy_params)
-    experience = rollouts.score(scorer, totals=config.rl.returns == "total")
-    metrics = rollout_metrics(experience.trajectories, experience.scores)
-    metrics["rollout_s"] = time.monotonic() - started
-    moved(f"RL iteration {iteration}: {len(experience.trajectories)} trajectories scored")
-    experience = experience.learnable()
-    targets = trainer.targets(trainer.pack(experience))
-    metrics |= trainer.update(targets)
-    if parts.evaluate is not None and trainer.iteration % config.rl.eval_every == 0:
-        metrics |= parts.evaluate(parts.make_backend(lambda: trainer.policy_params))
+    """Rollout, rewards, advantages, update, evaluation; logs some trajectories and returns the metrics."""
+    watch, iteration, compiled, rl = Stopwatch(), trainer.iteration, num_compiled(), config.rl
+    staleness = float(prefetcher.has_started(iteration))
+    with watch.measure("iteration"):
+        with watch.measure("rollout_wait"):
+            rollouts = prefetcher.result(iteration, trainer.policy_params)
+        if may_prefetch(config, iteration + 1, has_evaluation=parts.evaluate is not None):
+            prefetcher.start(iteration + 1, trainer.policy_params)
+        with watch.measure("score"):
+            experience = rollouts.score(scorer, totals=rl.returns == "total")
+        metrics = rollout_metrics(experience.trajectories, experience.scores) | rollouts.metrics
+        moved(f"RL iteration {iteration}: {len(experience.trajectories)} trajectories scored")
+        experience = experience.learnable()
+        with watch.measure("update"):
+            packed = trainer.pack(experience)
+            targets = trainer.targets(packed)
+            metrics |= trainer.update(targets)
+        if parts.evaluate is not None and trainer.iteration % rl.eval_every == 0:
+            with watch.measure("eval"):
+                metrics |= parts.evaluate(parts.make_backend(lambda: trainer.policy_params))
     num_tokens = sum(len(sample) for trajectory in experience.trajectories for sample in trajectory.samples)
-    metrics["tokens_per_s"] = num_tokens / (time.monotonic() - started)
-    metrics["num_compiled"] = num_compiled() - compiled
-    parts.log.write("rl", iteration, metrics)
-    if trainer.guard(metrics):
-        prefetcher.discard()  # its policy was rolled back
-    log_trajectories(parts.trajectory_log, iteration, experience)
+    metrics |= timing_metrics(watch, metrics, num_tokens)
+    metrics |= {"staleness": staleness, "num_compiled": float(num_compiled() - compiled)}
+    if parts.utilization is not None:
+        metrics |= parts.utilization.rl(Work.of(packed.batches), metrics["update_s"])
+        metrics |= parts.utilization.decoding(rollouts.bytes_read, metrics["decode_s"])
+    log_trajectories(config, parts, iteration, experience, packed, targets)
     return metrics
+
+
+def timing_metrics(watch: Stopwatch, metrics: Mapping[str, float], num_tokens: int) -> dict[str, float]:
+    """Where the time of an iteration went, in seconds, and the tokens that it has trained on per second.
+
+    Args:
+        watch: seconds of the iteration and of its parts.
+        metrics: with the seconds of scoring while replacements were sampled.
+        num_tokens: of the trajectories, prompts and passages included.
+    """
+    seconds = {f"{name}_s": float(value) for name, value in watch.seconds.items()}
+    seconds["rollout_s"] = seconds["rollout_wait_s"] + seconds["score_s"]
+    seconds["score_s"] += metrics["score_s"]
+    return seconds | {"tokens_per_s": num_tokens / seconds["iteration_s"]}
 
 
 def may_prefetch(config: Config, iteration: int, *, has_evaluation: bool) -> bool:
@@ -153,9 +192,17 @@ def check_devices(config: Config, parts: RLParts) -> None:
         )
 
 
-def log_trajectories(log: TrajectoryLog, iteration: int, experience: Experience) -> None:
-    """Write some of the iteration's trajectories with their rewards."""
-    chosen = log.choose(len(experience.trajectories))
-    rewards = experience.scores.rewards
-    rows = [trajectory_to_dict(experience.trajectories[i]) | {"reward": float(rewards[i].sum())} for i in chosen]
-    log.write(iteration, rows)
+def log_trajectories(
+    config: Config,
+    parts: RLParts,
+    iteration: int,
+    experience: Experience,
+    packed: IterationBatches,
+    targets: IterationTargets,
+) -> None:
+    """Write some of the iteration's trajectories, all samples of a question together, with rewards and advantages."""
+    chosen = parts.trajectory_log.choose([trajectory.question.id for trajectory in experience.trajectories])
+    tokenizer = parts.policy.tokenizer if config.log.tokens else None
+    parts.trajectory_log.write(
+        iteration, recorded_rows(experience, chosen, packed, targets.recorded, tokenizer)
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from r3rag_jax.config import Config
 from r3rag_jax.models.lora import TrainableSplit
-from r3rag_jax.parallel.shardings import device_put_batch
+from r3rag_jax.parallel.shardings import device_put_batch, replicated
 from r3rag_jax.run.watchdog import moved
 from r3rag_jax.sampler.distribution import Truncation
 from r3rag_jax.training import optimizer
@@ -47,6 +47,8 @@ class IterationTargets:
     order: list[int]  # for each update the number of its batch
     logs: list[Mapping[str, Any]]  # metrics of the forward passes over each batch, and last of the advantages
     metrics: dict[str, float]  # of the packing
+    # advantages, entropies where they are recorded: float32, of all tokens of the batches, one batch after the other
+    recorded: dict[str, np.ndarray]
 
 
 class RLUpdate:
@@ -71,7 +73,10 @@ class RLUpdate:
         graphdefs = {name: module.graphdef for name, module in modules.items()}
         self._frozen = {name: module.frozen for name, module in modules.items()}
         truncation = Truncation.of(config.rollout)
-        self._pre_update = make_pre_update(mesh, graphdefs, reference, config.model, config.rl, truncation)
+        self._pre_update = make_pre_update(
+            mesh, graphdefs, reference, config.model, config.rl, truncation, records_entropy=config.log.entropy
+        )
+        self._replicate = jax.jit(lambda arrays: arrays, out_shardings=replicated(mesh))
         self._targets = make_targets(mesh, config.rl, num_steps=config.rollout.max_steps)
         self._step = make_rl_step(mesh, graphdefs, tx, config.model, config.rl, state, truncation)
 
@@ -83,8 +88,18 @@ class RLUpdate:
         shape = (self._config.rl.batch_rows, self._config.rl.row_length)
         targets, stats = self._targets([of_batch for of_batch, _ in found], packed.table, progress.kl, shape)
         return IterationTargets(
-            batches, targets, packed.order, [*(metrics for _, metrics in found), stats], packed.metrics
-        )
+            batches, targets, packed.order, [*(metrics for _, metrics in found), stats], packed.metrics,
+            self._recorded(targets, [of_batch.entropy for of_batch, _ in found]),
+        )  # fmt: skip
+
+    def _recorded(self, targets: list[Targets], entropies: list[Any]) -> dict[str, np.ndarray]:
+        """What the log of trajectories shows of each token."""
+        if self._config.log.trajectories == 0 or not targets:
+            return {}
+        arrays = {"advantages": [of_batch.advantages for of_batch in targets]}
+        arrays |= {"entropies": entropies} if self._config.log.entropy else {}
+        found = jax.device_get(self._replicate(arrays))
+        return {name: np.stack(of_batches).ravel() for name, of_batches in found.items()}
 
     def run(self, progress: RLProgress, iteration: IterationTargets, on_bad_step: OnBadStep) -> dict[str, float]:
         """Do all updates of an iteration; `progress` has the new state afterwards.

@@ -31,6 +31,7 @@ from r3rag_jax.training.guards import is_finite
 from r3rag_jax.training.prefix_tree import share_prefixes
 from r3rag_jax.training.state import init_state
 from r3rag_jax.training.steps import make_sft_step
+from r3rag_jax.training.utilization import Utilization, Work
 from r3rag_jax.types import Sample, SFTBatch, Trajectory
 
 
@@ -49,6 +50,7 @@ class SFTParts:
     console: Console
     on_error: OnError
     stop: StopSignals
+    utilization: Utilization | None  # None: the peak rates of the devices are not known
 
 
 def run_sft(config: Config, parts: SFTParts) -> None:
@@ -90,7 +92,10 @@ def run_sft(config: Config, parts: SFTParts) -> None:
             numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not is_finite(numbers):
                 report_bad_step(config, parts, number, batches.whole(number), numbers)
-            numbers["tokens_per_s"] = batches.num_tokens(number) / (time.monotonic() - started)
+            took_s = time.monotonic() - started
+            numbers["tokens_per_s"] = batches.num_tokens(number) / took_s
+            if parts.utilization is not None:
+                numbers |= parts.utilization.sft(Work.of([batches.whole(number)]), took_s)
             parts.log.write("sft", number, numbers)
             bar.advance(**{name: numbers[name] for name in ("loss", "accuracy", "tokens_per_s")})
             schedule.after(batches.step, save)

@@ -39,6 +39,7 @@ class PreUpdate:
     ref_logprobs: jax.Array | None = None  # under the reference policy, for the loss
     old_logprobs: jax.Array | None = None  # under the policy
     weights: jax.Array | None = None  # importance weights, policy over sampler
+    entropy: jax.Array | None = None  # of the policy, to be recorded
 
 
 @jax.tree_util.register_dataclass

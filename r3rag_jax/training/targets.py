@@ -34,6 +34,7 @@ def make_pre_update(
     model: ModelConfig,
     config: RLConfig,
     truncation: Truncation = WHOLE,
+    records_entropy: bool = False,
 ) -> Callable[..., tuple[PreUpdate, Metrics]]:
     """The jitted forward passes, (params, reference policy's params, batch, frozen) -> (PreUpdate, metrics).
 
@@ -44,23 +45,25 @@ def make_pre_update(
     target = Target.of(mesh).shard()
 
     def forward(params: Any, ref_params: Any, frozen: Any, batch: TrainBatch) -> tuple[jax.Array | None, ...]:
-        """(values, ref_logprobs, old_logprobs) of a device's rows."""
+        """(values, ref_logprobs, old_logprobs, entropy) of a device's rows."""
         modules = join_modules(graphdefs, params, frozen)
-        values = ref_logprobs = old_logprobs = hidden = None
-        if config.max_importance_weight > 0:
-            old_logprobs, _, hidden = policy_logprobs(modules["policy"], batch, "none", truncation, target)
+        values = ref_logprobs = old_logprobs = entropy = hidden = None
+        if config.max_importance_weight > 0 or records_entropy:
+            old_logprobs, entropy, hidden = policy_logprobs(modules["policy"], batch, "none", truncation, target)
+        if not config.max_importance_weight > 0:
+            old_logprobs = None
         if "critic" in modules:
             hidden = hidden_states(modules["policy"], batch, "none", target) if hidden is None else hidden
             values = modules["critic"](batch, hidden, "none", target)
         if config.kl.coef > 0:
             ref_logprobs, _, _ = policy_logprobs(nnx.merge(reference, ref_params), batch, "none", truncation, target)
-        return values, ref_logprobs, old_logprobs
+        return values, ref_logprobs, old_logprobs, entropy if records_entropy else None
 
     def pre_update(params: Any, ref_params: Any, batch: TrainBatch, frozen: Any = None) -> tuple[PreUpdate, Metrics]:
         check_rows(mesh, batch.tokens.shape[0])
         arguments = params, ref_params, frozen, batch
         in_specs = *(param_specs(mesh, tree) for tree in arguments[:3]), ROWS
-        values, ref_logprobs, old_logprobs = per_device(mesh, forward, in_specs, ROWS)(*arguments)
+        values, ref_logprobs, old_logprobs, entropy = per_device(mesh, forward, in_specs, ROWS)(*arguments)
         penalties = weights = None
         metrics: Metrics = {}
         if old_logprobs is not None:
@@ -72,7 +75,7 @@ def make_pre_update(
             if config.kl.placement == "reward":
                 penalties = kl_penalty(batch.behaviour_logprobs, ref_logprobs, config.kl.estimator)
                 ref_logprobs = None
-        return PreUpdate(values, penalties, ref_logprobs, old_logprobs, weights), metrics
+        return PreUpdate(values, penalties, ref_logprobs, old_logprobs, weights, entropy), metrics
 
     # Whole on every device: credit flows between rows.
     return jax.jit(pre_update, out_shardings=replicated(mesh))

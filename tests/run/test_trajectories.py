@@ -42,7 +42,16 @@ class Recorder:
     ],
 )
 def test_trajectories_are_chosen_evenly(limit: int, num: int, chosen: list[int], tmp_path: Path) -> None:
-    assert list(TrajectoryLog(tmp_path / "rl.jsonl", limit).choose(num)) == chosen
+    assert list(TrajectoryLog(tmp_path / "rl.jsonl", limit).choose(range(num))) == chosen
+
+
+@pytest.mark.parametrize(
+    ("limit", "chosen"),
+    [(1, [0, 3, 5]), (3, [0, 3, 5]), (5, [0, 3, 5, 1, 2, 4]), (6, [0, 3, 5, 1, 2, 4]), (0, [])],
+)
+def test_all_samples_of_a_question_are_chosen_together(limit: int, chosen: list[int], tmp_path: Path) -> None:
+    log = TrajectoryLog(tmp_path / "rl.jsonl", limit)
+    assert list(log.choose(["a", "b", "c", "a", "c", "a"])) == chosen
 
 
 def test_rows_carry_their_iteration_and_go_to_trackers(tmp_path: Path) -> None:
@@ -85,7 +94,7 @@ def test_nothing_is_written_with_a_limit_of_0_or_by_other_processes(
     log.write(0, [{"question": "a"}])
     before = (tmp_path / "other.jsonl").read_bytes()
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert list(log.choose(8)) == []
+    assert list(log.choose(range(8))) == []
     log.write(1, [{"question": "a"}])
     log.rewind(0)
     assert (tmp_path / "other.jsonl").read_bytes() == before

@@ -10,10 +10,12 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.run.trackers.base import Tracker
 from r3rag_jax.run.trackers.tensorboard import TensorBoardTracker
 from r3rag_jax.run.trackers.trackio import TrackioTracker
+from r3rag_jax.run.trackers.wandb import WandbTracker
 
 TRACKERS: dict[str, type[Tracker]] = {
     "tensorboard": TensorBoardTracker,
     "trackio": TrackioTracker,
+    "wandb": WandbTracker,
 }
 
 

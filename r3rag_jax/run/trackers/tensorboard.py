@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from r3rag_jax.run.trackers.base import import_extra
+from r3rag_jax.run.trackers.tables import COLUMNS, table_row
 
+MARKUP = "\\`*_{}[]()<>#+!|&~"  # characters that Markdown or HTML would read
 FLUSH_S = 10  # a killed process loses at most the events of these seconds
 
 
 class TensorBoardTracker:
-    """Writes scalars, and trajectories and configuration as JSON texts, through the package tensorboardX.
+    """Writes scalars, trajectories as tables and the configuration as JSON, through the package tensorboardX.
 
     TensorBoard keeps scalars in float32.
     """
@@ -35,11 +37,22 @@ class TensorBoardTracker:
             self._writer.add_scalar(name, value, step)
 
     def trajectories(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._writer.add_text("trajectories", "\n\n".join(json_block(row) for row in rows), step)
+        self._writer.add_text("trajectories", markdown_table(rows), step)
 
     def finish(self) -> None:
         if "_writer" in vars(self):
             self._writer.close()
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Trajectories as a Markdown table, which TensorBoard's text panel renders. All text is shown as it is."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *([_cell(str(cell)) for cell in table_row(row)] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _cell(text: str) -> str:
+    text = "".join(f"&#{ord(c)};" if c in MARKUP else c for c in text)
+    return " ".join(text.replace("\n", "<br>").split())
 
 
 def json_block(value: Mapping[str, Any]) -> str:

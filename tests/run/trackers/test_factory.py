@@ -37,8 +37,8 @@ def test_names_choose_and_keep_their_order(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"log\.trackers must be among tensorboard, trackio; got 'wandb'"):
-        make_trackers(["tensorboard", "wandb"], tmp_path, {})
+    with pytest.raises(UserError, match=r"log\.trackers must be among tensorboard, trackio, wandb; got 'mlflow'"):
+        make_trackers(["tensorboard", "mlflow"], tmp_path, {})
 
 
 def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
@@ -46,7 +46,9 @@ def test_a_name_that_comes_twice_is_refused(tmp_path: Path) -> None:
         make_trackers(["trackio", "trackio"], tmp_path, {})
 
 
-@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("trackio", "trackio")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("tensorboard", "tensorboardX"), ("trackio", "trackio"), ("wandb", "wandb")]
+)
 def test_a_missing_package_names_its_extra(
     name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

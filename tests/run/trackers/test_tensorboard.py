@@ -30,15 +30,21 @@ def test_scalars_keep_their_names_and_steps(tmp_path: Path) -> None:
     assert ratio == ("rl/ratio", 7, math.inf)
 
 
-def test_trajectories_and_configuration_are_texts(tmp_path: Path) -> None:
+def test_trajectories_are_a_table_and_the_configuration_is_text(tmp_path: Path) -> None:
     tracker = TensorBoardTracker(tmp_path, {"seed": 3, "rl": {"lr": 1e-6}})
-    tracker.trajectories(4, [{"question": "Wer war Gödel?", "reward": 1.0}, {"question": "Why?"}])
+    steps = [
+        {"analysis": "a|b", "query": "<b>", "passages": [{"id": "7", "contents": '"Door"\nAnn.'}]},
+        {"answer": "x"},
+    ]
+    tracker.trajectories(4, [{"question": "Wer war Gödel?", "reward": 1.0, "steps": steps}, {"question": "Why?"}])
     tracker.finish()
     written = texts(tmp_path / "tensorboard")
     assert written["config", 0] == '```json\n{\n  "seed": 3,\n  "rl": {\n    "lr": 1e-06\n  }\n}\n```'
-    first, second = written["trajectories", 4].split("\n\n")
-    assert first == '```json\n{\n  "question": "Wer war Gödel?",\n  "reward": 1.0\n}\n```'
-    assert '"Why?"' in second
+    header, rule, first, second = written["trajectories", 4].split("\n")
+    assert header == "| question | gold | answer | status | reward | searches | steps |" and rule.count("---") == 7
+    seen = 'a&#124;b<br>query: &#60;b&#62;<br>found: "Door"<br><br>answer: x'
+    assert first == f"| Wer war Gödel? |  | x |  | 1.0 | 1 | {seen} |"
+    assert second == "| Why? |  |  |  |  | 0 |  |"
 
 
 def test_a_resumed_run_adds_to_the_same_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
