@@ -49,6 +49,7 @@ NOTEBOOK = ["matplotlib>=3.10", "nbformat>=5.10", "nbclient>=0.10", "ipykernel>=
 # Trackers that `log.trackers` names.
 TENSORBOARD = ["tensorboardX>=2.6"]
 TRACKIO = ["trackio>=0.40"]
+WANDB = ["wandb>=0.31"]  # offline by default; its files are read back with its own message types
 # `python -m r3rag_jax.serve`. prometheus_client is there in any case: orbax brings it along.
 SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "prometheus_client>=0.20"]
 GCS = ["gcsfs>=2025.3"]  # gs:// folders
@@ -63,6 +64,7 @@ TEST = [
     *NOTEBOOK,
     *TENSORBOARD,
     *TRACKIO,
+    *WANDB,
     *WIKIHOP,
     "pytest>=9.0",
     "pytest-xdist>=3.8",
@@ -109,6 +111,7 @@ setup(
         "milvus": MILVUS,
         "tensorboard": TENSORBOARD,
         "trackio": TRACKIO,
+        "wandb": WANDB,
         "gcs": GCS,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],

@@ -21,7 +21,7 @@ from r3rag_jax.reporting.rendering import all_tables
 from r3rag_jax.reporting.report_page import publish_report
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import hold_run
-from r3rag_jax.run.profile import parse_args_with_profile
+from r3rag_jax.run.profile import parse_with_profile
 from r3rag_jax.run.provenance import has_finished
 from r3rag_jax.run.watchdog import Watchdog
 from r3rag_jax.training.memory_plan import notices
@@ -38,8 +38,7 @@ def train_policy(c: Components, phase: str) -> bool:
     return True
 
 
-# Name in `phases` -> function that runs it, or returns False if it was finished before.
-PHASES: dict[str, Callable[[Components], bool]] = {
+PHASES: dict[str, Callable[[Components], bool]] = {  # by name in `phases`; False: it was finished before
     "index": lambda c: prepare_data(c.config, c.run, c.dataset.path_of("corpus"), c.index_dir, c.console),
     "sft": lambda c: train_policy(c, "sft"),
     "rl": lambda c: train_policy(c, "rl"),
@@ -49,7 +48,7 @@ PHASES: dict[str, Callable[[Components], bool]] = {
 
 @main_guard
 def main(argv: Sequence[str] | None = None) -> None:
-    config = parse_args_with_profile(argv, prog="python -m r3rag_jax.train", description=str(__doc__).splitlines()[0])
+    config = parse_with_profile(argv, "python -m r3rag_jax.train", __doc__ or "")
     with joined(config.mesh):
         use_compile_cache()
         run(config)
@@ -58,11 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config, console: Console | None = None) -> Components:
     """Run all phases of the configuration; finished ones are skipped."""
     c, did_work = Components(config, config.run_directory, console), False
-    say, plans, log = (
-        c.console.print,
-        c.memory_plans,
-        c.log,
-    )  # bad configurations fail before the run directory is created
+    say = c.console.print
+    plans, log = c.memory_plans, c.log  # bad configurations fail before the run directory is created
     with c.stop, hold_run(config, c.run, c.console), log, Watchdog(config.log.watchdog_s, c.run.stalls):
         for name in config.phases:
             started = time.monotonic()

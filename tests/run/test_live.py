@@ -14,7 +14,7 @@ from rich.console import Console
 
 from r3rag_jax.run.glossary import GLOSSARY, TIME_PARTS
 from r3rag_jax.run.live import live_lines, summary, time_line, time_shares
-from r3rag_jax.run.profile import parse_args_with_profile, profiled
+from r3rag_jax.run.profile import parse_with_profile, profiled
 from r3rag_jax.run.progress import ProgressBar
 from r3rag_jax.run.stopwatch import Eta, Stopwatch
 
@@ -105,8 +105,8 @@ def test_a_profile_is_written_of_the_wanted_iteration_alone(tmp_path: Path) -> N
 def test_the_flag_names_the_iteration(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: x\n")
     words = ["--config", str(tmp_path / "recipe.yaml")]
-    assert parse_args_with_profile(words, prog="p", description="d").log.profile == -1
-    assert parse_args_with_profile([*words, "--profile", "3"], prog="p", description="d").log.profile == 3
+    assert parse_with_profile(words, "p", "d").log.profile == -1
+    assert parse_with_profile([*words, "--profile", "3"], "p", "d").log.profile == 3
 
 
 @pytest.mark.parametrize("protocol", ["tags"])
