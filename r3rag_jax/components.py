@@ -40,7 +40,7 @@ from r3rag_jax.rewards.judge.factory import open_judge
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.scorer import Scorer
 from r3rag_jax.rewards.terms import needed_resources
-from r3rag_jax.rollout.backend_factory import EngineBackends, MakeBackend, ServerBackends
+from r3rag_jax.rollout.backend_factory import AnyBackends, EngineBackends, LoadParams, ServerBackends
 from r3rag_jax.rollout.backends import RolloutBackend
 from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.fit import fitting_questions
@@ -256,7 +256,7 @@ class Components:
         return EngineBackends(self.config.rollout, self.engine, self.policy.tokenizer, shardings)
 
     @functools.cached_property
-    def backends(self) -> MakeBackend:
+    def backends(self) -> AnyBackends:
         """Factory of rollout backends: the user's inference server if one is configured, otherwise the local engine."""
         if self.config.rollout.server.is_given:
             return ServerBackends(self.config.rollout, self.policy.tokenizer)
@@ -412,11 +412,13 @@ class Components:
         is_asked = self.config.retrieval.kind != "http" and any(question.supporting_ids for question in questions)
         return Evidence.of(questions, self.corpus if is_asked else None)
 
+    def loader(self, policy: str) -> LoadParams:
+        """What loads a policy: `base`, or a finished phase's."""
+        return self.policy.base_params if policy == BASE_POLICY else lambda: self.policy.load(self.run.policy(policy))
+
     def open_backend(self, policy: str) -> RolloutBackend:
-        """Open a rollout backend with a policy: `base`, or a finished phase's. An inference server ignores it."""
-        if policy == BASE_POLICY:
-            return self.backends(self.policy.base_params)
-        return self.backends(lambda: self.policy.load(self.run.policy(policy)))
+        """Open a rollout backend with a policy. An inference server ignores it."""
+        return self.backends(self.loader(policy))
 
     def _corpus_digest(self) -> str:
         is_known = self.config.retrieval.kind != "http" and has_index(self.index_dir)
@@ -431,10 +433,8 @@ class Components:
         if what == CORPUS:
             return on_process_0(self._corpus_digest, "digest of the corpus")
         patterns = SETTINGS_FILES if what == TOKENIZER else MODEL_FILES
-        if what == JUDGE:
-            path = model_path(self.config.judge.local.path)
-        else:
-            path = self.policy.base_path if what in (BASE_POLICY, TOKENIZER) else self.run.policy(what)
+        of_policy = self.policy.base_path if what in (BASE_POLICY, TOKENIZER) else self.run.policy(what)
+        path = model_path(self.config.judge.local.path) if what == JUDGE else of_policy
 
         def digest() -> str:
             with reading(path):

@@ -47,7 +47,7 @@ class Batcher:
         max_batch: int,
         wait_s: float,
         max_waiting: int,
-        observer: BatchObserver,
+        observer: BatchObserver | None = None,
     ):
         """
         Args:
@@ -154,7 +154,8 @@ class Batcher:
                 self._search_group(retriever, [waiting], k)
             return
         finally:
-            self._observer.searched(len(queries), time.monotonic() - started_s)
+            if self._observer is not None:
+                self._observer.searched(len(queries), time.monotonic() - started_s)
         for waiting in group:
             size = len(waiting.queries)
             waiting.rows.set_result(rows[:size])

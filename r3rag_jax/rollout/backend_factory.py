@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from r3rag_jax.config import RolloutConfig
 from r3rag_jax.rollout.backends import EngineBackend, RolloutBackend, ServerBackend
+from r3rag_jax.rollout.env import StopRule
+from r3rag_jax.rollout.live_sampling import EngineSampler, ServerSampler
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.text.tokenizer import Tokenizer
 
@@ -32,6 +34,16 @@ class EngineBackends:
             self._engine, self._engine.load(params), self._tokenizer, decode_chunk=self._config.decode_chunk
         )
 
+    def live(self, policies: Mapping[str, LoadParams], stops: StopRule) -> EngineSampler:
+        """A sampler for the live scheduler, in the rows of the engine, with a copy of the parameters of each policy."""
+        decoders = {}
+        for name, load in policies.items():
+            params = load()
+            if self._param_shardings is not None:
+                params = jax.device_put(params, self._param_shardings)
+            decoders[name] = self._engine.load(params)
+        return EngineSampler(self._engine, decoders, self._tokenizer, stops)
+
 
 class ServerBackends:
     """Makes backends of the user's inference server, which has a policy of its own: none is loaded."""
@@ -42,5 +54,15 @@ class ServerBackends:
     def __call__(self, load: LoadParams) -> ServerBackend:
         return ServerBackend(self._config, self._tokenizer)
 
+    def live(self, policies: Mapping[str, LoadParams], stops: StopRule) -> ServerSampler:
+        """A sampler for the live scheduler; whichever policies are named, the server's samples.
+
+        Raises:
+            UserError: the environment variable with the server's key is not set.
+        """
+        backend = self(lambda: None)
+        return ServerSampler(backend.open_client(stops), backend.num_slots)
+
 
 MakeBackend = Callable[[LoadParams], RolloutBackend]
+AnyBackends = EngineBackends | ServerBackends

@@ -166,12 +166,20 @@ class ServerBackend:
         Raises:
             UserError: the environment variable with the server's key is not set.
         """
-        server = CompletionsClient(
+        server = self.open_client(stops)
+        with ThreadPoolExecutor(self.num_slots) as pool, server.session():
+            yield ServerGeneration(server, pool)
+
+    def open_client(self, stops: StopRule) -> CompletionsClient:
+        """A client whose completions end by the given rule.
+
+        Raises:
+            UserError: the environment variable with the server's key is not set.
+        """
+        return CompletionsClient(
             self._config, self._tokenizer, stop_ids=[*stops.pause_ids, *stops.stop_ids],
             stop_strings=stops.stop_strings, first_wait_s=self._first_wait_s,
         )  # fmt: skip
-        with ThreadPoolExecutor(self.num_slots) as pool, server.session():
-            yield ServerGeneration(server, pool)
 
 
 class Completer(Protocol):

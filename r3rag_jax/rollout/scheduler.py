@@ -16,13 +16,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from r3rag_jax.retrieval.base import Hit, Retriever
 from r3rag_jax.rollout.backends import Generation, RolloutBackend
-from r3rag_jax.rollout.env import Done, Env, EnvFactory, Search, Transition
+from r3rag_jax.rollout.env import Done, EnvFactory, Search, Transition
+from r3rag_jax.rollout.play import Play
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.times import RolloutTimes
 from r3rag_jax.run.watchdog import moved
@@ -89,12 +90,10 @@ class _Scheduler:
         self._on_done, self._times = on_done, times
         self._queue: deque[tuple[int, RolloutRequest]] = deque()  # requests without a slot, with their index
         self._indices: dict[int, int] = {}  # slot -> index of its request
-        self._envs: dict[int, Env] = {}  # slot -> Env
+        self._plays: dict[int, Play] = {}  # slot -> its question
         self._contexts: dict[int, Context] = {}  # slot -> context to be submitted
         self._queries: dict[int, Search] = {}  # slot -> search to be started
         self._searches: deque[_RunningSearch] = deque()
-        self._read: Counter[int] = Counter()  # slot -> tokens of the prompts of its question
-        self._written: Counter[int] = Counter()  # slot -> tokens sampled for its question
         self._done: dict[int, Trajectory] = {}  # index of the request -> trajectory
 
     def run(self, requests: Sequence[RolloutRequest]) -> list[Trajectory]:
@@ -105,29 +104,29 @@ class _Scheduler:
             self._fill_slots()
             self._start_search(call - 1)  # of questions that begin with one
             self._finish_searches(before=call)
-            if not self._envs and not self._queue:
+            if not self._plays and not self._queue:
                 break
             while self._searches and not self._contexts and not self._generation.num_active:
                 self._finish_search()  # no call could run during the search
             contexts, self._contexts = self._contexts, {}
             with self._times.watch.measure("prefill"):
                 self._generation.submit(contexts)
-            self._read.update({slot: len(context.ids) for slot, context in contexts.items()})
+            for slot, context in contexts.items():
+                self._plays[slot].submitted(context)
             with self._times.watch.measure("decode"):
                 completions = self._generation.wait()
             for slot, completion in completions:
-                self._written[slot] += len(completion.ids)
-                self._advance(slot, self._envs[slot].step(completion))
+                self._advance(slot, self._plays[slot].step(completion))
             self._start_search(call)
         return [self._done[index] for index in range(len(requests))]
 
     def _fill_slots(self) -> None:
         """Give free slots the next requests, unless the backend has failed."""
-        free = (slot for slot in range(self._num_slots) if slot not in self._envs)
+        free = (slot for slot in range(self._num_slots) if slot not in self._plays)
         for slot in itertools.islice(free, len(self._queue) if self._generation.is_open else 0):
             self._indices[slot], request = self._queue.popleft()
-            env = self._envs[slot] = self._env_factory(request)
-            self._advance(slot, env.start())
+            play = self._plays[slot] = Play(self._env_factory(request))
+            self._advance(slot, play.start())
 
     def _advance(self, slot: int, transition: Transition) -> None:
         """Note what is to happen next in a slot."""
@@ -139,11 +138,7 @@ class _Scheduler:
             self._finish(slot, transition)
 
     def _finish(self, slot: int, done: Done) -> None:
-        del self._envs[slot]
-        trajectory = dataclasses.replace(
-            done.trajectory, num_tokens=self._written.pop(slot, 0), num_input_tokens=self._read.pop(slot, 0)
-        )
-        self._done[self._indices.pop(slot)] = trajectory
+        trajectory = self._done[self._indices.pop(slot)] = self._plays.pop(slot).trajectory(done)
         if self._on_done is not None:
             self._on_done(trajectory)
 
@@ -172,4 +167,4 @@ class _Scheduler:
         with self._times.watch.measure("search_wait"):
             found = search.hits()
         for slot, hits in zip(search.slots, found, strict=True):
-            self._advance(slot, self._envs[slot].observe(hits))
+            self._advance(slot, self._plays[slot].observe(hits))

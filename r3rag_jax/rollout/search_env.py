@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from r3rag_jax.config import RolloutConfig
 from r3rag_jax.retrieval.base import Hit
@@ -82,6 +82,15 @@ class SearchEnv:
         if len(self._transcript.context) >= self._config.max_length - 1:
             return self._done(Status.CONTEXT_FULL)
         return self._context()
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps so far; the last one lacks its passages until they have been observed."""
+        return tuple(self._steps)
+
+    def preview(self, ids: Sequence[int]) -> Mapping[str, str]:
+        """See `Codec.preview`, of the step that is being written."""
+        return self._codec.preview(ids, len(self._steps) + 1)
 
     def _context(self) -> Context:
         context = self._transcript.context

@@ -10,7 +10,8 @@ log-probabilities under the same distribution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -169,6 +170,23 @@ class Engine:
     def release(self, row: int) -> None:
         """Mark a slot as EMPTY. Its cache is kept and reused if the next context has a common prefix."""
         self.rows.status[row] = RowStatus.EMPTY
+
+    def forget(self, row: int) -> None:
+        """Reuse nothing of the row's cache: its next context is for other parameters."""
+        self.rows.lengths[row] = 1
+
+    @contextlib.contextmanager
+    def holding(self, rows: Collection[int]) -> Iterator[None]:
+        """Leave active rows out of the decode calls in the `with` block, which are for other parameters than theirs.
+
+        A call may overwrite the keys and values of a held row's last token, which its next own call computes first.
+        """
+        held = list(rows)
+        self.rows.status[held] = RowStatus.HELD
+        try:
+            yield
+        finally:
+            self.rows.status[held] = RowStatus.ACTIVE
 
     def find(self, *status: RowStatus) -> list[int]:
         """Indices of the rows with one of these statuses, ascending."""

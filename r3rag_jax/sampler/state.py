@@ -19,6 +19,7 @@ class RowStatus(enum.IntEnum):
     ACTIVE = 1  # is being decoded
     NEEDS_RETRIEVAL = 2  # paused after a pause token: the host continues or ends it
     DONE = 3  # ended: a stop token or stop string, or no budget left
+    HELD = 4  # active, but left out of decode calls until the host makes it ACTIVE again
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,9 +74,38 @@ class TextProtocol(Protocol):
         """Parse the model's text of step `number` (from 1); a malformed step has is_well_formed=False."""
         ...
 
+    def preview_step(self, text: str, number: int) -> dict[str, str]:
+        """The parts of step `number` (`analysis`, `query`, `answer`) as far as its text has been written.
+
+        Each only grows as the text does, and begins what `parse_step` reads in the end; characters that may turn out to
+        begin a tag or label are held back. In `tags`, a text that cannot become a step is the part `malformed`.
+        """
+        ...
+
 
 def _malformed(text: str) -> Step:
     return Step(analysis=text, is_well_formed=False)
+
+
+def _until(text: str, *ends: str) -> tuple[str, str]:
+    """The text before the first of some ends without blanks around it, and the text from there on.
+
+    Without any of them in the text, its last characters are left out where they may begin one.
+    """
+    at = min((place for end in ends if (place := text.find(end)) >= 0), default=-1)
+    if at >= 0:
+        return text[:at].strip(), text[at:]
+    lengths = (size for end in ends for size in range(1, len(end)) if text.endswith(end[:size]))
+    return text[: len(text) - max(lengths, default=0)].strip(), ""
+
+
+def _cannot_begin(text: str, start: str) -> bool:
+    """Whether a text neither begins with `start` nor may yet do so."""
+    return not text.startswith(start) and not start.startswith(text)
+
+
+def _present(**parts: str) -> dict[str, str]:
+    return {name: text for name, text in parts.items() if text}
 
 
 class TagsProtocol:
@@ -120,6 +149,16 @@ class TagsProtocol:
             return _malformed(text)
         return Step(fields["analysis"], query=fields.get("query"), answer=fields.get("answer"))
 
+    def preview_step(self, text: str, number: int) -> dict[str, str]:
+        if _cannot_begin(text.lstrip(), "<think>"):
+            return {"malformed": text}
+        analysis, rest = _until(text.partition("<think>")[2], "</think>")
+        rest = rest.removeprefix("</think>").lstrip()
+        for tag in ("query", "answer"):
+            if rest.startswith(f"<{tag}>"):
+                return _present(analysis=analysis, **{tag: _until(rest.removeprefix(f"<{tag}>"), f"</{tag}>")[0]})
+        return _present(analysis=analysis)
+
 
 class StepsProtocol:
     """The published checkpoints' format: `Step k:\\nThe problem analysis: …\\nThe retrieval query: …`."""
@@ -132,6 +171,7 @@ class StepsProtocol:
     _query = "The retrieval query:"
     _answer = "The final answer:"
     _analysis = "The problem analysis:"
+    _labels = (_query, _answer, _analysis, "The retrieval documents:")
     # What ends a query or an answer, besides the end of its line.
     _next = re.compile(
         r"^Step \d+:$|The (?:problem analysis|retrieval query|retrieval documents|final answer):", re.MULTILINE
@@ -170,6 +210,15 @@ class StepsProtocol:
         if not analysis or not value:
             return _malformed(text)
         return Step(analysis, query=value) if label == self._query else Step(analysis, answer=value)
+
+    def preview_step(self, text: str, number: int) -> dict[str, str]:
+        body = text.partition(f"Step {number}:\n")[2].partition(self._analysis)[2]
+        analysis, rest = _until(body, self._query, self._answer)
+        for name, label in (("query", self._query), ("answer", self._answer)):
+            if rest.startswith(label):
+                value = rest.removeprefix(label).lstrip()
+                return _present(analysis=analysis, **{name: _until(value, "\n", *self._labels)[0]})
+        return _present(analysis=analysis)
 
 
 class SearchR1Protocol:
@@ -223,6 +272,17 @@ class SearchR1Protocol:
             return _malformed(text)
         analysis = text[: action.start()].strip().removeprefix("<think>").removesuffix("</think>").strip()
         return Step(analysis, query=value) if action["tag"] == "search" else Step(analysis, answer=value)
+
+    def preview_step(self, text: str, number: int) -> dict[str, str]:
+        analysis, rest = _until(text, "<search>", "<answer>")
+        if _cannot_begin(analysis, "<think>") or analysis.startswith("<think>"):
+            analysis = _until(analysis.removeprefix("<think>"), "</think>")[0]
+        else:
+            analysis = ""
+        for name, tag in (("query", "search"), ("answer", "answer")):
+            if rest.startswith(f"<{tag}>"):
+                return _present(analysis=analysis, **{name: _until(rest.removeprefix(f"<{tag}>"), f"</{tag}>")[0]})
+        return _present(analysis=analysis)
 
 
 def question_text(question: str | Question) -> str:

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.text.truncation import truncate
 from r3rag_jax.types import Passage, Sample, Step, Trajectory
 
+REPLACEMENT = "\ufffd"  # what a character of which a token is missing is decoded to
 MAX_SHOWN = 120  # characters of a text in an error message
 CACHED_PASSAGES = 1 << 14  # number of passages whose token ids are cached: some tens of megabytes
 
@@ -112,6 +113,11 @@ class Codec:
     def parse_step(self, ids: Sequence[int], number: int) -> Step:
         """Parse sampled ids into step `number` (from 1); a final end of turn is ignored."""
         return self.protocol.parse_step(self.tokenizer.decode(self.tokenizer.without_end(ids)), number)
+
+    def preview(self, ids: Sequence[int], number: int) -> Mapping[str, str]:
+        """Return what is known of step `number` from its first ids; see `TextProtocol.preview_step`."""
+        text = self.tokenizer.decode(self.tokenizer.without_end(ids))
+        return self.protocol.preview_step(text.rstrip(REPLACEMENT), number)
 
     def unreadable_step(self, trajectory: Trajectory) -> str | None:
         """Return the first step whose ids are not read back as the step, with the reason; None if all are.

@@ -1,0 +1,141 @@
+"""Plays the questions of people: one engine, the policies and indexes that they may choose from, and their settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+
+from r3rag_jax.config import Config, RolloutConfig
+from r3rag_jax.errors import UserError
+from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.retrieval.batching import Batcher
+from r3rag_jax.rollout.env import StopRule
+from r3rag_jax.rollout.events import Event
+from r3rag_jax.rollout.fit import misfit
+from r3rag_jax.rollout.live import AskedQuestion, LiveQuestion, LiveScheduler
+from r3rag_jax.rollout.live_sampling import LiveSampler
+from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.rollout.search_env import SearchEnv, search_env_factory
+from r3rag_jax.text.transcript import Codec
+from r3rag_jax.types import Question
+
+MAX_BATCH = 256  # queries that are searched together
+MAX_WAITING = 8192  # queries that wait for their search
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a question is played."""
+
+    policy: str  # one of the player's
+    retriever: str  # one of the player's
+    k: int  # passages of a search
+    steps: int  # budget of steps
+    temperature: float  # 0 = greedy
+    seed: int
+    single_steps: bool = False  # pause after each step
+
+
+class Player:
+    """Plays questions; its methods may be called from any thread.
+
+    A question of the data set, asked in its own words, is played as the evaluation plays it, and has its gold answers
+    and supporting passages.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        codec: Codec,
+        make_sampler: Callable[[StopRule], LiveSampler],
+        policies: Mapping[str, str],
+        retrievers: Mapping[str, Callable[[], Retriever]],
+        known: Iterable[Question] = (),
+    ):
+        """
+        Args:
+            policies: name of a policy of the sampler -> its title; the first is the default.
+            retrievers: name -> opens it; the first is the default.
+            known: questions of the data set.
+
+        Raises:
+            UserError: an index cannot be opened.
+        """
+        self._config, self._codec = config, codec
+        self.policies = dict(policies)
+        self.known = {question.question: question for question in known}
+        self._batchers = {
+            name: Batcher(open_it, max_batch=MAX_BATCH, wait_s=0.0, max_waiting=MAX_WAITING)
+            for name, open_it in retrievers.items()
+        }
+        for batcher in self._batchers.values():
+            batcher.start()
+        try:
+            for batcher in self._batchers.values():
+                batcher.opened.result()
+            retrieval = config.retrieval
+            stops = search_env_factory(
+                codec, config.rollout, top_k=retrieval.top_k, max_passages=retrieval.max_passages
+            ).stops
+            self.scheduler = LiveScheduler(make_sampler(stops))
+        except BaseException:
+            self._close_batchers()
+            raise
+
+    @property
+    def retrievers(self) -> list[str]:
+        """The names of the retrievers."""
+        return list(self._batchers)
+
+    @functools.cached_property
+    def defaults(self) -> Settings:
+        """The settings of the run's evaluation, with the first policy and retriever."""
+        config = self._config
+        return Settings(
+            next(iter(self.policies)), next(iter(self._batchers)), config.retrieval.top_k, config.rollout.max_steps,
+            config.eval.temperature, config.eval.seed,
+        )  # fmt: skip
+
+    def question(self, text: str) -> Question:
+        """The question of a text: one of the data set if it has these words, else one without gold answers.
+
+        Raises:
+            UserError: the text is empty.
+        """
+        if not (text := text.strip()):
+            raise UserError("the question must not be empty")
+        return self.known.get(text) or Question("asked", text, ())
+
+    def ask(self, question: Question, settings: Settings, tell: Callable[[Event], None]) -> AskedQuestion:
+        """Play a question; `tell` hears every event in another thread, and must return at once.
+
+        Raises:
+            UserError: there is no such policy or retriever, or the question does not fit the context.
+        """
+        for what, name, names in (
+            ("policy", settings.policy, list(self.policies)), ("retriever", settings.retriever, self.retrievers),
+        ):  # fmt: skip
+            if name not in names:
+                raise UserError(f"{what} must be one of {', '.join(names)}; got {name!r}")
+        rollout = self._config.rollout.replace(max_steps=settings.steps)
+        limits = {"top_k": settings.k, "max_passages": max(self._config.retrieval.max_passages, settings.k)}
+        self._check_fit(question, rollout, limits)
+        request = RolloutRequest(question, 0, settings.temperature, settings.seed)
+        env = SearchEnv(request, codec=self._codec, config=rollout, **limits)
+        search = self._batchers[settings.retriever].search
+        return self.scheduler.ask(LiveQuestion(env, settings.policy, search, tell, settings.single_steps))
+
+    def _check_fit(self, question: Question, rollout: RolloutConfig, limits: Mapping[str, int]) -> None:
+        factory = search_env_factory(self._codec, rollout, **limits)
+        if fault := misfit(question, {"r3rag": factory}, rollout.max_length):
+            raise UserError(fault)
+
+    def close(self) -> None:
+        """Cancel all questions, and end the threads."""
+        self.scheduler.close()
+        self._close_batchers()
+
+    def _close_batchers(self) -> None:
+        for batcher in self._batchers.values():
+            batcher.close()
