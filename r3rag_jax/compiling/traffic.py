@@ -14,6 +14,7 @@ _OPCODES = {kind: kind for kind in KINDS} | {f"{kind}-start": kind for kind in K
 _OPCODES |= {"ragged-all-to-all": "all-to-all", "collective-broadcast": "all-gather"}
 _ASYNC = 'custom_call_target="AsyncCollective'
 _ASYNC_START = f'{_ASYNC}Start"'
+_FUSED_SCATTER = "all-reduce-scatter"  # TPU: a fusion of an all-reduce and the slice that each device keeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +75,15 @@ def collectives(program: Program) -> list[Collective]:
     found = [item for item in program.executed() if item[1].opcode in _OPCODES]
     wrapped = {name for _, call, _ in program.executed() if call.opcode == "async-start" for name in call.called}
     # On TPU an asynchronous collective is written three times with one channel: in the fusion that starts it, in one
-    # that runs beside it, and in the one that ends it.
+    # that runs beside it, and in the one that ends it. Others may have the same channel, but are in no fusion, or in
+    # that of a reduce-scatter.
     starts = {computation.name for computation, _, _ in found if _starts_collective(computation)}
     started = {_channel(instruction) for computation, instruction, _ in found if computation.name in starts} - {None}
     kept = []
     for computation, instruction, place in found:
         is_start = computation.name in starts
-        if _channel(instruction) in started and not is_start:
+        is_alone = place.fusion is None or computation.name.startswith(_FUSED_SCATTER)
+        if _channel(instruction) in started and not is_start and not is_alone:
             continue
         is_async = is_start or computation.name in wrapped or instruction.opcode.endswith("-start")
         kept.append(_collective(program, computation, instruction, place, is_async=is_async))
@@ -167,7 +170,7 @@ def _collective(
     result = instruction.num_bytes
     if instruction.opcode.endswith("-start") and len(instruction.result) > 1:
         result = max(result - operand_bytes, 0)  # its tuple repeats the operands
-    if computation.name.startswith("all-reduce-scatter"):  # TPU: an all-reduce of which each device keeps its slice
+    if computation.name.startswith(_FUSED_SCATTER):
         kind = "reduce-scatter"
     return Collective(
         kind=kind,

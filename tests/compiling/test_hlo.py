@@ -257,6 +257,13 @@ ENTRY %main (g: f32[256,512], a: f32[64,64]) -> f32[64,64] {
     assert work.hbm_bytes(program) == 2 * 64 * 64 * 4
     [found] = traffic.collectives(program)
     assert found.is_async and found.num_bytes == 256 * 512 * 4
+    # libtpu gives one channel to all collectives of a shard_map: another of them is no part of the asynchronous one.
+    line = "  %all = f32[256,512]{1,0} all-gather(%part), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}\n"
+    more = text.replace("ENTRY %main (g:", "ENTRY %main (part: f32[64,512], g:")
+    more = more.replace("  %begun =", "  %part = f32[64,512]{1,0} parameter(2)\n" + line + "  %begun =")
+    gather, found = sorted(traffic.collectives(hlo.read(more)), key=lambda item: item.kind)
+    assert (gather.kind, gather.is_async) == ("all-gather", False)
+    assert (found.kind, found.is_async) == ("all-reduce", True)
 
 
 @pytest.mark.parametrize(
