@@ -112,3 +112,11 @@ def pod(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield devices
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def own_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines share no programs: for a test that changes what these are traced from."""
+    from r3rag_jax.sampler import engine, programs
+
+    monkeypatch.setattr(engine, "shared_programs", programs.SamplerPrograms)

@@ -26,7 +26,7 @@ from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.distribution import WHOLE, Truncation
 from r3rag_jax.sampler.ops import SamplerOps
 from r3rag_jax.sampler.prefill_plan import Missing
-from r3rag_jax.sampler.programs import SamplerPrograms
+from r3rag_jax.sampler.programs import shared_programs
 from r3rag_jax.sampler.state import Rows, RowStatus
 from r3rag_jax.sampler.stops import NO_STOPS, EndOf, StopTokens
 from r3rag_jax.types import Context
@@ -71,7 +71,7 @@ class Engine:
             shard_weights: `split` of `CachedDecoder.shardings`.
             ops: None: the fastest operations for the mesh's devices.
         """
-        self.programs = SamplerPrograms(
+        self.programs = shared_programs(
             config, mesh, slots=slots, max_length=max_length, decode_chunk=decode_chunk, truncation=truncation,
             dtype=dtype, shard_weights=shard_weights, ops=ops,
         )  # fmt: skip

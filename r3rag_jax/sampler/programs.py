@@ -35,6 +35,8 @@ from r3rag_jax.sampler.state import DecodeState, Rows
 from r3rag_jax.sampler.stops import MAX_STOPS
 from r3rag_jax.sampler.windows import Window, windows
 
+SHARED = 8  # sets of programs that are kept for the next engine of their shape
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -101,8 +103,9 @@ class SamplerPrograms:
         )
         self.prefill = jax.jit(self._prefill, donate_argnums=1, out_shardings=cache_shardings)
         self.copy = jax.jit(self._copy, donate_argnums=0, out_shardings=cache_shardings)
+        self.load = functools.cache(self._load)
 
-    def load(self, graphdef: Any) -> Any:
+    def _load(self, graphdef: Any) -> Any:
         """Return the jitted function from parameters (a state of `graphdef`, of a `Decoder`) to a `CachedDecoder`."""
 
         def load(params: Any) -> CachedDecoder:
@@ -192,6 +195,12 @@ class SamplerPrograms:
         """The shapes of the decode state of a window with `num_rows` rows."""
         rows = Rows.empty(num_rows, self.max_length)
         return jax.eval_shape(lambda: rows.decode_rows(np.arange(num_rows), self.decode_chunk))
+
+
+@functools.lru_cache(SHARED)
+def shared_programs(config: DecoderConfig, mesh: Mesh, **options: Any) -> SamplerPrograms:
+    """The programs for these arguments of `SamplerPrograms`: engines that are alike trace and compile each once."""
+    return SamplerPrograms(config, mesh, **options)
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

@@ -225,6 +225,7 @@ MESHES = [
 ]
 
 
+@pytest.mark.usefixtures("own_programs")
 @pytest.mark.parametrize(("mesh", "is_split"), MESHES)
 def test_any_mesh_samples_what_one_device_does(model, monkeypatch, mesh, is_split):
     """Rows that lack much and little, more of a device's than a call takes, a context on two devices, a second turn."""
@@ -264,6 +265,7 @@ def test_devices_exchange_neither_cache_nor_hidden_states_nor_weights(model, mes
     assert {(16, 32)} | own_rows <= moved[1] <= {(16,), (16, 2), (16, 32)} | own_rows  # 32: the tokens of a call
 
 
+@pytest.mark.usefixtures("own_programs")
 @pytest.mark.parametrize(
     ("row_shares", "expected"),
     [((), [(4, 64), (4, 160), (4, 320)]), ((4, 2), [(1, 160), (1, 320)])],

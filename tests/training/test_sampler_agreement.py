@@ -147,6 +147,7 @@ def test_they_are_also_truncated(codec: Codec) -> None:
 
 
 @pytest.mark.parametrize("codec", ["tags", "steps", "search_r1"], indirect=True)
+@pytest.mark.usefixtures("own_programs")
 def test_they_are_also_across_retrievals(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole well-formed trajectories: passages spliced in, the cache kept, and the same ids as the cold start's."""
     force(monkeypatch, codec)
