@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import queue
 from collections.abc import Callable, Iterable, Mapping
 
 from r3rag_jax.config import Config, RolloutConfig
@@ -11,7 +12,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import Retriever
 from r3rag_jax.retrieval.batching import Batcher
 from r3rag_jax.rollout.env import StopRule
-from r3rag_jax.rollout.events import Event
+from r3rag_jax.rollout.events import LAST, Event, StepText, StepWritten
 from r3rag_jax.rollout.fit import misfit
 from r3rag_jax.rollout.live import AskedQuestion, LiveQuestion, LiveScheduler
 from r3rag_jax.rollout.live_sampling import LiveSampler
@@ -55,33 +56,40 @@ class Player:
     ):
         """
         Args:
+            make_sampler: called by `open`.
             policies: name of a policy of the sampler -> its title; the first is the default.
-            retrievers: name -> opens it; the first is the default.
+            retrievers: name -> opens it, in a thread; the first is the default.
             known: questions of the data set.
-
-        Raises:
-            UserError: an index cannot be opened.
         """
-        self._config, self._codec = config, codec
+        self._config, self._codec, self._make_sampler = config, codec, make_sampler
         self.policies = dict(policies)
         self.known = {question.question: question for question in known}
         self._batchers = {
             name: Batcher(open_it, max_batch=MAX_BATCH, wait_s=0.0, max_waiting=MAX_WAITING)
             for name, open_it in retrievers.items()
         }
+        self._scheduler: LiveScheduler | None = None
+
+    def open(self) -> None:
+        """Open indexes and engine.
+
+        Raises:
+            UserError: one of them cannot be opened.
+        """
         for batcher in self._batchers.values():
             batcher.start()
-        try:
-            for batcher in self._batchers.values():
-                batcher.opened.result()
-            retrieval = config.retrieval
-            stops = search_env_factory(
-                codec, config.rollout, top_k=retrieval.top_k, max_passages=retrieval.max_passages
-            ).stops
-            self.scheduler = LiveScheduler(make_sampler(stops))
-        except BaseException:
-            self._close_batchers()
-            raise
+        for batcher in self._batchers.values():
+            batcher.opened.result()
+        retrieval = self._config.retrieval
+        limits = {"top_k": retrieval.top_k, "max_passages": retrieval.max_passages}
+        stops = search_env_factory(self._codec, self._config.rollout, **limits).stops
+        self._scheduler = LiveScheduler(self._make_sampler(stops))
+
+    @property
+    def scheduler(self) -> LiveScheduler:
+        """The scheduler, once the player is open."""
+        assert self._scheduler is not None, "open the player first"
+        return self._scheduler
 
     @property
     def retrievers(self) -> list[str]:
@@ -107,8 +115,8 @@ class Player:
             raise UserError("the question must not be empty")
         return self.known.get(text) or Question("asked", text, ())
 
-    def ask(self, question: Question, settings: Settings, tell: Callable[[Event], None]) -> AskedQuestion:
-        """Play a question; `tell` hears every event in another thread, and must return at once.
+    def check(self, question: Question, settings: Settings) -> None:
+        """Check that a question can be played; the player need not be open.
 
         Raises:
             UserError: there is no such policy or retriever, or the question does not fit the context.
@@ -118,24 +126,45 @@ class Player:
         ):  # fmt: skip
             if name not in names:
                 raise UserError(f"{what} must be one of {', '.join(names)}; got {name!r}")
-        rollout = self._config.rollout.replace(max_steps=settings.steps)
-        limits = {"top_k": settings.k, "max_passages": max(self._config.retrieval.max_passages, settings.k)}
-        self._check_fit(question, rollout, limits)
-        request = RolloutRequest(question, 0, settings.temperature, settings.seed)
-        env = SearchEnv(request, codec=self._codec, config=rollout, **limits)
-        search = self._batchers[settings.retriever].search
-        return self.scheduler.ask(LiveQuestion(env, settings.policy, search, tell, settings.single_steps))
-
-    def _check_fit(self, question: Question, rollout: RolloutConfig, limits: Mapping[str, int]) -> None:
-        factory = search_env_factory(self._codec, rollout, **limits)
+        rollout = self._rollout(settings)
+        factory = search_env_factory(self._codec, rollout, **self._limits(settings))
         if fault := misfit(question, {"r3rag": factory}, rollout.max_length):
             raise UserError(fault)
 
+    def ask(self, question: Question, settings: Settings, tell: Callable[[Event], None]) -> AskedQuestion:
+        """Play a question; `tell` hears every event in another thread, and must return at once.
+
+        Raises:
+            UserError: as `check`.
+        """
+        self.check(question, settings)
+        request = RolloutRequest(question, 0, settings.temperature, settings.seed)
+        env = SearchEnv(request, codec=self._codec, config=self._rollout(settings), **self._limits(settings))
+        search = self._batchers[settings.retriever].search
+        return self.scheduler.ask(LiveQuestion(env, settings.policy, search, tell, settings.single_steps))
+
+    def prepare(self, question: Question, settings: Settings) -> None:
+        """Compile what the beginning of a question needs, by playing it; returns when it would be shown.
+
+        Raises:
+            UserError: as `check`.
+        """
+        heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        asked = self.ask(question, settings, heard.put)
+        while not isinstance(heard.get(), (StepText, StepWritten, *LAST)):
+            pass
+        asked.cancel()
+
+    def _rollout(self, settings: Settings) -> RolloutConfig:
+        return self._config.rollout.replace(max_steps=settings.steps)
+
+    def _limits(self, settings: Settings) -> dict[str, int]:
+        """Passages of a search, and of the trajectory."""
+        return {"top_k": settings.k, "max_passages": max(self._config.retrieval.max_passages, settings.k)}
+
     def close(self) -> None:
         """Cancel all questions, and end the threads."""
-        self.scheduler.close()
-        self._close_batchers()
-
-    def _close_batchers(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.close()
         for batcher in self._batchers.values():
             batcher.close()

@@ -1,8 +1,8 @@
 """Renders trajectories, coloured by their author, and tables of results.
 
-Both exist for a terminal (rich) and as HTML fragments for the report and notebooks. Text of the policy is blue or
-violet, passages are ochre, and malformed steps are red; every block also has a label, so that no information depends
-on colour alone.
+Both exist as HTML fragments for the report and notebooks, and for a terminal (rich): the tables here, trajectories in
+`terminal.py`. Text of the policy is blue or violet, passages are ochre, and malformed steps are red; every block also
+has a label, so that no information depends on colour alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -25,20 +24,7 @@ from r3rag_jax.types import Passage, Status, Trajectory
 
 Eval = Mapping[str, Any]  # the content of eval/<system>.json
 
-# Named ANSI colours, which the terminal's theme keeps legible on light and dark backgrounds.
-STYLES = {
-    "analysis": "bright_blue",
-    "query": "cyan",
-    "answer": "magenta",
-    "passage": "yellow",
-    "malformed": "red",
-    "right": "bold green",
-    "wrong": "bold red",
-    "none": "bold red",
-    "unknown": "dim",
-}
 SUPPORT_MARK = "★"
-TERMINAL_PASSAGE = 300  # maximum characters of a passage in a terminal
 HTML_PASSAGE = 260  # in HTML, passages with more characters are collapsed
 
 # metric of eval/<system>.json, column title, description, decimals, whether the largest value is best
@@ -117,54 +103,6 @@ def visible(text: str) -> str:
 def pretty(name: str) -> str:
     """A metadata or metric name as words: bridge_comparison -> bridge comparison."""
     return name.replace("_", " ")
-
-
-def print_trajectory(trajectory: Trajectory, console: Console) -> None:
-    """Print question, steps, passages and answer, coloured by author, with a legend."""
-    result = outcome(trajectory)
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(justify="right", no_wrap=True)
-    grid.add_column(overflow="fold")
-    grid.add_row(Text("question", "dim"), Text(visible(trajectory.question.question), "bold"))
-    heading = Text.assemble((result.label, STYLES[result.kind]), "  ")
-    grid.add_row("", heading.append("  ·  ".join(facts(trajectory)), "dim"))
-    for number, step in enumerate(trajectory.steps, 1):
-        grid.add_row(Text(f"\nstep {number}", "dim"), "")
-        if not step.is_well_formed:
-            _add(grid, "malformed", step.analysis)
-            continue
-        for kind in ("analysis", "query"):
-            if text := getattr(step, kind):
-                _add(grid, kind, text)
-        for passage in step.passages:
-            _add(grid, "passage", _short(passage), is_marked=is_supporting(passage, trajectory))
-        if step.query is not None and not step.passages:
-            grid.add_row(Text("passage", STYLES["passage"]), Text("nothing new was found", "dim"))
-        if step.answer is not None:
-            _add(grid, "answer", step.answer, weight="bold ")
-    console.print(grid)
-    console.print(Text("\n").append_text(_legend()))
-
-
-def _add(grid: Table, kind: str, text: str, *, is_marked: bool = False, weight: str = "") -> None:
-    style = weight + STYLES[kind]
-    label = Text.assemble((f"{SUPPORT_MARK} " if is_marked else "", STYLES["right"]), (kind, style))
-    grid.add_row(label, Text(visible(text), style))
-
-
-def _short(passage: Passage) -> str:
-    text = passage.contents if passage.text == passage.title else f"{passage.title} — {passage.text}"
-    text = " ".join(text.split())
-    return text if len(text) <= TERMINAL_PASSAGE else f"{text[: TERMINAL_PASSAGE - 1]}…"
-
-
-def _legend() -> Text:
-    legend = Text().append("policy ", "dim")
-    for kind in ("analysis", "query", "answer"):
-        legend.append("■ ", STYLES[kind]).append(f"{kind}  ", "dim")
-    legend.append("  retriever ", "dim").append("■ ", STYLES["passage"]).append("passage  ", "dim")
-    legend.append(f"{SUPPORT_MARK} ", STYLES["right"]).append("supporting  ", "dim")
-    return legend.append("  ■ ", STYLES["malformed"]).append("malformed, verbatim", "dim")
 
 
 def trajectory_html(trajectory: Trajectory) -> str:

@@ -11,6 +11,7 @@ from r3rag_jax.config import RolloutConfig
 from r3rag_jax.rollout.backends import EngineBackend, RolloutBackend, ServerBackend
 from r3rag_jax.rollout.env import StopRule
 from r3rag_jax.rollout.live_sampling import EngineSampler, ServerSampler
+from r3rag_jax.sampler.cached_decoder import CachedDecoder
 from r3rag_jax.sampler.engine import Engine
 from r3rag_jax.text.tokenizer import Tokenizer
 
@@ -34,14 +35,22 @@ class EngineBackends:
             self._engine, self._engine.load(params), self._tokenizer, decode_chunk=self._config.decode_chunk
         )
 
-    def live(self, policies: Mapping[str, LoadParams], stops: StopRule) -> EngineSampler:
-        """A sampler for the live scheduler, in the rows of the engine, with a copy of the parameters of each policy."""
-        decoders = {}
+    def live(
+        self, policies: Mapping[str, LoadParams], stops: StopRule, *, compiles_ahead: bool = False
+    ) -> EngineSampler:
+        """A sampler for the live scheduler, in the rows of the engine, with a copy of the parameters of each policy.
+
+        Args:
+            compiles_ahead: compile every program of the engine now, so that no question waits for it.
+        """
+        decoders: dict[str, CachedDecoder] = {}
         for name, load in policies.items():
             params = load()
             if self._param_shardings is not None:
                 params = jax.device_put(params, self._param_shardings)
             decoders[name] = self._engine.load(params)
+            if compiles_ahead and len(decoders) == 1:
+                self._engine.warm_up(decoders[name])
         return EngineSampler(self._engine, decoders, self._tokenizer, stops)
 
 
@@ -54,7 +63,9 @@ class ServerBackends:
     def __call__(self, load: LoadParams) -> ServerBackend:
         return ServerBackend(self._config, self._tokenizer)
 
-    def live(self, policies: Mapping[str, LoadParams], stops: StopRule) -> ServerSampler:
+    def live(
+        self, policies: Mapping[str, LoadParams], stops: StopRule, *, compiles_ahead: bool = False
+    ) -> ServerSampler:
         """A sampler for the live scheduler; whichever policies are named, the server's samples.
 
         Raises:

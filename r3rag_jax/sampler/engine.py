@@ -101,7 +101,10 @@ class Engine:
         return decoder
 
     def warm_up(self, decoder: CachedDecoder) -> None:
-        """Compile every program of the engine in parallel threads: at most 19, or 15 on an accelerator."""
+        """Compile every program of the engine in parallel threads: at most 19, or 15 on an accelerator.
+
+        `load` does it on an accelerator; again, it costs nothing.
+        """
         programs = self.programs.all(decoder)
         with ThreadPoolExecutor(len(programs)) as pool:
             # Later calls of the jitted functions hit jit's cache.

@@ -23,13 +23,13 @@ from r3rag_jax.reporting.rendering import (
     margin_of,
     not_comparable,
     outcome,
-    print_trajectory,
     result_rows,
     results_html,
     results_table,
     trajectory_html,
     visible,
 )
+from r3rag_jax.reporting.terminal import print_trajectory
 from r3rag_jax.types import Question, Status, Step, Trajectory
 
 ASKED = synthetic_run.question(1)
