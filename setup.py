@@ -95,6 +95,7 @@ setup(
             "world/base/*",
             "text/templates/*",
             "reporting/templates/*",
+            "reporting/expected/*.json",
             "sampler/kernels/cpu/*.cc",
             "data/wikihop_files/*.xz",
             "data/wikihop_files/*.md",

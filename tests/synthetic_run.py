@@ -196,3 +196,72 @@ def _rollouts() -> Iterable[dict[str, Any]]:
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def add_recorded(
+    run_dir: Path, *, iterations: int = 40, questions: int = 1, samples: int = 4, num_steps: int = 0
+) -> Path:
+    """Gives a run what RL records of an iteration: where its time goes, whole groups, steps' and tokens' numbers.
+
+    Args:
+        num_steps: steps of every trajectory, long ones as a language model writes them; 0: those of `right` and others.
+    """
+    noise = random.Random("recorded")
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["phase"] == "rl":
+            row |= _timing(noise, row["step"])
+    _write_lines(run_dir / "metrics.jsonl", rows)
+    recorded = (
+        _recorded(noise, iteration, 1000 + iteration * questions + number, sample, num_steps)
+        for iteration in range(iterations)
+        for number in range(questions)
+        for sample in range(samples)
+    )
+    _write_lines(run_dir / "trajectories" / "rl.jsonl", recorded)
+    return run_dir
+
+
+def _timing(noise: random.Random, step: int) -> dict[str, float]:
+    parts = {"prefill_s": 0.6, "decode_s": 4.1, "search_wait_s": 0.3, "score_s": 0.1, "update_s": 2.9}
+    parts = {name: mean * noise.uniform(0.9, 1.1) for name, mean in parts.items()}
+    parts |= {"eval_s": 2.0} if step % 5 == 4 else {}
+    row = parts | {"iteration_s": sum(parts.values()) + 0.4, "checkpoint_s": 0.5 if step % 10 == 9 else 0.0}
+    row |= {"rollout_wait_s": 5.2, "rollout_s": 5.4, "staleness": 0.0, "eta_s": 9.0 * (39 - step)}
+    row |= {"search_p50_s": 0.004, "search_p95_s": 0.011, "search_failures": float(step == 7), "decoded_per_s": 2200.0}
+    return row | {"mfu": 0.31 * noise.uniform(0.95, 1.05), "memory_bandwidth": 0.55 * noise.uniform(0.95, 1.05)}
+
+
+def _recorded(noise: random.Random, iteration: int, number: int, sample: int, num_steps: int) -> dict[str, Any]:
+    kind = TYPES[number % len(TYPES)]
+    asked = question(number, kind)
+    trajectory = (
+        _long(noise, asked, num_steps) if num_steps else (malformed, wrong, right, no_answer)[sample % 4](asked)
+    )
+    row = trajectory_to_dict(trajectory) | {"sample_index": sample, "iteration": iteration}
+    for step in row["steps"]:
+        text = " ".join(step.get(name, "") for name in ("analysis", "query", "answer")).strip()
+        tokens = [word if place == 0 else f" {word}" for place, word in enumerate(text.split(" "))]
+        step |= {"reward": round(noise.uniform(-0.2, 1), 4), "advantage": round(noise.gauss(0, 1), 4), "tokens": tokens}
+        step["logprobs"] = [round(-noise.expovariate(2), 4) for _ in tokens]
+        if sample == 2:
+            step["advantages"] = [round(step["advantage"] + noise.gauss(0, 0.1), 4) for _ in tokens]
+    return row | {"reward": sum(step["reward"] for step in row["steps"])}
+
+
+def _long(noise: random.Random, asked: Question, num_steps: int) -> Trajectory:
+    """Steps of 40 words with three passages of 100 words, as a language model with Wikipedia writes and reads them."""
+    words = "the author was born in a harbour town where her novel about glass and rivers had been filmed twice".split()
+
+    def text(length: int) -> str:
+        return " ".join(noise.choice(words) for _ in range(length))
+
+    def passages(step: int) -> tuple[Passage, ...]:
+        ids = [noise.randrange(3000) for _ in range(3)]
+        return tuple(
+            Passage(f"w{id}", f'"Title {id}"\n{random.Random(id).choice(words)} {" ".join(words * 5)} {id}')
+            for id in ids
+        )
+
+    searching = [Step(text(40), query=text(8), passages=passages(k)) for k in range(num_steps - 1)]
+    return Trajectory(asked, (*searching, Step(text(40), answer="Orvessa")), Status.ANSWERED)

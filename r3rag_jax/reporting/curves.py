@@ -1,11 +1,11 @@
-"""Learning curves as SVG: which metrics are plotted together, their smoothing, and the axes."""
+"""Learning curves as SVG: which metrics are plotted together, their smoothing, bands of several runs, and the axes."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
@@ -24,6 +24,7 @@ class Plot:
     curves: tuple[tuple[str, str], ...]  # (metric, its name in the legend)
     scale: float = 1.0  # factor applied to the logged values
     from_zero: bool = True  # whether the value axis must include 0
+    hides_zero: bool = False  # whether it is left out where all values are 0
 
 
 PLOTS = {
@@ -43,6 +44,8 @@ PLOTS = {
         Plot("Exact match", "% of questions", (("em", "rollouts"), ("dev_em", "dev, greedy")), 100),
         Plot("Accuracy according to the judge", "% of questions", (("acc", "rollouts"),), 100),
         Plot("Retrievals", "searches per question", (("mean_retrievals", "retrievals"),)),
+        Plot("Search time", "ms per batch", (("search_p50_s", "median"), ("search_p95_s", "95th percentile")), 1000),
+        Plot("Failed search requests", "requests, repeated", (("search_failures", "failed"),), hides_zero=True),
         Plot(
             "Trajectories without an answer",
             "% of trajectories",
@@ -70,13 +73,26 @@ PLOTS = {
         Plot("Policy change in an iteration", "nats per token", (("approx_kl", "approximate KL"),)),
         Plot("Displacement", "mean log-ratio of better tokens", (("displacement", "displacement"),), from_zero=False),
         Plot("Critic", "explained variance", (("explained_variance", "explained"),), from_zero=False),
+        Plot("Throughput", "tokens per second", (("tokens_per_s", "trained on"), ("decoded_per_s", "sampled"))),
+        Plot(
+            "Use of the devices",
+            "% of the data sheet's peak",
+            (("mfu", "FLOPs, updates (MFU)"), ("memory_bandwidth", "memory bandwidth, decoding")),
+            100,
+        ),
+        Plot("Staleness", "iterations", (("staleness", "age of the policy that sampled"),), hides_zero=True),
     ),
     "sft": (
         Plot("Loss", "nats per token", (("loss", "loss"),)),
         Plot("Token accuracy", "% of tokens", (("accuracy", "accuracy"),), 100),
+        Plot("Throughput", "tokens per second", (("tokens_per_s", "trained on"),)),
+        Plot("Use of the devices", "% of the data sheet's peak", (("mfu", "FLOPs (MFU)"),), 100),
     ),
 }
 STEP_NAMES = {"rl": "RL iteration", "sft": "optimizer step"}
+
+
+Row = Mapping[str, Any]
 
 
 class Curve(NamedTuple):
@@ -88,13 +104,20 @@ class Curve(NamedTuple):
     smooth: list[float]  # equals `values` if the curve is too short to smooth
     block: int  # number of logged rows averaged in a point
     num_broken: int  # number of values that are not finite
+    band: tuple[Sequence[float], Sequence[float]] | None = None  # lowest and highest value of several runs at each step
+    is_expected: bool = False  # drawn behind the run's own curves
 
     @property
     def is_smoothed(self) -> bool:
         return self.smooth != self.values
 
+    @property
+    def extremes(self) -> list[float]:
+        """What the value axis must show."""
+        return [*self.values, *(value for side in self.band or () for value in side)]
 
-def read_curve(rows: Sequence[dict[str, Any]], metric: str, name: str, scale: float = 1.0) -> Curve:
+
+def read_curve(rows: Sequence[Row], metric: str, name: str, scale: float = 1.0) -> Curve:
     """The curve of a metric over `step`; rows without the metric are skipped."""
     points = [(row["step"], scale * row[metric]) for row in rows if row.get(metric) is not None]
     finite = [point for point in points if math.isfinite(point[1])]
@@ -102,6 +125,23 @@ def read_curve(rows: Sequence[dict[str, Any]], metric: str, name: str, scale: fl
     blocks = [finite[i : i + block] for i in range(0, len(finite), block)]
     steps, values = ([_mean([p[axis] for p in b]) for b in blocks] for axis in (0, 1))
     return Curve(name, steps, values, moving_mean(values), block, len(points) - len(finite))
+
+
+def read_band(runs: Sequence[Sequence[Row]], metric: str, name: str, scale: float = 1.0) -> Curve:
+    """The mean of several runs' metric at each step that any of them has, with the lowest and the highest value.
+
+    Each run is smoothed by itself, so that the band is of runs, not of the noise of steps.
+    """
+    points: dict[float, list[float]] = {}
+    for rows in runs:
+        found = [(row["step"], scale * row[metric]) for row in rows if row.get(metric) is not None]
+        finite = [point for point in found if math.isfinite(point[1])]
+        for (step, _), value in zip(finite, moving_mean([value for _, value in finite]), strict=True):
+            points.setdefault(step, []).append(value)
+    steps = sorted(points)[:: max(1, math.ceil(len(points) / MAX_POINTS))]
+    means, low, high = ([summary(points[step]) for step in steps] for summary in (_mean, min, max))
+    has_several = any(len(values) > 1 for values in points.values())
+    return Curve(name, steps, means, means, 1, 0, (low, high) if has_several else None)
 
 
 def moving_mean(values: Sequence[float]) -> list[float]:
@@ -145,7 +185,7 @@ class Frame:
 
     def __init__(self, curves: Sequence[Curve], from_zero: bool):
         last = max(step for curve in curves for step in curve.steps)
-        values = [value for curve in curves for value in curve.values] + [0.0] * from_zero
+        values = [value for curve in curves for value in curve.extremes] + [0.0] * from_zero
         self.y_ticks = nice_ticks(min(values), max(values), 5)
         self._last_step = max(last, 1)
         ticks = nice_ticks(0, self._last_step, 5, is_whole=True)
@@ -161,6 +201,12 @@ class Frame:
     def path(self, steps: Sequence[float], values: Sequence[float]) -> str:
         points = (f"{self.x(s):g},{self.y(v):g}" for s, v in zip(steps, values, strict=True))
         return "M" + "L".join(points)
+
+    def area(self, curve: Curve) -> str:
+        """The outline of a curve's band."""
+        low, high = curve.band or ((), ())
+        back = self.path(curve.steps[::-1], high[::-1]).replace("M", "L", 1)
+        return f"{self.path(curve.steps, low)}{back}Z"
 
     def bands(self, curves: Sequence[Curve]) -> list[tuple[float, float, float, str]]:
         """Vertical bands for tooltips, one per step: left edge, width, centre and text."""
@@ -186,12 +232,24 @@ class Frame:
         ]
 
 
-def draw(plot: Plot, rows: Sequence[dict[str, Any]], step_name: str) -> Markup | None:
-    """The plot as an HTML figure; None if no row has one of its metrics."""
-    read = [read_curve(rows, metric, name, plot.scale) for metric, name in plot.curves]
-    curves = [curve for curve in read if curve.values]
-    if not curves:
+def draw(plot: Plot, rows: Sequence[Row], step_name: str, expected: Sequence[Sequence[Row]] = ()) -> Markup | None:
+    """The plot as an HTML figure; None if no row has one of its metrics.
+
+    `expected`: the rows of other runs of the same recipe, whose range is drawn behind.
+    """
+    curves = []
+    for metric, name in plot.curves:
+        curve = read_curve(rows, metric, name, plot.scale)
+        band = read_band(expected, metric, f"{name}, expected", plot.scale)
+        curves += [curve] if curve.values else []
+        curves += [band._replace(is_expected=True)] if curve.values and band.values else []
+    if plot.hides_zero and not any(value for curve in curves for value in curve.values):
         return None
+    return draw_curves(plot, curves, step_name) if curves else None
+
+
+def draw_curves(plot: Plot, curves: Sequence[Curve], step_name: str) -> Markup:
+    """Curves, each with at least one value, as an HTML figure."""
     frame = Frame(curves, plot.from_zero)
     template = environment().get_template("plot.html.j2")
     return Markup(template.render(plot=plot, curves=curves, frame=frame, step_name=step_name, tick_label=tick_label))

@@ -152,6 +152,18 @@ def as_json(table: Table, command: str) -> str:
     return json.dumps({"command": command} | dataclasses.asdict(table), indent=2, ensure_ascii=False) + "\n"
 
 
+def table_from_json(text: str) -> Table:
+    """Inverse of `as_json`, without the command.
+
+    Raises:
+        ValueError, TypeError, KeyError: the text is something else.
+    """
+    fields = json.loads(text)
+    del fields["command"]
+    rows = [TableRow(**row) for row in fields.pop("rows")]
+    return Table(**fields | {"metrics": tuple(fields["metrics"])}, rows=rows)
+
+
 def publish_tables(run: RunDirectory, table: Table, name: str, command: str, console: Console) -> None:
     """Write `<run>/tables/<name>` in each format, upload it where the run is in a bucket, and print it.
 

@@ -94,10 +94,14 @@ def is_supporting(passage: Passage, trajectory: Trajectory) -> bool:
     return passage.id in trajectory.question.supporting_ids
 
 
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in b"\n\t"} | {127: 0x2421}
+
+
 def visible(text: str) -> str:
     """Replace control characters by their Unicode pictures (ESC -> ␛), so that a terminal prints all of the text."""
-    pictures = {code: 0x2400 + code for code in range(32) if code not in b"\n\t"} | {127: 0x2421}
-    return text.translate(pictures).encode("utf-8", "replace").decode("utf-8")
+    if text.isprintable():
+        return text
+    return text.translate(_PICTURES).encode("utf-8", "replace").decode("utf-8")
 
 
 def pretty(name: str) -> str:
@@ -296,5 +300,6 @@ def environment() -> jinja2.Environment:
         comparable_sets,
     )  # fmt: skip
     templates.globals.update({function.__name__: function for function in functions})
+    templates.filters["visible"] = visible
     templates.globals.update(SUPPORT_MARK=SUPPORT_MARK, HTML_PASSAGE=HTML_PASSAGE)
     return templates

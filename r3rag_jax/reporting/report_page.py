@@ -1,25 +1,41 @@
 """The report of a run: one self-contained HTML file.
 
-It holds result tables, learning curves (SVG from a template, no scripts), a gallery of trajectories and the
-configuration. For whatever the run lacks, it holds a sentence that says so.
+It holds result tables, learning curves, where the time went, an explorer of trajectories and the configuration. Curves
+are SVG from a template; the explorer is a script that reads a block of JSON. For whatever the run lacks, it holds a
+sentence that says so, or nothing.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
+import hashlib
 import os
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
 from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.reporting.curves import PLOTS, STEP_NAMES, draw
+from r3rag_jax.reporting.expected import find_expected
+from r3rag_jax.reporting.explorer import explorer_block
 from r3rag_jax.reporting.gallery import gallery, milestones
+from r3rag_jax.reporting.paper_tables import caption, grid_of, sentences
 from r3rag_jax.reporting.rendering import environment, title_of
-from r3rag_jax.reporting.run_files import load_run
+from r3rag_jax.reporting.run_files import Run, load_run
+from r3rag_jax.reporting.time_split import draw_time_split
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.files import write_text
+
+
+class Live(NamedTuple):
+    """What a page that is served while its run goes shows besides the report."""
+
+    version: str
+    line: str  # how far the run is
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -28,27 +44,44 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: `run_dir` is not a run directory.
     """
-    run = load_run(run_dir)
-    plots = {phase: _draw_all(phase, run.metrics.get(phase, ())) for phase in PLOTS}
+    path = RunDirectory(Path(run_dir)).report
+    write_text(path, report_html(load_run(run_dir)))
+    return path
+
+
+def report_html(run: Run, live: Live | None = None) -> str:
+    """The page of a run; `live` for a page that renews itself."""
     main, other, exhibits = gallery(run)
     titles = {e["system"]: title_of(e) for e in run.evals}
-    html = (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            run=run,
-            plots=plots,
-            headline=headline(run.evals),
-            exhibits=exhibits,
-            milestones=milestones(run),
-            main=titles.get(main, main),
-            other=titles.get(other, other),
-            facts_of=_phase_facts,
-        )
+    expected = find_expected(run.config)
+    plots = {
+        phase: _draw_all(phase, run.metrics.get(phase, ()), expected.runs if expected and phase == "rl" else ())
+        for phase in PLOTS
+    }
+    return page_html(
+        "report.html.j2", ["explorer.js"] + ["watch.js"] * (live is not None),
+        run=run, plots=plots, headline=headline(run.evals), exhibits=exhibits, milestones=milestones(run),
+        main=titles.get(main, main), other=titles.get(other, other), facts_of=_phase_facts, expected=expected,
+        time_split=draw_time_split(run.metrics.get("rl", ())), block=explorer_block(run), live=live,
+        grid_of=grid_of, caption=caption, sentences=sentences,
+    )  # fmt: skip
+
+
+def page_html(template: str, scripts: Sequence[str], **context: Any) -> str:
+    """A page that runs these scripts of the templates' folder and no other, whatever text comes into it."""
+    texts = [_script(name) for name in scripts]
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes) or "'none'"
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+        f"connect-src 'self'; script-src {allowed}"
     )
-    path = RunDirectory(Path(run_dir)).report
-    write_text(path, html)
-    return path
+    return environment().get_template(template).render(scripts=list(map(Markup, texts)), policy=policy, **context)
+
+
+@functools.cache
+def _script(name: str) -> str:
+    return (files("r3rag_jax.reporting") / "templates" / name).read_text(encoding="utf-8")
 
 
 def publish_report(run: RunDirectory) -> str:
@@ -62,8 +95,8 @@ def publish_report(run: RunDirectory) -> str:
     return run.shown(path)
 
 
-def _draw_all(phase: str, rows: Sequence[dict[str, Any]]) -> list[Markup]:
-    drawn = (draw(plot, rows, STEP_NAMES[phase]) for plot in PLOTS[phase])
+def _draw_all(phase: str, rows: Sequence[dict[str, Any]], expected: Sequence[Sequence[dict[str, Any]]]) -> list[Markup]:
+    drawn = (draw(plot, rows, STEP_NAMES[phase], expected) for plot in PLOTS[phase])
     return [figure for figure in drawn if figure is not None]
 
 

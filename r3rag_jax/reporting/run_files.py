@@ -7,13 +7,24 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from r3rag_jax.data.trajectories import trajectory_from_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.systems import SYSTEMS
+from r3rag_jax.evaluation.tables.table import Table
+from r3rag_jax.reporting.paper_tables import table_from_json
 from r3rag_jax.run.directory import RL_TRAJECTORIES, RunDirectory
 from r3rag_jax.types import Trajectory
+
+
+class Rollout(NamedTuple):
+    """A trajectory that RL kept."""
+
+    iteration: int
+    reward: float
+    trajectory: Trajectory
+    row: dict[str, Any]  # as recorded; see `training/recorded.py`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +36,14 @@ class Run:
     metrics: dict[str, list[dict[str, Any]]]  # phase -> rows of metrics.jsonl, sorted by step
     evals: list[dict[str, Any]]  # contents of eval/*.json, baselines first
     trajectories: dict[str, list[Trajectory]]  # system -> trajectories of its evaluation
-    rollouts: list[tuple[int, float, Trajectory]]  # (RL iteration, reward, trajectory)
+    rollout_rows: list[Rollout]  # the trajectories that RL keeps, by iteration
+    tables: list[Table]  # of `python -m r3rag_jax.evaluate table`
     notices: tuple[str, ...]  # sentences about lines and files that could not be read
+
+    @property
+    def rollouts(self) -> list[tuple[int, float, Trajectory]]:
+        """(RL iteration, reward, trajectory) of those that RL keeps."""
+        return [(rollout.iteration, rollout.reward, rollout.trajectory) for rollout in self.rollout_rows]
 
 
 def load_run(run_dir: str | os.PathLike[str]) -> Run:
@@ -45,12 +62,12 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
             metrics.setdefault(row["phase"], []).append(row)
     for rows in metrics.values():
         rows.sort(key=lambda row: row["step"])
-    trajectories, rollouts = {}, []
+    trajectories, rollouts = {}, list[Rollout]()
     for path in sorted(run.trajectory_dir.glob("*.jsonl")):
         read = list(_trajectories(path, notices))
         if path.stem == RL_TRAJECTORIES:
             rollouts = [
-                (row["iteration"], row["reward"], trajectory)
+                Rollout(row["iteration"], row["reward"], trajectory, row)
                 for row, trajectory in read
                 if isinstance(row.get("iteration"), int) and isinstance(row.get("reward"), int | float)
             ]
@@ -62,7 +79,8 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
         metrics=metrics,
         evals=_evals(run.evaluation_dir, notices),
         trajectories=trajectories,
-        rollouts=sorted(rollouts, key=lambda rollout: rollout[0]),
+        rollout_rows=sorted(rollouts, key=lambda rollout: rollout.iteration),
+        tables=_tables(run.path / "tables", notices),
         notices=tuple(notices),
     )
 
@@ -100,3 +118,13 @@ def _evals(folder: Path, notices: list[str]) -> list[dict[str, Any]]:
         except ValueError:
             notices.append(f"eval/{path.name} is not JSON and was left out.")
     return evals
+
+
+def _tables(folder: Path, notices: list[str]) -> list[Table]:
+    tables = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            tables.append(table_from_json(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError):
+            notices.append(f"tables/{path.name} is no table of this version and was left out.")
+    return tables

@@ -39,7 +39,10 @@ def test_ircot_on_a_finished_run(
     fingerprint = json.loads(run.evaluation("test-ircot").read_text())["fingerprint"]
     assert (fingerprint["policy"].split()[0], fingerprint["system"]) == ("base", "ircot")
     assert "EM" in capsys.readouterr().out
-    assert evaluate.main(["--checkpoint", str(run.path), "--system", "ircot", "--name", "first", "eval.max_questions=1"]) == 0
+    assert (
+        evaluate.main(["--checkpoint", str(run.path), "--system", "ircot", "--name", "first", "eval.max_questions=1"])
+        == 0
+    )
     assert [row for _, row in read_rows(run.trajectories("first"))] == rows[:1]
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(run.path), "--system", "ircod"])

@@ -43,7 +43,10 @@ def html(run_dir):
 
 def test_page_is_well_formed_and_self_contained(html):
     tags = Tags(html.removeprefix("<!doctype html>")).seen
-    assert {tag for tag, _ in tags}.isdisjoint({"script", "img", "iframe", "object"})
+    assert {tag for tag, _ in tags}.isdisjoint({"img", "iframe", "object"})
+    assert [attrs for tag, attrs in tags if tag == "script"] == [
+        {"type": "application/json", "id": "trajectories-data"}, {},
+    ]  # fmt: skip
     links = [attrs[name] for _, attrs in tags for name in ("src", "href") if name in attrs]
     assert links and all(link.startswith("#") or link == "data:," for link in links)
     assert "url(" not in html and "@import" not in html
@@ -57,7 +60,7 @@ def test_page_has_dark_colours_and_fits_a_phone(html):
 
 def test_page_shows_every_part(html):
     assert "<h1>synthetic</h1>" in html
-    assert html.count('<figure class="plot">') == 11
+    assert html.count('<figure class="plot">') == 13
     assert html.count('<details class="card"') == 4 * 4 + 3 + 1  # types x cases, milestones, config
     assert "iterations: 40" in html
     assert 'class="missing"' not in html
@@ -78,7 +81,7 @@ def test_a_judge_has_plots_where_it_was_asked(tmp_path):
     rows = [row | (judged if row["phase"] == "rl" else {}) for row in rows]
     (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     html = write_report(run_dir).read_text(encoding="utf-8")
-    assert html.count('<figure class="plot">') == 13
+    assert html.count('<figure class="plot">') == 15
     assert all(
         name in html for name in ("Accuracy according to the judge", "failed judgements", "trajectories left out")
     )
