@@ -75,9 +75,10 @@ def expected_json(title: str, runs: Sequence[Run]) -> str:
         UserError: the runs have different settings, or one has no RL.
     """
     settings = [settings_of(run.config) for run in runs]
-    if any(one != settings[0] for one in settings):
-        names = sorted({name for one in settings for name in one if one[name] != settings[0].get(name)})
-        raise UserError(f"--record takes runs that differ in name and seed alone; these differ in {', '.join(names)}")
+    names = {name for one in settings for name in settings[0] | one if one.get(name) != settings[0].get(name)}
+    if names:
+        rule = "--record: the runs must differ in name and seed alone"
+        raise UserError(f"{rule}; got other values of {', '.join(sorted(names))}")
     rows = [
         [
             {"step": row["step"]} | {m: round(row[m], 4) for m in METRICS if m in row}
@@ -86,7 +87,7 @@ def expected_json(title: str, runs: Sequence[Run]) -> str:
         for run in runs
     ]
     if not all(rows):
-        raise UserError("--record takes runs with RL; one has none")
+        raise UserError("--record: every run must have RL; one has none")
     body = ",\n".join(json.dumps(one, separators=(",", ":")) for one in rows)
     head = json.dumps({"title": title, "settings": settings[0]})[:-1]
     return f'{head}, "runs": [\n{body}\n]}}\n'

@@ -35,25 +35,14 @@ def explorer_block(run: Run) -> Block:
     """The trajectories of a run, as many as fit `MAX_BYTES`."""
     passages = _Passages()
     titles = {evaluation["system"]: title_of(evaluation) for evaluation in run.evals}
-    sources = {ROLLOUTS: [_rollout(rollout, passages) for rollout in run.rollout_rows]} if run.rollout_rows else {}
-    sources |= {
-        system: [_item(trajectory, passages) for trajectory in trajectories]
-        for system, trajectories in run.trajectories.items()
-    }
+    titles = {ROLLOUTS: "RL rollouts"} | {name: visible(titles.get(name, name)) for name in run.trajectories}
+    sources = {ROLLOUTS: [_rollout(rollout, passages) for rollout in run.rollout_rows]}
+    sources |= {name: [_item(trajectory, passages) for trajectory in of] for name, of in run.trajectories.items()}
     num = sum(map(len, sources.values()))
-    sources = {
-        name: _thinned(items, MAX_BYTES * len(items) // max(1, num), passages) for name, items in sources.items()
-    }
+    sources = _fitting(sources, passages)
     shown = {
         "passages": passages.shown_in(sources.values()),
-        "sources": [
-            {
-                "name": name,
-                "title": "RL rollouts" if name == ROLLOUTS else visible(titles.get(name, name)),
-                "items": items,
-            }
-            for name, items in sources.items()
-        ],
+        "sources": [{"name": name, "title": titles[name], "items": items} for name, items in sources.items()],
     }
     kept = sum(map(len, sources.values()))
     has_tokens = any("t" in step for items in sources.values() for item in items for step in item["steps"])
@@ -74,6 +63,11 @@ class _Passages:
 
     def number(self, passage: Passage) -> int:
         return self._numbers.setdefault(passage, len(self._numbers))
+
+    def size(self, numbers: Iterable[int]) -> int:
+        """Bytes of these passages."""
+        passages = list(self._numbers)
+        return sum(len(passages[number].contents.encode()) + len('["",""],') for number in numbers)
 
     def shown_in(self, sources: Iterable[Sequence[dict[str, Any]]]) -> list[list[str]]:
         """[title, text] of the passages of these items, which are renumbered in place."""
@@ -129,23 +123,40 @@ def _recorded(step: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _thinned(items: list[dict[str, Any]], limit: int, passages: _Passages) -> list[dict[str, Any]]:
-    """Those that fit `limit` bytes: groups evenly, then without the tokens of the oldest."""
-    bare = [{**item, "steps": [_without_tokens(step) for step in item["steps"]]} for item in items]
-    sizes = [len(json.dumps(item, ensure_ascii=False)) for item in bare]
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault((item.get("i"), item["id"]), []).append(index)
-    stride = max(1, -(-sum(sizes) // limit)) if items else 1
-    kept = [index for group in list(groups.values())[::stride] for index in group]
-    left = limit - sum(sizes[index] for index in kept)
-    for index in sorted(kept, reverse=True):
-        extra = len(json.dumps(items[index], ensure_ascii=False)) - sizes[index]
-        left -= extra
+def _fitting(sources: dict[str, list[dict[str, Any]]], passages: _Passages) -> dict[str, list[dict[str, Any]]]:
+    """What fits `MAX_BYTES`: every n-th group of each source, and the tokens of the newest of these."""
+    bare = {name: [_without_tokens(item) for item in items] for name, items in sources.items()}
+    sizes = {name: list(map(_size, items)) for name, items in bare.items()}
+    groups = {name: _groups(items) for name, items in sources.items()}
+    kept, left = dict[str, list[int]](), 0
+    for stride in range(1, 1 + max(map(len, groups.values()), default=0)):
+        kept = {name: [index for group in of[::stride] for index in group] for name, of in groups.items()}
+        shown = {n for name, of in kept.items() for i in of for step in bare[name][i]["steps"] for n in step["p"]}
+        left = MAX_BYTES - sum(sizes[name][i] for name, of in kept.items() for i in of) - passages.size(shown)
         if left >= 0:
-            bare[index] = items[index]
-    return [bare[index] for index in sorted(kept)]
+            break
+    for name, of in kept.items():
+        for index in sorted(of, reverse=True):
+            left -= _size(sources[name][index]) - sizes[name][index]
+            if left >= 0:
+                bare[name][index] = sources[name][index]
+    return {name: [bare[name][index] for index in sorted(of)] for name, of in kept.items() if of}
 
 
-def _without_tokens(step: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in step.items() if name not in ("t", *PER_TOKEN.values())}
+def _groups(items: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Indices of the items that are compared: the samples of a question in an iteration."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for index, item in enumerate(items):
+        found.setdefault((item.get("i"), item["id"]), []).append(index)
+    return list(found.values())
+
+
+def _size(value: Any) -> int:
+    """Bytes in the block, where no text is escaped."""
+    return len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def _without_tokens(item: dict[str, Any]) -> dict[str, Any]:
+    names = ("t", *PER_TOKEN.values())
+    steps = [{name: value for name, value in step.items() if name not in names} for step in item["steps"]]
+    return item | {"steps": steps}

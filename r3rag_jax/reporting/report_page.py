@@ -36,6 +36,7 @@ class Live(NamedTuple):
 
     version: str
     line: str  # how far the run is
+    every_ms: int  # how often the page asks for the version
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:

@@ -24,10 +24,13 @@ PULL_S = 30.0  # a run in a bucket is copied at most so often
 class WatchedRun:
     """The page of a run directory, made anew when its files have changed. Any thread may call."""
 
-    def __init__(self, place: str, clock: Callable[[], float] = time.monotonic):
-        """Raises:
-        UserError: `place` is no run directory.
+    def __init__(self, place: str, clock: Callable[[], float] = time.monotonic, every_ms: int = 3000):
+        """Args: `every_ms`, how often a page asks whether there is something new.
+
+        Raises:
+            UserError: `place` is no run directory.
         """
+        self._every_ms = every_ms
         self._place, self._clock, self._lock = place, clock, threading.Lock()
         self._run, self._pulled = RunDirectory.at(place), clock()
         self._html: tuple[str, str] = ("", "")  # version, page
@@ -44,7 +47,7 @@ class WatchedRun:
             version = self._version()
             if self._html[0] != version:
                 run = load_run(self._run)
-                self._html = version, report_html(run, Live(version, progress_line(run.metrics)))
+                self._html = version, report_html(run, Live(version, progress_line(run.metrics), self._every_ms))
             return self._html[1]
 
     def _version(self) -> str:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ET
+from collections import Counter
 
 import pytest
 import synthetic_run
@@ -11,7 +12,9 @@ from test_view import Tags
 
 from r3rag_jax.data.trajectories import trajectory_to_dict
 from r3rag_jax.errors import UserError
+from r3rag_jax.evaluation.tables.table import Table, TableRow
 from r3rag_jax.report import main
+from r3rag_jax.reporting import expected, explorer
 from r3rag_jax.reporting.curves import (
     MAX_POINTS,
     Curve,
@@ -20,12 +23,16 @@ from r3rag_jax.reporting.curves import (
     draw,
     moving_mean,
     nice_ticks,
+    read_band,
     read_curve,
     tick_label,
 )
+from r3rag_jax.reporting.explorer import explorer_block
 from r3rag_jax.reporting.gallery import gallery, milestones
+from r3rag_jax.reporting.paper_tables import as_json, table_from_json
 from r3rag_jax.reporting.report_page import headline, write_report
 from r3rag_jax.reporting.run_files import load_run
+from r3rag_jax.reporting.time_split import draw_time_split
 from r3rag_jax.types import Question
 
 
@@ -237,6 +244,143 @@ def test_draw_names_broken_values_and_draws_nothing_from_nothing():
     assert draw(plot, [{"step": 0, "loss": 1.0}], "step") is None
     html = draw(plot, [{"step": 0, "kl": 1.0}, {"step": 1, "kl": math.inf}], "step")
     assert html is not None and "1 values of KL are not finite." in html
+
+
+# ----------------------------------------------------------------------------- time, trajectories, other runs
+
+
+def recorded(path, **sizes):
+    """A run that was recorded with all that RL knows."""
+    return synthetic_run.add_recorded(synthetic_run.build(path), **sizes)
+
+
+def block_of(html):
+    """The data of the page's explorer."""
+    return json.loads(re.search(r'id="trajectories-data">(.*?)</script>', html)[1])
+
+
+def test_the_time_split_is_drawn_where_it_was_recorded(tmp_path):
+    rows = load_run(recorded(tmp_path / "timed", iterations=1)).metrics["rl"]
+    html = draw_time_split(rows)
+    names = re.findall(r'<span class="key t\d"><i></i>([a-z ]+) <b>(\d+) %', html)
+    assert [name for name, _ in names] == [
+        "prefill", "decode", "waiting for search", "scoring", "update", "evaluation", "checkpoint", "other",
+    ]  # fmt: skip
+    assert sum(int(percent) for _, percent in names) == pytest.approx(100, abs=4)
+    assert html.count('<g class="stack">') == 40 and "Each bar" not in html
+    assert "Each bar is the mean of 3 iterations." in draw_time_split([*rows] * 5)
+    assert draw_time_split(synthetic_run.metrics("rl")) is None
+
+
+def test_a_page_holds_what_was_recorded_of_every_step_and_passages_once(tmp_path):
+    run_dir = recorded(tmp_path / "steps", iterations=3)
+    data = block_of(write_report(run_dir).read_text(encoding="utf-8"))
+    rollouts, cold_start, r3rag = data["sources"]
+    assert [source["title"] for source in data["sources"]] == ["RL rollouts", "Cold start", "R3-RAG"]
+    assert (len(rollouts["items"]), len(cold_start["items"]), len(r3rag["items"])) == (12, 16, 16)
+    assert len(data["passages"]) == 3
+    rows = [json.loads(line) for line in (run_dir / "trajectories" / "rl.jsonl").read_text().splitlines()]
+    for item, row in zip(rollouts["items"], rows, strict=True):
+        assert (item["i"], item["r"], item["s"]) == (row["iteration"], round(row["reward"], 4), row["sample_index"])
+        for shown, step in zip(item["steps"], row["steps"], strict=True):
+            assert shown["adv"] == round(step["advantage"], 3) and len(shown["t"]) == len(shown["lp"]) == len(
+                step["tokens"]
+            )
+            assert [data["passages"][n][0] for n in shown["p"]] == [
+                passage["contents"].split('"')[1] for passage in step.get("passages", [])
+            ]
+    assert "r" not in r3rag["items"][0]
+
+
+def test_too_many_trajectories_are_left_out_in_whole_groups(tmp_path, monkeypatch):
+    run = load_run(recorded(tmp_path / "many", iterations=30, num_steps=3))
+    whole = explorer_block(run)
+    assert (whole.num, whole.num_left_out, whole.has_tokens) == (30 * 4 + 32, 0, True)
+    monkeypatch.setattr(explorer, "MAX_BYTES", len(whole.json) // 4)
+    block = explorer_block(run)
+    assert len(block.json) < 1.05 * len(whole.json) / 4 and block.num + block.num_left_out == whole.num
+    [items] = [source["items"] for source in json.loads(block.json)["sources"] if source["name"] == "rl"]
+    groups = Counter(item["i"] for item in items)
+    assert set(groups.values()) == {4} and len(groups) < 12 and max(groups) > 20 > min(groups)
+    monkeypatch.setattr(explorer, "MAX_BYTES", int(0.9 * len(whole.json)))
+    items = json.loads(explorer_block(run).json)["sources"][0]["items"]
+    has_tokens = ["t" in item["steps"][0] for item in items]
+    assert len(items) == 120 and 0 < sum(has_tokens) < 120
+    assert has_tokens == sorted(has_tokens)  # the tokens of the oldest go first
+
+
+@pytest.mark.slow
+def test_a_thousand_trajectories_fit_ten_megabytes(tmp_path):
+    sizes = {"iterations": 25, "questions": 5, "samples": 8, "num_steps": 5}
+    path = write_report(recorded(tmp_path / "big", **sizes))
+    assert len(block_of(path.read_text(encoding="utf-8"))["sources"][0]["items"]) == 1000
+    assert path.stat().st_size < 10_000_000
+
+
+def test_odd_rows_of_steps_do_no_harm(tmp_path):
+    run_dir = recorded(tmp_path / "odd", iterations=1)
+    rows = [json.loads(line) for line in (run_dir / "trajectories" / "rl.jsonl").read_text().splitlines()]
+    rows[0]["steps"][0] |= {"tokens": "no list", "reward": "x", "advantage": None}
+    rows[1]["steps"][0] |= {"logprobs": [1.0]}  # of another length
+    (run_dir / "trajectories" / "rl.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    items = block_of(write_report(run_dir).read_text(encoding="utf-8"))["sources"][0]["items"]
+    assert not {"t", "r", "adv"} & items[0]["steps"][0].keys()
+    assert "t" in items[1]["steps"][0] and "lp" not in items[1]["steps"][0]
+
+
+def test_tables_of_the_run_are_shown(run_dir, tmp_path):
+    copy = synthetic_run.build(tmp_path / "tables")
+    row = TableRow("without <b>", {"test": {"em": 41.0}}, {"test": {"em": [39.0, 43.0]}}, {"test": 0.01})
+    rows = [TableRow("whole", {"test": {"em": 50.0}}), row]
+    table = Table("ablations", "Ablations", "variant", ("em",), {"test": 400}, rows, ["A note."], {}, "whole")
+    (copy / "tables").mkdir()
+    (copy / "tables" / "ablations.json").write_text(as_json(table, "evaluate table"))
+    (copy / "tables" / "other.json").write_text("[]")
+    assert table_from_json(as_json(table, "evaluate table")) == table
+    html = write_report(copy).read_text(encoding="utf-8")
+    assert "<h3>Ablations (test: 400 questions)</h3>" in html and "without &lt;b&gt;" in html and "41.0 ±2.0" in html
+    assert "A note." in html and "tables/other.json is no table of this version" in html
+
+
+def test_a_band_is_of_runs():
+    runs = [[{"step": i, "em": value} for i in range(3)] for value in (0.2, 0.4)] + [[{"step": 0, "em": 0.9}]]
+    curve = read_band(runs, "em", "em", 100)
+    assert curve.steps == [0, 1, 2] and curve.values == pytest.approx([50, 30, 30])
+    assert curve.band == (pytest.approx([20, 20, 20]), pytest.approx([90, 40, 40]))
+    assert read_band(runs[:1], "em", "em").band is None and read_band([], "em", "em").values == []
+    assert Frame([curve], True).y_ticks[-1] >= 90  # the whole band is shown
+
+
+def test_what_is_expected_of_a_recipe_is_behind_its_runs(tmp_path, monkeypatch):
+    runs = [synthetic_run.build(tmp_path / name) for name in ("one", "two")]
+    for number, one in enumerate(runs):
+        (one / "config.yaml").write_text(
+            f"name: n{number}\nseed: {number}\nrl:\n  lr: 0.5\nlog:\n  trajectories: {number}\n"
+        )
+    assert main([*map(str, runs), "--record", str(tmp_path / "recipe.json")]) == 0
+    recorded_runs = json.loads((tmp_path / "recipe.json").read_text())
+    assert (recorded_runs["title"], recorded_runs["settings"]) == ("recipe, 2 runs", {"rl.lr": 0.5})
+    assert "time_s" not in recorded_runs["runs"][0][0] and len(recorded_runs["runs"][1]) == 40
+    monkeypatch.setattr(expected, "_recorded", lambda: [recorded_runs])
+    html = write_report(runs[0]).read_text(encoding="utf-8")
+    assert "Grey: recipe, 2 runs, mean and range." in html and html.count('class="key expected"') > 4
+    (runs[0] / "config.yaml").write_text("rl:\n  lr: 0.6\n")
+    assert 'class="key expected"' not in write_report(runs[0]).read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main([*map(str, runs), "--watch"])
+
+
+def test_runs_with_other_settings_are_not_recorded_as_one_recipe(tmp_path, capsys):
+    runs = [synthetic_run.build(tmp_path / name) for name in ("one", "two")]
+    (runs[1] / "config.yaml").write_text("rl:\n  lr: 0.5\n")
+    assert main([*map(str, runs), "--record", str(tmp_path / "recipe.json")]) == 2
+    assert "must differ in name and seed alone; got other values of rl.lr" in capsys.readouterr().err
+    assert not (tmp_path / "recipe.json").exists()
+
+
+def test_recorded_recipes_are_those_of_the_package():
+    for recipe in expected._recorded():
+        assert recipe["runs"] and all(rows and "reward" in rows[0] for rows in recipe["runs"]), recipe["title"]
 
 
 # ----------------------------------------------------------------------------------------- gallery

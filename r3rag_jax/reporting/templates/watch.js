@@ -1,7 +1,7 @@
 "use strict";
 // A page that is served while its run goes: it asks for the run's version and takes over what has changed.
 (() => {
-const EVERY_MS = 3000, SECTIONS = ["head", "results", "tables", "rl", "time", "sft", "milestones", "config"];
+const SECTIONS = ["head", "results", "tables", "rl", "time", "sft", "milestones", "config"];
 const live = document.getElementById("live");
 let version = live.dataset.version;
 
@@ -25,5 +25,5 @@ async function renew() {
     live.textContent = "The server does not answer: the page shows what it had last.";
   }
 }
-setInterval(renew, EVERY_MS);
+setInterval(renew, Number(live.dataset.everyMs));
 })();
