@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.watch:
         watch(options.run_dirs[0], options.port)
     elif options.record is not None:
-        title = f"{options.record.stem}, {len(runs)} runs"
+        title = f"{options.record.stem}, {len(runs)} run{'s' * (len(runs) > 1)}"
         write_text(options.record, expected_json(title, [load_run(run) for run in runs]))
         print(options.record)
     elif len(runs) > 1:
