@@ -24,8 +24,8 @@ FOLDER_ENTRY_POINTS = ["coldstart"]  # `python -m r3rag_jax.coldstart` runs cold
 MAINS = [f"{name}.__main__" for name in FOLDER_ENTRY_POINTS]
 RANK = {name: rank for rank, name in enumerate(FOLDERS)} | dict.fromkeys([*ENTRY_POINTS, *MAINS], len(FOLDERS))
 LAZY = (
-    "accelerate", "bm25s", "faiss", "gguf", "grain", "pyarrow", "pymilvus", "tensorboardX", "tensorflow",
-    "tensorflow_datasets", "torch", "trackio", "transformers", "wandb",
+    "accelerate", "bm25s", "faiss", "gguf", "grain", "matplotlib", "pyarrow", "pymilvus", "tensorboardX",
+    "tensorflow", "tensorflow_datasets", "torch", "trackio", "transformers", "wandb",
 )  # fmt: skip
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ENTRY_POINT_LINES = 500, 60, 80
 # Factories, which choose a part once for the devices at hand; nothing else asks what they are.
