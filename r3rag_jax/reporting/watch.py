@@ -16,6 +16,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.reporting.report_page import Live, report_html
 from r3rag_jax.reporting.run_files import load_run
 from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.live import duration
 
 HOST = "127.0.0.1"
 PULL_S = 30.0  # a run in a bucket is copied at most so often
@@ -76,17 +77,11 @@ def progress_line(metrics: dict[str, list[dict[str, Any]]]) -> str:
         if "iteration_s" in row:
             parts.append(f"it took {row['iteration_s']:.1f} s")
         if row.get("eta_s"):
-            parts.append(f"{_duration(row['eta_s'])} left")
+            parts.append(f"{duration(row['eta_s'])} left")
         return ", ".join(parts)
     if rows := metrics.get("sft"):
         return f"cold start: step {rows[-1]['step']} is done"
     return "no step is done yet"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def make_server(watched: WatchedRun, port: int) -> ThreadingHTTPServer:

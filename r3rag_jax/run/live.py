@@ -35,7 +35,7 @@ def live_lines(metrics: Metrics) -> list[str]:
         ),
         "policy": _join(
             _of(metrics, "entropy", "entropy {:.3f}"),
-            _of(metrics, "kl", "KL {:.4f}"),
+            _of(metrics, "kl", "KL {:z.4f}"),
             f"{metrics['staleness']:.0f} iteration stale" if metrics.get("staleness") else "",
         ),
         "device": _join(
@@ -43,7 +43,7 @@ def live_lines(metrics: Metrics) -> list[str]:
             _of(metrics, "mfu", "MFU {:.1f} %", 100),
             _of(metrics, "memory_bandwidth", "memory bandwidth {:.0f} %", 100),
         ),
-        "time": time_line(metrics),
+        "time": _join(time_line(metrics), f"{duration(metrics['eta_s'])} left" if metrics.get("eta_s") else ""),
     }
     return [f"{name:<6}  {text}" for name, text in lines.items() if text]
 
@@ -72,6 +72,13 @@ def time_shares(metrics: Metrics) -> dict[str, float]:
     seconds["other"] = max(0.0, whole - sum(seconds.values()))
     total = sum(seconds.values())
     return {name: s / total for name, s in seconds.items()}
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits: `40 s`, `18 min`, `3.2 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _of(metrics: Metrics, name: str, form: str, scale: float = 1.0) -> str:

@@ -67,7 +67,7 @@ class ProgressBar:
             self._last_tenth = tenth
             line = f"{self._title} {self._done}/{self._total}  {note}"  # the title may name a file: no markup
             for shown in (line, *(f"  {detail}" for detail in self._below)):
-                self._console.print(shown, highlight=False, markup=False)
+                self._console.print(shown, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

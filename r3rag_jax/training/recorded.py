@@ -69,10 +69,14 @@ def _step(number: int, tokens: dict[str, np.ndarray], tokenizer: Tokenizer | Non
         return found
     found["tokens"] = token_texts(tokenizer, of_step["ids"].tolist())
     if np.isfinite(of_step["logprobs"]).all():
-        found["logprobs"] = np.round(of_step["logprobs"].astype(float), DECIMALS).tolist()
+        found["logprobs"] = _rounded(of_step["logprobs"])
     if "advantage" in found and np.ptp(advantages) > 10**-DECIMALS:
-        found["advantages"] = np.round(advantages.astype(float), DECIMALS).tolist()
+        found["advantages"] = _rounded(advantages)
     entropies = of_step.get("entropies", np.zeros(0))
     if len(entropies) and np.isfinite(entropies).all():
-        found["entropies"] = np.round(entropies.astype(float), DECIMALS).tolist()
+        found["entropies"] = _rounded(entropies)
     return found
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return (np.round(values.astype(float), DECIMALS) + 0.0).tolist()  # -0.0 + 0.0 is 0.0

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from r3rag_jax.run.glossary import GLOSSARY, TIME_PARTS
-from r3rag_jax.run.live import live_lines, summary, time_line, time_shares
+from r3rag_jax.run.live import duration, live_lines, summary, time_line, time_shares
 from r3rag_jax.run.profile import parse_with_profile, profiled
 from r3rag_jax.run.progress import ProgressBar
 from r3rag_jax.run.stopwatch import Eta, Stopwatch
@@ -30,6 +30,8 @@ METRICS = {
 
 def test_a_terminal_shows_every_group_and_nothing_that_is_missing() -> None:
     assert summary(METRICS) == {"reward": 1.25, "em": 61.0, "dev_em": 60.0, "tokens_per_s": 5400.0}
+    assert live_lines(METRICS | {"eta_s": 5000.0})[-1].endswith("other 5 % · 83 min left")
+    assert [duration(seconds) for seconds in (0.4, 89, 91, 11520)] == ["0 s", "89 s", "2 min", "3.2 h"]
     assert live_lines(METRICS) == [
         "reward  answer +0.80 passages +0.50 format -0.05",
         "search  1.90 per question · p50 3 ms · p95 12 ms · 2 failed",
