@@ -96,6 +96,7 @@ setup(
             "text/templates/*",
             "reporting/templates/*",
             "reporting/expected/*.json",
+            "live/templates/*",
             "sampler/kernels/cpu/*.cc",
             "data/wikihop_files/*.xz",
             "data/wikihop_files/*.md",

@@ -16,7 +16,7 @@ from r3rag_jax.config import FlagParser
 from r3rag_jax.errors import USER_ERROR_STATUS, main_guard
 from r3rag_jax.evaluation.checkpoint import add_checkpoint_flags, open_checkpoint
 from r3rag_jax.live.console import ConsoleAsker
-from r3rag_jax.live.player import Player
+from r3rag_jax.live.player import Player, RetrieverChoice
 from r3rag_jax.run.caches import use_compile_cache
 
 SLOTS = 4  # most questions at the same time; fewer where the run has fewer
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     components.open_corpus(args.corpus, builds_index=checkpoint.builds_index)
     player = Player(
         config, components.codec, lambda stops: components.backends.live({policy: components.loader(policy)}, stops),
-        {policy: policy}, {config.retrieval.kind: lambda: components.retriever},
+        {policy: policy}, {config.retrieval.kind: RetrieverChoice("", lambda: components.retriever)},
     )  # fmt: skip
     question = None if args.question is None else player.question(args.question)
     if question is not None:

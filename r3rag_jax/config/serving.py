@@ -58,3 +58,17 @@ class ServeConfig(ListenConfig):
     max_batch: int = key(256, "queries of several requests that are searched together", "queries", ge=1)
     batch_wait_ms: float = key(2.0, "how long a query waits for others to be searched with", "milliseconds", ge=0)
     max_waiting: int = key(8192, "queries that wait; a request that finds more is answered 503", "queries", ge=1)
+
+
+class DemoConfig(ListenConfig):
+    """The demo: where it listens, who may ask, and how much."""
+
+    dotted: ClassVar[str] = "demo"
+
+    max_body_bytes: int = key(64 << 10, "largest body of a request", "bytes", ge=1)
+    max_in_flight: int = key(64, "requests at the same time; a question is one until it is finished", "requests", ge=1)
+    slots: int = key(8, "questions that are answered at the same time; others wait for their turn", "questions", ge=1)
+    max_question_chars: int = key(2000, "longest question", "characters", ge=1)
+    max_k: int = key(20, "largest number of passages of a search", "passages", ge=1)
+    max_steps: int = key(10, "largest budget of steps", "steps", ge=1)
+    idle_s: float = key(600.0, "a question that is paused for so long is stopped", "seconds", gt=0)

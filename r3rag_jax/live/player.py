@@ -38,6 +38,14 @@ class Settings:
     single_steps: bool = False  # pause after each step
 
 
+@dataclasses.dataclass(frozen=True)
+class RetrieverChoice:
+    """A retriever that may be chosen."""
+
+    title: str
+    open: Callable[[], Retriever]  # called in a thread
+
+
 class Player:
     """Plays questions; its methods may be called from any thread.
 
@@ -51,23 +59,24 @@ class Player:
         codec: Codec,
         make_sampler: Callable[[StopRule], LiveSampler],
         policies: Mapping[str, str],
-        retrievers: Mapping[str, Callable[[], Retriever]],
+        retrievers: Mapping[str, RetrieverChoice],
         known: Iterable[Question] = (),
     ):
         """
         Args:
             make_sampler: called by `open`.
             policies: name of a policy of the sampler -> its title; the first is the default.
-            retrievers: name -> opens it, in a thread; the first is the default.
+            retrievers: by name; the first is the default.
             known: questions of the data set.
         """
         self._config, self._codec, self._make_sampler = config, codec, make_sampler
         self.policies = dict(policies)
         self.known = {question.question: question for question in known}
         self._batchers = {
-            name: Batcher(open_it, max_batch=MAX_BATCH, wait_s=0.0, max_waiting=MAX_WAITING)
-            for name, open_it in retrievers.items()
+            name: Batcher(choice.open, max_batch=MAX_BATCH, wait_s=0.0, max_waiting=MAX_WAITING)
+            for name, choice in retrievers.items()
         }
+        self.retriever_titles = {name: choice.title for name, choice in retrievers.items()}
         self._scheduler: LiveScheduler | None = None
 
     def open(self) -> None:
@@ -90,11 +99,6 @@ class Player:
         """The scheduler, once the player is open."""
         assert self._scheduler is not None, "open the player first"
         return self._scheduler
-
-    @property
-    def retrievers(self) -> list[str]:
-        """The names of the retrievers."""
-        return list(self._batchers)
 
     @functools.cached_property
     def defaults(self) -> Settings:
@@ -122,7 +126,7 @@ class Player:
             UserError: there is no such policy or retriever, or the question does not fit the context.
         """
         for what, name, names in (
-            ("policy", settings.policy, list(self.policies)), ("retriever", settings.retriever, self.retrievers),
+            ("policy", settings.policy, list(self.policies)), ("retriever", settings.retriever, list(self._batchers)),
         ):  # fmt: skip
             if name not in names:
                 raise UserError(f"{what} must be one of {', '.join(names)}; got {name!r}")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_run
+from hand_sampler import WAIT_S, Hand
 
 from r3rag_jax.components import Components
 from r3rag_jax.errors import UserError
@@ -33,12 +34,10 @@ from r3rag_jax.rollout.events import (
     Waiting,
 )  # fmt: skip
 from r3rag_jax.rollout.live import LiveQuestion, LiveScheduler
-from r3rag_jax.rollout.live_sampling import Draft, Tell
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.scheduler import rollout
 from r3rag_jax.types import Completion, Context, Passage, Question, Status, Step, Trajectory
 
-WAIT_S = 30
 PASSAGES = (Passage("p", "p"), Passage("q", "q"))
 
 
@@ -94,39 +93,6 @@ class PlanEnv:
         return Done(Trajectory(self.question, tuple(self.steps), Status.ANSWERED))
 
 
-class Hand:
-    """A sampler that writes when the test does."""
-
-    has_work = False
-
-    def __init__(self, num_slots: int = 1):
-        self.num_slots = num_slots
-        self.drafts: queue.Queue[Draft] = queue.Queue()
-        self.cancelled: list[Draft] = []
-        self.is_closed = False
-
-    def start(self, tell: Tell) -> None:
-        self.tell = tell
-
-    def begin(self, draft: Draft) -> None:
-        self.drafts.put(draft)
-
-    def cancel(self, draft: Draft) -> None:
-        self.cancelled.append(draft)
-
-    def work(self) -> None:
-        raise AssertionError
-
-    def close(self) -> None:
-        self.is_closed = True
-
-    def write(self) -> Draft:
-        """Finish the oldest draft."""
-        draft = self.drafts.get(timeout=WAIT_S)
-        self.tell(draft, Completion([1, 2], None))
-        return draft
-
-
 def search(queries: Sequence[str], k: int) -> Future[list[list[Hit]]]:
     found: Future[list[list[Hit]]] = Future()
     found.set_result([[Hit(passage, 1.0 - rank) for rank, passage in enumerate(PASSAGES[:k])]])
@@ -154,7 +120,7 @@ def ask(scheduler: LiveScheduler, plan: str, **options: Any) -> tuple[Any, Ears]
 
 def test_what_is_heard_of_a_question(scheduler: LiveScheduler, hand: Hand) -> None:
     _, ears = ask(scheduler, "sc")
-    draft = hand.drafts.get(timeout=WAIT_S)
+    draft = hand.next()
     for ids in ([4], [4, 5], [4, 5], [9]):  # what is no continuation of what was shown is not shown
         hand.tell(draft, ids)
     hand.tell(draft, Completion([4, 5, 6], None))
@@ -172,12 +138,12 @@ def test_what_is_heard_of_a_question(scheduler: LiveScheduler, hand: Hand) -> No
 
 def test_a_cancelled_question_leaves_its_slot_to_the_next(scheduler: LiveScheduler, hand: Hand) -> None:
     first, ears = ask(scheduler, "cc")
-    draft = hand.drafts.get(timeout=WAIT_S)
+    draft = hand.next()
     _, second = ask(scheduler, "c")
     third, others = ask(scheduler, "c")
     assert (second.until(Waiting), others.until(Waiting)) == (Waiting(0), Waiting(1))
     first.cancel()
-    assert ears.end() == Cancelled() and hand.cancelled == [draft]
+    assert ears.end() == Cancelled() and hand.cancelled.get(timeout=WAIT_S) is draft
     hand.tell(draft, Completion([3], None))  # comes too late
     assert others.until(Waiting) == Waiting(0)
     third.cancel()  # while it waits
@@ -226,7 +192,7 @@ def test_what_fails_is_one_question(scheduler: LiveScheduler, hand: Hand, capsys
         hand.write()
         assert ears.end() == Failed(reason)
     _, ears = ask(scheduler, "c")
-    hand.tell(hand.drafts.get(timeout=WAIT_S), UserError("the server refuses"))
+    hand.tell(hand.next(), UserError("the server refuses"))
     assert ears.end() == Failed("the server refuses")
     assert capsys.readouterr().err == ""
     _, ears = ask(scheduler, "!")
