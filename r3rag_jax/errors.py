@@ -17,11 +17,25 @@ INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count it
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
+MAX_MESSAGE = 2000  # characters of an error's message
+
+
+def shortened(message: str, limit: int = MAX_MESSAGE) -> str:
+    """A message of at most about `limit` characters: a value that it quotes may have millions.
+
+    The middle is left out. The beginning says where the input is, the end often what to do.
+    """
+    if len(message) <= limit:
+        return message
+    kept = limit // 2
+    return f"{message[:kept]} … ({len(message) - 2 * kept} characters left out) … {message[-kept:]}"
+
+
 class UserError(ValueError):
     """Bad input; its message is one line: where the input is (key, or file and line), the rule, and the value."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(" ".join(shortened(message).split()))
 
 
 class StopRun(KeyboardInterrupt):

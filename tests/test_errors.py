@@ -1,10 +1,12 @@
 """Errors of users end with one line and status 2; other exceptions are bugs."""
 
 import errno
+import re
 
 import pytest
 
-from r3rag_jax.errors import UserError, main_guard
+from r3rag_jax.errors import MAX_MESSAGE, UserError, main_guard, shortened
+from r3rag_jax.retrieval.base import RetrievalError, failed_search
 
 
 def test_main_guard_turns_user_errors_alone_into_one_line(
@@ -29,3 +31,13 @@ def test_main_guard_turns_user_errors_alone_into_one_line(
     with pytest.raises(ValueError, match="a bug"):
         main(ValueError("a bug"))
     assert main.__name__ == "main"
+
+
+def test_a_message_that_quotes_millions_of_characters_keeps_its_beginning_and_its_end() -> None:
+    assert shortened("x" * MAX_MESSAGE) == "x" * MAX_MESSAGE
+    for error in (UserError, RetrievalError):
+        message = str(error(f"q.jsonl:3: ids must be unique; {'9' * 5_000_000} is also on line 1"))
+        assert len(message) < MAX_MESSAGE + 100
+        assert message.startswith("q.jsonl:3: ids must be unique; 999") and message.endswith("999 is also on line 1")
+        assert re.search(r"… \(49980\d\d characters left out\) …", message)
+    assert len(str(failed_search(["x" * 10**6] * 9, "y" * 10**6))) < MAX_MESSAGE + 100

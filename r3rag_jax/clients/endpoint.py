@@ -24,6 +24,7 @@ from r3rag_jax.clients.transport import MAX_REPLY_BYTES, Reply, ReplyTooLargeErr
 from r3rag_jax.config import EndpointConfig
 from r3rag_jax.config.redact import VARIABLE
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.run.counters import count_event
 
 T = TypeVar("T")
@@ -184,8 +185,8 @@ class Endpoint:
             answer = f"{reply.status} {self.shown(reply.content)}"
             raise UserError(f"{self._key_of(url)}: {url}{path} answered {answer}{hint}")
         try:
-            return json.loads(reply.content)
-        except (ValueError, RecursionError):
+            return parse_json(reply.content)
+        except ValueError:
             raise self.malformed(path, "JSON", reply.content) from None
 
     def malformed(self, path: str, rule: str, reply: Any) -> UserError:

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from r3rag_jax.data.fields import FieldError, Row, get_field
 from r3rag_jax.data.trajectories import trajectory_from_dict, trajectory_to_dict
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.run.lock import locked
 from r3rag_jax.types import Trajectory
 
@@ -209,8 +210,8 @@ def open_journal(path: Path, say: Callable[[str], None]) -> Iterator[Journal]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     """The object of a line; None where it is none, or has no kind."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("kind"), str) else None
 

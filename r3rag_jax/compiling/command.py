@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from r3rag_jax.compiling.programs import PHASES, PROGRAMS, Architecture, RunProg
 from r3rag_jax.compiling.report import PhaseReport, ProgramReport, compile_all, phase_reports
 from r3rag_jax.config import Config
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import read_json_object
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.hf.decoder_files import load_config
 from r3rag_jax.models.paths import reading
@@ -75,7 +75,7 @@ def read_architecture(config: Config, file: str) -> DecoderConfig:
     if not path.is_file():
         raise UserError(f"{'--model-config' if file else 'model.path'} must be a config.json; got {path}, not there")
     with reading(path):
-        return DecoderConfig.from_hf(json.loads(path.read_text()))
+        return DecoderConfig.from_hf(read_json_object(path))
 
 
 def run(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import ClassVar, Literal
 
@@ -11,6 +10,7 @@ from pydantic import field_validator
 from r3rag_jax.config.endpoint import URL, check_variable
 from r3rag_jax.config.redact import redact_url
 from r3rag_jax.config.section import Section, key
+from r3rag_jax.json_text import parse_json
 
 
 class MilvusConfig(Section):
@@ -59,8 +59,8 @@ class MilvusConfig(Section):
     @classmethod
     def _check_params(cls, text: str) -> str:
         try:
-            is_object = isinstance(json.loads(text), dict)
-        except (ValueError, RecursionError):
+            is_object = isinstance(parse_json(text), dict)
+        except ValueError:
             is_object = False
         if not is_object:
             raise ValueError(f"must be a JSON object; got {text[:100]!r}")

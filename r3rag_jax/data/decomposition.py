@@ -17,12 +17,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from r3rag_jax.data.fields import FieldError, Row, as_rows, get_field, get_id, get_text, is_id, show
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.types import Question
 
 # Questions for relations of Wikidata, on which 2WikiMultiHopQA and parts of MuSiQue are built.
@@ -132,7 +132,7 @@ def parsed(value: Any) -> Any:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value)
     except ValueError:
         return value
 
@@ -180,7 +180,8 @@ def from_steps(steps: Iterable[Row], paragraphs: Iterable[Row]) -> list[dict[str
             question refers to the answer of step n as #n, and may be written "subject >> relation".
         paragraphs: `{idx, title, …}` each.
     """
-    title_of = {paragraph.get("idx"): paragraph.get("title") for paragraph in paragraphs}
+    rows = [paragraph for paragraph in paragraphs if isinstance(paragraph, Mapping) and is_id(paragraph.get("idx"))]
+    title_of = {paragraph["idx"]: paragraph.get("title") for paragraph in rows}
     hops: list[dict[str, Any]] = []
     for number, step in enumerate(steps, 1):
         try:
@@ -192,9 +193,10 @@ def from_steps(steps: Iterable[Row], paragraphs: Iterable[Row]) -> list[dict[str
         sub_question = relation_question(subject, relation) if arrow else text
         support = step.get("support_paragraph")
         index = step.get("paragraph_support_idx")
-        title = support.get("title") if isinstance(support, Mapping) else title_of.get(index)
+        known = title_of.get(index) if is_id(index) else None
+        title = support.get("title") if isinstance(support, Mapping) else known
         hop = {"sub_question": sub_question, "answer": answer}
-        hops.append(hop | ({"title": title} if title else {}))
+        hops.append(hop | ({"title": title} if title and isinstance(title, str) else {}))
     return hops
 
 

@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from r3rag_jax.data.fields import FieldError, Row, kind_of
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import is_unicode, parse_json, parse_json_at
 
 BOM = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 PARQUET = b"PAR1"
@@ -48,6 +49,7 @@ REFUSED = {  # first bytes -> what the file is, and what to do with it
     b"\xff\xfe": "UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)",
 }
+MAX_HEADER = 10_000  # characters of a table's first line
 _BLANK = " \t\r\n"  # what JSON takes for white space
 
 
@@ -122,12 +124,13 @@ def _json_lines(first: int, lines: Iterable[bytes]) -> Iterator[tuple[int, Row |
 def _line(line: bytes) -> Row | FieldError:
     """The object of one line."""
     try:
-        return _object(json.loads(line.decode("utf-8")), line.lower())
+        text = line.decode("utf-8")
+        return _object(parse_json(text), text)
     except UnicodeDecodeError as error:
         return FieldError(f"expected UTF-8; got byte {line[error.start]:#04x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
         return FieldError(f"expected one JSON object per line; {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return FieldError(f"expected one JSON object per line; {error}")
 
 
@@ -145,15 +148,15 @@ def _wrapped_array(data: bytes) -> int | None:
 
     What follows the array is not read.
     """
-    decoder, text = json.JSONDecoder(), data.decode("utf-8", "replace")
+    text = data.decode("utf-8", "replace")
     end = text.index("{")
     try:
         while text[end : end + 1] in ("{", ","):
-            name, end = decoder.raw_decode(text, _skip_blank(text, end + 1))
+            name, end = parse_json_at(text, _skip_blank(text, end + 1))
             start = _skip_blank(text, _skip_blank(text, end) + 1)  # behind the colon
             if name == WRAPPER and text[start : start + 1] == "[":
                 return start
-            end = _skip_blank(text, decoder.raw_decode(text, start)[1])
+            end = _skip_blank(text, parse_json_at(text, start)[1])
     except ValueError:  # no JSON: the reader of lines says where
         return None
     return None
@@ -163,7 +166,7 @@ def _elements(path: Path, number: int, text: str, start: int) -> Generator[tuple
     """The elements of the array that begins at `start`, on line `number`, and where it ends; a fault in its syntax ends
     the reading.
     """
-    decoder, end = json.JSONDecoder(), start + 1
+    end = start + 1
     counted = start  # up to here line ends have been counted
     while True:
         start = _skip_blank(text, end)
@@ -171,13 +174,13 @@ def _elements(path: Path, number: int, text: str, start: int) -> Generator[tuple
         if text[start : start + 1] == "]":
             return start + 1
         try:
-            item, end = decoder.raw_decode(text, start)
+            item, end = parse_json_at(text, start)
         except json.JSONDecodeError as error:
             line = number + text.count("\n", counted, error.pos)
             raise UserError(f"{path}:{line}: expected a JSON array of objects; {error.msg}") from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"{path}:{number}: expected a JSON array of objects; {error}") from error
-        yield number, _object(item, text[start:end].lower().encode("utf-8"))
+        yield number, _object(item, text[start:end])
         comma = _skip_blank(text, end)
         if text[comma : comma + 1] not in (",", "]"):
             line = number + text.count("\n", counted, comma)
@@ -192,13 +195,10 @@ def _skip_blank(text: str, start: int) -> int:
     return start
 
 
-def _object(value: Any, source: bytes) -> Row | FieldError:
-    """A parsed value, which must be an object of Unicode text; `source` is its JSON in lower case."""
-    if b"\\ud" in source:  # half of a surrogate pair alone is no Unicode text: no tokenizer takes it
-        try:
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            return FieldError("expected Unicode text; got a lone surrogate escape")
+def _object(value: Any, source: str) -> Row | FieldError:
+    """A parsed value, which must be an object of Unicode text; `source` is its JSON."""
+    if not is_unicode(value, source):
+        return FieldError("expected Unicode text; got a lone surrogate escape")
     return value if isinstance(value, dict) else FieldError(f"expected a JSON object; got {kind_of(value)}")
 
 
@@ -207,7 +207,9 @@ def _object(value: Any, source: bytes) -> Row | FieldError:
 
 def _header(line: bytes) -> list[str]:
     """The names of the fields of a table that begins with this line; empty if it is no such line."""
-    text = line.decode("utf-8", "replace").rstrip("\r\n")
+    text = line[: MAX_HEADER + 1].decode("utf-8", "replace").rstrip("\r\n")
+    if len(text) > MAX_HEADER or "\r" in text:  # a record, not names; for the csv module a carriage return ends a line
+        return []
     names = [name.strip() for name in next(csv.reader([text], delimiter="\t" if "\t" in text else ","), [])]
     is_header = 1 < len(names) == len(set(names)) and all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names)
     return names if is_header else []

@@ -11,11 +11,12 @@ from typing import Any, Literal, TypeVar
 from rich.console import Console
 
 from r3rag_jax.config import DataConfig
-from r3rag_jax.errors import UserError
+from r3rag_jax.errors import UserError, shortened
 
 T = TypeVar("T")
 S = TypeVar("S")
 MAX_NAMED = 10  # faults that a message names; the others are counted
+MAX_FAULT = 500  # characters of a fault
 
 
 class Records(Sequence[T]):
@@ -174,7 +175,7 @@ class FaultyRecords:
         Raises:
             UserError: records must not be left out.
         """
-        message = f"{self._path}:{number}: {fault}"
+        message = f"{self._path}:{number}: {shortened(fault, MAX_FAULT)}"
         if self._on_error.action == "stop":
             raise UserError(message)
         self._faults.append(message)

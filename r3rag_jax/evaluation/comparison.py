@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.fingerprint import describe, differences
 from r3rag_jax.evaluation.metrics import metric_of
 from r3rag_jax.evaluation.statistics import Interval, bootstrap, mcnemar, sign_flips, weighted_mean
+from r3rag_jax.json_text import parse_json
 
 ROWS_SUFFIX = ".questions.jsonl"
 
@@ -118,7 +118,7 @@ def read_values(path: str | Path) -> dict[str, np.ndarray]:
 
 def _read_result(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"a result must be a file eval/<name>.json of a run; {path} cannot be read: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("fingerprint"), dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.fingerprint import SUBJECT_FACTS, differences
 from r3rag_jax.evaluation.systems import SYSTEMS
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.run.directory import RL_TRAJECTORIES, RunDirectory
 
 # Names of files that training writes in the folders of results and trajectories.
@@ -22,7 +22,7 @@ TEST = "test"  # name of the run's own test questions
 def read_result(directory: RunDirectory, name: str) -> dict[str, Any] | None:
     """The content of `eval/<name>.json`; None where there is none that can be read."""
     try:
-        content = json.loads(directory.evaluation(name).read_text(encoding="utf-8"))
+        content = parse_json(directory.evaluation(name).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.retrieval.manifest import write_manifest
 from r3rag_jax.retrieval.store import PassageStore, write_store
 from r3rag_jax.run.files import SUFFIX, flush_directory, write_json
@@ -136,6 +136,6 @@ def _replace(directory: Path, new: Path) -> None:
 def _read(path: Path) -> Any:
     """A JSON file; None where there is none, or half of one."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

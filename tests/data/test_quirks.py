@@ -115,3 +115,44 @@ def test_quirks_of_trajectories(tmp_path: Path) -> None:
         'step 1: passage_ids must be a list; got "0"',
         "ids must be unique; 'q0' is also on line 1",
     ]
+
+
+@pytest.mark.parametrize(
+    "paragraphs",
+    [[1], [{"idx": {}, "title": "T"}], [{"idx": 0, "title": ["T"]}], [{"title": "T"}], [[]]],
+    ids=["a number", "an index that is an object", "a title that is a list", "no index", "a list"],
+)
+def test_paragraphs_of_another_shape_give_no_title(tmp_path: Path, paragraphs: list[Any]) -> None:
+    steps = [{"question": "Who?", "answer": "He", "paragraph_support_idx": 0}]
+    steps += [{"question": "What?", "answer": "It", "paragraph_support_idx": []}]
+    steps += [{"question": "When?", "answer": "1815", "support_paragraph": {"title": ["T"]}}]
+    row = Q | {"metadata": {"question_decomposition": steps, "paragraphs": paragraphs}}
+    [question] = read_questions(written(tmp_path, lines(row)))
+    assert question.metadata["supporting_titles"] == []
+    assert [hop["answer"] for hop in question.metadata["decomposition"]] == ["He", "It", "1815"]
+
+
+@pytest.mark.parametrize("first", [b"a,b\rc\n", b'{"id": "x' + b"x" * 200_000 + b'"}\n'], ids=["a return", "long"])
+def test_a_first_line_that_csv_cannot_read_is_a_record(tmp_path: Path, first: bytes) -> None:
+    """csv.Error: a carriage return in a field, or a field of more than 128 KiB, ended the reading of any file."""
+    path = written(tmp_path, first + lines(Q))
+    with pytest.raises(UserError, match=rf"^{path}:1: expected"):
+        read_questions(path)
+    assert [question.id for question in read_questions(path, OnError("skip", lambda text: None))] == ["q0"]
+
+
+def test_a_record_nested_deeper_than_any_data_set_is_a_fault(tmp_path: Path) -> None:
+    deep = Q | {"id": "q1", "metadata": {"a": "?"}}
+    text = lines(Q, deep).replace(b'"?"', b"[" * 200_000)
+    with pytest.raises(UserError, match=r":2: expected one JSON object per line; objects and arrays may be nested"):
+        read_questions(written(tmp_path, text))
+
+
+def test_a_huge_id_fills_no_screen(tmp_path: Path) -> None:
+    row = Q | {"id": "9" * 3_000_000}
+    said: list[str] = []
+    with pytest.raises(UserError) as error:
+        read_questions(written(tmp_path, lines(row, row)))
+    assert len(str(error.value)) < 1000 and str(error.value).endswith("is also on line 1")
+    read_questions(written(tmp_path, lines(row, row)), OnError("skip", said.append))
+    assert len(said[0]) < 1000

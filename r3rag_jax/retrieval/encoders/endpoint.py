@@ -13,6 +13,7 @@ from r3rag_jax.clients.embeddings import EmbeddingsClient
 from r3rag_jax.clients.endpoint import Endpoint
 from r3rag_jax.config.retrieval import EncoderConfig
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.retrieval.base import TextKind
 from r3rag_jax.retrieval.fingerprint import digest
 from r3rag_jax.run.files import write_text
@@ -95,7 +96,7 @@ class EndpointEncoder:
         if not file.is_file():
             return
         try:
-            row = json.loads(file.read_text(encoding="utf-8"))
+            row = parse_json(file.read_text(encoding="utf-8"))
             model, saved_D = str(row["model"]), np.asarray(row["vector"], np.float32)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} must hold a model and its vector: {error}. Build the index again.") from None

@@ -14,8 +14,6 @@ import math
 import re
 import threading
 import unicodedata
-import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.retrieval.base import TextKind
 
 ENCODER_FILE = "encoder.npz"  # in an index directory
@@ -191,7 +190,7 @@ class HashEncoder:
         """
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-                header = json.loads(arrays["header"].tobytes())
+                header = parse_json(arrays["header"].tobytes())
                 features = arrays["features"].tobytes().decode()
                 counts = arrays["counts"].tolist()
             encoder = cls(**header["settings"])
@@ -199,15 +198,7 @@ class HashEncoder:
             encoder._set_counts(header["num_texts"], dict(zip(names, counts, strict=True)))
         except FileNotFoundError as error:
             raise UserError(f"an encoder is read from an existing file; {path} is missing") from error
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            KeyError,
-            TypeError,
-            zipfile.BadZipFile,
-            zlib.error,
-        ) as error:
+        except Exception as error:  # zipfile, zlib and numpy raise what their parsers do
             raise UserError(f"an encoder file is a .npz written by HashEncoder.save; {path}: {error}") from error
         return encoder
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 
 
 class Judgements:
@@ -36,7 +37,7 @@ class Judgements:
             raise UserError(f"judge.cache: {path} cannot be read: {error.strerror}") from None
         for line in lines:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 key, value = row["key"], row["score"]
             except (ValueError, KeyError, TypeError):
                 continue  # a failure, or the half line of a run that was killed: it is asked again
