@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
+from r3rag_jax.errors import shortened
 from r3rag_jax.types import Passage
 
 TextKind = Literal["query", "passage"]
@@ -41,6 +43,9 @@ class BuildOptions:
 class RetrievalError(RuntimeError):
     """A search failed. It never means that nothing was found: that is an empty list of hits."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(shortened(message))
+
 
 @dataclasses.dataclass(frozen=True)
 class Hit:
@@ -68,6 +73,25 @@ class Retriever(Protocol):
             RetrievalError: the search could not be carried out.
         """
         ...
+
+
+def search_hits(retriever: Retriever, queries: Sequence[str], k: int) -> list[list[Hit]]:
+    """`retriever.search`, with the reply held to the contract: all searches of the package are made here.
+
+    Raises:
+        ValueError: k is not positive.
+        RetrievalError: the search failed, or the reply is not a list of at most `k` hits for each query.
+    """
+    rows = retriever.search(queries, k)
+    if not isinstance(rows, list) or len(rows) != len(queries):
+        got = len(rows) if isinstance(rows, list) else type(rows).__name__
+        raise failed_search(queries, f"a retriever returns a row for each of {len(queries)} queries; got {got}")
+    for query, row in zip(queries, rows, strict=True):
+        if not isinstance(row, list | tuple) or not all(isinstance(hit, Hit) for hit in row):
+            raise failed_search([query], f"a row of a retriever holds hits; got {reprlib.repr(row)}")
+        if len(row) > k:
+            raise failed_search([query], f"a row of a retriever holds at most {k} hits; got {len(row)}")
+    return rows
 
 
 def failed_search(queries: Sequence[str], reason: object) -> RetrievalError:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from r3rag_jax.retrieval.base import Hit, Retriever
+from r3rag_jax.retrieval.base import Hit, Retriever, search_hits
 from r3rag_jax.serving.refusal import busy
 
 Rows = list[list[Hit]]
@@ -143,9 +143,7 @@ class Batcher:
         queries = [query for waiting in group for query in waiting.queries]
         started_s = time.monotonic()
         try:
-            rows = retriever.search(queries, k)
-            if len(rows) != len(queries):
-                raise RuntimeError(f"a retriever returns a row for each of {len(queries)} queries; got {len(rows)}")
+            rows = search_hits(retriever, queries, k)
         except Exception as error:
             if len(group) == 1:
                 group[0].rows.set_exception(error)

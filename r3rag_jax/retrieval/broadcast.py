@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from r3rag_jax.parallel.processes import on_process_0
-from r3rag_jax.retrieval.base import Hit, RetrievalError, Retriever
+from r3rag_jax.retrieval.base import Hit, RetrievalError, Retriever, search_hits
 from r3rag_jax.retrieval.fingerprint import digest
 from r3rag_jax.types import Passage
 
@@ -45,7 +45,7 @@ class BroadcastRetriever:
 
         def search_it() -> list[list[Any]]:
             assert self._retriever is not None  # process 0 opened it
-            found = self._retriever.search(queries, k)
+            found = search_hits(self._retriever, queries, k)
             return [[[hit.passage.id, hit.passage.contents, hit.score] for hit in hits] for hits in found]
 
         # Named by its content, since searches of several threads start in another order on each process.

@@ -19,7 +19,7 @@ from r3rag_jax.data.fields import FieldError, get_field, get_id, get_ids, get_te
 from r3rag_jax.data.jsonl import read_parsed
 from r3rag_jax.data.questions import read_questions
 from r3rag_jax.errors import UserError
-from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.retrieval.base import Retriever, search_hits
 
 _BATCH = 256  # queries searched at once
 DECOMPOSED = "decomposed queries"
@@ -80,7 +80,7 @@ def search_all(retriever: Retriever, texts: Sequence[str], k: int) -> list[list[
     """The ids of the k best passages for each text, best first."""
     found: list[list[str]] = []
     for start in range(0, len(texts), _BATCH):
-        found += [[hit.passage.id for hit in hits] for hits in retriever.search(texts[start : start + _BATCH], k)]
+        found += [[hit.passage.id for hit in hits] for hits in search_hits(retriever, texts[start : start + _BATCH], k)]
     return found
 
 

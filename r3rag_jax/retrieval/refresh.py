@@ -8,7 +8,7 @@ from pathlib import Path
 from r3rag_jax.data.jsonl import read_rows, write_jsonl
 from r3rag_jax.data.records import STOP, OnError
 from r3rag_jax.data.trajectories import read_trajectories
-from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.retrieval.base import Retriever, search_hits
 from r3rag_jax.types import Passage
 
 DEPTH = 4  # hits per query, as a multiple of the passages that a step shows
@@ -38,7 +38,7 @@ def refresh_retrieved(
     kept = set(read_trajectories(source, corpus, top_k, on_error).lines)
     rows = [dict(row) for number, row in read_rows(source, OnError("skip", say=lambda _: None)) if number in kept]
     steps = [step for row in rows for step in row["steps"] if step.get("query") is not None]
-    found = retriever.search([step["query"] for step in steps], DEPTH * top_k)
+    found = search_hits(retriever, [step["query"] for step in steps], DEPTH * top_k)
     for step, hits in zip(steps, found, strict=True):
         step["retrieved_ids"] = [hit.passage.id for hit in hits]
         step.pop("passages", None)

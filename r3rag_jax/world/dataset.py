@@ -13,7 +13,7 @@ from r3rag_jax.data.questions import iterate_passages, passage_to_dict, question
 from r3rag_jax.data.records import OnError
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import on_process_0
-from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.retrieval.base import Retriever, search_hits
 from r3rag_jax.retrieval.factory import build_index, open_local_retriever, open_store
 from r3rag_jax.retrieval.fingerprint import corpus_fingerprint
 from r3rag_jax.retrieval.manifest import has_index, read_manifest
@@ -135,7 +135,7 @@ def write_teacher(world: World, config: Config, retriever: Retriever, run: RunDi
             lucky_guesses=config.world.lucky_guesses, max_steps=config.rollout.max_steps,
         )  # fmt: skip
         queries = [step for step in steps if "query" in step]
-        found = retriever.search([step["query"] for step in queries], 8 * k)
+        found = search_hits(retriever, [step["query"] for step in queries], 8 * k)
         for step, hits in zip(queries, found, strict=True):
             step["retrieved_ids"] = [hit.passage.id for hit in hits if hit.passage.id not in hidden][: 4 * k]
         rows.append({**question_to_dict(question), "steps": steps})

@@ -9,7 +9,7 @@ import dataclasses
 import random
 from collections.abc import Iterator
 
-from r3rag_jax.retrieval.base import Retriever
+from r3rag_jax.retrieval.base import Retriever, search_hits
 from r3rag_jax.retrieval.encoders.hashed import HashEncoder
 from r3rag_jax.retrieval.faiss import FaissRetriever
 from r3rag_jax.text.prompts import reading_prompt
@@ -106,7 +106,7 @@ class _Corpus:
         similarly named entities; the others are random. No distractor states a fact in `asked`.
         """
         ids, banned = set(ids), {hop.passage_id for hop in asked} - ids
-        hits = self.retriever.search([_ask(rng, hop) for hop in asked], 3)
+        hits = search_hits(self.retriever, [_ask(rng, hop) for hop in asked], 3)
         retrieved = [hit.passage.id for near in hits for hit in near]
         rng.shuffle(retrieved)
         while len(ids) < count:
