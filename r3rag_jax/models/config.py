@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import Any
+
+from r3rag_jax.models.fields import MAX_LAYERS, get_flag, get_number, get_object, get_size
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -73,32 +76,26 @@ class DecoderConfig:
             ValueError: a size is missing, or a value is not supported by this decoder (the message names the field).
         """
         model_type = hf.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise ValueError(f"model_type must be one of {sorted(ARCHITECTURES)}; got {model_type!r}")
         _refuse_unsupported(hf, model_type)
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if key not in hf:
-                raise ValueError(f"config.json must hold {key!r}; it is missing")
-        if "intermediate_size" not in hf:
-            raise ValueError("config.json must hold 'intermediate_size'; it is missing")
         theta, scaling = _rope_from_hf(hf)
-        num_heads = hf["num_attention_heads"]
-        default_head_dim = 128 if model_type == "qwen3" else hf["hidden_size"] // num_heads
+        hidden_size, num_heads = get_size(hf, "hidden_size"), get_size(hf, "num_attention_heads")
         return cls(
-            vocab_size=hf["vocab_size"],
-            hidden_size=hf["hidden_size"],
-            num_layers=hf["num_hidden_layers"],
+            vocab_size=get_size(hf, "vocab_size"),
+            hidden_size=hidden_size,
+            num_layers=get_size(hf, "num_hidden_layers", at_most=MAX_LAYERS),
             num_heads=num_heads,
-            num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-            head_dim=hf.get("head_dim") or default_head_dim,
-            ffn_size=hf["intermediate_size"],
+            num_kv_heads=get_size(hf, "num_key_value_heads", num_heads),
+            head_dim=get_size(hf, "head_dim", 128 if model_type == "qwen3" else hidden_size // num_heads),
+            ffn_size=get_size(hf, "intermediate_size"),
             rope_theta=theta,
             rope_scaling=scaling,
-            norm_eps=hf.get("rms_norm_eps", _DEFAULT_NORM_EPS),
+            norm_eps=get_number(hf, "rms_norm_eps", _DEFAULT_NORM_EPS),
             attention_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            max_positions=hf.get("max_position_embeddings", _DEFAULT_MAX_POSITIONS[model_type]),
+            tie_embeddings=get_flag(hf, "tie_word_embeddings"),
+            max_positions=get_size(hf, "max_position_embeddings", _DEFAULT_MAX_POSITIONS[model_type]),
             model_type=model_type,
         )
 
@@ -139,31 +136,32 @@ def _refuse_unsupported(hf: Mapping[str, Any], model_type: str) -> None:
         raise ValueError(f"hidden_act must be 'silu'; got {act!r}")
     if hf.get("use_sliding_window"):
         raise ValueError("sliding-window attention is not supported; use_sliding_window is true")
-    layer_types = set(hf.get("layer_types") or ()) - {"full_attention"}
-    if layer_types:
-        raise ValueError(f"layer_types must all be 'full_attention'; got {sorted(layer_types)}")
+    layer_types = hf.get("layer_types") or []
+    others = [one for one in layer_types if one != "full_attention"] if isinstance(layer_types, list) else layer_types
+    if others:
+        raise ValueError(f"layer_types must all be 'full_attention'; got {reprlib.repr(others)}")
     for key in ("mlp_bias", "attention_bias"):
         # In Llama and Qwen3 attention_bias also adds a bias to the output projection, which the decoder lacks.
-        if hf.get(key):
+        if get_flag(hf, key):
             raise ValueError(f"{key} must be false for model_type {model_type!r}; got true")
 
 
 def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Return (rope_theta, llama3 scaling or None) from `rope_parameters` or `rope_scaling`."""
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or _DEFAULT_ROPE_THETA
+    rope = get_object(hf, "rope_parameters") or get_object(hf, "rope_scaling")
+    theta = get_number(rope, "rope_theta", get_number(hf, "rope_theta", _DEFAULT_ROPE_THETA))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "llama3":
         raise ValueError(f"rope_type must be 'default' or 'llama3'; got {kind!r}")
     keys = [field.name for field in dataclasses.fields(RopeScaling)]
     missing = [key for key in keys if key not in rope]
     if missing:
         raise ValueError(f"llama3 rope scaling must hold {keys}; {missing} missing")
-    return float(theta), RopeScaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    return theta, RopeScaling(
+        factor=get_number(rope, "factor"),
+        low_freq_factor=get_number(rope, "low_freq_factor"),
+        high_freq_factor=get_number(rope, "high_freq_factor"),
+        original_max_position_embeddings=get_size(rope, "original_max_position_embeddings"),
     )

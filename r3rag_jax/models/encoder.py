@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from r3rag_jax.models.fields import MAX_LAYERS, get_number, get_size
 from r3rag_jax.models.hf.tensor_files import TensorFiles, check_tensors, read_config, read_param, tensor_shapes
 
 POOLINGS = ("mean", "cls")
@@ -98,21 +99,15 @@ class BertConfig:
         for key, value in _ONLY.items():
             if hf.get(key, value) != value:
                 raise ValueError(f"{key} must be {value!r}; got {hf[key]!r}")
-        sizes = {
-            "vocab_size": "vocab_size",
-            "hidden_size": "hidden_size",
-            "num_layers": "num_hidden_layers",
-            "num_heads": "num_attention_heads",
-            "ffn_size": "intermediate_size",
-            "max_positions": "max_position_embeddings",
-        }
-        for key in sizes.values():
-            if key not in hf:
-                raise ValueError(f"config.json must hold {key!r}; it is missing")
         return cls(
-            **{name: hf[key] for name, key in sizes.items()},
-            num_types=hf.get("type_vocab_size", cls.num_types),
-            norm_eps=hf.get("layer_norm_eps", cls.norm_eps),
+            vocab_size=get_size(hf, "vocab_size"),
+            hidden_size=get_size(hf, "hidden_size"),
+            num_layers=get_size(hf, "num_hidden_layers", at_most=MAX_LAYERS),
+            num_heads=get_size(hf, "num_attention_heads"),
+            ffn_size=get_size(hf, "intermediate_size"),
+            max_positions=get_size(hf, "max_position_embeddings"),
+            num_types=get_size(hf, "type_vocab_size", cls.num_types),
+            norm_eps=get_number(hf, "layer_norm_eps", cls.norm_eps),
         )
 
 

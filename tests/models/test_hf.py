@@ -314,6 +314,14 @@ def test_an_index_must_map_tensors_to_files(text, llama_dir):
         load_decoder(llama_dir, dtype=jnp.float32)
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/x.safetensors", "a/b.safetensors", "x.bin", ""])
+def test_an_index_names_files_beside_it_alone(name, llama_dir):
+    index = {"weight_map": {"model.norm.weight": name}}
+    (llama_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"with names of files beside it"):
+        load_decoder(llama_dir, dtype=jnp.float32)
+
+
 def test_an_index_may_not_promise_what_its_file_lacks(llama_dir):
     names = dict.fromkeys(load_file(llama_dir / "model.safetensors"), "model.safetensors")
     (llama_dir / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
@@ -369,6 +377,18 @@ def test_both_spellings_of_rope_are_read():
         ({"layer_types": ["full_attention", "sliding_attention"]}, "got .'sliding_attention'"),
         ({"attention_bias": True}, "attention_bias must be false for model_type 'llama'"),
         ({"vocab_size": None}, "must hold 'vocab_size'"),
+        ({"vocab_size": "97"}, "vocab_size must be a whole number from 1 to 16777216; got '97'"),
+        ({"hidden_size": [32]}, "hidden_size must be a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be a whole number from 1 to 1024"),
+        ({"intermediate_size": 1.5}, "intermediate_size must be a whole number"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number above 0"),
+        ({"rope_theta": 10**400}, "rope_theta must be a number above 0"),
+        ({"rope_scaling": [1]}, "rope_scaling must be an object"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+        ({"layer_types": 7}, "layer_types must all be 'full_attention'; got 7"),
+        ({"model_type": ["llama"]}, "model_type must be one of"),
     ],
 )
 def test_unsupported_configs_are_refused_by_name(change, message, tmp_path):

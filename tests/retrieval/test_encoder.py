@@ -309,7 +309,7 @@ def test_buffers_and_pooler_are_ignored_and_what_else_differs_is_named(directory
         ({"add_cross_attention": True}, "add_cross_attention must be False; got True"),
         ({"max_position_embeddings": None}, "must hold 'max_position_embeddings'"),
         ({"num_attention_heads": 5}, "hidden_size must be divisible by num_heads 5; got 32"),
-        ({"num_hidden_layers": 0}, "num_layers must be at least 1; got 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number from 1 to 1024; got 0"),
     ],
 )
 def test_unsupported_configs_are_refused_by_name(directory: Path, change: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import read_json_object
 from r3rag_jax.models.config import DecoderConfig
 from r3rag_jax.models.decoder import Decoder, param_shapes
 from r3rag_jax.models.hf.tensor_files import (
@@ -22,7 +23,6 @@ from r3rag_jax.models.hf.tensor_files import (
     TensorFiles,
     check_tensors,
     read_config,
-    read_json,
     read_param,
     tensor_shapes,
     write_dtype,
@@ -181,10 +181,7 @@ def load_generation(path: str | Path) -> dict[str, Any]:
     file = Path(path) / GENERATION_FILE
     if not file.is_file():
         return {}
-    generation = read_json(file)
-    if not isinstance(generation, dict):
-        raise ValueError(f"{file} must hold an object; got {type(generation).__name__}")
-    return generation
+    return read_json_object(file)
 
 
 def save_decoder(

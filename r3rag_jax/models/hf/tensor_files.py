@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from r3rag_jax.json_text import parse_json, read_json_object
 from r3rag_jax.run.files import open_atomic_binary, write_json
 
 CONFIG_FILE = "config.json"
@@ -29,19 +31,12 @@ MAX_FILE_BYTES = 5_000_000_000  # maximum bytes of tensors per file, as on the H
 # Supported dtypes of tensors to read, and dtypes to write: name -> (name in safetensors, numpy dtype).
 READ_DTYPES = ("BF16", "F16", "F32", "F64")
 WRITE_DTYPES: dict[str, tuple[str, Any]] = {"bfloat16": ("BF16", ml_dtypes.bfloat16), "float32": ("F32", np.float32)}
+_WEIGHTS_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)  # no folder, so no file outside of the directory
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]
 T = TypeVar("T")
-
-
-def read_json(file: Path) -> Any:
-    """Parse a JSON file; raises a ValueError that names the file if it is not JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} must be JSON; {error}") from error
 
 
 def read_config(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
@@ -54,8 +49,9 @@ def read_config(path: str | Path, parse: Callable[[Mapping[str, Any]], T]) -> T:
     file = Path(path) / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"a model directory must hold {CONFIG_FILE}; {path} has none")
+    fields = read_json_object(file)
     try:
-        return parse(json.loads(file.read_text(encoding="utf-8")))
+        return parse(fields)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -145,14 +141,16 @@ class TensorFiles:
 
 def _read_index(file: Path) -> dict[str, str]:
     """Read an index and return tensor name -> file name; raises ValueError if the index is invalid."""
-    rule = f'{file} must hold {{"weight_map": {{tensor: file, …}}}}; got something else'
+    rule = f'{file} must hold {{"weight_map": {{tensor: file, …}}}}'
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        weight_map = read_json_object(file).get("weight_map")
     except ValueError as error:
-        raise ValueError(rule) from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        raise ValueError(f"{rule}; got something else: {error}") from error
     if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-        raise ValueError(rule)
+        raise ValueError(f"{rule}; got something else")
+    for value in set(weight_map.values()):
+        if not _WEIGHTS_NAME.fullmatch(value):
+            raise ValueError(f"{rule} with names of files beside it, *.safetensors; got {reprlib.repr(value)}")
     return weight_map
 
 
@@ -162,15 +160,15 @@ def _truncation(path: Path) -> str | None:
         start = 8 + int.from_bytes(file.read(8), "little")
         size = path.stat().st_size
         try:
-            header = json.loads(file.read(start - 8)) if start <= size else {}
+            header = parse_json(file.read(start - 8)) if start <= size else {}
             ends = {name: start + entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError):
+            cut = [name for name in sorted(ends, key=ends.__getitem__) if ends[name] > size]
+            shape = tuple(header[cut[0]]["shape"]) if cut else ()
+        except (ValueError, LookupError, TypeError, AttributeError):
             return None
-    cut = [name for name in sorted(ends, key=ends.__getitem__) if ends[name] > size]
     if not cut:
         return None
     name, more = cut[0], f" (nor {len(cut) - 1} more)" if len(cut) > 1 else ""
-    shape = tuple(header[name]["shape"])
     return f"is truncated: tensor {name} of shape {shape} must end at byte {ends[name]}{more}; got {size} bytes"
 
 

@@ -6,12 +6,16 @@ prompts. A directory without them is an ordinary Hugging Face model.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from r3rag_jax.json_text import parse_json, read_json_object
 from r3rag_jax.models.encoder import POOLINGS
-from r3rag_jax.models.hf.tensor_files import CONFIG_FILE, read_json
+from r3rag_jax.models.fields import get_object
+from r3rag_jax.models.hf.tensor_files import CONFIG_FILE
 from r3rag_jax.retrieval.base import TextKind
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -60,8 +64,11 @@ def read_max_length(path: Path, asked: int, max_positions: int) -> int:
         return asked
     for name, key in LENGTHS.items():
         file = path / name
-        limit = read_json(file).get(key) if file.is_file() else None
+        limit = read_json_object(file).get(key) if file.is_file() else None
         if limit is not None:
+            is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+            if not is_number or not limit >= 3:
+                raise ValueError(f"{file} must hold {key}, at least 3; got {reprlib.repr(limit)}")
             return int(min(limit, max_positions))  # tokenizers without a limit state 1e30
     return max_positions
 
@@ -75,9 +82,11 @@ def read_prefix(path: Path, asked: str, kind: TextKind) -> str:
     file = path / PROMPTS_FILE
     if asked != "auto" or not file.is_file():
         return "" if asked == "auto" else asked
-    settings = read_json(file)
-    prompts = settings.get("prompts") or {}
-    name = next((name for name in (*PROMPTS[kind], settings.get("default_prompt_name")) if name in prompts), None)
+    settings = read_json_object(file)
+    prompts = get_object(settings, "prompts")
+    default = settings.get("default_prompt_name")
+    names = [*PROMPTS[kind], default] if isinstance(default, str) else PROMPTS[kind]
+    name = next((name for name in names if name in prompts), None)
     prompt = "" if name is None else prompts[name]
     if not isinstance(prompt, str):
         raise ValueError(f"{file} must hold prompts as texts; {name!r} is {prompt!r}")
@@ -95,11 +104,11 @@ def read_pooling(path: Path, asked: str) -> str:
     file = path / MODULES_FILE
     if asked != "auto" or not file.is_file():
         raise ValueError(f"pooling must be one of {POOLINGS}, or auto where {MODULES_FILE} names it; got {asked!r}")
-    modules = {module["type"].rpartition(".")[2]: module["path"] for module in read_json(file)}
+    modules = {kind.rpartition(".")[2]: name for kind, name in _read_modules(file)}
     if not {"Pooling"} <= modules.keys() <= {"Transformer", "Pooling", "Normalize"}:
         raise ValueError(f"{file} must name Transformer, Pooling and perhaps Normalize; got {', '.join(modules)}")
     file = path / modules["Pooling"] / CONFIG_FILE
-    settings = read_json(file)
+    settings = read_json_object(file)
     mode = settings.get("pooling_mode")  # since version 6 of sentence-transformers; a switch for each pooling before
     switches = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     on = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value]
@@ -110,3 +119,18 @@ def read_pooling(path: Path, asked: str) -> str:
     if not settings.get("include_prompt", True):
         raise ValueError(f"{file}: pooling without the prefix is not implemented; include_prompt is false")
     return mode
+
+
+def _read_modules(file: Path) -> list[tuple[str, str]]:
+    """The class and the folder of each step; raises a ValueError where the file holds something else."""
+    rule = f"{file} must list objects with a type and a path in its directory"
+    try:
+        steps = [(step["type"], step["path"]) for step in parse_json(file.read_text(encoding="utf-8"))]
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON; {error}") from error
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{rule}: {error}") from error
+    for kind, name in steps:
+        if not isinstance(kind, str) or not isinstance(name, str) or not re.fullmatch(r"\w*", name):
+            raise ValueError(f"{rule}; got {reprlib.repr([kind, name])}")
+    return steps
