@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.retrieval.arrays import open_array
 from r3rag_jax.retrieval.base import Encoder, OnProgress, TextKind
 from r3rag_jax.retrieval.builder import resume_stage
 from r3rag_jax.retrieval.vectors import PATTERN, VectorShards, shard_name, write_shard
@@ -157,11 +158,11 @@ def report(on_progress: OnProgress | None, count: int, total: int) -> None:
 def _load(path: Path) -> np.ndarray:
     """An array of vectors, memory-mapped."""
     try:
-        vectors_ND = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        vectors_ND = open_array(path)
+    except OSError as error:
         raise UserError(f"{path} must be an array in numpy's format: {error}") from error
-    if not isinstance(vectors_ND, np.ndarray) or vectors_ND.ndim != 2 or vectors_ND.dtype.kind != "f":
-        raise UserError(f"{path} must be floats [n, D]; got {getattr(vectors_ND, 'dtype', 'an archive')}")
+    if vectors_ND.ndim != 2 or vectors_ND.dtype.kind != "f":
+        raise UserError(f"{path} must be floats [n, D]; got {vectors_ND.dtype} {list(vectors_ND.shape)}")
     return vectors_ND
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from r3rag_jax.config.retrieval import RetrievalConfig
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.retrieval.ann import FaissIndexes, build_hnsw, build_ivfpq, import_faiss, merge
 from r3rag_jax.retrieval.base import BuildOptions, Encoder
 from r3rag_jax.retrieval.encoders.factory import new_encoder, open_encoder
@@ -128,7 +129,7 @@ class FaissRetriever(RankedRetriever):
         opened = open_encoder(config, index_dir) if encoder is None else encoder()
         manifest.check_encoder(opened.fingerprint, index_dir)
         store = PassageStore(index_dir)
-        built = json.loads(manifest.depends_on["faiss"])
+        built = _built_facts(manifest, index_dir)
         parts = open_given(config.faiss, index_dir, built) if built["kind"] == GIVEN else None
         parts = parts or _open_built(config, index_dir, built, len(store), opened.dim)
         cached = config.cached_queries
@@ -258,6 +259,17 @@ def _measured(plan: FaissPlan, encoder: Encoder, store: PassageStore, vectors: V
     recall = np.mean([np.isin(a, b).mean() for a, b in zip(exact_QK, found_QC, strict=True)])
     low = "" if recall >= _LOW_RECALL else "; that is low: choose --kind flat, or raise what a search reads"
     return f"recall@{k} against exact search, first lines of {len(titles)} passages as queries: {recall:.3f}{low}"
+
+
+def _built_facts(manifest: Manifest, index_dir: Path) -> dict[str, Any]:
+    """What the index was built with."""
+    try:
+        built = parse_json(manifest.depends_on["faiss"])
+        if not isinstance(built["kind"], str):
+            raise TypeError("kind is a text")
+        return built
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"the index in {index_dir} must name what FAISS was built with: {error}. {AGAIN}") from error
 
 
 def _open_built(

@@ -11,10 +11,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.run.digests import file_digest
 from r3rag_jax.run.files import write_text
 
@@ -112,7 +113,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_FILE
     try:
-        row = json.loads(path.read_text(encoding="utf-8"))
+        row = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"an index directory holds {path.name}; {path} is missing") from error
     except ValueError as error:
@@ -125,9 +126,26 @@ def read_manifest(directory: Path) -> Manifest:
         )
     try:
         files = {name: FileRecord(**file) for name, file in row.pop("files").items()}
-        return Manifest(**row, files=files)
+        manifest = Manifest(**row, files=files)
+        _check_types(manifest)
+        return manifest
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} must have the keys of an index's fingerprint: {error}. {AGAIN}") from error
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise a TypeError where a field holds a value of another type, or the name of a file outside of the directory."""
+    texts = (manifest.kind, manifest.corpus, *manifest.depends_on.values())
+    if not all(isinstance(text, str) for text in texts) or not isinstance(manifest.config, dict):
+        raise TypeError("kind, corpus and what it depends on are texts, config is an object")
+    if type(manifest.num_passages) is not int or manifest.num_passages < 0:
+        raise TypeError(f"num_passages is a number; got {manifest.num_passages!r}")
+    for name, file in manifest.files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name or not path.parts:
+            raise TypeError(f"files are in the directory; got {name!r}")
+        if type(file.size) is not int or not isinstance(file.sample, str) or not isinstance(file.sha256, str):
+            raise TypeError(f"{name} has a size and two digests")
 
 
 def check_index(directory: Path, kind: str) -> Manifest:

@@ -19,8 +19,10 @@ import numpy as np
 
 from r3rag_jax.data.questions import passage_to_dict
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
+from r3rag_jax.retrieval.arrays import open_array
 from r3rag_jax.retrieval.fingerprint import corpus_fingerprint
-from r3rag_jax.retrieval.manifest import check_files, read_manifest
+from r3rag_jax.retrieval.manifest import AGAIN, check_files, read_manifest
 from r3rag_jax.types import Passage
 
 DATA_FILE = "passages.jsonl"
@@ -50,6 +52,7 @@ class PassageStore(Mapping[str, Passage]):
                 f"{path} must have the {self._offsets[-1]} bytes and {lengths[0]} passages that {OFFSETS_FILE} "
                 f"describes; got {size} bytes and ids of {lengths[1]} and {lengths[2]}. Build the index again."
             )
+        self._path = path
         with path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -74,9 +77,20 @@ class PassageStore(Mapping[str, Passage]):
         return (self.at(position) for position in range(len(self)))
 
     def at(self, position: int | np.integer) -> Passage:
-        """The passage at a position in [0, P)."""
-        row = json.loads(self._data[self._offsets[position] : self._offsets[position + 1]])
-        return Passage(row["id"], row["contents"])
+        """The passage at a position in [0, P).
+
+        Raises:
+            UserError: the bytes there are none, which digests of samples do not notice.
+        """
+        try:
+            row = parse_json(self._data[self._offsets[position] : self._offsets[position + 1]])
+            passage = Passage(row["id"], row["contents"])
+            if not isinstance(passage.id, str) or not isinstance(passage.contents, str):
+                raise TypeError("both are texts")
+            return passage
+        except (ValueError, LookupError, TypeError) as error:
+            place = f"{self._path}, passage {int(position) + 1}"
+            raise UserError(f"{place}: expected an object with id and contents: {error}. {AGAIN}") from error
 
 
 def open_store(directory: str | Path) -> PassageStore:
@@ -138,11 +152,9 @@ def _hash(id: str) -> np.uint64:
 def _load(path: Path, dtype: type = np.int64) -> np.ndarray:
     """A one-dimensional array, memory-mapped."""
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        values = open_array(path, f". {AGAIN}")
     except FileNotFoundError as error:
         raise UserError(f"an index directory holds {path.name}; {path} is missing") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} must be an array in numpy's format: {error}. Build the index again.") from error
     if values.ndim != 1 or values.dtype != dtype:
         raise UserError(f"{path} must be {np.dtype(dtype)} [P]; got {values.dtype} {list(values.shape)}")
     return values

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.retrieval.arrays import open_array
 from r3rag_jax.retrieval.manifest import AGAIN
 from r3rag_jax.run.files import open_atomic_binary
 
@@ -54,11 +55,9 @@ class VectorShards:
         for number in range(len(paths)):
             path = directory / shard_name(number)
             try:
-                shards.append(np.load(path, mmap_mode="r", allow_pickle=False))
+                shards.append(open_array(path, f". {AGAIN}"))
             except FileNotFoundError as error:
                 raise UserError(f"an index directory holds {path.name}; {path} is missing. {AGAIN}") from error
-            except (ValueError, EOFError, OSError) as error:
-                raise UserError(f"{path} must be an array in numpy's format: {error}. {AGAIN}") from error
         if not shards:
             raise UserError(f"an index of vectors holds {shard_name(0)}; {directory / shard_name(0)} is missing")
         try:
