@@ -16,6 +16,7 @@ import yaml
 from r3rag_jax.config.schema import Key, did_you_mean
 from r3rag_jax.config.section import ConfigError, type_words
 
+MAX_TEXT, MAX_LEVELS, MAX_ALIASES = 1 << 20, 20, 100  # characters, nodes within each other, and aliases of YAML
 MAX_SHOWN = 60  # characters of a bad value that an error repeats
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,18})")
 NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -24,20 +25,43 @@ BOOL_TAG = "tag:yaml.org,2002:bool"
 NULL_TAG = "tag:yaml.org,2002:null"
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's loader with limits: nodes are only composed, and no tag is ever constructed."""
+
+    num_levels = num_aliases = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """See yaml.composer; raises a RecursionError beyond MAX_LEVELS, a ValueError beyond MAX_ALIASES."""
+        self.num_aliases += self.check_event(yaml.AliasEvent)
+        if self.num_aliases > MAX_ALIASES:
+            raise ValueError(f"at most {MAX_ALIASES} aliases")
+        self.num_levels += 1
+        if self.num_levels > MAX_LEVELS:
+            raise RecursionError
+        node = super().compose_node(parent, index)
+        self.num_levels -= 1
+        return node
+
+
 def compose(text: str, source: str) -> yaml.Node | None:
     """The one YAML document of `text` as a node tree with line marks; None when it is empty.
 
     Raises:
-        ConfigError: `text` is no YAML; the message begins with `source`.
+        ConfigError: `text` is no YAML, or exceeds MAX_TEXT, MAX_LEVELS or MAX_ALIASES; the message begins with
+            `source`.
     """
+    if len(text) > MAX_TEXT:
+        raise ConfigError(f"{source}: expected YAML of at most {MAX_TEXT} characters; got {len(text)}")
     try:
-        return yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         problem = error.problem or error.context
         raise ConfigError(f"{source}{line}: expected YAML; {problem}") from None
     except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: expected YAML; {error}") from None
+    except (ValueError, OverflowError) as error:  # an escape such as "\\U00110000", which is no character
         raise ConfigError(f"{source}: expected YAML; {error}") from None
     except RecursionError:
         raise ConfigError(f"{source}: expected YAML of little depth; got too many levels") from None

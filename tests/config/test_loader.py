@@ -290,6 +290,29 @@ def test_files_that_cannot_be_read(write: Write, error_of: ErrorOf) -> None:
     assert error_of("deep.yaml").startswith("deep.yaml: expected YAML of little depth")
 
 
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ('name: "\\U00110000"\n', "chr() arg not in range(0x110000)"),
+        ('name: "\\UFFFFFFFF"\n', "Python int too large to convert to C int"),
+        ("a: &a [1]\nb: [" + "*a," * 101 + "]\n", "at most 100 aliases"),
+        ("name: " + "x" * (1 << 20), "of at most 1048576 characters; got 1048582"),
+        ("name: " + "[" * 21, "of little depth; got too many levels"),
+    ],
+    ids=["no character", "no number", "aliases", "size", "depth"],
+)
+def test_yaml_has_limits(write: Write, text: str, rule: str, error_of: ErrorOf) -> None:
+    assert rule in error_of(write(text))
+
+
+def test_no_tag_is_constructed(write: Write, error_of: ErrorOf) -> None:
+    write("x: !!python/object/apply:os.system [touch escaped]\n")
+    assert "unknown key 'x'" in error_of("x.yaml")
+    write("name: !!python/object/apply:os.system [touch escaped]\n")
+    assert "name must be text" in error_of("x.yaml")
+    assert not Path("escaped").exists()
+
+
 # ---------------------------------------------------------------- renamed keys
 
 
