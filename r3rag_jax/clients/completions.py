@@ -85,7 +85,7 @@ class CompletionsClient:
         ids = [int(i) for i in context.ids]
         body: dict[str, Any] = {
             "model": self.model,
-            "prompt": ids if config.server.prompt_format == "ids" else self._tokenizer.decode(ids),
+            "prompt": ids if config.server.prompt_format == "ids" else self._tokenizer.decode_prompt(ids),
             "max_tokens": min(context.budget, self.max_length - len(ids)),
             "temperature": context.temperature,
             "top_p": 1.0 if is_greedy else config.top_p,

@@ -14,9 +14,9 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.text.template_limits import LimitedEnvironment
 
 # Bundled chat templates, with which the published checkpoints were trained, and the special tokens that they write.
 TEMPLATES = {
@@ -36,8 +36,12 @@ class ChatTemplate:
         self._takes_parts: bool | None = None
 
     @functools.cached_property
+    def _environment(self) -> LimitedEnvironment:
+        return _new_environment()
+
+    @functools.cached_property
     def _template(self) -> jinja2.Template:
-        return _environment().from_string(self.text)
+        return self._environment.from_string(self.text)
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], specials: Mapping[str, str], *, add_generation_prompt: bool
@@ -72,7 +76,9 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, Any]], specials: Mapping[str, str], add_generation_prompt: bool
     ) -> str:
         try:
-            return self._template.render(
+            template = self._template
+            self._environment.start()
+            return template.render(
                 messages=[dict(message) for message in messages],
                 tools=None,
                 documents=None,
@@ -113,8 +119,8 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Return a sandboxed Jinja environment with the settings and functions of chat templates."""
+def _new_environment() -> LimitedEnvironment:
+    """Return a sandboxed Jinja environment of limited work with the settings and functions of chat templates."""
 
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
@@ -126,10 +132,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def strftime_now(format_: str) -> str:
         return datetime.datetime.now().strftime(format_)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = tojson
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    environment.add_filter("tojson", tojson)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     return environment

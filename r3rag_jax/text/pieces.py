@@ -30,7 +30,7 @@ class PieceEncoder:
         added = backend.get_added_tokens_decoder()
         self._specials = {id: token for id, token in added.items() if token.special}
         self._find_specials = functools.lru_cache(CACHED_PIECES)(
-            self._find
+            self.specials_in
         )  # templates and labels come again and again
 
     @functools.cached_property
@@ -99,7 +99,7 @@ class PieceEncoder:
             segment += piece[start:]
         yield (segment.lstrip() if skips_space else segment), None
 
-    def _find(self, text: str) -> list[tuple[int, int, int]]:
+    def specials_in(self, text: str) -> list[tuple[int, int, int]]:
         """Return id, start and end of each special token that a text spells."""
         return self._specials_of(text, self._backend.encode(text, add_special_tokens=False))
 

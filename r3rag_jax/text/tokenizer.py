@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,14 +23,10 @@ from r3rag_jax.run.files import write_text
 from r3rag_jax.text.chat_template import CONTENT, ChatTemplate
 from r3rag_jax.text.llama_tokenizer import apply_class
 from r3rag_jax.text.pieces import PieceEncoder
+from r3rag_jax.text.tokenizer_files import CONFIG_FILE, SPECIAL_KEYS, TEMPLATE_FILE, TokenizerSettings, read_object
 
 TOKENIZER_FILE = "tokenizer.json"
-CONFIG_FILE = "tokenizer_config.json"
-SPECIALS_FILE = "special_tokens_map.json"
-TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
-_SPECIAL_KEYS = ("bos_token", "eos_token", "pad_token", "unk_token")
-_NAMED_KEYS = (*_SPECIAL_KEYS, "sep_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -61,13 +58,10 @@ class Tokenizer:
         # A file may ask for truncation and padding; both would silently change the ids.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._config = {
-            **_read_json(self._path / SPECIALS_FILE),
-            **_read_json(self._path / CONFIG_FILE),
-        }
-        apply_class(self._backend, self._config)
-        self._add_tokens_of_config()
-        text = self._find_template() if chat_template is None else chat_template
+        self._settings = TokenizerSettings(self._path)
+        apply_class(self._backend, self._settings.fields)
+        self._add_tokens_of_settings()
+        text = self._settings.template if chat_template is None else chat_template
         self._template = None if text is None else ChatTemplate(text)
 
     @property
@@ -203,6 +197,31 @@ class Tokenizer:
         """Return the text of ids, with special tokens written out unless skipped."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def decode_prompt(self, ids: Sequence[int]) -> str:
+        """Return the text of a prompt for a server that encodes it again, special tokens written out.
+
+        Where ordinary tokens spell a special one, which the server would take for it, a space is put into the spelling:
+        a passage with `<|im_end|>` is sent with `< |im_end|>`.
+
+        Raises:
+            UserError: that helps nothing, e.g. with a special token of one letter.
+        """
+        text, specials = self.decode(ids), self.special_ids
+        if [id for id in self.encode(text) if id in specials] == [id for id in ids if id in specials]:
+            return text
+        runs = itertools.groupby(ids, key=specials.__contains__)
+        return "".join(self.decode(list(run)) if is_special else self._unspelled(list(run)) for is_special, run in runs)
+
+    def _unspelled(self, ids: Sequence[int]) -> str:
+        """The text of ordinary tokens with a space in each special token that it spells."""
+        text = self.decode(ids)
+        for token in {self.decode([id]) for id, _, _ in self._pieces.specials_in(text)}:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        if found := self._pieces.specials_in(text):
+            token = self.decode([found[0][0]])
+            raise self._error(f"a prompt that spells its special token {token!r} cannot be sent as text")
+        return text
+
     def end_of(self, strings: Sequence[str], ids: Sequence[int]) -> int:
         """Number of leading ids whose text completes the first occurrence of any of the strings; 0 if there is none.
 
@@ -258,7 +277,7 @@ class Tokenizer:
                 f"it must have a chat template, as {TEMPLATE_FILE} or in {CONFIG_FILE}; it has none: "
                 "model.chat_template=chatml or llama3"
             )
-        specials = {key: token for key in _SPECIAL_KEYS if (token := self._special(key)) is not None}
+        specials = {key: token for key in SPECIAL_KEYS if (token := self._settings.special(key)) is not None}
         try:
             return self._template.render(messages, specials, add_generation_prompt=add_generation_prompt)
         except ValueError as error:
@@ -300,7 +319,7 @@ class Tokenizer:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / TOKENIZER_FILE, self._backend.to_str(pretty=True))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._config}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._settings.fields}
         # added_tokens_decoder duplicates tokenizer.json and would hide tokens added by add_special_tokens.
         config.pop("added_tokens_decoder", None)
         if self._template is not None:
@@ -308,18 +327,13 @@ class Tokenizer:
         text = json.dumps(config, indent=2, ensure_ascii=False)
         write_text(path / CONFIG_FILE, text + "\n")
 
-    def _special(self, key: str) -> str | None:
-        """Return the text of a special token; the files write a string or {"content": ...}."""
-        value = self._config.get(key)
-        return value["content"] if isinstance(value, dict) else value
-
     def _error(self, rule: str) -> UserError:
         """Return the error of a directory that breaks a rule."""
         return UserError(f"the model at {self._path} cannot be read: {rule}")
 
     def _special_id(self, key: str) -> int | None:
         """Return the id of a special token, or None if the files do not name it."""
-        token, id = self._special(key), self._known_id(key)
+        token, id = self._settings.special(key), self._known_id(key)
         if token is not None and id is None:
             raise self._error(f"{key} of {CONFIG_FILE} must be a token of {TOKENIZER_FILE}; got {token!r}")
         return id
@@ -331,13 +345,13 @@ class Tokenizer:
 
     def _known_id(self, key: str) -> int | None:
         """Return the id of a special token, or None if the files do not name it or the vocabulary lacks it."""
-        token = self._special(key)
+        token = self._settings.special(key)
         return None if token is None else self._backend.token_to_id(token)
 
     def _generation_eos_ids(self) -> list[int]:
         """Return `eos_token_id` of generation_config.json as a list."""
         file = self._path / GENERATION_FILE
-        value = _read_json(file).get("eos_token_id")
+        value = read_object(file).get("eos_token_id")
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(i) is int and i >= 0 for i in ids):
             raise self._error(f"eos_token_id of {file.name} must be an id or a list of ids; got {value!r}")
@@ -353,58 +367,14 @@ class Tokenizer:
         ids = self.encode(behind.lstrip())[:1] if content else []
         return next((i for i in ids if i in self._backend.get_added_tokens_decoder()), None)
 
-    def _add_tokens_of_config(self) -> None:
-        """Make tokens that only the configuration names added tokens, as transformers does.
+    def _add_tokens_of_settings(self) -> None:
+        """Make tokens that only the settings name added tokens, as transformers does.
 
         They are those of `added_tokens_decoder` and additional special tokens, and named special tokens that are in the
         vocabulary without being marked as special in tokenizer.json.
         """
-        decoder = self._config.get("added_tokens_decoder") or {}
-        entries = [decoder[id] for id in sorted(decoder, key=int)]
-        extra = self._config.get("extra_special_tokens") or []
-        more = [*(extra.values() if isinstance(extra, dict) else extra)]
-        more += self._config.get("additional_special_tokens") or []
-        named = [text for key in _NAMED_KEYS if (text := self._special(key)) is not None and text in self]
         known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
-        tokens = [_added_token(entry) for entry in entries]
-        tokens += [_added_token(entry, is_special=True) for entry in (*named, *more)]
-        for token in tokens:
+        for token in self._settings.added_tokens(self._backend.get_vocab(with_added_tokens=True)):
             if token.content not in known:
                 known.add(token.content)
                 self._backend.add_tokens([token])
-
-    def _find_template(self) -> str | None:
-        """Return the default chat template, from chat_template.jinja or else from tokenizer_config.json."""
-        file = self._path / TEMPLATE_FILE
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        template = self._config.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            named = {entry["name"]: entry["template"] for entry in template}
-            return named.get("default")
-        return template
-
-
-def _added_token(entry: str | Mapping[str, Any], *, is_special: bool = False) -> AddedToken:
-    """Return a token as tokenizer_config.json writes it: its text, or a dictionary with its options."""
-    if isinstance(entry, str):
-        return AddedToken(entry, special=is_special)
-    options = {name: bool(entry[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in entry}
-    return AddedToken(entry["content"], special=is_special or bool(entry.get("special")), **options)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Return the dictionary of a JSON file, empty when there is no such file.
-
-    Raises:
-        ValueError: the file holds anything else.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} must hold JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} must hold an object; got {type(value).__name__}")
-    return value

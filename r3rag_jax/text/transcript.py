@@ -25,7 +25,7 @@ import numpy as np
 
 from r3rag_jax.text.chat_template import CONTENT
 from r3rag_jax.text.lines import LineEncoder
-from r3rag_jax.text.protocols import TextProtocol
+from r3rag_jax.text.protocols import TAGS, TextProtocol
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.text.truncation import truncate
 from r3rag_jax.types import Passage, Sample, Step, Trajectory
@@ -39,7 +39,14 @@ class Codec:
     """Converts a protocol's text to token ids and back; holds the tokenizer, the chat frame and the passage limit."""
 
     def __init__(self, tokenizer: Tokenizer, protocol: TextProtocol, passage_tokens: int):
-        """`passage_tokens`: maximum number of tokens of a passage; longer ones are cut."""
+        """
+        Args:
+            tokenizer: where the protocol's tags are tokens, they become special ones, if they are not (`</think>` of
+                Qwen 3 is an added token that any text may spell).
+            passage_tokens: maximum number of tokens of a passage; longer ones are cut.
+        """
+        if protocol.splices_ids:
+            tokenizer.add_special_tokens([tag for tag in TAGS if tag in tokenizer])
         self.tokenizer, self.protocol, self.passage_tokens = tokenizer, protocol, passage_tokens
         self._frame = tokenizer.frame_of_user_message()
         self.turn_end_id, self.end_ids = tokenizer.turn_end_id, tokenizer.end_ids
