@@ -24,9 +24,9 @@ from r3rag_jax.config.retrieval import RemoteRetrieverConfig
 from r3rag_jax.config.serving import ServeConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.retrieval.base import Hit, RetrievalError, search_hits
+from r3rag_jax.retrieval.batching import Batcher
 from r3rag_jax.retrieval.http import HttpRetriever
 from r3rag_jax.retrieval.server.app import Application, IndexInfo
-from r3rag_jax.retrieval.server.batching import Batcher
 from r3rag_jax.retrieval.server.metrics import ServerMetrics
 from tests.fuzz import mutate
 from tests.fuzz.target import READ, REFUSED, Run, ensure, refused
