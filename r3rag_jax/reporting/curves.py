@@ -177,6 +177,11 @@ def tick_label(value: float, ticks: Sequence[float]) -> str:
     return f"{value:.1e}" if decimals > 4 and value else f"{value:,.{min(decimals, 4)}f}"
 
 
+def short(value: float) -> str:
+    """A value in three digits, or as many as it has before the point."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
 class Frame:
     """Converts steps and values to SVG pixels; the template draws everything else."""
 
@@ -252,4 +257,6 @@ def draw_curves(plot: Plot, curves: Sequence[Curve], step_name: str) -> Markup:
     """Curves, each with at least one value, as an HTML figure."""
     frame = Frame(curves, plot.from_zero)
     template = environment().get_template("plot.html.j2")
-    return Markup(template.render(plot=plot, curves=curves, frame=frame, step_name=step_name, tick_label=tick_label))
+    return Markup(
+        template.render(plot=plot, curves=curves, frame=frame, step_name=step_name, tick_label=tick_label, short=short)
+    )

@@ -25,6 +25,7 @@ from r3rag_jax.reporting.curves import (
     nice_ticks,
     read_band,
     read_curve,
+    short,
     tick_label,
 )
 from r3rag_jax.reporting.explorer import explorer_block
@@ -224,6 +225,11 @@ def test_ticks_are_round_and_enclose(low, high, expected):
     ticks = nice_ticks(low, high, 5)
     assert [tick_label(tick, ticks) for tick in ticks] == expected
     assert ticks[0] <= low + 1e-6 and ticks[-1] >= high
+
+
+@pytest.mark.parametrize(("value", "text"), [(5136.4, "5,136"), (-0.0625, "-0.0625"), (86.04, "86"), (1e12, "1e+12")])
+def test_values_of_a_legend_are_short(value, text):
+    assert short(value) == text
 
 
 def test_step_ticks_are_whole():

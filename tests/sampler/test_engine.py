@@ -344,6 +344,8 @@ def test_a_stop_string_takes_back_what_was_sampled_behind_it(model, chunk):
     free, policy = make_engine(model)
     free.set_context(policy, contexts)
     free.decode(policy, 30, leave_at=4)
+    assert free.work[:4] == (3 * 7, 3 * 30, 30, 3 * sum(range(8, 38)))  # prefilled, sampled, steps, attended
+    assert free.work.bytes_read > 30 * sum(x.nbytes for x in jax.tree.leaves(policy)) / jax.device_count()
     written = free.rows.tokens[:3, 8:38].tolist()
     pair = written[0][10:12]  # stands for a string; in row 0 it may come earlier too, in row 1 it comes never
 
