@@ -63,7 +63,7 @@ def run(config: Config, console: Console | None = None) -> Components:
         for name in config.phases:
             started = time.monotonic()
             for notice in notices(config, name, plans, c.sampler_mesh):
-                say(notice, highlight=False, markup=False)
+                say(notice, highlight=False)
             did_work |= (is_new := PHASES[name](c))
             c.run.share()
             took = f"{time.monotonic() - started:.0f} s"

@@ -142,6 +142,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert [p.name for p in (tmp_path / "run" / "policy").iterdir()] == ["sft"]
     said = tiny_run.train(tmp_path, base, protocol)
     assert "sft  done before" in said and "rl  done before" not in said
+    assert "memory of rl: " in said and "[/]" not in said  # colours are no text
 
     whole, resumed = finished(protocol), tmp_path / "run"
     assert tiny_run.metrics(resumed) == tiny_run.metrics(whole)
