@@ -63,8 +63,9 @@ class QuestionView:
                 found = {passage.id: score for passage, score in zip(passages, scores, strict=True)}
                 self._print(add_passages, passages, self._question.supporting_ids, found)
             case Ended(trajectory):
+                self._console.print()
                 self._print(add_outcome, trajectory)
-                self._console.print(legend())
+                self._console.print(Text("\n").append_text(legend()))
             case Failed() | Cancelled():
                 self.close()
 

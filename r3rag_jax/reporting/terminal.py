@@ -112,6 +112,6 @@ def legend() -> Text:
     shown = Text().append("policy ", "dim")
     for kind in ("analysis", "query", "answer"):
         shown.append("■ ", STYLES[kind]).append(f"{kind}  ", "dim")
-    shown.append("  retriever ", "dim").append("■ ", STYLES["passage"]).append("passage  ", "dim")
+    shown.append("retriever ", "dim").append("■ ", STYLES["passage"]).append("passage  ", "dim")
     shown.append(f"{SUPPORT_MARK} ", STYLES["right"]).append("supporting  ", "dim")
-    return shown.append("  ■ ", STYLES["malformed"]).append("malformed, verbatim", "dim")
+    return shown.append("■ ", STYLES["malformed"]).append("malformed", "dim")

@@ -202,8 +202,8 @@ function passageElement(passage) {
   if (isLong) head.append(make("span", "snippet", `${passage.text.slice(0, 140)}…`));
   const source = make("span", "source", `${passage.id} · ${passage.score.toPrecision(3)}`);
   source.title = "source and score";
-  if (isLong) root.append(head, passage.text, source);
-  else root.append(passage.text, source);
+  if (isLong) root.append(head, passage.text, " ", source);
+  else root.append(passage.text, " ", source);
   return root;
 }
 
