@@ -37,7 +37,7 @@ def load_arrays(path: Path, like: Any) -> Any:
     Args:
         like: a pytree with the structure of the one that was saved; its leaves are ignored.
     """
-    with np.load(path) as file:
+    with np.load(path, allow_pickle=False) as file:
         return jax.tree_util.tree_map_with_path(
             lambda key, _: file[jax.tree_util.keystr(key, simple=True, separator=".")], like
         )

@@ -55,6 +55,9 @@ class Tokenizer:
                 f"{file} must hold a model of type BPE; got Unigram, which finds special tokens in any text, also from "
                 "outside"
             )
+        unknown = getattr(self._backend.model, "unk_token", None)
+        if unknown is not None and self._backend.token_to_id(unknown) is None:
+            raise ValueError(f"{file} must have its unk_token in the vocabulary; got {unknown!r}")
         # A file may ask for truncation and padding; both would silently change the ids.
         self._backend.no_truncation()
         self._backend.no_padding()

@@ -133,7 +133,7 @@ def replay(path: Path, progress: RLProgress, update: RLUpdate, mesh: Mesh) -> di
         kept = Checkpoints(path.with_suffix(""))
         progress.state, _ = kept.restore(shapes_of(progress.state))
         kept.close()
-    with np.load(path) as file:
+    with np.load(path, allow_pickle=False) as file:
         files = set(file.files)
     fields = {name.removeprefix("targets.") for name in files if name.startswith("targets.")}
     names = {field.name: f"batch.{field.name}" in files or None for field in dataclasses.fields(TrainBatch)}

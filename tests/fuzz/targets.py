@@ -6,15 +6,15 @@ from tests.fuzz import files, replies, texts
 from tests.fuzz.target import Target
 
 TARGETS = (
-    Target("protocols", 200, texts.open_protocols),
-    Target("transcripts", 80, texts.open_transcripts),
-    Target("templates", 15, texts.open_templates),
-    Target("verdicts", 120, texts.open_verdicts),
-    Target("json", 100, texts.open_json),
-    Target("questions", 80, files.open_questions),
-    Target("passages", 60, files.open_passages),
+    Target("protocols", 300, texts.open_protocols),
+    Target("transcripts", 40, texts.open_transcripts),
+    Target("templates", 8, texts.open_templates),
+    Target("verdicts", 150, texts.open_verdicts),
+    Target("json", 130, texts.open_json),
+    Target("questions", 90, files.open_questions),
+    Target("passages", 70, files.open_passages),
     Target("trajectories", 50, files.open_trajectories),
-    Target("configuration", 25, files.open_config),
+    Target("configuration", 10, files.open_config),
     Target("model configs", 80, files.open_model_configs),
     Target("weights", 40, files.open_weights),
     Target("tokenizers", 30, files.open_tokenizers),

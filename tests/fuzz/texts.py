@@ -151,7 +151,8 @@ def open_verdicts(directory: Path) -> Run:
         question = Question("q", mutate.text(rng), (mutate.text(rng, 3) or "x",))
         passage = Passage("p", mutate.text(rng))
         prompt = prompts.ask_relevance(question, Step("a", query="b", passages=(passage,))).prompt
-        ensure(passage.contents in prompt and question.question in prompt, "a field is not shown as it is")
+        ensure(prompt.count("\nHow relevant are these documents") == 1, "a document ends its block")
+        ensure(read_verdict(prompt, "relevance") is None or "<think>" in prompt, "a document gives a verdict")
         return READ if values != [None, None] else REFUSED
 
     return run

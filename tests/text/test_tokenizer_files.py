@@ -57,6 +57,16 @@ def test_a_broken_file_is_named_in_a_line(tmp_path: Path, file: str, content: by
         _ = Tokenizer(tmp_path).end_ids
 
 
+def test_an_unknown_token_must_be_known(tmp_path: Path) -> None:
+    """Encoding a text with a character that the vocabulary lacks raised a bare Exception, in the middle of a run."""
+    tiny.tokenizer(tmp_path)
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    tree["model"]["unk_token"] = "<unknown>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"must have its unk_token in the vocabulary; got '<unknown>'"):
+        Tokenizer(tmp_path)
+
+
 def with_plain_tags(directory: Path) -> Tokenizer:
     """As Qwen 3: `<think>` and the others are added tokens that are not special."""
     tiny.tokenizer(directory)

@@ -57,6 +57,11 @@ def read_candidates(reply: str) -> tuple[str, ...] | None:
     return (lines.pop() or None) if len(lines) == 1 else None
 
 
+def is_verdict_line(line: str) -> bool:
+    """Whether a line begins with the label of a verdict of any kind."""
+    return any(pattern.fullmatch(line) for pattern in _LINES.values())
+
+
 def _labelled(reply: str, kind: Kind) -> list[str]:
     """What follows the label, in each line that begins with it; text before `</think>` does not count."""
     answer = reply.rpartition("</think>")[2]
