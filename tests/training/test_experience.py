@@ -13,6 +13,7 @@ from r3rag_jax.config import Config, RLConfig, RolloutConfig
 from r3rag_jax.rewards.base import Resources
 from r3rag_jax.rewards.scorer import Scorer, Scores
 from r3rag_jax.rollout.request import RolloutRequest
+from r3rag_jax.sampler.engine import SamplerWork
 from r3rag_jax.training import experience
 from r3rag_jax.training.experience import IterationSampler
 from r3rag_jax.types import Question, Status, Step, Trajectory
@@ -48,7 +49,8 @@ def test_questions_that_teach_nothing_make_room_for_others(monkeypatch: pytest.M
 
     monkeypatch.setattr(experience, "rollout", rollout)
     scorer = Scorer(config.rewards, Resources(config.rollout.max_steps))
-    sampler = IterationSampler(config, questions, env_factory=None, retriever=None, scorer=scorer)
+    idle = SamplerWork(0, 0, 0, 0, 0.0)
+    sampler = IterationSampler(config, questions, None, None, scorer, work=lambda: idle)  # type: ignore[arg-type]
     for iteration in range(3):
         drawn.clear()
         rollouts = sampler.run(iteration, backend=None)
