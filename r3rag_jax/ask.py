@@ -30,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each question")
     add_checkpoint_flags(parser)
     args = parser.parse_intermixed_args(argv)
-    if args.question is not None and OVERRIDE.match(args.question):
-        args.question, args.overrides = None, [args.question, *args.overrides]
+    words = [word for word in (args.question, *args.overrides) if word is not None]
+    args.question = next((word for word in words if not OVERRIDE.match(word)), None)
+    args.overrides = [word for word in words if word is not args.question]
     use_compile_cache()
     checkpoint = open_checkpoint(args)
     rollout = checkpoint.config.rollout

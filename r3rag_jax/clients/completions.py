@@ -8,12 +8,13 @@ off sampling defaults of server or model. Reading the replies is described in `c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from r3rag_jax.clients.completion_reply import CompletionReader, MalformedReplyError
 from r3rag_jax.clients.endpoint import FIRST_WAIT_S, Endpoint
+from r3rag_jax.clients.streamed_reply import StreamedReply
 from r3rag_jax.config import RolloutConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.text.tokenizer import Tokenizer
@@ -58,8 +59,13 @@ class CompletionsClient:
         """`rollout.server.model`, or the first model that the server lists."""
         return self._endpoint.model
 
-    def complete(self, context: Context) -> Completion:
+    def complete(self, context: Context, on_ids: Callable[[list[int]], None] | None = None) -> Completion:
         """Sample a continuation of the context.
+
+        Args:
+            on_ids: asks the server to stream, and is called in another thread with the ids so far when more text has
+                come; those of its text, which need not be the sampled ones. What it raises ends the request, and is
+                raised here.
 
         Raises:
             UserError: the context has no tokens or fills the row, the server refuses or keeps failing, or its reply is
@@ -68,7 +74,11 @@ class CompletionsClient:
         length = len(context.ids)
         if not 1 <= length < self.max_length:
             raise UserError(f"a context must hold 1 to {self.max_length - 1} tokens; got {length}")
-        reply = self._endpoint.call(PATH, self._body(context))
+        body, streamed = self._body(context), None
+        if on_ids is not None:
+            streamed = StreamedReply(lambda text: on_ids(self._tokenizer.encode(text, continues=True)))
+            body["stream"] = True
+        reply = self._endpoint.call(PATH, body, streamed)
         try:
             completion = self._reader.read(reply)
         except MalformedReplyError as error:

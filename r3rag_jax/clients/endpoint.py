@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import httpx
 
 from r3rag_jax.clients.replicas import Replicas
+from r3rag_jax.clients.streamed_reply import StreamedReply
 from r3rag_jax.clients.transport import MAX_REPLY_BYTES, Reply, ReplyTooLargeError, Transport, TransportError
 from r3rag_jax.config import EndpointConfig
 from r3rag_jax.config.redact import VARIABLE
@@ -130,13 +131,16 @@ class Endpoint:
 
     # ---- one call
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def call(self, path: str, body: Mapping[str, Any] | None = None, streamed: StreamedReply | None = None) -> Any:
         """POST a body (GET without one); returns the JSON reply.
 
         Servers take turns; where one is busy, broken or away the next is asked. When all have failed the request is
         repeated after doubling waits. Once a call has run out of its retries, every further one of the session has a
         single attempt until one is answered: the servers have had their time, and hundreds of calls that each wait
         their turn would take hours to say so.
+
+        Args:
+            streamed: hears the reply as it comes, and joins it.
 
         Raises:
             UserError: a server refuses, all keep failing, or the reply is no JSON.
@@ -149,12 +153,12 @@ class Endpoint:
             for url in self._replicas.order():
                 if self._limit is not None and self.pause(self._limit.reserve()):
                     break
-                reply, reason = self._send(url, path, content)
+                reply, reason = self._send(url, path, content, streamed)
                 asked = url
                 if reply is not None and reply.status not in RETRIED_STATUSES:
                     self._replicas.answered(url)
                     self._is_away = False
-                    return self._read(url, path, reply)
+                    return self._read(url, path, reply, streamed)
                 self._replicas.failed(url)
                 count_event(f"{self._name} failed")
                 least_wait_s = _seconds(reply.headers.get("Retry-After", "")) if reply is not None else 0.0
@@ -167,10 +171,16 @@ class Endpoint:
             f"{self._name}.url: {asked}{path} failed, attempt {attempt + 1} of {self._config.retries + 1}: {reason}"
         )
 
-    def _send(self, url: str, path: str, content: bytes | None) -> tuple[Reply | None, str]:
+    def _send(
+        self, url: str, path: str, content: bytes | None, streamed: StreamedReply | None
+    ) -> tuple[Reply | None, str]:
         """The reply, None where none came, and why the call has failed if the reply is to be retried."""
+        if streamed is not None:
+            streamed.restart()
         try:
-            reply = self._transport.send("GET" if content is None else "POST", url + path, content)
+            reply = self._transport.send(
+                "GET" if content is None else "POST", url + path, content, None if streamed is None else streamed.feed
+            )
             return reply, f"{reply.status} {self.shown(reply.content)}"
         except TransportError as error:
             return None, self.shown(str(error).encode())
@@ -178,14 +188,14 @@ class Endpoint:
             rule = f"at most {self._max_reply_bytes} bytes; got more"
             raise UserError(f"{self._key_of(url)}: {url}{path} must answer {rule}") from None
 
-    def _read(self, url: str, path: str, reply: Reply) -> Any:
+    def _read(self, url: str, path: str, reply: Reply, streamed: StreamedReply | None) -> Any:
         """The JSON of an answer that is not to be retried."""
         if not reply.is_success:
             hint = f" ({self._hints[reply.status]})" if reply.status in self._hints else ""
             answer = f"{reply.status} {self.shown(reply.content)}"
             raise UserError(f"{self._key_of(url)}: {url}{path} answered {answer}{hint}")
         try:
-            return parse_json(reply.content)
+            return parse_json(reply.content) if streamed is None else streamed.join(reply.content)
         except ValueError:
             raise self.malformed(path, "JSON", reply.content) from None
 

@@ -83,14 +83,20 @@ class Transport:
             raise ValueError(error) from None
         weakref.finalize(self, _submit, self._client.aclose).atexit = False
 
-    def send(self, method: str, url: str, content: bytes | None = None) -> Reply:
+    def send(
+        self, method: str, url: str, content: bytes | None = None, on_chunk: Callable[[bytes], None] | None = None
+    ) -> Reply:
         """Send a request and wait for the reply.
+
+        Args:
+            on_chunk: called in another thread with every piece of a successful reply when it comes; what it raises
+                ends the exchange, and is raised here.
 
         Raises:
             TransportError: no whole reply came within `timeout_s`.
             ReplyTooLargeError: the reply holds more than `max_bytes`.
         """
-        future = _submit(self._exchange, method, url, content)
+        future = _submit(self._exchange, method, url, content, on_chunk)
         try:
             return future.result()
         except httpx.HTTPError as error:
@@ -100,7 +106,9 @@ class Transport:
         finally:
             future.cancel()  # the caller was interrupted
 
-    async def _exchange(self, method: str, url: str, content: bytes | None) -> Reply:
+    async def _exchange(
+        self, method: str, url: str, content: bytes | None, on_chunk: Callable[[bytes], None] | None
+    ) -> Reply:
         response = None
         body = bytearray()
         try:
@@ -113,6 +121,8 @@ class Transport:
                     body += chunk
                     if len(body) > max_bytes:
                         break
+                    if on_chunk is not None and response.is_success:
+                        on_chunk(chunk)
         except (httpx.HTTPError, TimeoutError):
             if response is None or response.is_success:
                 raise  # else the status stands, whatever became of the error message

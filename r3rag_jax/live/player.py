@@ -150,9 +150,13 @@ class Player:
     def prepare(self, question: Question, settings: Settings) -> None:
         """Compile what the beginning of a question needs, by playing it; returns when it would be shown.
 
+        An inference server has nothing to compile.
+
         Raises:
             UserError: as `check`.
         """
+        if self._config.rollout.server.is_given:
+            return
         heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
         asked = self.ask(question, settings, heard.put)
         while not isinstance(heard.get(), (StepText, StepWritten, *LAST)):

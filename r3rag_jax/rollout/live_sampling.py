@@ -144,13 +144,17 @@ class EngineSampler:
             self.cancel(draft)
 
 
+class _Dropped(Exception):
+    """Nobody waits for the completion any more."""
+
+
 class ServerSampler:
-    """An inference server, which has one policy whatever its name here; it tells a completion when it is whole."""
+    """An inference server, which has one policy whatever its name here, and streams what it writes."""
 
     has_work = False
 
     def __init__(self, client: CompletionsClient, num_slots: int):
-        """`num_slots`: most requests in flight; a cancelled one counts until the server has answered it."""
+        """`num_slots`: most requests in flight; a cancelled one is one of them until more of it comes."""
         self.num_slots = num_slots
         self._client, self._pool, self._session = client, ThreadPoolExecutor(num_slots), ExitStack()
         self._tell: Tell = lambda draft, news: None
@@ -165,10 +169,17 @@ class ServerSampler:
         self._pool.submit(self._complete, draft)
 
     def _complete(self, draft: Draft) -> None:
+        def written(ids: list[int]) -> None:
+            if draft.is_cancelled:
+                raise _Dropped  # the server notices that its client has left
+            self._tell(draft, ids)
+
         if draft.is_cancelled:
             return
         try:
-            self._tell(draft, self._client.complete(draft.context))
+            self._tell(draft, self._client.complete(draft.context, written))
+        except _Dropped:
+            return
         except Exception as error:  # a UserError, or a fault, concerns this question
             self._tell(draft, error)
 

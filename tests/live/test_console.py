@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import synthetic_run
 import tiny_run
+from openai_server import completion, serve
 from rich.console import Console
 
 from r3rag_jax import ask
@@ -87,3 +88,19 @@ def test_questions_that_are_typed(
     captured = capsys.readouterr()
     assert captured.err == "error: the question must not be empty\n"
     assert captured.out.count("step 1") == 1 and "step 2" not in captured.out
+
+
+def test_an_inference_server_answers(
+    finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A question has one request in flight, which asks for a stream."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    texts = iter(
+        ["<think> I look. </think><query> The Red Door </query>", "<think> So. </think><answer> Ann </answer>"]
+    )
+    with serve(lambda body: (200, completion(next(texts)))) as server:
+        words = ["--checkpoint", str(finished("tags")), "--json", f"rollout.server.url={server.url}"]
+        assert ask.main(["rollout.max_steps=2", *words, "Who wrote The Red Door?"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["answer"], [step["analysis"] for step in result["steps"]]) == ("Ann", ["I look.", "So."])
+    assert result["steps"][0]["passages"] and all(body["stream"] for body in server.bodies)

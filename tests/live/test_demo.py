@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import queue
 import threading
@@ -17,8 +18,11 @@ from hand_sampler import WAIT_S
 from r3rag_jax import demo as command
 from r3rag_jax.components import Components
 from r3rag_jax.data.trajectories import trajectory_from_dict
+from r3rag_jax.evaluation.checkpoint import open_checkpoint
 from r3rag_jax.evaluation.systems import SYSTEMS
+from r3rag_jax.live.choices import policies_of, retrievers_of, with_index
 from r3rag_jax.live.player import Player
+from r3rag_jax.retrieval.manifest import read_manifest
 from r3rag_jax.rollout.events import Ended, Event
 from r3rag_jax.text.transcript import Codec
 from r3rag_jax.types import Question, Status
@@ -204,6 +208,21 @@ def test_answers_are_those_of_the_evaluation(finished: Callable[[str], Path], mo
         assert player.question(f" {question.question} ") == question
         check_same(player, components, question)
     player.close()
+
+
+def test_a_model_searches_the_indexes_that_are_named(
+    base: Path, finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    index = finished("tags") / "index"
+    flags = {"checkpoint": str(base), "index": [index, index], "corpus": None, "config": None, "phase": None}
+    found = with_index(argparse.Namespace(**flags, overrides=[]))
+    checkpoint = open_checkpoint(found)
+    assert (found.index, checkpoint.config.retrieval.index_dir) == ([index], str(index)) and not checkpoint.builds_index
+    choices = retrievers_of(checkpoint.config, index, lambda: None, found.index)  # type: ignore[arg-type,return-value]
+    size = f"faiss, {read_manifest(index).num_passages} passages"
+    assert [choice.title for choice in choices.values()] == [f"index ({size})", size]
+    assert policies_of(checkpoint, None) == {"base": "Model"}
 
 
 def check_same(player: Player, components: Components, question: Question) -> None:
