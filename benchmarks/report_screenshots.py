@@ -1,6 +1,6 @@
 """Screenshots of a run's report in headless Chromium, light, dark and on a phone.
 
-    python benchmarks/screenshots.py runs/quickstart --out docs/images
+    python benchmarks/report_screenshots.py runs/quickstart --out docs/images
 
 Needs playwright and a Chromium (`tests/browser.py` says which).
 """
@@ -23,8 +23,7 @@ from r3rag_jax.reporting.report_page import write_report  # noqa: E402
 # name -> width and height of the window, dark, what is shown, keys that are pressed first
 SHOTS = {
     "report-curves": ((1180, 800), False, "#rl", ""),
-    "report-group": ((1180, 900), True, "#explorer", "gs"),
-    "report-time": ((1180, 800), False, "#time", ""),
+    "report-group": ((1180, 1000), True, "#explorer", "gs"),
     "report-phone": ((360, 760), False, "#detail", "s"),
 }
 
