@@ -96,8 +96,8 @@ def leave_together(stop: StopRun) -> None:
         os._exit(report_error(stop))
 
 
-def _client() -> Any:
-    """The client of the coordination service."""
+def service_client() -> Any:
+    """The client of the coordination service of several processes."""
     return distributed.global_state.client
 
 
@@ -137,17 +137,22 @@ def broadcast_json(value: Any, name: str, *, timeout_s: float = math.inf) -> Any
     """
     if jax.process_count() == 1:
         return value
-    key, client = _key("broadcast", name), _client()
+    key, client = _key("broadcast", name), service_client()
     if jax.process_index() == 0:
         client.key_value_set_bytes(f"{key}/value", json.dumps(value).encode())
         return value
-    content = _wait_for(client, f"{key}/value", timeout_s)
+    content = wait_for_value(client, f"{key}/value", timeout_s)
     if client.key_value_increment(f"{key}/readers", 1) == jax.process_count() - 1:
         client.key_value_delete(f"{key}/")  # all processes have read it
     return json.loads(content)
 
 
-def _wait_for(client: Any, key: str, timeout_s: float) -> bytes:
+def wait_for_value(client: Any, key: str, timeout_s: float) -> bytes:
+    """The bytes that a process sets under a key.
+
+    Raises:
+        TimeoutError: it did not in time.
+    """
     end = time.monotonic() + timeout_s
     while (left_s := end - time.monotonic()) > 0:
         try:
@@ -155,7 +160,7 @@ def _wait_for(client: Any, key: str, timeout_s: float) -> bytes:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-    raise TimeoutError(f"process 0 must send {key} within {timeout_s:g} s; got nothing")
+    raise TimeoutError(f"a process must send {key} within {timeout_s:g} s; got nothing")
 
 
 def on_process_0(
@@ -202,7 +207,7 @@ def barrier(name: str, *, timeout_s: float = BARRIER_S) -> None:
     if jax.process_count() == 1:
         return
     try:
-        _client().wait_at_barrier(_key("barrier", name), int(1000 * timeout_s))
+        service_client().wait_at_barrier(_key("barrier", name), int(1000 * timeout_s))
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
@@ -242,12 +247,12 @@ def check_same(of: Callable[[], Any], what: str) -> None:
 def post(name: str, value: str) -> None:
     """Leave a note for all processes, to be read with `posted`; a later one replaces it. Any thread may call."""
     if jax.process_count() > 1:
-        _client().key_value_set(f"r3rag_jax/post/{name}/{jax.process_index()}", value, allow_overwrite=True)
+        service_client().key_value_set(f"r3rag_jax/post/{name}/{jax.process_index()}", value, allow_overwrite=True)
 
 
 def posted(name: str) -> dict[int, str]:
     """The notes that processes have left under a name: process -> value. Any thread may call; never blocks for long."""
     if jax.process_count() == 1:
         return {}
-    found = _client().key_value_dir_get(f"r3rag_jax/post/{name}/")
+    found = service_client().key_value_dir_get(f"r3rag_jax/post/{name}/")
     return {int(key.rpartition("/")[2]): value for key, value in found}

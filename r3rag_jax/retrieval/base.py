@@ -38,6 +38,7 @@ class BuildOptions:
     on_progress: OnProgress | None = None
     say: Callable[[str], None] | None = None  # told what the index will take, and how good it has become
     given: GivenFiles = GivenFiles()  # only for kinds of index that hold vectors
+    spread: Callable[[Encoder], Encoder] = lambda encoder: encoder  # makes an encoder one of all processes
 
 
 class RetrievalError(RuntimeError):

@@ -136,7 +136,7 @@ class DeviceRetriever(RankedRetriever):
         given = options.given
         if given.index is not None:
             raise UserError(f"an index of retrieval.kind=device holds vectors: --vectors FILE; got {given.index}")
-        encoder = new_encoder(config, store)
+        encoder = options.spread(new_encoder(config, store))
         encoder.save(directory)
         dtype = "float32" if config.vector_dtype == "auto" else config.vector_dtype
         if options.say is not None:

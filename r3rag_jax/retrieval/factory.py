@@ -107,6 +107,7 @@ def build_index(
     on_progress: OnProgress | None = None,
     given: GivenFiles | None = None,
     say: Callable[[str], None] | None = None,
+    spread: Callable[[Encoder], Encoder] = lambda encoder: encoder,
 ) -> None:
     """Write the index of the configuration into a directory, whole or not at all; an index that was there is replaced.
 
@@ -120,6 +121,7 @@ def build_index(
         on_progress: called with the passages newly done, the passages in all and, after the first, the stage.
         given: vectors or a FAISS index that are not to be computed.
         say: told what the index will take, before vectors are computed.
+        spread: makes the encoder one of all processes, see `encoders/spread.py`.
 
     Raises:
         UserError: there are no passages, two have the same id, the encoder cannot be read, or what is given does not
@@ -129,7 +131,7 @@ def build_index(
         raise UserError(
             f"vectors are given to an index of one of {', '.join(WITH_VECTORS)}; got retrieval.kind={config.kind}"
         )
-    options = BuildOptions(on_progress, say, given or GivenFiles())
+    options = BuildOptions(on_progress, say, given or GivenFiles(), spread)
 
     def write_files(store: PassageStore, directory: Path) -> Mapping[str, str]:
         return RETRIEVERS[config.kind].write_files(config, store, directory, options)

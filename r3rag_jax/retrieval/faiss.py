@@ -145,7 +145,7 @@ class FaissRetriever(RankedRetriever):
             UserError: the encoder cannot be read, or what was given does not fit it or the passages.
         """
         given, say, on_progress = options.given, options.say, options.on_progress
-        encoder = new_encoder(config, store)
+        encoder = options.spread(new_encoder(config, store))
         encoder.save(directory)
         facts: Mapping[str, Any]
         if given.index is not None:

@@ -106,7 +106,7 @@ class MilvusRetriever(RankedRetriever):
         One that has them all is used as it is: a second machine's index of the same corpus inserts nothing. One that
         has a part, of a build that was killed, is completed.
         """
-        encoder = new_encoder(config, store)
+        encoder = options.spread(new_encoder(config, store))
         encoder.save(directory)
         milvus = config.milvus
         content = digest([corpus_fingerprint(store.passages()), encoder.fingerprint, milvus.index, milvus.index_params])

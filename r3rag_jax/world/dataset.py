@@ -14,6 +14,7 @@ from r3rag_jax.data.records import OnError
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import on_process_0
 from r3rag_jax.retrieval.base import Retriever, search_hits
+from r3rag_jax.retrieval.encoders.spread import Spread, encoding_together
 from r3rag_jax.retrieval.factory import build_index, open_local_retriever, open_store
 from r3rag_jax.retrieval.fingerprint import corpus_fingerprint
 from r3rag_jax.retrieval.manifest import has_index, read_manifest
@@ -31,7 +32,7 @@ QUESTION_SPLITS: tuple[Split, ...] = ("rl", "dev", "test")  # written before the
 def prepare_data(config: Config, run: RunDirectory, corpus: Path, index_dir: Path, console: Console) -> bool:
     """Write the data files that the run generates, and build the index of `corpus`; returns False if all exist.
 
-    Process 0 does the work, but all processes must call. An existing index is kept.
+    Process 0 does the work, and all processes, which must call, encode the passages. An existing index is kept.
 
     Raises:
         UserError: the corpus or the teacher's trajectories are malformed (the message names file and line), or the
@@ -40,15 +41,16 @@ def prepare_data(config: Config, run: RunDirectory, corpus: Path, index_dir: Pat
     digests = FileDigests(run.digests)
     on_error = OnError.of(config.data, console)
 
-    def prepare() -> int | None:
+    def prepare(spread: Spread) -> int | None:
         has_files = all(path.exists() for path in _own_files(config, run))
         if has_index(index_dir) and has_files:
             _check_corpus(corpus, index_dir, digests, on_error)
             return None
-        _prepare(config, run, corpus, index_dir, digests, console, on_error)
+        _prepare(config, run, corpus, index_dir, digests, console, on_error, spread)
         return read_manifest(index_dir).num_passages
 
-    num_passages = on_process_0(prepare, "index phase")
+    with encoding_together(config.retrieval) as spread:
+        num_passages = on_process_0(lambda: prepare(spread), "index phase")
     if num_passages is not None:
         console.print(f"{num_passages} passages indexed", highlight=False)
     return num_passages is not None
@@ -69,6 +71,7 @@ def _prepare(
     digests: FileDigests,
     console: Console,
     on_error: OnError,
+    spread: Spread,
 ) -> None:
     if config.data.source == "world":
         world = World.generate(config.world.seed, num_people=config.world.num_people)
@@ -78,7 +81,8 @@ def _prepare(
     else:
         seen = stamp(corpus) if corpus.is_file() else None
         with bar_of_unknown_length("index", console=console, live=config.log.progress) as on_progress:
-            build_index(config.retrieval, iterate_passages(corpus, on_error), index_dir, on_progress)
+            passages = iterate_passages(corpus, on_error)
+            build_index(config.retrieval, passages, index_dir, on_progress, spread=spread)
         if seen is not None:
             digests.record(corpus, PASSAGES, read_manifest(index_dir).corpus, seen)
     if config.data.source == "world":

@@ -58,6 +58,19 @@ ENCODERS: dict[str, Callable[[EncoderConfig, Callable[[], PassageStore]], Encode
 }
 
 
+def new_local_encoder(config: RetrievalConfig) -> Encoder:
+    """The encoder of the configuration, which must be of a kind that does not depend on passages.
+
+    Raises:
+        UserError: the encoder's directory cannot be read.
+    """
+
+    def no_store() -> PassageStore:
+        raise ValueError(f"an encoder without passages must not depend on them; got {config.encoder.kind}")
+
+    return ENCODERS[config.encoder.kind](config.encoder, no_store)
+
+
 def new_encoder(config: RetrievalConfig, store: PassageStore) -> Encoder:
     """The encoder of the configuration, for passages that are to be indexed.
 
