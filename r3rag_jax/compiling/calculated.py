@@ -2,7 +2,8 @@
 
 Fully sharded weights are gathered once forward and once backward for each micro-batch, their gradients scattered once;
 tensor parallelism adds two sums of activations a layer and direction. Operations are those of the model, a third more
-where everything is rematerialised. GPUs overlap the collectives of FSDP with products; those of `tensor` they wait for.
+where everything is rematerialised. Devices overlap the collectives of FSDP with products; those of `tensor` they wait
+for. So do TPUs for reduce-scatters, unless these are over all devices: libtpu writes those as sums that it overlaps.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def _collectives(programs: RunPrograms, name: str) -> list[Collective]:
     models = 2 if has_value_model and name in ("rl", "score") else 1
     num_tokens, micro = _tokens(programs, name, batch_devices(mesh))
     is_training, layers = name in ("sft", "rl"), decoder.num_layers
+    waits_for_scatters = programs.mesh.devices.flat[0].platform == "tpu" and fsdp < mesh.size
     found = []
 
     def add(kind: str, size: int, group: int, times: float, *, is_async: bool) -> None:
@@ -76,7 +78,8 @@ def _collectives(programs: RunPrograms, name: str) -> list[Collective]:
     is_gathered = name not in ("load", "prefill", "decode") or config.rollout.shard_weights
     gathers = (2 if is_training else 1) * micro * models * layers * is_gathered
     add("all-gather", weights // layers, fsdp, gathers, is_async=True)
-    add("reduce-scatter", gradients // layers, fsdp, micro * models * layers * is_training, is_async=True)
+    scatters = micro * models * layers * is_training
+    add("reduce-scatter", gradients // layers, fsdp, scatters, is_async=not waits_for_scatters)
     add("all-reduce", gradients // fsdp, data, models * is_training, is_async=True)
     sums = {"sft": 4, "rl": 4, "score": 2, "load": 0, "prefill": 2, "decode": 2}[name]
     add("all-reduce", num_tokens * decoder.hidden_size * item, tensor, sums * layers * models * micro, is_async=False)
