@@ -177,8 +177,9 @@ class RunPrograms:
         config = self.config
         graphdefs = {name: split.graphdef for name, split in splits.items()}
         score = make_pre_update(
-            self.mesh, graphdefs, self.policy.graphdef, config.model, config.rl, Truncation.of(config.rollout)
-        )
+            self.mesh, graphdefs, self.policy.graphdef, config.model, config.rl, Truncation.of(config.rollout),
+            records_entropy=config.log.entropy,
+        )  # fmt: skip
         params = {name: split.params for name, split in splits.items()}
         frozen = {name: split.frozen for name, split in splits.items()}
         return score, (params, self._weights, batch, frozen)

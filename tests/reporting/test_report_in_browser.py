@@ -142,6 +142,22 @@ def test_contrast_labels_and_width_of_a_whole_page(dark: bool, report: Path, ope
     assert faults(open_page(report, width=360, dark=dark)) == []
 
 
+@pytest.mark.slow
+def test_a_thousand_trajectories_open_and_are_filtered(tmp_path: Path, open_page: PageOpener) -> None:
+    sizes = {"iterations": 25, "questions": 5, "samples": 8, "num_steps": 5}
+    report = write_report(synthetic_run.add_recorded(synthetic_run.build(tmp_path / "big"), **sizes))
+    page = open_page(report)
+    ready = "performance.timing.domContentLoadedEventEnd - performance.timing.navigationStart"
+    print(f"{report.stat().st_size / 1e6:.1f} MB, ready after {page.evaluate(ready)} ms")  # depends on the machine
+    assert found(page) == "1000 of 1000 trajectories"
+    page.fill("#filter-text", "title 7")
+    assert 0 < int(found(page).split()[0]) < 1000
+    page.click("#reset")
+    for key in "jgs":
+        page.keyboard.press(key)
+    assert page.locator(".side-by-side section").count() == 8
+
+
 def test_text_from_outside_is_text(run_dir: Path, tmp_path: Path, open_page: PageOpener) -> None:
     evil = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 1'><!-- {{ 7 * 7 }} \u2028"
     steps = (
