@@ -92,7 +92,10 @@ def _step(
     num_models: int,
     trained_bytes: int,
 ) -> int:
-    """An update: gradients, the residual stream at every layer, and the backward pass of one layer or of the loss."""
+    """An update: gradients, the residual stream at every layer, and the backward pass of one layer or of the loss.
+
+    XLA casts all of a device's shards to the compute dtype before the loop over layers.
+    """
     rows = num_rows // batch_ways(mesh, num_rows)
     micro = rows // num_micro_batches(rows, length, config.model.micro_tokens)
     tokens, layers = micro * length, decoder.num_layers
@@ -101,8 +104,10 @@ def _step(
     layer = 2 * tokens * sizes.activations + micro * length * sizes.scores
     layer += 2 * sizes.layer_weights + 4 * sizes.layer_params
     gradients = trained_bytes * (2 if micro < rows else 1)
+    item = jnp.dtype(config.model.dtype).itemsize
+    casts = trained_bytes * item // 4 if item < 4 else 0
     loss = tokens * 2 * sizes.residual + _loss(sizes, decoder, mesh, tokens)
-    return gradients + checkpoints + max(layer, loss)
+    return gradients + casts + checkpoints + max(layer, loss)
 
 
 def _loss(sizes: _Sizes, decoder: DecoderConfig, mesh: Mesh, tokens: int) -> int:
