@@ -21,7 +21,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("phases", ["[index, sft]", pytest.param("[index, sft, rl]", marks=pytest.mark.slow)])
-def test_trackers_hold_what_the_files_hold(phases: str, storage: Any, base: Path, tmp_path: Path) -> None:
+def test_trackers_hold_what_the_files_hold(
+    phases: str, storage: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     pytest.importorskip("tensorboardX", reason="needs the extra tensorboard")
     wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
     settings = {
