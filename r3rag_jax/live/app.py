@@ -131,7 +131,12 @@ class DemoApplication:
         self._open_questions[id] = asked
         chosen = dataclasses.asdict(settings)
         first = {"event": "asked", "id": id, "settings": chosen, "golden_answers": question.golden_answers}
-        return _Lines(first, rows, lambda: self._open_questions.pop(id, None))
+
+        def end() -> None:
+            del self._open_questions[id]
+            asked.cancel()  # rows that nobody has begun to take do not
+
+        return _Lines(first, rows, end)
 
     async def _next(self, id: str, request: Request) -> Response:
         """Write the next step of a paused question."""
@@ -149,6 +154,8 @@ class DemoApplication:
             raise busy("the server is shutting down")
         if self._player is None:
             raise busy("the model is being loaded")
+        if self._player.scheduler.is_closed:
+            raise Refusal(503, "the engine has failed; the server must be started again")
         return self._player
 
 

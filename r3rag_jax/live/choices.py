@@ -47,7 +47,7 @@ def policies_of(checkpoint: Checkpoint, phase: str | None) -> Mapping[str, str]:
 def retrievers_of(
     config: Config, index_dir: Path, open_own: Callable[[], Retriever], others: Iterable[Path]
 ) -> Mapping[str, RetrieverChoice]:
-    """The retrievers that may be chosen, by name: those of other indexes, then the checkpoint's own.
+    """The retrievers that may be chosen, by name: those of other indexes, then the checkpoint's own, if it has one.
 
     Raises:
         UserError: an index cannot be read.
@@ -59,10 +59,11 @@ def retrievers_of(
         open_it = functools.partial(open_local_retriever, retrieval, directory)
         name = _unique(directory.resolve().name, found)
         found[name] = RetrieverChoice(f"{name} ({manifest.kind}, {manifest.num_passages:,} passages)", open_it)
-    own, kind = _unique("own", found), config.retrieval.kind
-    is_known = kind != "http" and has_index(index_dir)
-    size = f", {read_manifest(index_dir).num_passages:,} passages" if is_known else ""
-    return found | {own: RetrieverChoice(f"{kind}{size}", open_own)}
+    kind, has_own = config.retrieval.kind, has_index(index_dir)
+    if found and not has_own and kind != "http":
+        return found
+    size = f", {read_manifest(index_dir).num_passages:,} passages" if has_own and kind != "http" else ""
+    return found | {_unique("own", found): RetrieverChoice(f"{kind}{size}", open_own)}
 
 
 def _unique(name: str, taken: Mapping[str, object]) -> str:

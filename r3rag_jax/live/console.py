@@ -59,7 +59,8 @@ class ConsoleAsker:
         """Ask what is typed, until the end of input; Ctrl-C stops a question, and the command between two of them."""
         while True:
             try:
-                text = input(PROMPT)
+                print(PROMPT, end="", file=sys.stderr, flush=True)  # stdout is for answers
+                text = input()
             except EOFError:
                 return
             self._try(lambda text=text: self._show_or_stop(self._start(self._player.question(text))), [])  # type: ignore[misc]

@@ -93,6 +93,11 @@ class LiveScheduler:
         return self._sampler.num_slots
 
     @property
+    def is_closed(self) -> bool:
+        """Whether no question can be played any more: it was closed, or its engine has failed."""
+        return self._is_closed
+
+    @property
     def num_busy(self) -> int:
         """Slots in which a question is played."""
         return len(self._slots)

@@ -25,7 +25,7 @@ from r3rag_jax.rollout.scheduler import rollout
 def test_a_pipe_of_questions_is_answered_as_a_rollout_answers_them(
     finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    components = tiny_run.open_components(finished("tags"))
+    components = tiny_run.open_components(finished("tags"), "rollout.slots=4")
     texts = [question.question for question in components.dataset.questions("test")[:3]]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([texts[0], "", *texts[1:], "Who? " * 999])))
     words = ["--checkpoint", str(finished("tags")), "retrieval.top_k=2", "--json"]
@@ -33,7 +33,7 @@ def test_a_pipe_of_questions_is_answered_as_a_rollout_answers_them(
     captured = capsys.readouterr()
     assert captured.err.startswith("error: prompt and completion of r3rag must fit") and captured.err.count("\n") == 1
     rows = [json.loads(line) | {"golden_answers": ["?"]} for line in captured.out.splitlines()]
-    components = tiny_run.open_components(finished("tags"), "retrieval.top_k=2")
+    components = tiny_run.open_components(finished("tags"), "retrieval.top_k=2", "rollout.slots=4")
     requests = [RolloutRequest(question_from_dict(row)) for row in rows]
     expected = rollout(components.open_backend("rl"), components.search_env, components.retriever, requests)
     assert [row["question"] for row in rows] == texts
@@ -86,7 +86,7 @@ def test_questions_that_are_typed(
     monkeypatch.setattr("sys.stdin", Terminal("\nWho wrote The Red Door?\n"))
     assert ask.main(["rollout.max_steps=1", "--checkpoint", str(finished("tags"))]) == 0
     captured = capsys.readouterr()
-    assert captured.err == "error: the question must not be empty\n"
+    assert captured.err == "question: error: the question must not be empty\n" + 2 * "question: "
     assert captured.out.count("step 1") == 1 and "step 2" not in captured.out
 
 

@@ -182,6 +182,14 @@ def test_a_question_in_flight_is_finished_at_the_end(codec: Codec) -> None:
         assert list(events)[-1]["event"] == "end"
 
 
+def test_an_engine_that_has_failed_answers_nobody(codec: Codec) -> None:
+    with running(codec) as demo:
+        scheduler = demo.server.application._ready().scheduler
+        scheduler.close()
+        for reply in (demo.get("/readyz"), demo.post("/v1/ask", {"question": "x"})):
+            assert (reply.status_code, reply.json()["detail"][:21]) == (503, "the engine has failed")
+
+
 # ---------------------------------------------------------------------------- the command
 
 
@@ -199,11 +207,11 @@ def test_answers_are_those_of_the_evaluation(finished: Callable[[str], Path], mo
     monkeypatch.setattr("r3rag_jax.live.server.DemoServer", Server)
     monkeypatch.setattr("r3rag_jax.sampler.engine.Engine.warm_up", lambda engine, decoder: None)
     run_dir = finished("tags")
-    assert command.main(["--checkpoint", str(run_dir), "--index", str(run_dir / "index"), "--slots", "2"]) == 0
+    assert command.main(["--checkpoint", str(run_dir), "--index", str(run_dir / "index"), "--slots", "4"]) == 0
     [player] = opened
     assert list(player.policies.items()) == [("rl", "R3-RAG"), ("sft", "Cold start")]
     assert list(player.retriever_titles) == ["index", "own"]
-    components = tiny_run.open_components(run_dir, "rollout.slots=2")
+    components = tiny_run.open_components(run_dir, "rollout.slots=4")
     for question in components.dataset.questions("test")[:1]:
         assert player.question(f" {question.question} ") == question
         check_same(player, components, question)
@@ -222,6 +230,8 @@ def test_a_model_searches_the_indexes_that_are_named(
     choices = retrievers_of(checkpoint.config, index, lambda: None, found.index)  # type: ignore[arg-type,return-value]
     size = f"faiss, {read_manifest(index).num_passages} passages"
     assert [choice.title for choice in choices.values()] == [f"index ({size})", size]
+    alone = retrievers_of(checkpoint.config, tmp_path, lambda: None, [index])  # type: ignore[arg-type,return-value]
+    assert list(alone) == ["index"]
     assert policies_of(checkpoint, None) == {"base": "Model"}
 
 
