@@ -110,7 +110,11 @@ class _Handler(BaseHTTPRequestHandler):
         if host not in (HOST, "localhost") or self.path not in answers:
             self.send_error(HTTPStatus.FORBIDDEN if self.path in answers else HTTPStatus.NOT_FOUND)
             return
-        body = answers[self.path]().encode("utf-8", "replace")
+        try:
+            body = answers[self.path]().encode("utf-8", "replace")
+        except (UserError, OSError) as error:  # the run was removed, or its bucket is away
+            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE, explain=str(error))
+            return
         self.send_response(HTTPStatus.OK)
         kind = "text/plain" if self.path == "/version" else "text/html"
         for name, value in {

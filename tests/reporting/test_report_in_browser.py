@@ -13,6 +13,7 @@ import synthetic_run
 from browser import PageOpener, faults
 
 from r3rag_jax.data.trajectories import trajectory_to_dict
+from r3rag_jax.errors import UserError
 from r3rag_jax.reporting.comparison_page import comparison_html
 from r3rag_jax.reporting.report_page import write_report
 from r3rag_jax.reporting.watch import HOST, WatchedRun, make_server
@@ -234,12 +235,18 @@ def test_a_watched_page_follows_its_run(served: tuple[Path, str], open_page: Pag
 def test_a_watched_page_is_for_this_machine_alone(served: tuple[Path, str]) -> None:
     import httpx
 
-    _, address = served
+    run_dir, address = served
     version = httpx.get(f"{address}version")
     assert version.status_code == 200 and version.headers["cache-control"] == "no-store"
     assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 403
     assert httpx.get(f"{address}metrics.jsonl").status_code == 404
     assert httpx.get(f"{address}../config.yaml").status_code == 404
+    with pytest.raises(UserError, match=r"--port must be free on 127\.0\.0\.1; \d+ cannot be used: "):
+        make_server(WatchedRun(str(run_dir)), httpx.URL(address).port or 0)
+    (run_dir / "metrics.jsonl").unlink()
+    (run_dir / "config.yaml").unlink()
+    gone = httpx.get(address)
+    assert gone.status_code == 503 and "expected a run directory" in gone.text
 
 
 def test_a_version_is_of_what_the_page_shows(tmp_path: Path) -> None:

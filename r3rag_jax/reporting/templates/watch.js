@@ -5,12 +5,18 @@ const SECTIONS = ["head", "results", "tables", "rl", "time", "sft", "milestones"
 const live = document.getElementById("live");
 let version = live.dataset.version;
 
+async function ask(path) {
+  const reply = await fetch(path, {cache: "no-store"});
+  if (!reply.ok) throw new Error(reply.statusText);
+  return reply.text();
+}
+
 async function renew() {
   try {
-    const now = await (await fetch("version", {cache: "no-store"})).text();
+    const now = await ask("version");
     live.classList.remove("lost");
     if (now === version) return;
-    const page = new DOMParser().parseFromString(await (await fetch("page", {cache: "no-store"})).text(), "text/html");
+    const page = new DOMParser().parseFromString(await ask("page"), "text/html");
     for (const id of SECTIONS) {
       const old = document.getElementById(id), fresh = page.getElementById(id);
       if (old && fresh) old.replaceChildren(...fresh.childNodes);
@@ -22,7 +28,7 @@ async function renew() {
     version = now;
   } catch (error) {
     live.classList.add("lost");
-    live.textContent = "The server does not answer: the page shows what it had last.";
+    live.textContent = "The run cannot be read: the page shows what it had last.";
   }
 }
 setInterval(renew, Number(live.dataset.everyMs));
