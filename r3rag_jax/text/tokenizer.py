@@ -26,6 +26,7 @@ from r3rag_jax.text.pieces import PieceEncoder
 from r3rag_jax.text.tokenizer_files import CONFIG_FILE, SPECIAL_KEYS, TEMPLATE_FILE, TokenizerSettings, read_object
 
 TOKENIZER_FILE = "tokenizer.json"
+MAX_VOCABULARY = 1 << 24  # ids
 GENERATION_FILE = "generation_config.json"
 
 
@@ -55,6 +56,8 @@ class Tokenizer:
                 f"{file} must hold a model of type BPE; got Unigram, which finds special tokens in any text, also from "
                 "outside"
             )
+        if not 0 < self.vocab_size <= MAX_VOCABULARY:  # the library goes through all numbers up to the largest id
+            raise ValueError(f"{file} must have ids below {MAX_VOCABULARY}; got up to {self.vocab_size - 1}")
         unknown = getattr(self._backend.model, "unk_token", None)
         if unknown is not None and self._backend.token_to_id(unknown) is None:
             raise ValueError(f"{file} must have its unk_token in the vocabulary; got {unknown!r}")
@@ -70,7 +73,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """One more than the largest id, added tokens included."""
-        return max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def eos_id(self) -> int:

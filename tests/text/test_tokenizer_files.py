@@ -67,6 +67,26 @@ def test_an_unknown_token_must_be_known(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("id", [1 << 24, (1 << 32) - 1])
+def test_ids_have_a_limit(tmp_path: Path, id: int) -> None:
+    """With an id of 4294967295 the library took a minute to write the tokenizer, and each copy again."""
+    tiny.tokenizer(tmp_path)
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    tree["model"]["vocab"]["far"] = id
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=rf"must have ids below 16777216; got up to {id}"):
+        Tokenizer(tmp_path)
+
+
+def test_a_vocabulary_has_tokens(tmp_path: Path) -> None:
+    tiny.tokenizer(tmp_path)
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    tree["model"] |= {"vocab": {}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree | {"added_tokens": []}))
+    with pytest.raises(ValueError, match=r"must have ids below 16777216; got up to -1"):
+        Tokenizer(tmp_path)
+
+
 def with_plain_tags(directory: Path) -> Tokenizer:
     """As Qwen 3: `<think>` and the others are added tokens that are not special."""
     tiny.tokenizer(directory)

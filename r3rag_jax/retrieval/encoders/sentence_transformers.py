@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 
 from r3rag_jax.json_text import parse_json, read_json_object
 from r3rag_jax.models.encoder import POOLINGS
-from r3rag_jax.models.fields import get_object
 from r3rag_jax.models.hf.tensor_files import CONFIG_FILE
 from r3rag_jax.retrieval.base import TextKind
 
@@ -83,7 +82,9 @@ def read_prefix(path: Path, asked: str, kind: TextKind) -> str:
     if asked != "auto" or not file.is_file():
         return "" if asked == "auto" else asked
     settings = read_json_object(file)
-    prompts = get_object(settings, "prompts")
+    prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict):
+        raise ValueError(f"{file} must hold prompts, an object; got {reprlib.repr(prompts)}")
     default = settings.get("default_prompt_name")
     names = [*PROMPTS[kind], default] if isinstance(default, str) else PROMPTS[kind]
     name = next((name for name in names if name in prompts), None)
