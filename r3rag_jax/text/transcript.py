@@ -45,8 +45,10 @@ class Codec:
                 Qwen 3 is an added token that any text may spell).
             passage_tokens: maximum number of tokens of a passage; longer ones are cut.
         """
-        if protocol.splices_ids:
-            tokenizer.add_special_tokens([tag for tag in TAGS if tag in tokenizer])
+        special = tokenizer.special_ids
+        plain = [tag for tag in TAGS if tag in tokenizer and tokenizer.token_id(tag) not in special]
+        if protocol.splices_ids and plain:
+            tokenizer.add_special_tokens(plain)
         self.tokenizer, self.protocol, self.passage_tokens = tokenizer, protocol, passage_tokens
         self._frame = tokenizer.frame_of_user_message()
         self.turn_end_id, self.end_ids = tokenizer.turn_end_id, tokenizer.end_ids
