@@ -22,7 +22,7 @@ PARTS = {"prefill_s", "decode_s", "search_wait_s", "score_s"}
 
 def measured(plans: str, recorder: Recorder, **options: int) -> RolloutTimes:
     times = RolloutTimes()
-    requests = [RolloutRequest(Question(str(n), plan, ())) for n, plan in enumerate(plans.split(","))]
+    requests = [RolloutRequest(Question(chr(ord("a") + n), plan, ())) for n, plan in enumerate(plans.split(","))]
     rollout(recorder, EnvFactory(PlanEnv, STOPS), recorder, requests, times=times, **options)
     return times
 
