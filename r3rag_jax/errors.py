@@ -12,9 +12,13 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 USER_ERROR_STATUS = 2
+UNAVAILABLE_STATUS = 69  # EX_UNAVAILABLE of sysexits.h: a server that the run needs stays away
 TERMINATED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 INTERRUPTED_STATUS = 130  # 128 + SIGINT, as shells count it
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# What a directory may refuse: a file system that is read-only or broken, a path that leads nowhere.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+           errno.ENAMETOOLONG)  # fmt: skip
 
 
 MAX_MESSAGE = 2000  # characters of an error's message
@@ -34,8 +38,26 @@ def shortened(message: str, limit: int = MAX_MESSAGE) -> str:
 class UserError(ValueError):
     """Bad input; its message is one line: where the input is (key, or file and line), the rule, and the value."""
 
+    status = USER_ERROR_STATUS  # of the process that ends with it
+
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(shortened(message).split()))
+
+
+class ServiceError(UserError):
+    """A server, or a user's own retriever, that a run needs does not answer, or answers wrongly.
+
+    Nothing may be wrong with the run: the same command may go on later. RL saves before it ends.
+
+    Fields:
+        is_common: whether all processes of the run raise it at the same place; see `on_process_0`.
+    """
+
+    status = UNAVAILABLE_STATUS
+
+    def __init__(self, message: str, *, is_common: bool = False) -> None:
+        super().__init__(message)
+        self.is_common = is_common
 
 
 class StopRun(KeyboardInterrupt):
@@ -53,8 +75,9 @@ class StopRun(KeyboardInterrupt):
 def report_error(error: BaseException) -> int:
     """Print an error to stderr, and return the exit status that goes with it.
 
-    A UserError, or a full disk, is one `error: …` line and status 2; a stop, also Ctrl-C, is one `stopped: …` line and
-    a status of its own; any other exception is a bug: its traceback and 1.
+    A UserError, or a directory that is full or refuses, is one `error: …` line and status 2 (69: a ServiceError); a
+    stop, also Ctrl-C, is one `stopped: …` line and a status of its own; any other exception is a bug: its traceback
+    and 1.
     """
     if isinstance(error, KeyboardInterrupt):
         print(f"stopped: {error if isinstance(error, StopRun) else 'Ctrl-C'}", file=sys.stderr)
@@ -64,7 +87,7 @@ def report_error(error: BaseException) -> int:
         traceback.print_exception(error)
         return 1
     print(f"error: {message}", file=sys.stderr)
-    return USER_ERROR_STATUS
+    return error.status if isinstance(error, UserError) else USER_ERROR_STATUS
 
 
 def user_message(error: BaseException) -> str | None:
@@ -74,11 +97,13 @@ def user_message(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         where = error.filename or "a file"
         return f"{where} cannot be written: {error.strerror}; make room and start the same command again"
+    if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
+        return f"{error.filename} must be a place that can be read and written; got: {error.strerror}"
     return None
 
 
 def main_guard(main: Callable[P, int | None]) -> Callable[P, int]:
-    """Decorate an entry point: a UserError, or a full disk, becomes one `error: …` line on stderr and exit status 2.
+    """Decorate an entry point: what `user_message` knows becomes one `error: …` line on stderr and an exit status.
 
     A stop by a signal becomes one `stopped: …` line and its own status, also Ctrl-C. The decorated function returns the
     exit status (None counts as 0); any other exception is a bug and propagates with its traceback.

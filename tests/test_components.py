@@ -116,7 +116,7 @@ def test_a_phases_policy_is_exported_whole_and_read_back_on_another_mesh(config:
         np.testing.assert_array_equal(a, b)  # float32: nothing is rounded
     whole = tiny_run.files(run_dir / "policy" / "sft")
     names = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-    assert sorted(whole) == list(names)
+    assert sorted(whole) == ["SHA256SUMS", *names]
     assert json.loads(whole["generation_config.json"]) == {"eos_token_id": 2, "pad_token_id": 0}
 
 

@@ -1,11 +1,12 @@
 """Errors of users end with one line and status 2; other exceptions are bugs."""
 
 import errno
+import os
 import re
 
 import pytest
 
-from r3rag_jax.errors import MAX_MESSAGE, UserError, main_guard, shortened
+from r3rag_jax.errors import MAX_MESSAGE, ServiceError, UserError, main_guard, shortened
 from r3rag_jax.retrieval.base import RetrievalError, failed_search
 
 
@@ -41,3 +42,26 @@ def test_a_message_that_quotes_millions_of_characters_keeps_its_beginning_and_it
         assert message.startswith("q.jsonl:3: ids must be unique; 999") and message.endswith("999 is also on line 1")
         assert re.search(r"… \(49980\d\d characters left out\) …", message)
     assert len(str(failed_search(["x" * 10**6] * 9, "y" * 10**6))) < MAX_MESSAGE + 100
+
+
+def test_a_server_that_stays_away_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    @main_guard
+    def main() -> None:
+        raise ServiceError("judge.endpoint.url: no\nreply")
+
+    assert main() == 69
+    assert capsys.readouterr().err == "error: judge.endpoint.url: no reply\n"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENAMETOOLONG])
+def test_a_place_that_refuses_is_named(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    @main_guard
+    def main(*place: str) -> None:
+        raise OSError(number, os.strerror(number), *place)
+
+    assert main("runs/x/metrics.jsonl") == 2
+    assert capsys.readouterr().err == (
+        f"error: runs/x/metrics.jsonl must be a place that can be read and written; got: {os.strerror(number)}\n"
+    )
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        main()  # of a socket, or of a library that does not say

@@ -24,7 +24,7 @@ from r3rag_jax.clients.streamed_reply import StreamedReply
 from r3rag_jax.clients.transport import MAX_REPLY_BYTES, Reply, ReplyTooLargeError, Transport, TransportError
 from r3rag_jax.config import EndpointConfig
 from r3rag_jax.config.redact import VARIABLE
-from r3rag_jax.errors import UserError
+from r3rag_jax.errors import ServiceError, UserError
 from r3rag_jax.json_text import parse_json
 from r3rag_jax.run.counters import count_event
 
@@ -143,7 +143,8 @@ class Endpoint:
             streamed: hears the reply as it comes, and joins it.
 
         Raises:
-            UserError: a server refuses, all keep failing, or the reply is no JSON.
+            ServiceError: all servers keep failing, or the reply is no JSON or too large.
+            UserError: a server refuses.
         """
         content = None if body is None else json.dumps(body).encode()
         num_attempts = 1 if self._is_away else self._config.retries + 1
@@ -167,7 +168,7 @@ class Endpoint:
             wait_s = min(MAX_WAIT_S, max(least_wait_s, self._first_wait_s * 2**attempt))
             if attempt == num_attempts - 1 or self.pause(wait_s):
                 break
-        raise UserError(
+        raise ServiceError(
             f"{self._name}.url: {asked}{path} failed, attempt {attempt + 1} of {self._config.retries + 1}: {reason}"
         )
 
@@ -186,7 +187,7 @@ class Endpoint:
             return None, self.shown(str(error).encode())
         except ReplyTooLargeError:
             rule = f"at most {self._max_reply_bytes} bytes; got more"
-            raise UserError(f"{self._key_of(url)}: {url}{path} must answer {rule}") from None
+            raise ServiceError(f"{self._key_of(url)}: {url}{path} must answer {rule}") from None
 
     def _read(self, url: str, path: str, reply: Reply, streamed: StreamedReply | None) -> Any:
         """The JSON of an answer that is not to be retried."""
@@ -199,9 +200,9 @@ class Endpoint:
         except ValueError:
             raise self.malformed(path, "JSON", reply.content) from None
 
-    def malformed(self, path: str, rule: str, reply: Any) -> UserError:
+    def malformed(self, path: str, rule: str, reply: Any) -> ServiceError:
         """The error for a reply that breaks a rule."""
-        return UserError(f"{self._name}.url: {self.url}{path} must answer {rule}; got {self.shown(reply)}")
+        return ServiceError(f"{self._name}.url: {self.url}{path} must answer {rule}; got {self.shown(reply)}")
 
     def _key_of(self, url: str) -> str:
         """The configuration key that holds a base URL."""

@@ -21,7 +21,7 @@ from r3rag_jax.coldstart.journal import Journal, Reply
 from r3rag_jax.coldstart.spending import TokenLimit, most_tokens, used_tokens
 from r3rag_jax.coldstart.teacher_env import STOP
 from r3rag_jax.config import ColdStartConfig
-from r3rag_jax.errors import UserError
+from r3rag_jax.errors import ServiceError, UserError
 from r3rag_jax.rollout.backends import ServerGeneration
 from r3rag_jax.rollout.env import StopRule
 from r3rag_jax.text.message_frame import MessageFrame
@@ -104,7 +104,7 @@ class TeacherClient:
         """Return the teacher's reply to a prompt, as ids of `ServedText`. A request that fails gives the id FAILED.
 
         Raises:
-            UserError: more than `coldstart.max_failure_share` of the requests have failed, or the session has ended.
+            ServiceError: more than `coldstart.max_failure_share` of the requests have failed, or the session has ended.
         """
         prompt = "".join(map(chr, context.ids))
         body: dict[str, Any] = {
@@ -154,7 +154,7 @@ class TeacherClient:
             self.failures.append(str(error))
             num, most = len(self.failures), self._config.max_failure_share * self._num_requests
             if num >= MIN_FAILURES and num > most:
-                self._end = UserError(
+                self._end = ServiceError(
                     f"the teacher {self._endpoint.url} failed in {num} of {self._num_requests} requests, more than "
                     f"coldstart.max_failure_share={self._config.max_failure_share:g} allows; {self._journal.path} "
                     f"keeps all replies; the first failure: {self.failures[0]}"

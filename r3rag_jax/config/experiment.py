@@ -64,6 +64,8 @@ class Config(Section):
     @field_validator("run_dir")
     @classmethod
     def _check_run_dir(cls, run_dir: str) -> str:
+        if "\0" in run_dir:
+            raise ValueError(f"must not hold the character NUL; got {run_dir!r}")
         if "://" in run_dir and re.fullmatch(r"gs://[^/]+(/[^/]+)+/?", run_dir) is None:
             raise ValueError(f"must be a path, or gs://BUCKET/… with a folder of the bucket; got {run_dir!r}")
         return run_dir

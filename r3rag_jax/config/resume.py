@@ -44,6 +44,7 @@ FREE_KEYS = {
         "sft.keep_checkpoints",
         "rl.checkpoint_minutes",
         "rl.keep_checkpoints",
+        "rl.keep_best",
     ),
 }
 # Asynchronous rollouts are not started across a checkpoint or an evaluation, so there these keys say which policy

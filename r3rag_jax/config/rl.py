@@ -158,7 +158,12 @@ class RLConfig(Section):
     checkpoint_minutes: float = key(
         0.0, "minutes between checkpoints, beside checkpoint_every; 0: by iterations alone", "minutes", ge=0
     )
-    keep_checkpoints: int = key(1, "newest checkpoints that are kept", "checkpoints", ge=1)
+    keep_checkpoints: int = key(
+        2, "newest checkpoints that are kept: where the newest is damaged the one before is read", "checkpoints", ge=1
+    )
+    keep_best: int = key(
+        1, "checkpoints of the highest exact match on dev that are kept besides the newest", "checkpoints", ge=0
+    )
     kl: KLConfig = section(KLConfig())
     critic: CriticConfig = section(CriticConfig())
 

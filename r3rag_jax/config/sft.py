@@ -23,4 +23,6 @@ class SFTConfig(Section):
     checkpoint_minutes: float = key(
         0.0, "minutes between checkpoints, beside checkpoint_every; 0: by steps alone", "minutes", ge=0
     )
-    keep_checkpoints: int = key(1, "newest checkpoints that are kept", "checkpoints", ge=1)
+    keep_checkpoints: int = key(
+        2, "newest checkpoints that are kept: where the newest is damaged the one before is read", "checkpoints", ge=1
+    )

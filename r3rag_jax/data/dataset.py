@@ -24,6 +24,7 @@ from r3rag_jax.data.trajectories import (
 )
 from r3rag_jax.errors import UserError
 from r3rag_jax.parallel.processes import check_same, on_process_0
+from r3rag_jax.run.digests import check_sums
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.types import Passage, Question, Trajectory
 
@@ -45,6 +46,17 @@ class Dataset:
             return self._run.data(what)
         return data.path(what)
 
+    def _checked(self, what: str) -> Path:
+        """`path_of`, a file of the run's own as it was written.
+
+        Raises:
+            UserError: it was changed since.
+        """
+        path = self.path_of(what)
+        if path.parent == self._run.data_dir:
+            check_sums(path.parent, [path.name], remedy="Restore it, or remove it to have it written again")
+        return path
+
     def trajectories(self) -> Records[Trajectory]:
         """The teacher's trajectories of the cold start, with the passages that a rollout would show."""
         data, found = self._config.data, self._trajectories
@@ -60,7 +72,7 @@ class Dataset:
     @functools.cached_property
     def _trajectories(self) -> Records[Trajectory]:
         """All of the file."""
-        path, corpus, top_k = self.path_of("sft"), self._corpus(), self._config.retrieval.top_k
+        path, corpus, top_k = self._checked("sft"), self._corpus(), self._config.retrieval.top_k
         read = lambda: read_trajectories(path, corpus, top_k, self._on_error)  # noqa: E731
         if self._is_stored:
             rows = self._stored("sft", path, lambda: teacher_rows(path, read().lines))
@@ -102,7 +114,7 @@ class Dataset:
             return Records("")
         if split not in self._questions:
             is_own = data.source == "world"
-            source = str(self.path_of(split)) if is_own else data.source_of(split)
+            source = str(self._checked(split)) if is_own else data.source_of(split)
             if split == "rl" and self._is_stored:
                 rows = lambda: self.read(source, is_shared=False).map(question_to_dict)  # noqa: E731
                 questions = self._stored(split, self.path_of(split), rows)

@@ -28,7 +28,7 @@ from r3rag_jax.models.params import PARAM_AXES, param_shardings
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.parallel.processes import barrier, check_same
 from r3rag_jax.parallel.shardings import tree_shardings
-from r3rag_jax.run.digests import PROVENANCE_FILE
+from r3rag_jax.run.digests import PROVENANCE_FILE, check_sums, write_sums
 from r3rag_jax.run.files import new_directory, write_json
 from r3rag_jax.text.chat_template import TEMPLATES, read_template
 from r3rag_jax.text.tokenizer import Tokenizer
@@ -131,8 +131,9 @@ class Policy:
         """Load the parameters of a Hugging Face directory to the mesh.
 
         Raises:
-            UserError: a file is missing or damaged.
+            UserError: a file is missing or damaged, or is not the one that `save` wrote.
         """
+        check_sums(path, remedy=f"Restore it, or remove {path} to train its phase from the last checkpoint again")
         weights = sorted(path.glob("*.safetensors"))
         check_same(lambda: [[file.name, file.stat().st_size] for file in weights], f"files of policy {path.name}")
         with reading(path):
@@ -163,6 +164,7 @@ class Policy:
                 self.tokenizer.save(partial)
                 if provenance is not None:
                     write_json(partial / PROVENANCE_FILE, dict(provenance))
+                write_sums(partial, [file.name for file in partial.iterdir()])
         barrier(f"policy {path.name}")
 
     def trainable(self, params: Any) -> TrainableSplit:

@@ -20,7 +20,7 @@ from etils import epath
 from jax._src import distributed  # the coordination service's client has no public name
 
 from r3rag_jax.config import MeshConfig
-from r3rag_jax.errors import StopRun, UserError, report_error
+from r3rag_jax.errors import ServiceError, StopRun, UserError, report_error
 from r3rag_jax.parallel.failures import HEARTBEAT_S, FailureWatch
 
 
@@ -174,19 +174,31 @@ def on_process_0(
         error_type: the exception that the other processes raise if `compute` fails.
 
     Raises:
-        Exception: on process 0 the exception of `compute`; on the others `error_type` with the same message.
+        Exception: on process 0 the exception of `compute`; on the others `error_type`, or a ServiceError for a
+            ServiceError, with the same message. A ServiceError is then common to all.
     """
     if jax.process_index() != 0:
         reply = broadcast_json(None, name, timeout_s=timeout_s)
         if "error" in reply:
-            raise error_type(f"process 0: {reply['error']}")
+            raise _common_error(f"process 0: {reply['error']}", error_type, is_service=reply["is_service"])
         return reply["result"]
     try:
         result = compute()
     except Exception as error:
-        broadcast_json({"error": str(error) or type(error).__name__}, name)
+        is_service = isinstance(error, ServiceError)
+        broadcast_json({"error": str(error) or type(error).__name__, "is_service": is_service}, name)
+        if isinstance(error, ServiceError):
+            error.is_common = True
         raise
     return broadcast_json({"result": result}, name)["result"]
+
+
+def _common_error(message: str, error_type: type[Exception], *, is_service: bool) -> Exception:
+    """The error of another process than 0 for one that process 0 has raised."""
+    if not is_service:
+        return error_type(message)
+    kind = error_type if issubclass(error_type, ServiceError) else ServiceError
+    return kind(message, is_common=True)
 
 
 def from_process_0(compute: Callable[[], np.ndarray], name: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from r3rag_jax.errors import shortened
+from r3rag_jax.errors import ServiceError
 from r3rag_jax.types import Passage
 
 TextKind = Literal["query", "passage"]
@@ -41,11 +41,8 @@ class BuildOptions:
     spread: Callable[[Encoder], Encoder] = lambda encoder: encoder  # makes an encoder one of all processes
 
 
-class RetrievalError(RuntimeError):
+class RetrievalError(ServiceError):
     """A search failed. It never means that nothing was found: that is an empty list of hits."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(shortened(message))
 
 
 @dataclasses.dataclass(frozen=True)

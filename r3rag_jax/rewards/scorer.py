@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from r3rag_jax.config import RewardConfig
-from r3rag_jax.errors import UserError
+from r3rag_jax.errors import ServiceError
 from r3rag_jax.rewards.answer import answer_metrics
 from r3rag_jax.rewards.base import Resources, next_power_of_two, required
 from r3rag_jax.rewards.judge import correctness
@@ -83,7 +83,7 @@ class Scorer:
 
         Raises:
             ValueError: a trajectory has more steps than `resources.max_steps`, or a resource is missing.
-            UserError: the judge fails too often.
+            ServiceError: the judge fails too often.
         """
         outlines = _outlines(trajectories, self._resources.max_steps)
         answers = answer_metrics(trajectories)
@@ -155,11 +155,11 @@ def learnable(trajectories: Sequence[Trajectory], scores: Scores) -> tuple[list[
     from its first step on, and would be unknown in the baseline of the other samples of its question too.
 
     Raises:
-        UserError: none is left.
+        ServiceError: none is left.
     """
     kept = np.flatnonzero(scores.is_valid).tolist()
     if not kept and trajectories:
-        raise UserError(
+        raise ServiceError(
             f"a judgement failed in each of the {len(trajectories)} trajectories: there is nothing to learn from; "
             "see the failures in the file of judgements (judge.cache)"
         )
@@ -177,7 +177,7 @@ def accuracy(
         answers: `answer_metrics` of the trajectories, computed where it is None.
 
     Raises:
-        UserError: the judge fails too often.
+        ServiceError: the judge fails too often.
     """
     max_steps = max((len(trajectory.steps) for trajectory in trajectories), default=0)
     answers = answer_metrics(trajectories) if answers is None else answers

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from r3rag_jax.parallel.processes import barrier, on_process_0
 from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.run.files import is_partial, write_text
 from r3rag_jax.run.lease import Lease
+from r3rag_jax.run.leftovers import remove_leftovers, report_lost_metrics
 from r3rag_jax.run.lock import locked
 from r3rag_jax.run.provenance import PROVENANCE, Provenance, check_order, check_provenance
 from r3rag_jax.run.store import CHECKPOINTS, Store, is_remote
@@ -220,7 +222,17 @@ def hold_run(config: Config, run: RunDirectory | None = None, console: Console |
             else:
                 stack.enter_context(store.uploading(lease.check))
             barrier("run directory pulled")
-        yield open_run(config, run)
+        opened = open_run(config, run)
+        if jax.process_index() == 0:
+            say = sentences_to(console or Console())
+            remove_leftovers(run.path, run.index, say)
+            report_lost_metrics(run.path, run.metrics_file, say)
+        yield opened
+
+
+def sentences_to(console: Console) -> Callable[[str], None]:
+    """A function that prints a sentence as it is, whatever it holds and however long it is."""
+    return functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 
 def open_run(config: Config, run: RunDirectory | None = None) -> RunDirectory:
@@ -242,30 +254,40 @@ def open_run(config: Config, run: RunDirectory | None = None) -> RunDirectory:
 
 
 def open_checkpoints(
-    run: RunDirectory, phase: str, provenance: Provenance, *, keep: int, mesh: Mesh, console: Console
+    run: RunDirectory,
+    phase: str,
+    provenance: Provenance,
+    *,
+    keep: int,
+    keep_best: int = 0,
+    mesh: Mesh,
+    console: Console,
 ) -> Checkpoints:
     """The checkpoints of a phase, which record its provenance and topology. All processes must call.
 
     Args:
-        keep: how many are kept.
+        keep, keep_best: how many are kept; see `Checkpoints`.
         mesh: what the phase trains on now. On another mesh than before, the user is told that numbers differ by
             rounding: sums are taken in another order.
-        console: is told that the mesh is another one.
+        console: is told that the mesh is another one, or that a checkpoint is damaged.
 
     Raises:
         UserError: the phase began from something else.
     """
     topology = {"processes": jax.process_count(), "mesh": dict(mesh.shape)}
     note = {PROVENANCE: dict(provenance), TOPOLOGY: topology}
-    checkpoints = Checkpoints(run.checkpoints(phase), keep=keep, note=note, before_save=run.publish)
+    say = sentences_to(console)
+    checkpoints = Checkpoints(
+        run.checkpoints(phase), keep=keep, keep_best=keep_best, note=note, before_save=run.publish, say=say
+    )
     recorded = checkpoints.note() or {}
     check_provenance(phase, checkpoints.directory, recorded.get(PROVENANCE, {}), provenance)
     before = recorded.get(TOPOLOGY, topology)
     if before != topology:
-        console.print(
+        say(
             f"{phase} resumes on another mesh ({_topology_words(before)} before, {_topology_words(topology)} now): "
-            "numbers are equal within rounding", highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+            "numbers are equal within rounding"
+        )
     return checkpoints
 
 
@@ -294,5 +316,7 @@ def _check_files(config: Config, run: RunDirectory) -> None:
                 f"{run.place} holds a run with other settings ({name} was {old!r}, now {new!r}): "
                 "choose another name=… or remove the directory"
             )
+    elif run.path.exists() and not run.path.is_dir():
+        raise UserError(f"run_dir must be a directory, or a new one; {run.place} is a file")
     elif run.path.exists() and not all(path == run.lock or is_partial(path) for path in run.path.iterdir()):
         raise UserError(f"{run.place} is not empty and holds no run: choose another name=… or run_dir=…")

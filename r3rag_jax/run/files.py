@@ -7,15 +7,19 @@ it before the next one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 SUFFIX = ".partial"
+SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's only words for a full disk
 
 
 @contextlib.contextmanager
@@ -39,15 +43,28 @@ def open_atomic_binary(path: str | Path) -> Iterator[BinaryIO]:
     """As `open_atomic`, for bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
+    partial = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}{SUFFIX}")
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the operating system in the block that name no file, such as a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and SHORT_WRITE.fullmatch(str(error)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -103,7 +120,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def append_rows(path: Path, rows: Iterable[Any]) -> None:
     """Append JSON objects to a JSONL file, one a line, and flush them to the operating system."""
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.run.lock import is_alive
 
 BEAT_S = 20.0
 LEASE_S = 90.0
@@ -146,10 +147,4 @@ def _is_dead(lease: dict[str, Any]) -> bool:
     words = str(lease.get("owner")).split(" ", 3)
     if len(words) != 4 or words[3] != platform.node() or not words[1].isdigit():
         return False
-    try:
-        os.kill(int(words[1]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return not is_alive(int(words[1]))

@@ -49,6 +49,17 @@ def alone_on_host(path: Path) -> Iterator[None]:
         yield
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
 def _lock(file: BinaryIO, path: Path) -> None:
     """Lock an open file until it is closed, and write who has it."""
     try:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import jax
+
+from r3rag_jax.errors import ServiceError
 from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.run.preemption import StopSignals
 
@@ -51,6 +55,32 @@ class SaveSchedule:
             self._saved_at = self._clock()
         if why is not None:
             self._checkpoints.wait()
-            raise self._stop.stop_run(
-                f"{self._unit} {step} of {self._total} is done, the newest checkpoint is of {self._checkpoints.latest}"
-            )
+            raise self._stop.stop_run(self._done(step))
+
+    @contextlib.contextmanager
+    def saved_from_services(self, step: Callable[[], int], save: Callable[[], None]) -> Iterator[None]:
+        """Where a server that the block needs stays away, save what is done before the error goes up.
+
+        With several processes nothing is saved where one of them alone has failed: the others would not come.
+
+        Args:
+            step: the steps that are done in the phase, asked when the block has failed.
+
+        Raises:
+            ServiceError: that of the block, with what is kept.
+        """
+        try:
+            yield
+        except ServiceError as error:
+            if jax.process_count() > 1 and not error.is_common:
+                raise
+            if step() > (self._checkpoints.latest or 0):
+                save()
+            self._checkpoints.wait()
+            text = f"{error}; {self._done(step())}; start the same command again when it answers"
+            raise type(error)(text, is_common=error.is_common) from error
+
+    def _done(self, step: int) -> str:
+        newest = self._checkpoints.latest
+        kept = "there is no checkpoint yet" if newest is None else f"the newest checkpoint is of {newest}"
+        return f"{self._unit} {step} of {self._total} is done, {kept}"

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
 from r3rag_jax.config import Config
-from r3rag_jax.errors import UserError
+from r3rag_jax.errors import ServiceError, UserError
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.processes import failures_told
 from r3rag_jax.retrieval.base import Retriever
@@ -19,7 +20,8 @@ from r3rag_jax.rollout.backend_factory import MakeBackend
 from r3rag_jax.rollout.backends import RolloutBackend
 from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.prefetch import Prefetcher
-from r3rag_jax.run.directory import RunDirectory
+from r3rag_jax.run.directory import RunDirectory, sentences_to
+from r3rag_jax.run.leftovers import report_damaged, report_gaps
 from r3rag_jax.run.live import live_lines, summary
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.preemption import StopSignals
@@ -69,8 +71,8 @@ def run_rl(config: Config, parts: RLParts) -> None:
     """Train from the cold start's policy, or from the base where there is none, and export the result.
 
     Raises:
-        UserError: RL began from something else, a guard ends RL, the judge fails too often, or the settings do not fit
-            the devices.
+        UserError: RL began from something else, a guard ends RL, or the settings do not fit the devices.
+        ServiceError: the retriever or the judge stays away; what is done is saved.
         StopRun: a signal has come; the iteration under way is done and saved.
     """
     check_devices(config, parts)
@@ -78,8 +80,7 @@ def run_rl(config: Config, parts: RLParts) -> None:
         config, parts.policy, parts.mesh, parts.run, parts.console,
         shares_prefixes=parts.shares_prefixes, provenance=parts.provenance,
     )  # fmt: skip
-    parts.log.rewind("rl", trainer.iteration)
-    parts.trajectory_log.rewind(trainer.iteration)
+    rewind_logs(parts, trainer.iteration)
     scorer = parts.make_scorer(trainer.reference_params)
     sampler = IterationSampler(
         config, parts.questions, parts.env_factory, parts.retriever, scorer, parts.sampler_work
@@ -97,17 +98,32 @@ def run_rl(config: Config, parts: RLParts) -> None:
     with trainer.checkpoints, parts.stop.deferred(), bar, prefetcher, failures_told():
         while trainer.iteration < config.rl.iterations:
             iteration, checkpoint_s = trainer.iteration, watch.seconds.pop("checkpoint", 0.0)
-            with profiled(parts.run.profile, config.log.profile == iteration):
-                metrics = run_iteration(config, parts, trainer, scorer, prefetcher)
-            metrics |= {"checkpoint_s": checkpoint_s, "eta_s": eta.after(iteration + 1, config.rl.iterations)}
-            parts.log.write("rl", iteration, metrics)
-            if trainer.guard(metrics):
-                prefetcher.discard()  # its policy was rolled back
+            with schedule.saved_from_services(lambda: trainer.iteration, trainer.save):
+                with profiled(parts.run.profile, config.log.profile == iteration):
+                    metrics, failure = run_iteration(config, parts, trainer, scorer, prefetcher)
+                metrics |= {"checkpoint_s": checkpoint_s, "eta_s": eta.after(iteration + 1, config.rl.iterations)}
+                parts.log.write("rl", iteration, metrics)
+                if trainer.guard(metrics):
+                    prefetcher.discard()  # its policy was rolled back
+                if failure is not None:
+                    raise failure
             bar.show_below(live_lines(metrics))
             bar.advance(**summary(metrics))
             with watch.measure("checkpoint"):
                 schedule.after(trainer.iteration, trainer.save)
         parts.policy.save(parts.run.policy("rl"), trainer.policy_params, parts.provenance)
+
+
+def rewind_logs(parts: RLParts, iteration: int) -> None:
+    """Drop what was logged at or after an iteration, which is about to be repeated; say what is damaged or lacks."""
+    log, trajectory_log, say = parts.log, parts.trajectory_log, sentences_to(parts.console)
+    if jax.process_index() == 0:
+        report_damaged(log.path, say)
+        report_damaged(trajectory_log.path, say)
+    log.rewind("rl", iteration)
+    trajectory_log.rewind(iteration)
+    if jax.process_index() == 0:
+        report_gaps(log.path, "rl", iteration, say)
 
 
 def run_iteration(
@@ -116,10 +132,17 @@ def run_iteration(
     trainer: RLTrainer,
     scorer: Scorer,
     prefetcher: Prefetcher[Any, RolloutBackend, Rollouts],
-) -> dict[str, float]:
-    """Rollout, rewards, advantages, update, evaluation; logs some trajectories and returns the metrics."""
+) -> tuple[dict[str, float], ServiceError | None]:
+    """Rollout, rewards, advantages, update, evaluation; logs some trajectories.
+
+    Returns:
+        The metrics; and why the evaluation failed. The iteration is done without it.
+
+    Raises:
+        ServiceError: the retriever or the judge stays away.
+    """
     watch, iteration, compiled, rl = Stopwatch(), trainer.iteration, num_compiled(), config.rl
-    staleness = float(prefetcher.has_started(iteration))
+    staleness, failure = float(prefetcher.has_started(iteration)), None
     with watch.measure("iteration"):
         with watch.measure("rollout_wait"):
             rollouts = prefetcher.result(iteration, trainer.policy_params)
@@ -136,7 +159,8 @@ def run_iteration(
             metrics |= trainer.update(targets)
         if parts.evaluate is not None and trainer.iteration % rl.eval_every == 0:
             with watch.measure("eval"):
-                metrics |= parts.evaluate(parts.make_backend(lambda: trainer.policy_params))
+                evaluated, failure = evaluate(parts, trainer)
+                metrics |= evaluated
     num_tokens = sum(len(sample) for trajectory in experience.trajectories for sample in trajectory.samples)
     metrics |= timing_metrics(watch, metrics, num_tokens)
     metrics |= {"staleness": staleness, "num_compiled": float(num_compiled() - compiled)}
@@ -144,7 +168,17 @@ def run_iteration(
         metrics |= parts.utilization.rl(Work.of(packed.batches), metrics["update_s"])
         metrics |= parts.utilization.decoding(rollouts.bytes_read, metrics["decode_s"])
     log_trajectories(config, parts, iteration, experience, packed, targets)
-    return metrics
+    trainer.dev_score = metrics.get("dev_em")
+    return metrics, failure
+
+
+def evaluate(parts: RLParts, trainer: RLTrainer) -> tuple[dict[str, float], ServiceError | None]:
+    """Metrics on the dev questions; none, and why, where the retriever stays away."""
+    assert parts.evaluate is not None
+    try:
+        return parts.evaluate(parts.make_backend(lambda: trainer.policy_params)), None
+    except ServiceError as error:
+        return {}, error
 
 
 def timing_metrics(watch: Stopwatch, metrics: Mapping[str, float], num_tokens: int) -> dict[str, float]:

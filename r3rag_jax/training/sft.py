@@ -19,7 +19,8 @@ from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.local_rows import device_put_rows, local_rows
 from r3rag_jax.parallel.processes import failures_told
 from r3rag_jax.run.checkpoints import save_arrays
-from r3rag_jax.run.directory import RunDirectory, open_checkpoints
+from r3rag_jax.run.directory import RunDirectory, open_checkpoints, sentences_to
+from r3rag_jax.run.leftovers import report_damaged, report_gaps
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.preemption import StopSignals
 from r3rag_jax.run.progress import ProgressBar
@@ -71,7 +72,12 @@ def run_sft(config: Config, parts: SFTParts) -> None:
     if checkpoints.latest is not None:
         state, note = checkpoints.restore(state)
         batches.set_state(note["batches"])
+    say = sentences_to(parts.console)
+    if jax.process_index() == 0:
+        report_damaged(parts.log.path, say)
     parts.log.rewind("sft", batches.step)
+    if jax.process_index() == 0:
+        report_gaps(parts.log.path, "sft", batches.step, say)
     step = make_sft_step(parts.mesh, policy.graphdef, tx, config.model, state)
     bar = ProgressBar("cold start", batches.num_steps, console=parts.console, live=config.log.progress,
                       done=batches.step)  # fmt: skip

@@ -55,8 +55,9 @@ class RLTrainer:
             UserError: the checkpoints are of RL that began from something else.
         """
         self.checkpoints = open_checkpoints(
-            run, "rl", provenance, keep=config.rl.keep_checkpoints, mesh=mesh, console=console
-        )
+            run, "rl", provenance, keep=config.rl.keep_checkpoints, keep_best=config.rl.keep_best, mesh=mesh,
+            console=console,
+        )  # fmt: skip
         self._config, self._policy, self._mesh, self._shares_prefixes = config, policy, mesh, shares_prefixes
         cold_start = run.policy("sft")
         self._ref_params = policy.load(cold_start) if exists(cold_start) else policy.base_params()
@@ -70,6 +71,7 @@ class RLTrainer:
             config.guards, self.guards, self.checkpoints, run, mesh, console,
             start=lambda: (self._new_state(self._modules()), config.rl.kl.coef),
         )  # fmt: skip
+        self.dev_score: float | None = None  # of the iteration just done, in EM; None: it was not evaluated
         self._resume()
         self.updates = RLUpdate(config, mesh, modules, policy.graphdef, self._ref_params, self._tx, self.progress.state)
 
@@ -161,7 +163,7 @@ class RLTrainer:
         if self.guards.is_clean or self._config.guards.action != "rollback":
             progress = self.progress
             note = {"iteration": progress.iteration, "kl": progress.kl, "guards": self.guards.get_state()}
-            self.checkpoints.save(progress.iteration, progress.state, note)
+            self.checkpoints.save(progress.iteration, progress.state, note, score=self.dev_score)
 
     def replay(self, path: Path) -> dict[str, float]:
         """Repeat the update whose inputs were kept in `path`; see `recovery.replay`. Train on with another trainer."""

@@ -19,7 +19,7 @@ from r3rag_jax.retrieval.factory import build_index, open_local_retriever, open_
 from r3rag_jax.retrieval.fingerprint import corpus_fingerprint
 from r3rag_jax.retrieval.manifest import has_index, read_manifest
 from r3rag_jax.retrieval.refresh import refresh_retrieved
-from r3rag_jax.run.digests import FileDigests, stamp
+from r3rag_jax.run.digests import FileDigests, read_sums, stamp, write_sums
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.progress import bar_of_unknown_length
 from r3rag_jax.world.encyclopedia import Split, World
@@ -42,12 +42,15 @@ def prepare_data(config: Config, run: RunDirectory, corpus: Path, index_dir: Pat
     on_error = OnError.of(config.data, console)
 
     def prepare(spread: Spread) -> int | None:
-        has_files = all(path.exists() for path in _own_files(config, run))
-        if has_index(index_dir) and has_files:
+        own = [path.name for path in _own_files(config, run)]
+        is_new = not (has_index(index_dir) and all((run.data_dir / name).exists() for name in own))
+        if is_new:
+            _prepare(config, run, corpus, index_dir, digests, console, on_error, spread)
+        else:
             _check_corpus(corpus, index_dir, digests, on_error)
-            return None
-        _prepare(config, run, corpus, index_dir, digests, console, on_error, spread)
-        return read_manifest(index_dir).num_passages
+        if unrecorded := [name for name in own if is_new or name not in read_sums(run.data_dir)]:
+            write_sums(run.data_dir, unrecorded)
+        return read_manifest(index_dir).num_passages if is_new else None
 
     with encoding_together(config.retrieval) as spread:
         num_passages = on_process_0(lambda: prepare(spread), "index phase")

@@ -15,6 +15,7 @@ import pytest
 import tiny_run
 from two_processes import Pair, training
 
+from r3rag_jax.errors import UNAVAILABLE_STATUS
 from r3rag_jax.parallel.failures import HEARTBEAT_S, PEER_FAILED_STATUS
 
 SMALL = {"rl__iterations": 3, "rl__eval_every": 3, "rollout__max_steps": 2, "world__num_test": 2}
@@ -78,10 +79,10 @@ def test_a_failed_search_ends_both(fault: str, base: Path, tmp_path: Path) -> No
         said = pair.said()
     assert all("the disk of this machine is gone" in text for text in said), said
     if fault == "process 1":
-        assert statuses == [PEER_FAILED_STATUS, 1], said
+        assert statuses == [PEER_FAILED_STATUS, UNAVAILABLE_STATUS], said
         assert "error: process 1: RetrievalError: the disk of this machine is gone" in said[0]
     else:
-        assert set(statuses) <= {1, PEER_FAILED_STATUS}, said
+        assert set(statuses) <= {UNAVAILABLE_STATUS, PEER_FAILED_STATUS}, said
     check_files(tmp_path / "run")
     if fault == "process 1":
         resume(recipe, tmp_path)

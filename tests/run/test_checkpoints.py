@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -132,3 +134,77 @@ def test_another_shape_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"checkpoints/sft/1 does not fit this configuration"):
         checkpoints.restore({"x": jnp.zeros(4), "y": jnp.zeros(1)})
     checkpoints.close()
+
+
+def damage(path: Path, what: str) -> None:
+    """Change a checkpoint: four bytes of its largest array file, its note, or all of its array files are lost."""
+    if what == "lost":
+        shutil.rmtree(path / "state")
+        return
+    files = [path / "note" / "metadata"] if what == "note" else [f for f in path.rglob("d/*") if f.is_file()]
+    file = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4] = bytes(byte ^ 0x55 for byte in content[middle : middle + 4])
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("what", ["bytes", "note", "lost"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(what: str, tmp_path: Path) -> None:
+    state = {"x": jax.random.normal(jax.random.key(0), (64, 32))}
+    with Checkpoints(tmp_path / "rl", keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, jax.tree.map(lambda x, step=step: x * step, state), {"at": step})
+    damage(tmp_path / "rl" / "2", what)
+    said: list[str] = []
+    with Checkpoints(tmp_path / "rl", keep=2, read_only=True) as reader:
+        assert reader.restore(state)[1] == {"at": 1}
+    assert (tmp_path / "rl" / "2").exists()  # it may be another process's
+    with Checkpoints(tmp_path / "rl", keep=2, say=said.append) as checkpoints:
+        assert checkpoints.note() == {"at": 1 if what == "note" else 2}
+        restored, note = checkpoints.restore(state)
+        np.testing.assert_array_equal(restored["x"], state["x"])
+        assert (note, checkpoints.latest) == ({"at": 1}, 1)
+        checkpoints.save(2, state, {"at": 22})
+        assert checkpoints.note() == {"at": 22}
+    [sentence] = said
+    assert f"checkpoint {tmp_path}/rl/2 " in sentence and "damaged" in sentence
+    assert sentence.endswith("it is deleted, and the checkpoint before, 1, is taken")
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_deleted(tmp_path: Path) -> None:
+    state = {"x": jnp.arange(4000.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+    damage(tmp_path / "1", "bytes")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as caught:
+        checkpoints.restore(state)
+    assert f"checkpoint {tmp_path}/1 " in str(caught.value) and "from the beginning of the phase" in str(caught.value)
+    assert (tmp_path / "1").exists()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    state, kept = {"x": jnp.arange(4.0)}, lambda: sorted(int(path.name) for path in tmp_path.iterdir())
+    with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
+        for step, score in ((1, 0.5), (2, 0.75), (3, None), (4, 0.25)):
+            checkpoints.save(step, state, {}, score=score)
+    assert kept() == [2, 3, 4]
+    with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:  # of a process that goes on
+        checkpoints.save(5, state, {}, score=0.5)
+        checkpoints.save(6, state, {}, score=0.75)  # as good, and newer
+        checkpoints.save(7, state, {})
+        checkpoints.save(8, state, {})
+    assert kept() == [6, 7, 8]
+
+
+def test_without_room_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"x": jnp.zeros(1000), "n": jnp.int32(0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {"at": 1})
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4003))
+            with pytest.raises(UserError, match=r"must have 4,004 bytes free for a checkpoint; got 4,003: make room"):
+                checkpoints.save(2, state, {"at": 2})
+        assert [path.name for path in tmp_path.iterdir()] == ["1"]
+        checkpoints.save(2, state, {"at": 2})

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from r3rag_jax.run.digests import SETTINGS_FILES, FileDigests, stamp
+from r3rag_jax.errors import UserError
+from r3rag_jax.run.digests import SETTINGS_FILES, FileDigests, check_sums, stamp, write_sums
 
 
 @pytest.fixture
@@ -65,3 +66,26 @@ def test_a_models_digest_is_of_names_and_contents_of_its_files(digests: FileDige
     settings = digests.of_model(tmp_path / "one", SETTINGS_FILES)
     assert settings == digests.of_model(tmp_path / "weights", SETTINGS_FILES) != one
     assert settings != digests.of_model(tmp_path / "template", SETTINGS_FILES)
+
+
+def test_files_are_compared_with_the_record_beside_them(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name)
+    check_sums(tmp_path, remedy="")  # nothing is recorded
+    write_sums(tmp_path, ["b", "a"])
+    digest = hashlib.sha256(b"a").hexdigest()
+    assert (tmp_path / "SHA256SUMS").read_text().splitlines()[0] == f"{digest}  a"  # as `sha256sum -c` reads it
+    check_sums(tmp_path, remedy="")
+    check_sums(tmp_path, ["c"], remedy="")
+    (tmp_path / "b").write_text("B")
+    check_sums(tmp_path, ["a"], remedy="")
+    with pytest.raises(UserError, match=r"/b must be the file that the run wrote, of SHA-256 .*; got .*\. Restore it"):
+        check_sums(tmp_path, remedy="Restore it")
+    write_sums(tmp_path, ["b"])
+    check_sums(tmp_path, remedy="")
+    (tmp_path / "a").unlink()
+    with pytest.raises(UserError, match=r"/a must be there: .*SHA256SUMS lists it\. Restore it"):
+        check_sums(tmp_path, remedy="Restore it")
+    (tmp_path / "SHA256SUMS").write_text(f"{digest}  a\nnonsense\n")
+    with pytest.raises(UserError, match=r"SHA256SUMS:2 must be a SHA-256, two blanks and a file name; got 'nonsense'"):
+        check_sums(tmp_path, remedy="")

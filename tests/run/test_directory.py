@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import pytest
@@ -11,6 +12,7 @@ import tiny_run
 
 from r3rag_jax.config import (
     Config,
+    ConfigError,
     CriticConfig,
     EvalConfig,
     GuardsConfig,
@@ -22,7 +24,7 @@ from r3rag_jax.config import (
     ServerConfig,
     load_config,
 )
-from r3rag_jax.errors import UserError
+from r3rag_jax.errors import UserError, user_message
 from r3rag_jax.run.directory import RunDirectory, open_run
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
@@ -122,6 +124,31 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not empty and holds no run"):
         open_run(Config(run_dir=str(tmp_path)))
     assert tiny_run.files(tmp_path) == {"thesis.tex": b"mine"}
+
+
+def test_a_place_that_is_no_directory_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run"
+    file.write_text("mine")
+    with pytest.raises(UserError, match=rf"run_dir must be a directory, or a new one; {file} is a file"):
+        open_run(Config(run_dir=str(file)))
+    with pytest.raises(NotADirectoryError) as caught:
+        open_run(Config(run_dir=str(file / "below")))
+    assert str(user_message(caught.value)).endswith(
+        "must be a place that can be read and written; got: Not a directory"
+    )
+    assert file.read_text() == "mine"
+    with pytest.raises(ConfigError, match="run_dir must not hold the character NUL"):
+        load_config(None, ["run_dir=a\0b"])
+
+
+def test_a_directory_that_is_read_only_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object) -> NoReturn:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError) as caught:
+        open_run(Config(run_dir=str(tmp_path / "run")))
+    assert "config.yaml" in str(user_message(caught.value)) and "Read-only file system" in str(caught.value)
 
 
 def test_a_killed_start_does_not_block_the_next(tmp_path: Path) -> None:

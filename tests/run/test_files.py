@@ -74,6 +74,18 @@ def test_a_full_disk_leaves_the_old_content(moment: str, tmp_path: Path, monkeyp
     assert (tmp_path / "config.yaml").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """Neither `write` nor numpy does."""
+    path, wanted = tmp_path / "vectors.npy", f"[Errno 28] No space left on device: '{tmp_path / 'vectors.npy'}'"
+    for error in (OSError(errno.ENOSPC, "No space left on device"), OSError("80896 requested and 18400 written")):
+        with pytest.raises(OSError) as caught, open_atomic_binary(path):
+            raise error
+        assert (caught.value.errno, str(caught.value)) == (errno.ENOSPC, wanted)
+    with pytest.raises(OSError, match="of a library"), open_atomic_binary(path):
+        raise OSError("of a library")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_directory_appears_with_all_of_its_files(tmp_path: Path) -> None:
     left = tmp_path / ".policy.partial"  # of a process that was killed
     left.mkdir()

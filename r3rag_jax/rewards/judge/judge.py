@@ -19,7 +19,7 @@ import numpy as np
 
 from r3rag_jax.clients.chat import Chat
 from r3rag_jax.clients.endpoint import MAX_SHOWN
-from r3rag_jax.errors import UserError
+from r3rag_jax.errors import ServiceError
 from r3rag_jax.parallel.processes import from_process_0
 from r3rag_jax.retrieval.fingerprint import digest
 from r3rag_jax.rewards.judge.judgements import Judgements
@@ -92,7 +92,7 @@ class Judge:
         """One round: each inquiry is asked once, unless its verdict is known; all processes must call together.
 
         Raises:
-            UserError: more than `max_failure_share` of the round failed, and either MIN_FAILURES at least or every
+            ServiceError: more than `max_failure_share` of the round failed, and either MIN_FAILURES at least or every
                 inquiry because there was no reply; the error names the judge and the first reason.
         """
         different = list(dict.fromkeys(inquiries))
@@ -139,7 +139,7 @@ class Judge:
                     has_given_up = True
                     self._chat.give_up()
         if has_given_up or (len(reasons) > max_failures and num_without_reply == len(inquiries)):
-            raise UserError(
+            raise ServiceError(
                 f"the judge {self._chat.model} at {self._chat.location} failed in {len(reasons)} of {num_in_round} "
                 f"judgements, more than judge.max_failure_share={self._max_failure_share:g} allows; "
                 f"{self._file.path} keeps the others; the first failure: {reasons[0]}"
