@@ -48,6 +48,7 @@ class DemoApplication:
         self._player: Player | None = None
         self._open_questions: dict[str, AskedQuestion] = {}
         self.app = new_api("r3rag_jax demo")
+        self.app.openapi = self._openapi  # type: ignore[method-assign]
         self._add_routes(metrics)
         paths = [str(getattr(route, "path", "")) for route in self.app.routes]
         # The pages hold nothing of the run's; they ask for the token.
@@ -69,7 +70,7 @@ class DemoApplication:
     def _add_routes(self, metrics: RequestMetrics) -> None:
         refusals = openapi_refusals(_REFUSALS)
         stream: dict[int | str, dict[str, Any]] = {
-            200: {"description": "A line of JSON for each event.", "content": {NDJSON: {"schema": rows_schema()}}}
+            200: {"description": "A line of JSON for each event.", "content": {NDJSON: {"schema": rows_schema()[0]}}}
         }
         app = self.app
         app.post("/v1/ask", response_model=None, responses=stream | refusals)(self._ask)
@@ -93,6 +94,7 @@ class DemoApplication:
     def _openapi(self) -> dict[str, Any]:
         """The OpenAPI document, with the limits of the player once it is open."""
         found = FastAPI.openapi(self.app)
+        found.setdefault("components", {}).setdefault("schemas", {}).update(rows_schema()[1])
         if self._player is not None:
             found["paths"]["/v1/ask"]["post"] |= openapi_body(self._body.model_json_schema())
         return found

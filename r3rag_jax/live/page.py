@@ -14,6 +14,8 @@ from markupsafe import Markup
 
 from r3rag_jax.reporting.rendering import environment
 
+LIMITS = {"minimum": "from", "maximum": "to", "maxLength": "length up to"}  # of a JSON schema
+
 
 class Page(NamedTuple):
     """A page and the headers that it is sent with."""
@@ -35,11 +37,34 @@ def api_page(openapi: Mapping[str, Any]) -> Page:
         for path, methods in openapi["paths"].items()
         for method, operation in methods.items()
     ]
-    return _page("api.html.j2", None, {"operations": operations, "info": openapi["info"], "show": _show})
+    schemas = openapi["components"]["schemas"]
+    values = {"operations": operations, "schemas": schemas, "info": openapi["info"], "fields": fields}
+    return _page("api.html.j2", None, values)
 
 
-def _show(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
+def fields(schema: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The properties of a JSON schema, for a table: name, values, and what they mean."""
+    rows = []
+    for name, field in schema["properties"].items():
+        meaning = field.get("description", "")
+        if "default" in field and "const" not in field:
+            meaning = f"{meaning}{'; ' if meaning else ''}default: {json.dumps(field['default'])}"
+        rows.append((name, _values(field), meaning))
+    return rows
+
+
+def _values(field: Mapping[str, Any]) -> str:
+    """What a value may be, in words."""
+    if "const" in field or "enum" in field:
+        return " or ".join(json.dumps(value) for value in field.get("enum", [field.get("const")]))
+    if "$ref" in field:
+        return field["$ref"].rpartition("/")[2]
+    if "anyOf" in field:
+        return " or ".join(map(_values, field["anyOf"]))
+    if field.get("type") == "array":
+        return f"list of {_values(field['items'])}"
+    limits = [f"{word} {field[key]}" for key, word in LIMITS.items() if key in field]
+    return ", ".join([str(field.get("type", "value")), *limits])
 
 
 def _page(template: str, script: str | None, values: Mapping[str, Any]) -> Page:

@@ -131,11 +131,11 @@ Row = (
 LAST_ROWS = ("end", "failed", "cancelled")
 
 
-def rows_schema() -> dict[str, Any]:
-    """The JSON schema of a row."""
-    return TypeAdapter(Annotated[Row, Field(discriminator="event")]).json_schema(
-        ref_template="#/components/schemas/{model}"
-    )
+def rows_schema() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON schema of a row, and those it refers to, which belong in the components of an OpenAPI document."""
+    rows: TypeAdapter[Any] = TypeAdapter(Annotated[Row, Field(discriminator="event")])
+    schema = rows.json_schema(ref_template="#/components/schemas/{model}")
+    return schema, schema.pop("$defs")
 
 
 class RowMaker:

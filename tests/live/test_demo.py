@@ -127,7 +127,18 @@ def test_other_content_types_are_refused(demo: Demo) -> None:
     assert demo.post("/v1/ask", {"question": "x"}, **{"content-type": "text/plain"}).status_code == 415
 
 
+def references(value: Any) -> set[str]:
+    """The `$ref`s in a JSON value."""
+    if isinstance(value, list):
+        return set().union(*map(references, value))
+    if not isinstance(value, dict):
+        return set()
+    return set().union(*map(references, value.values())) | ({value["$ref"]} if "$ref" in value else set())
+
+
 def test_pages_and_descriptions(demo: Demo) -> None:
+    document = demo.get("/openapi.json").json()
+    assert references(document) == {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
     for path in ("/", "/api"):
         page = demo.get(path)
         policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
@@ -135,7 +146,6 @@ def test_pages_and_descriptions(demo: Demo) -> None:
         assert policy["script-src"] == "'none'" or policy["script-src"].startswith("'sha256-")
         assert "innerHTML" not in page.text and "https://" not in page.text
     assert all(path in page.text for path in ("/v1/ask", "/v1/questions/{id}/next", "/v1/settings"))
-    document = demo.get("/openapi.json").json()
     ask = document["paths"]["/v1/ask"]["post"]
     assert ask["requestBody"]["content"]["application/json"]["schema"]["properties"]["k"]["maximum"] == 20
     events = ask["responses"]["200"]["content"]["application/x-ndjson"]["schema"]

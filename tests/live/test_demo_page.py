@@ -68,6 +68,11 @@ def test_a_question_is_streamed_to_its_answer_and_its_link_asks_again(demo: Demo
     sees(other, "finished")
     assert (other.input_value("#question"), other.input_value("#k")) == (QUESTION.question, "2")
     assert other.input_value("#retriever") == "less" and faults(other) == []
+    other.goto(f"{demo.url}/api")
+    for opener in other.locator("summary").all():
+        opener.click()
+    sees(other, "passages", within="details")
+    assert faults(other) == []
 
 
 def test_a_user_who_leaves_frees_the_slot_for_another(demo: Demo, open_page: PageOpener) -> None:
