@@ -58,6 +58,9 @@ class Tokenizer:
             )
         if not 0 < self.vocab_size <= MAX_VOCABULARY:  # the library goes through all numbers up to the largest id
             raise ValueError(f"{file} must have ids below {MAX_VOCABULARY}; got up to {self.vocab_size - 1}")
+        ids = self._backend.get_vocab(with_added_tokens=False).values()
+        if len(set(ids)) != len(ids):  # the library writes one token for an id, and cannot read what it has written
+            raise ValueError(f"{file} must have a token for each id; {len(ids) - len(set(ids))} ids have several")
         unknown = getattr(self._backend.model, "unk_token", None)
         if unknown is not None and self._backend.token_to_id(unknown) is None:
             raise ValueError(f"{file} must have its unk_token in the vocabulary; got {unknown!r}")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path[:0] = [str(TESTS), str(TESTS.parent), *(str(TESTS / name) for name in ("data", "retrieval"))]
+sys.path[:0] = [str(TESTS), str(TESTS.parent), *(str(TESTS / name) for name in ("data", "retrieval", "text"))]
 
 from tests.fuzz.target import Outcome, Target, run_cases  # noqa: E402
 from tests.fuzz.targets import TARGETS  # noqa: E402

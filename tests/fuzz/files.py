@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import merging
 import numpy as np
+import sentencepiece_like
 import tiny
 import yaml
 from corpora import encyclopedia
@@ -284,22 +286,45 @@ def _with_files(directory: Path, files: Mapping[str, bytes], rng: random.Random,
 
 def open_tokenizers(directory: Path) -> Run:
     """tokenizer.json and the files beside it: a tokenizer that encodes, frames and ends texts, or an error."""
-    tiny.tokenizer(directory)
     added = {
         "additional_special_tokens": ["<x>"], "bos_token": {"content": "<|endoftext|>", "lstrip": False},
         "added_tokens_decoder": {"300": {"content": "<y>", "special": True}}, "extra_special_tokens": {"a": "<z>"},
     }  # fmt: skip
     trees = {
-        "tokenizer.json": json.loads((directory / "tokenizer.json").read_text()),
+        "tokenizer.json": _small_tokenizer(directory),
         "tokenizer_config.json": json.loads((directory / "tokenizer_config.json").read_text()) | added,
         "special_tokens_map.json": {"eos_token": "<|im_end|>", "unk_token": {"content": "<x>"}},
         "generation_config.json": {"eos_token_id": [0, 1]},
     }
-    trees["tokenizer.json"]["model"]["vocab"] = dict(list(trees["tokenizer.json"]["model"]["vocab"].items())[:60])
-    files = {name: json.dumps(tree).encode() for name, tree in trees.items()}
+    return _tokenizers(directory, [trees])
+
+
+def open_tokenizer_kinds(directory: Path) -> Run:
+    """The same of other kinds: with a space before a text, and with the published pre-tokenizers."""
+    kinds = []
+    for name, write in (
+        ("prepend", sentencepiece_like.write), ("first", sentencepiece_like.write), ("qwen2", merging.tokenizer),
+        ("smollm2", merging.tokenizer),
+    ):  # fmt: skip
+        write(directory / name, name)
+        names = ("tokenizer.json", "tokenizer_config.json")
+        kinds.append({one: json.loads((directory / name / one).read_text()) for one in names})
+    return _tokenizers(directory, kinds)
+
+
+def _small_tokenizer(directory: Path) -> Any:
+    tiny.tokenizer(directory)
+    tree = json.loads((directory / "tokenizer.json").read_text())
+    tree["model"]["vocab"] = dict(list(tree["model"]["vocab"].items())[:60])
+    return tree
+
+
+def _tokenizers(directory: Path, kinds: list[dict[str, Any]]) -> Run:
+    files = [{name: json.dumps(tree).encode() for name, tree in trees.items()} for trees in kinds]
 
     def run(rng: random.Random) -> str:
-        _with_files(directory, files, rng, trees)
+        kind = rng.randrange(len(kinds))
+        _with_files(directory, files[kind], rng, kinds[kind])
         try:
             with reading(directory):
                 load_generation(directory)

@@ -18,6 +18,7 @@ TARGETS = (
     Target("model configs", 80, files.open_model_configs),
     Target("weights", 40, files.open_weights),
     Target("tokenizers", 30, files.open_tokenizers),
+    Target("tokenizer kinds", 10, files.open_tokenizer_kinds),
     Target("encoder files", 40, files.open_encoder_files),
     Target("indexes", 30, files.open_indexes),
     Target("search replies", 40, replies.open_search_replies),

@@ -78,6 +78,16 @@ def test_ids_have_a_limit(tmp_path: Path, id: int) -> None:
         Tokenizer(tmp_path)
 
 
+def test_an_id_has_one_token(tmp_path: Path) -> None:
+    """A copy of the tokenizer could not be made: "Token out of vocabulary", at the first prompt."""
+    tiny.tokenizer(tmp_path)
+    tree = json.loads((tmp_path / "tokenizer.json").read_text())
+    tree["model"]["vocab"]["twice"] = 20
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"must have a token for each id; 1 ids have several"):
+        Tokenizer(tmp_path)
+
+
 def test_a_vocabulary_has_tokens(tmp_path: Path) -> None:
     tiny.tokenizer(tmp_path)
     tree = json.loads((tmp_path / "tokenizer.json").read_text())
