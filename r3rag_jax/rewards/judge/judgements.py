@@ -14,6 +14,7 @@ import numpy as np
 
 from r3rag_jax.errors import UserError
 from r3rag_jax.json_text import parse_json
+from r3rag_jax.run.files import naming
 
 
 class Judgements:
@@ -70,7 +71,10 @@ class Judgements:
                 self._scores[key] = row["score"]
             if stream is not None:
                 line = json.dumps({"key": key, **row}, ensure_ascii=False)
-                stream.write(line.encode("utf-8", "replace") + b"\n")  # a reply may hold half a surrogate pair
+                left = line.encode("utf-8", "replace") + b"\n"  # a reply may hold half a surrogate pair
+                with naming(self.path):
+                    while left:  # a disk that becomes full takes a part first
+                        left = left[stream.write(left) or 0 :]
 
         with stream or contextlib.nullcontext():
             yield add

@@ -73,3 +73,13 @@ def test_a_folder_is_no_file_of_judgements(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"judge\.cache: .* cannot be written: Not a directory|File exists"):
         ask(tenths, tmp_path / "file" / "j.jsonl", [1])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    judgements = Judgements(path)
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught, judgements.writing() as add:
+        add("key", {"score": 0.5})
+    assert caught.value.filename == str(path)
