@@ -27,6 +27,7 @@ from r3rag_jax.config.redact import VARIABLE
 from r3rag_jax.errors import ServiceError, UserError
 from r3rag_jax.json_text import parse_json
 from r3rag_jax.run.counters import count_event
+from r3rag_jax.run.preemption import is_asked_to_stop
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -137,7 +138,7 @@ class Endpoint:
         Servers take turns; where one is busy, broken or away the next is asked. When all have failed the request is
         repeated after doubling waits. Once a call has run out of its retries, every further one of the session has a
         single attempt until one is answered: the servers have had their time, and hundreds of calls that each wait
-        their turn would take hours to say so.
+        their turn would take hours to say so. So has a call of a process that has been asked to stop.
 
         Args:
             streamed: hears the reply as it comes, and joins it.
@@ -166,7 +167,7 @@ class Endpoint:
             if attempt == self._config.retries:
                 self._is_away = True
             wait_s = min(MAX_WAIT_S, max(least_wait_s, self._first_wait_s * 2**attempt))
-            if attempt == num_attempts - 1 or self.pause(wait_s):
+            if attempt == num_attempts - 1 or is_asked_to_stop() or self.pause(wait_s):
                 break
         raise ServiceError(
             f"{self._name}.url: {asked}{path} failed, attempt {attempt + 1} of {self._config.retries + 1}: {reason}"

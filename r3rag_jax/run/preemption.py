@@ -37,7 +37,13 @@ from r3rag_jax.parallel.processes import broadcast_json, post, posted
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 PREEMPTION = "a preemption notice"
 NOTE = "stop"  # name of the note by which a process tells the others
+_asked = threading.Event()  # somebody has asked this process to stop, while a StopSignals listens
 POLL_S = 1.0  # how often a process looks for the notes of others, and at the clock
+
+
+def is_asked_to_stop() -> bool:
+    """Whether this process is about to end: what waits for others need not go on waiting. Any thread may call."""
+    return _asked.is_set()
 
 
 def exit_status(why: str) -> int:
@@ -100,6 +106,7 @@ class StopSignals:
         self._state, self._say = StopState(limit_s), say
         self._lock = threading.Lock()
         self._wants_raise = threading.Event()
+        self._is_listening = False
         self._is_stopping = False  # StopRun was made: a second one must not be raised while the first goes up
         self._restore: Callable[[], None] = lambda: None
 
@@ -138,6 +145,7 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
         self._restore()
         self._restore = lambda: None
+        _asked.clear()
         if self.why is not None and isinstance(error, Exception) and jax.process_count() > 1:
             # What another process leaves behind when it stops in the middle: a connection that was closed.
             raise self.stop_run(f"{type(error).__name__} while all processes were stopping") from error
@@ -214,6 +222,8 @@ class StopSignals:
     def _on(self, event: Callable[[str, float], Action], why: str) -> None:
         with self._lock:
             action = event(why, time.monotonic())
+        if action is not Action.NOTHING and self._is_listening:
+            _asked.set()
         if action is Action.EXIT:
             self._exit(f"a second {why}")
         elif action is Action.DEFER:

@@ -68,6 +68,7 @@ class SaveSchedule:
 
         Raises:
             ServiceError: that of the block, with what is kept.
+            StopRun: in its place where the run has been asked to stop, which ends the waiting for servers.
         """
         try:
             yield
@@ -77,6 +78,8 @@ class SaveSchedule:
             if step() > (self._checkpoints.latest or 0):
                 save()
             self._checkpoints.wait()
+            if self._stop.why is not None:
+                raise self._stop.stop_run(self._done(step())) from error
             text = f"{error}; {self._done(step())}; start the same command again when it answers"
             raise type(error)(text, is_common=error.is_common) from error
 

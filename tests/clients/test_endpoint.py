@@ -18,6 +18,7 @@ from openai_server import MODEL, Reply, chat, serve
 from r3rag_jax.clients.endpoint import Endpoint, RateLimit
 from r3rag_jax.config import EndpointConfig
 from r3rag_jax.errors import UserError
+from r3rag_jax.run.preemption import StopSignals
 
 BODY = {"messages": [{"role": "user", "content": "hello"}]}
 PATH = "/chat/completions"
@@ -124,6 +125,17 @@ def test_calls_that_are_given_up_are_not_repeated() -> None:
             endpoint.call(PATH, BODY)
         assert time.monotonic() - started < 30  # the wait ended early
     assert len(server.bodies) == 1
+
+
+def test_a_process_that_is_asked_to_stop_does_not_ask_again() -> None:
+    stop = StopSignals()
+    with serve(failing(9, 503)) as server, stop:
+        stop._state.is_deferred = True
+        stop._on(stop._state.on_note, "a preemption notice")
+        with pytest.raises(UserError, match="attempt 1 of 3: 503"):
+            open_at(server.url).call(PATH, BODY)
+    with serve(failing(2, 503)) as server:
+        assert said(open_at(server.url).call(PATH, BODY)) == "yes"
 
 
 def test_requests_per_minute_hold_for_every_attempt() -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from r3rag_jax.errors import UNAVAILABLE_STATUS, ServiceError, UserError, main_guard
+from r3rag_jax.errors import UNAVAILABLE_STATUS, ServiceError, StopRun, UserError, main_guard
 from r3rag_jax.retrieval.base import RetrievalError
 from r3rag_jax.run import schedule
 from r3rag_jax.run.checkpoints import Checkpoints
@@ -17,11 +17,12 @@ from r3rag_jax.run.preemption import StopSignals
 from r3rag_jax.run.schedule import SaveSchedule
 
 
-def run(directory: Path, error: Exception, fails_at: int = 3) -> None:
+def run(directory: Path, error: Exception, fails_at: int = 3, stop: StopSignals | None = None) -> None:
     """A phase of 9 steps with a checkpoint every second one, in which step `fails_at` fails."""
+    stop = stop or StopSignals()
     state = {"done": 0}
     with Checkpoints(directory) as checkpoints:
-        saves = SaveSchedule(checkpoints, StopSignals(), every=2, minutes=0, total=9, unit="step")
+        saves = SaveSchedule(checkpoints, stop, every=2, minutes=0, total=9, unit="step")
 
         def save() -> None:
             checkpoints.save(state["done"], {"x": jnp.full(3, state["done"])}, {})
@@ -49,6 +50,15 @@ def test_what_is_done_is_saved(
         assert reader.latest == kept
         if kept is not None:
             assert reader.restore({"x": jnp.zeros(3, int)})[0]["x"].tolist() == [kept] * 3
+
+
+def test_a_run_that_is_asked_to_stop_meanwhile_stops(tmp_path: Path) -> None:
+    stop = StopSignals()
+
+    stop._state.is_deferred = True
+    stop._state.on_note("SIGTERM", now=0)
+    with pytest.raises(StopRun, match="SIGTERM: step 1 of 9 is done, the newest checkpoint is of 1; the same command"):
+        run(tmp_path, RetrievalError("away"), fails_at=1, stop=stop)
 
 
 def test_other_errors_save_nothing(tmp_path: Path) -> None:
