@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -11,8 +12,16 @@ from rich.text import Text
 
 from r3rag_jax.data.trajectories import read_recorded
 from r3rag_jax.evaluation.flags import habits_parser
-from r3rag_jax.evaluation.habits import FOREIGN_WORDS, HABITS, Count, count_habits, foreign_words
+from r3rag_jax.evaluation.habits import FOREIGN_WORDS, HABITS, Count, Habit, count_habits, foreign_words
 from r3rag_jax.reporting.rendering import visible
+from r3rag_jax.types import Trajectory
+
+
+class HabitRow(NamedTuple):
+    """A habit and how often each set of trajectories shows it: `12.5 % (5 of 40)`; — where none could."""
+
+    habit: Habit
+    texts: list[str]
 
 
 def print_habits(words: Sequence[str]) -> None:
@@ -22,21 +31,26 @@ def print_habits(words: Sequence[str]) -> None:
         UserError: a file is missing, or a line of it is no trajectory.
     """
     files = habits_parser().parse_args(words).trajectories
-    first, *others = [read_recorded(file) for file in files]
-    counts = [count_habits(first), *(count_habits(other, known=first) for other in others)]
-    Console().print(habits_table([_title(file) for file in files], counts))
+    Console().print(habits_table([_title(file) for file in files], habit_rows([read_recorded(file) for file in files])))
 
 
-def habits_table(titles: Sequence[str], counts: Sequence[Mapping[str, Count]]) -> Table:
-    """A row for each habit, a column for each set of trajectories: `12.5 % (5 of 40)`; — where none could show it."""
-    habits = HABITS | {FOREIGN_WORDS: foreign_words(())}
-    lines = [f"{habit.title}: {habit.definition}; of {habit.of}." for habit in habits.values()]
+def habits_table(titles: Sequence[str], rows: Sequence[HabitRow]) -> Table:
+    """The rows for a terminal, with a column for each set of trajectories."""
+    lines = [f"{habit.title}: {habit.definition}; of {habit.of}." for habit, _ in rows]
     table = Table(caption=Text("\n".join(lines), "table.caption"), caption_justify="left", box=None)
     for name in ("", *titles):
         table.add_column(Text(visible(name)), justify="right" if name else "left")
-    for name, habit in habits.items():
-        table.add_row(habit.title, *(_shown(count.get(name)) for count in counts))
+    for habit, texts in rows:
+        table.add_row(habit.title, *texts)
     return table
+
+
+def habit_rows(sets: Sequence[Sequence[Trajectory]]) -> list[HabitRow]:
+    """Each habit in sets of trajectories, at least one; words of its own are those that the first set never has."""
+    first, *others = sets
+    counts = [count_habits(first), *(count_habits(other, known=first) for other in others)]
+    habits = HABITS | {FOREIGN_WORDS: foreign_words(())}
+    return [HabitRow(habit, [_shown(count.get(name)) for count in counts]) for name, habit in habits.items()]
 
 
 def _shown(count: Count | None) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from collections import Counter
 
@@ -31,7 +32,7 @@ from r3rag_jax.reporting.curves import (
 from r3rag_jax.reporting.explorer import explorer_block
 from r3rag_jax.reporting.gallery import gallery, milestones
 from r3rag_jax.reporting.paper_tables import as_json, table_from_json
-from r3rag_jax.reporting.report_page import headline, write_report
+from r3rag_jax.reporting.report_page import headline, report_html, write_report
 from r3rag_jax.reporting.run_files import load_run
 from r3rag_jax.reporting.time_split import draw_time_split
 from r3rag_jax.types import Question
@@ -332,6 +333,17 @@ def test_odd_rows_of_steps_do_no_harm(tmp_path):
     items = block_of(write_report(run_dir).read_text(encoding="utf-8"))["sources"][0]["items"]
     assert not {"t", "r", "adv"} & items[0]["steps"][0].keys()
     assert "t" in items[1]["steps"][0] and "lp" not in items[1]["steps"][0]
+
+
+def test_habits_before_and_after_rl_are_shown(html, run_dir, tmp_path):
+    [(titles, cells)] = re.findall(
+        r'<section id="habits">.*?<thead>(.*?)</thead>.*words of its own</th>(.*?)</tr>', html, re.S
+    )
+    assert re.findall(r"<th[^>]*>(.*?)</th>", titles) == ["habit", "Cold start", "R3-RAG"]
+    assert re.fullmatch(r"<td>—</td><td>[\d.]+ % \(\d+ of \d+\)</td>", cells)
+    alone = shutil.copytree(run_dir, tmp_path / "alone")
+    (alone / "trajectories" / "cold_start.jsonl").unlink()
+    assert ">Cold start</th>" not in report_html(load_run(alone)).partition('id="habits"')[2].partition("</thead>")[0]
 
 
 def test_tables_of_the_run_are_shown(run_dir, tmp_path):
