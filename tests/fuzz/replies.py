@@ -41,7 +41,7 @@ class FakeTransport:
     def __init__(self) -> None:
         self.reply = Reply(200, {}, b"")
 
-    def send(self, method: str, url: str, content: bytes | None = None) -> Reply:
+    def send(self, method: str, url: str, content: bytes | None = None, feed: Any = None) -> Reply:
         """See `Transport.send`."""
         return self.reply
 
