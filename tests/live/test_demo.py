@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tiny_run
 from demos import HOSTILE, QUESTION, STEPS, Demo, make_codec, running
@@ -269,3 +273,22 @@ def test_what_cannot_be_shown_ends_in_a_line(
 ) -> None:
     assert command.main(["--checkpoint", str(finished("tags")), "--port", "0", *words]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_process_in_order(finished: Callable[[str], Path]) -> None:
+    command_line = [sys.executable, "-m", "r3rag_jax.demo", "--checkpoint", str(finished("tags")), "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(Path(command.__file__).parents[1])}
+    process = subprocess.Popen(command_line, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        line = next(line for line in process.stdout if line.startswith("ready at "))
+        body = {"question": "Who wrote The Red Door?", "stream": False}
+        reply = httpx.post(f"{line.split()[2].rstrip(':')}/v1/ask", json=body, timeout=60, trust_env=False)
+        assert reply.json()["question"] == body["question"]
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()

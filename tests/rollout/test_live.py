@@ -225,9 +225,10 @@ def test_an_engine_that_fails_ends_all(capsys: pytest.CaptureFixture[str]) -> No
 # ---------------------------------------------------------------------------- with the engine
 
 
-def test_trajectories_are_those_of_a_rollout(finished: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("protocol", ["tags", pytest.param("steps", marks=pytest.mark.slow)])
+def test_trajectories_are_those_of_a_rollout(protocol: str, finished: Callable[[str], Path]) -> None:
     """Of two policies at once, more questions than slots, others cancelled in between, and single steps."""
-    components = tiny_run.open_components(finished("tags"), "rollout.slots=4")
+    components = tiny_run.open_components(finished(protocol), "rollout.slots=4")
     requests = [RolloutRequest(q, 0, t, seed=5) for q in components.dataset.questions("test")[:3] for t in (0.0, 0.9)]
     policies = (BASE_POLICY, "rl")
     expected = {name: played(components, name, requests) for name in policies}
