@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from r3rag_jax.retrieval.base import Hit, Retriever
+from r3rag_jax.retrieval.base import Hit, RetrievalError, Retriever
 from r3rag_jax.retrieval.batching import Batcher
 from r3rag_jax.serving.refusal import Refusal
 from r3rag_jax.types import Passage
@@ -97,7 +97,7 @@ def test_a_retriever_that_returns_the_wrong_number_of_rows_has_failed() -> None:
             return []
 
     batcher = open_batcher(Short())
-    with pytest.raises(RuntimeError, match="a row for each of 2 queries; got 0"):
+    with pytest.raises(RetrievalError, match="a row for each of 2 queries; got 0"):
         batcher.search(["a", "b"], 1).result(20)
     batcher.close()
 
