@@ -62,7 +62,7 @@ def test_rl_loss_and_gradients_on_a_mesh(sizes: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [(1, 1, 8), (1, 2, 4), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", MESHES)
 @pytest.mark.parametrize("model", [{}, {"model_type": "qwen3", "tie_word_embeddings": False}], ids=["qwen2", "qwen3"])
 def test_fourteen_heads_of_two_groups_on_a_mesh(model: dict[str, Any], sizes: tuple[int, int, int]) -> None:
     """Over eight devices two query heads each, over four four: the last device has fewer, or none."""
