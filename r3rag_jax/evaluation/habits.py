@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from r3rag_jax.rewards.normalization import normalize_answer
 from r3rag_jax.types import Passage, Step, Trajectory
 
-FOREIGN_WORDS = "foreign_words"  # the habit that needs other trajectories to compare with
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")  # letters; "o'clock" is one
 
 
@@ -126,23 +125,34 @@ HABITS: dict[str, Habit] = {
 }  # fmt: skip
 
 
-def foreign_words(known: Iterable[Trajectory]) -> Habit:
-    """The habit of writing words that the policy of `known` never writes: what a policy makes up or mangles.
+def foreign_habits(known: Iterable[Trajectory]) -> dict[str, Habit]:
+    """The habits of writing what the policy of `known` never writes: words that RL mangles, names that are made up.
 
     A word counts unless a step of `known` has it, or the question or a passage that was shown before. Case does not
-    matter; digits and signs are no words.
+    matter for that; what begins with a capital letter is a name. Digits and signs are no words.
     """
-    vocabulary = frozenset(word for trajectory in known for step in trajectory.steps for word in _written(step))
+    vocabulary = frozenset(word.lower() for trajectory in known for step in trajectory.steps for word in _written(step))
 
-    def shows(moment: Moment) -> bool:
-        new = {word for word in _written(moment.step) if word not in vocabulary}
-        if not new:
-            return False
-        texts = [moment.trajectory.question.question, *(passage.contents for passage in moment.shown)]
-        return bool(new.difference(*(set(_words(text)) for text in texts)))
+    def of(is_name: bool) -> Callable[[Moment], bool]:
+        def shows(moment: Moment) -> bool:
+            written = {word.lower() for word in _written(moment.step) if word[0].isupper() == is_name}
+            new = written - vocabulary
+            if not new:
+                return False
+            texts = [moment.trajectory.question.question, *(passage.contents for passage in moment.shown)]
+            return bool(new.difference(*({word.lower() for word in _words(text)} for text in texts)))
 
-    return Habit("words of its own", "the step has a word that the other system never writes, and no text it was shown",
-                 "steps", lambda _: True, shows)  # fmt: skip
+        return shows
+
+    rule = "that the other system never writes, and no text it was shown"
+    return {
+        "foreign_words": Habit(
+            "words of its own", f"the step has a word in small letters {rule}", "steps", lambda _: True, of(False)
+        ),
+        "foreign_names": Habit(
+            "names of its own", f"the step has a capitalised word {rule}", "steps", lambda _: True, of(True)
+        ),
+    }
 
 
 def _written(step: Step) -> Iterator[str]:
@@ -151,16 +161,16 @@ def _written(step: Step) -> Iterator[str]:
 
 
 def _words(text: str) -> Iterator[str]:
-    return (match[0].lower() for match in _WORD.finditer(text))
+    return (match[0] for match in _WORD.finditer(text))
 
 
 def count_habits(trajectories: Sequence[Trajectory], known: Sequence[Trajectory] = ()) -> dict[str, Count]:
     """How often trajectories show each habit, by its name, in the order of HABITS.
 
     Args:
-        known: trajectories of another policy, usually the cold start's; with some, `foreign_words` is counted, too.
+        known: trajectories of another policy, usually the cold start's; with some, `foreign_habits` are counted, too.
     """
-    habits = HABITS | ({FOREIGN_WORDS: foreign_words(known)} if known else {})
+    habits = HABITS | (foreign_habits(known) if known else {})
     moments = [
         Moment(trajectory, step, trajectory.steps[:index])
         for trajectory in trajectories

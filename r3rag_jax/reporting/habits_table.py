@@ -12,7 +12,7 @@ from rich.text import Text
 
 from r3rag_jax.data.trajectories import read_recorded
 from r3rag_jax.evaluation.flags import habits_parser
-from r3rag_jax.evaluation.habits import FOREIGN_WORDS, HABITS, Count, Habit, count_habits, foreign_words
+from r3rag_jax.evaluation.habits import HABITS, Count, Habit, count_habits, foreign_habits
 from r3rag_jax.reporting.rendering import visible
 from r3rag_jax.types import Trajectory
 
@@ -46,10 +46,10 @@ def habits_table(titles: Sequence[str], rows: Sequence[HabitRow]) -> Table:
 
 
 def habit_rows(sets: Sequence[Sequence[Trajectory]]) -> list[HabitRow]:
-    """Each habit in sets of trajectories, at least one; words of its own are those that the first set never has."""
+    """Each habit in sets of trajectories, at least one; words and names of its own are what the first never has."""
     first, *others = sets
     counts = [count_habits(first), *(count_habits(other, known=first) for other in others)]
-    habits = HABITS | {FOREIGN_WORDS: foreign_words(())}
+    habits = HABITS | foreign_habits(())
     return [HabitRow(habit, [_shown(count.get(name)) for count in counts]) for name, habit in habits.items()]
 
 

@@ -61,20 +61,21 @@ def test_a_query_that_is_only_yes_guesses_nothing() -> None:
     assert count_habits([play(search("yes"), question=question)])["guessed_query"] == Count(0, 1)
 
 
-def test_words_that_another_policy_never_writes() -> None:
+def test_words_and_names_that_another_policy_never_writes() -> None:
     same = play(search("Origin of writer", DARWIN), answer("SHREWSBURY 1809"))
     of_a_passage = play(search("the birthplace", DARWIN), search("Charles of birthplace"))
     too_early = play(search("Charles", DARWIN))  # the passage comes after the query
-    mangled = play(search("writer", analysis="I ned it."), Step("ned", is_well_formed=False))
-    counts = [count_habits([t], known=[PLAIN])["foreign_words"] for t in (same, of_a_passage, too_early, mangled)]
-    assert counts == [Count(0, 2), Count(0, 2), Count(1, 1), Count(2, 2)]
-    assert "foreign_words" not in count_habits([mangled])
+    mangled = play(search("writer", analysis="I ned it."), Step("ned Darvin", is_well_formed=False))
+    counts = [count_habits([t], known=[PLAIN]) for t in (same, of_a_passage, too_early, mangled)]
+    assert [count["foreign_words"] for count in counts] == [Count(0, 2), Count(0, 2), Count(0, 1), Count(2, 2)]
+    assert [count["foreign_names"] for count in counts] == [Count(0, 2), Count(0, 2), Count(1, 1), Count(1, 2)]
+    assert not {"foreign_words", "foreign_names"} & set(count_habits([mangled]))
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     files = [tmp_path / name / "trajectories" / "r3rag.jsonl" for name in ("before", "after")]
-    for file, trajectory in zip(files, (PLAIN, play(search("x"), search("X"))), strict=True):
+    for file, trajectory in zip(files, (PLAIN, play(search("xq"), search("Xq"))), strict=True):
         file.parent.mkdir(parents=True)
         write_jsonl(file, [trajectory_to_dict(trajectory)])
     evaluate.main(["habits", *map(str, files)])
@@ -82,7 +83,8 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert lines[0] == "before: r3rag after: r3rag"
     assert "query repeated 0.0 % (0 of 2) 50.0 % (1 of 2)" in lines
     assert "answer without evidence 0.0 % (0 of 1) —" in lines
-    assert "words of its own — 100.0 % (2 of 2)" in lines
+    assert "words of its own — 50.0 % (1 of 2)" in lines
+    assert "names of its own — 50.0 % (1 of 2)" in lines
 
     files[0].write_text("{}\n")
     assert evaluate.main(["habits", *map(str, files)]) == 2
