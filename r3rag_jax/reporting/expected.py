@@ -20,9 +20,9 @@ METRICS = (
 )  # fmt: skip
 # Keys that make no other recipe: names, seeds, what is shown, and where and how fast it runs.
 FREE = (
-    "name", "seed", "run_dir", "phases", "stop_s", "budget", "log", "mesh", "guards", "eval", "baselines", "coldstart",
-    "rollout.slots", "rollout.decode_chunk", "rl.checkpoint_every", "rl.checkpoint_minutes", "rl.keep_checkpoints",
-    "sft.checkpoint_every", "sft.checkpoint_minutes", "sft.keep_checkpoints",
+    "name", "seed", "world.seed", "run_dir", "phases", "stop_s", "budget", "log", "mesh", "guards", "eval", "baselines",
+    "coldstart", "rollout.slots", "rollout.decode_chunk", "rl.checkpoint_every", "rl.checkpoint_minutes",
+    "rl.keep_checkpoints", "sft.checkpoint_every", "sft.checkpoint_minutes", "sft.keep_checkpoints",
 )  # fmt: skip
 Settings = dict[str, Any]  # dotted key -> value
 
