@@ -16,6 +16,7 @@ from r3rag_jax.evaluation.comparison import Comparison, compare
 from r3rag_jax.evaluation.flags import comparison_parser
 from r3rag_jax.evaluation.metrics import RATIOS, metric_of
 from r3rag_jax.evaluation.tables.table import MEAN, Table, TableRow
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.reporting.rendering import visible
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.files import write_text
@@ -158,7 +159,7 @@ def table_from_json(text: str) -> Table:
     Raises:
         ValueError, TypeError, KeyError: the text is something else.
     """
-    fields = json.loads(text)
+    fields = parse_json(text)
     del fields["command"]
     rows = [TableRow(**row) for row in fields.pop("rows")]
     return Table(**fields | {"metrics": tuple(fields["metrics"])}, rows=rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from r3rag_jax.data.trajectories import trajectory_from_dict
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.evaluation.tables.table import Table
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.reporting.paper_tables import table_from_json
 from r3rag_jax.run.directory import RL_TRAJECTORIES, RunDirectory
 from r3rag_jax.types import Trajectory
@@ -92,8 +92,8 @@ def _rows(path: Path, notices: list[str]) -> Iterable[dict[str, Any]]:
     lines = path.read_bytes().removesuffix(b"\n").split(b"\n")  # a text may hold other characters that end lines
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line.decode("utf-8", errors="replace"))
-        except (ValueError, RecursionError):
+            row = parse_json(line.decode("utf-8", errors="replace"))
+        except ValueError:
             row = None
         if isinstance(row, dict):
             yield row
@@ -114,7 +114,7 @@ def _evals(folder: Path, notices: list[str]) -> list[dict[str, Any]]:
     evals = []
     for path in sorted(folder.glob("*.json"), key=lambda p: (order.get(p.stem, len(order)), p.stem)):
         try:
-            evals.append(json.loads(path.read_text(encoding="utf-8")))
+            evals.append(parse_json(path.read_text(encoding="utf-8")))
         except ValueError:
             notices.append(f"eval/{path.name} is not JSON and was left out.")
     return evals

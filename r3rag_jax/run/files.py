@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from r3rag_jax.json_text import parse_json
+
 SUFFIX = ".partial"
 SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's only words for a full disk
 
@@ -132,8 +134,8 @@ def keep_rows(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
     def is_kept(line: bytes) -> bool:
         try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):
+            row = parse_json(line.decode("utf-8"))
+        except ValueError:
             return False
         return isinstance(row, dict) and keep(row)
 

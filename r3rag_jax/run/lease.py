@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.run.lock import is_alive
 
 BEAT_S = 20.0
@@ -124,7 +125,7 @@ class Lease:
     def _read(self) -> dict[str, Any] | None:
         """The lease in the bucket; None where there is none, {} where it is none of this format."""
         try:
-            value = json.loads(self._filesystem.cat_file(self._path))
+            value = parse_json(self._filesystem.cat_file(self._path))
         except FileNotFoundError:
             return None
         except ValueError:

@@ -7,7 +7,6 @@ checkpoint. Nothing reads them. Those of a process that still works, e.g. an eva
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import re
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.run.files import SUFFIX, is_partial
 from r3rag_jax.run.lock import HELD, is_alive
 from r3rag_jax.run.store import CHECKPOINTS
@@ -91,8 +91,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     lines = path.read_bytes().removesuffix(b"\n").split(b"\n") if path.exists() and path.stat().st_size else []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError):
+            row = parse_json(line.decode("utf-8"))
+        except ValueError:
             row = None
         yield number, row if isinstance(row, dict) else None
 

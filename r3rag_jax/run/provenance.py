@@ -13,7 +13,6 @@ A digest that is missing on one side is not compared: a file may have been remov
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 from etils import epath
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.parallel.processes import exists, on_process_0
 from r3rag_jax.run.checkpoints import Checkpoints
 from r3rag_jax.run.digests import PROVENANCE_FILE
@@ -33,7 +33,7 @@ KEYS = {"base": "model.path", "data": "data.{phase}", "corpus": "data.corpus"}  
 def read_provenance(policy: Path) -> Provenance:
     """The provenance of a finished phase's policy; empty where none was recorded."""
     try:
-        content = json.loads((policy / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        content = parse_json((policy / PROVENANCE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

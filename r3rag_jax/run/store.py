@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.run.caches import cache_directory
 from r3rag_jax.run.files import write_json
 from r3rag_jax.run.lock import alone_on_host
@@ -190,8 +191,14 @@ class Store:
     def _complete_directories(self, found: Mapping[str, Version]) -> set[str]:
         """The directories that are whole: their `.complete` is there, and every file that it names."""
         markers = [name.removesuffix(f"/{COMPLETE}") for name in found if name.endswith(f"/{COMPLETE}")]
-        named = {top: json.loads(self.filesystem.cat_file(self.path(f"{top}/{COMPLETE}"))) for top in markers}
-        return {top for top, files in named.items() if all(f"{top}/{file}" in found for file in files)}
+        return {top for top in markers if self._is_complete(top, found)}
+
+    def _is_complete(self, top: str, found: Mapping[str, Version]) -> bool:
+        try:
+            files = parse_json(self.filesystem.cat_file(self.path(f"{top}/{COMPLETE}")))
+        except ValueError:
+            return False
+        return isinstance(files, list) and all(f"{top}/{file}" in found for file in files)
 
     def _download(self, name: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -261,8 +268,12 @@ class Store:
             (self.copy / name).unlink(missing_ok=True)
 
     def _read_state(self) -> dict[str, Any]:
-        """What was the same here and in the bucket: name -> version, stamp."""
-        return json.loads(self._state.read_text()) if self._state.exists() else {}
+        """What was the same here and in the bucket: name -> version, stamp; nothing is known of a damaged file's."""
+        try:
+            state = parse_json(self._state.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
 
     def _write_state(self, state: Mapping[str, Any]) -> None:
         write_json(self._state, state)

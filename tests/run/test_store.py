@@ -127,6 +127,25 @@ def test_half_a_policy_is_none(bucket: Bucket, tmp_path: Path) -> None:
     assert not RunDirectory.at(URL).policy("sft").exists()  # whoever removed the file, no half is loaded
 
 
+@pytest.mark.parametrize("marker", [b"", b"{", b"3", b'{"a": 1}', b"[" * 100_000], ids=len)
+def test_a_damaged_list_of_files_is_of_half_a_policy(bucket: Bucket, tmp_path: Path, marker: bytes) -> None:
+    run = open_run(Config(run_dir=URL))
+    write(run, policy__sft__a="a")
+    run.publish()
+    bucket.pipe_file(f"{URL}/policy/sft/.complete", marker)
+    lose_machine(tmp_path)
+    assert not RunDirectory.at(URL).policy("sft").exists()
+
+
+def test_what_was_the_same_is_asked_again_where_its_record_is_damaged(bucket: Bucket, tmp_path: Path) -> None:
+    run = open_run(Config(run_dir=URL))
+    write(run, metrics="1\n")
+    run.publish()
+    [record] = [path for path in tmp_path.rglob("*.json") if path.parent != run.path]
+    record.write_text("[" * 100_000)
+    assert (RunDirectory.at(URL).path / "metrics").read_text() == "1\n"
+
+
 def test_the_bucket_is_the_truth_for_a_run_that_starts(bucket: Bucket) -> None:
     """A machine that was killed has lines, and a policy, that were never uploaded: they are computed again."""
     config = Config(run_dir=URL)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.run.files import write_text
 from r3rag_jax.run.trackers.base import import_extra
 
@@ -56,7 +57,7 @@ class TrackioTracker:
     def _identity(self) -> dict[str, str]:
         """Project, name and id of the trackio run: those of `trackio.json`, which the first call writes."""
         if self._identity_file.exists():
-            identity: dict[str, str] = json.loads(self._identity_file.read_text())
+            identity: dict[str, str] = parse_json(self._identity_file.read_text())
             return identity
         started = datetime.now().strftime("%Y-%m-%d %H:%M:%S")
         identity = {"project": self._project, "run": started, "id": uuid.uuid4().hex}

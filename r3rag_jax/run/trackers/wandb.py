@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from r3rag_jax.json_text import parse_json
 from r3rag_jax.run.files import write_text
 from r3rag_jax.run.trackers.base import import_extra
 from r3rag_jax.run.trackers.tables import COLUMNS, table_row
@@ -50,7 +51,7 @@ class WandbTracker:
         file = self._run_dir / "wandb.json"
         if not file.exists():
             write_text(file, json.dumps({"id": uuid.uuid4().hex}) + "\n")
-        return str(json.loads(file.read_text())["id"])
+        return str(parse_json(file.read_text())["id"])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         phases = {name.partition("/")[0] for name in metrics}
