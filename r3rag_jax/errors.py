@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -80,14 +81,24 @@ def report_error(error: BaseException) -> int:
     and 1.
     """
     if isinstance(error, KeyboardInterrupt):
-        print(f"stopped: {error if isinstance(error, StopRun) else 'Ctrl-C'}", file=sys.stderr)
+        _say(f"stopped: {error if isinstance(error, StopRun) else 'Ctrl-C'}")
         return error.status if isinstance(error, StopRun) else INTERRUPTED_STATUS
     message = user_message(error)
     if message is None:
         traceback.print_exception(error)
         return 1
-    print(f"error: {message}", file=sys.stderr)
+    _say(f"error: {message}")
     return error.status if isinstance(error, UserError) else USER_ERROR_STATUS
+
+
+def _say(line: str) -> None:
+    """Print a line to stderr. Where stdout or stderr is full or closed, nobody can be told; the exit status stays."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{line}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # else the interpreter would try once more at its end, and exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def user_message(error: BaseException) -> str | None:

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -65,3 +67,21 @@ def test_a_place_that_refuses_is_named(number: int, capsys: pytest.CaptureFixtur
     )
     with pytest.raises(OSError, match=re.escape(os.strerror(number))):
         main()  # of a socket, or of a library that does not say
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, a device without room")
+def test_what_cannot_be_printed_changes_no_status() -> None:
+    program = (
+        "import sys\n"
+        "from r3rag_jax.errors import UserError, main_guard\n"
+        "@main_guard\n"
+        "def main():\n"
+        "    print('a line that waits in the buffer')\n"
+        "    raise UserError('no')\n"
+        "sys.exit(main())\n"
+    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        for streams in ({"stdout": full, "stderr": full}, {"stdout": full, "stderr": subprocess.PIPE}):
+            ended = subprocess.run([sys.executable, "-c", program], **streams, env=buffered)  # type: ignore[call-overload]
+            assert (ended.returncode, ended.stderr) in ((2, None), (2, b"error: no\n"))

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
-from r3rag_jax.errors import UserError
+from r3rag_jax.errors import FULL_DISK, UserError
 
 PREFIX = "package:"
 
@@ -45,4 +45,6 @@ def reading(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in FULL_DISK:  # a run writes down the digests of what it reads
+            raise
         raise UserError(f"the model at {path} cannot be read: {error}") from error
