@@ -127,7 +127,7 @@ def test_recipes_in_a_page_are_recipes(page: Path, tmp_path: Path) -> None:
         path = tmp_path / "recipe.yaml"
         path.write_text(block)
         for budget in ["", *yaml.safe_load(block).get("budgets", {})]:
-            load_config(path, [f"budget={budget}"] if budget else [])
+            assert load_config(path, [f"budget={budget}"] if budget else []).budget == budget, block
 
 
 @pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=[*PAGE_IDS, *(recipe.name for recipe in RECIPES)])
@@ -218,7 +218,8 @@ def configurations() -> list[tuple[str, tuple[str, ...]]]:
 
 @pytest.mark.parametrize(("recipe", "given"), configurations())
 def test_every_training_command_is_a_configuration(recipe: str, given: tuple[str, ...]) -> None:
-    load_config(ROOT / recipe, given)
+    config = load_config(ROOT / recipe, given)
+    assert config.name and not {word.partition("=")[0] for word in given} - {*schema(), "budget"}
 
 
 def test_every_preset_stands_in_the_table_with_its_source() -> None:

@@ -9,6 +9,7 @@ POST /v1/questions/{id}/next    go on after a pause
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import secrets
@@ -184,13 +185,12 @@ class _Lines(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send(_chunk(json.dumps(self._first)))
-            async for row in self._rows:
-                await send(_chunk("" if row is None else row.model_dump_json()))
-            await send({"type": "http.response.body", "body": b""})
-        except OSError:  # the client has left
-            pass
+            with contextlib.suppress(OSError):  # the client has left
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                await send(_chunk(json.dumps(self._first)))
+                async for row in self._rows:
+                    await send(_chunk("" if row is None else row.model_dump_json()))
+                await send({"type": "http.response.body", "body": b""})
         finally:
             self._on_end()
             await self._rows.aclose()  # type: ignore[attr-defined]
@@ -211,11 +211,6 @@ def examples(questions: list[Question]) -> list[Question]:
 
 _NOT_OPEN = "no question of this id is being answered"
 _REFUSALS = {
-    400: "The body is no JSON.",
-    401: "The token is missing or another.",
-    408: "The body did not come in time.",
-    413: "The body is too large.",
-    415: "The body is said to be something else than JSON.",
     422: "The body breaks a rule, or the question does not fit the model's context.",
     500: "The question could not be finished.",
     503: "The model is being loaded, too many requests are in flight, or the server shuts down.",

@@ -31,8 +31,18 @@ async def _answer_refused(request: Request, error: Exception) -> Response:
 
 
 def openapi_refusals(texts: Mapping[int, str]) -> Refusals:
-    """The refusals of a server, status -> description, as `responses` of its routes."""
+    """The refusals of every server and those of this one, status -> description, as `responses` of its routes."""
+    texts = _OF_EVERY_SERVER | dict(texts)
     return {status: {"description": text, "content": {JSON: {"schema": DETAIL}}} for status, text in texts.items()}
+
+
+_OF_EVERY_SERVER = {
+    400: "The body is no JSON.",
+    401: "The token is missing or another.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    415: "The body is said to be something else than JSON.",
+}
 
 
 def openapi_body(schema: dict[str, Any]) -> dict[str, Any]:

@@ -62,8 +62,10 @@ def test_a_file_system_without_locks_holds_up_no_run(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOTSUP, "not supported")
 
     monkeypatch.setattr(fcntl, "flock", fail)
+    entered = []
     with locked(tmp_path / ".lock"), locked(tmp_path / ".lock"):
-        pass
+        entered.append("both")
+    assert entered == ["both"]
 
 
 def test_a_directory_of_something_else_gets_no_lock(tmp_path: Path) -> None:

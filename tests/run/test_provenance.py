@@ -114,7 +114,8 @@ def test_a_cold_start_may_be_trained_again(tmp_path: Path) -> None:
     config = Config(run_dir=str(tmp_path / "run"))
     write_policy(RunDirectory(tmp_path / "run").policy("rl"), FROM_COLD_START)
     (tmp_path / "run" / "config.yaml").write_text("name: run\n")
-    open_run(config)
+    run = open_run(config)
+    assert read_provenance(run.policy("rl")) == FROM_COLD_START and not run.policy("sft").exists()
 
 
 def test_a_run_records_it_and_an_edited_file_or_a_lost_cold_start_is_noticed(

@@ -126,11 +126,6 @@ class Application:
 
 
 _REFUSALS = {
-    400: "The body is no JSON.",
-    401: "The token is missing or another.",
-    408: "The body did not come in time.",
-    413: "The body is too large.",
-    415: "The body is said to be something else than JSON.",
     422: "The body breaks a rule.",
     500: "The search failed.",
     503: "The server opens its index, has too many queries waiting, or shuts down.",
