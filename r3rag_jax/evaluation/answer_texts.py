@@ -50,5 +50,11 @@ def contains_characters(text: str, golds: Sequence[str]) -> bool:
     return any(normalize_answer(gold) in normal for gold in golds)
 
 
+def contains_words(text: str, words: str) -> bool:
+    """Whether the words occur in the text in order and without a gap, both normalised; no words occur nowhere."""
+    inner = normalize_answer(words)
+    return bool(inner) and f" {inner} " in f" {_normalize(text)} "
+
+
 # A passage is compared with the answers of every question that it was retrieved for.
 _normalize = functools.lru_cache(CACHED_PASSAGES)(normalize_answer)

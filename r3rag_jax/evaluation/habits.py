@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from r3rag_jax.evaluation.answer_texts import contains_words
 from r3rag_jax.rewards.normalization import normalize_answer
 from r3rag_jax.types import Passage, Step, Trajectory
 
@@ -83,7 +84,8 @@ def _guesses(moment: Moment) -> bool:
     golds = [gold for gold in moment.trajectory.question.golden_answers if normalize_answer(gold) not in ("yes", "no")]
     named = [moment.trajectory.question.question, *(passage.contents for passage in moment.shown)]
     return any(
-        _holds(moment.step.query or "", gold) and not any(_holds(text, gold) for text in named) for gold in golds
+        contains_words(moment.step.query or "", gold) and not any(contains_words(text, gold) for text in named)
+        for gold in golds
     )
 
 
@@ -93,13 +95,7 @@ def _searches_on(moment: Moment) -> bool:
 
 def _has_no_evidence(moment: Moment) -> bool:
     texts = [moment.trajectory.question.question, *(passage.contents for passage in moment.shown)]
-    return not any(_holds(text, moment.step.answer or "") for text in texts)
-
-
-def _holds(text: str, words: str) -> bool:
-    """Whether the words occur in the text, in order and without a gap; no words occur nowhere."""
-    inner = normalize_answer(words)
-    return bool(inner) and f" {inner} " in f" {normalize_answer(text)} "
+    return not any(contains_words(text, moment.step.answer or "") for text in texts)
 
 
 HABITS: dict[str, Habit] = {
