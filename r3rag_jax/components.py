@@ -398,7 +398,7 @@ class Components:
         Raises:
             UserError: as `eval_questions`.
         """
-        return self._fitting(self.dataset.read(path), [system])
+        return self._fitting(self.dataset.told_apart(self.dataset.read(path)), [system])
 
     def _fitting(self, questions: Records[Question], systems: Sequence[str] = ()) -> Records[Question]:
         """Those that fit the context of all systems, by default of R3-RAG; says which evidence is not in the corpus."""

@@ -54,6 +54,11 @@ class DataConfig(Section):
         0, "trajectories that the cold start uses, a random subset drawn with the seed; 0: all", "trajectories", ge=0
     )
     disjoint: bool = key(True, "RL leaves out questions with the text of one of the cold start's trajectories")
+    hold_out: tuple[str, ...] = key(
+        (),
+        "values of `metadata.composition` whose questions neither the cold start nor RL sees; the tables of dev and "
+        "test questions then tell seen and unseen compositions apart",
+    )
     refresh_retrieved: bool = key(
         False, "the cold start replaces the retrieved_ids of the file by what this run's retriever finds"
     )
@@ -87,6 +92,17 @@ class DataConfig(Section):
                 split_source(getattr(self, name))
             except ConfigError as error:
                 raise ConfigError(f"data.{name}: {error}", [f"data.{name}"]) from None
+        return self
+
+    @model_validator(mode="after")
+    def _check_hold_out(self) -> Self:
+        require(
+            not self.hold_out or (self.source == "files" and self.rl != ""),
+            "data.hold_out must be empty without data.rl, a file whose questions have metadata.composition; got "
+            f"{', '.join(self.hold_out)}",
+            "data.hold_out",
+            "data.rl",
+        )
         return self
 
     @model_validator(mode="after")

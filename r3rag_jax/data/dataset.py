@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -60,11 +61,15 @@ class Dataset:
     def trajectories(self) -> Records[Trajectory]:
         """The teacher's trajectories of the cold start, with the passages that a rollout would show."""
         data, found = self._config.data, self._trajectories
+        if data.hold_out:
+            held_out = self._held_out
+            found = found.take(i for i, one in enumerate(found) if identity(one.question) not in held_out)
         if data.source == "world" or data.num_sft in (0, len(found)):
             return found
         if data.num_sft > len(found):
             raise UserError(
-                f"data.num_sft must be at most {len(found)}, what {data.path('sft')} holds; got {data.num_sft}"
+                f"data.num_sft must be at most {len(found)}, what {data.path('sft')} holds"
+                f"{' without data.hold_out' if data.hold_out else ''}; got {data.num_sft}"
             )
         order = np.random.default_rng((self._config.seed, *b"sft")).permutation(len(found))
         return found.take(sorted(order[: data.num_sft].tolist()))
@@ -106,23 +111,68 @@ class Dataset:
     def questions(self, split: str) -> Records[Question]:
         """The questions of a split, none where no file is given; RL's without those of the cold start's trajectories.
 
+        With `data.hold_out`, RL's are also without those of held-out compositions, and `metadata.unseen` of dev and
+        test questions says which are.
+
         Raises:
-            UserError: the cold start used all questions that RL has.
+            UserError: the cold start used all questions that RL has, or no question is of a composition to hold out.
         """
         data = self._config.data
         if data.source == "files" and not getattr(data, split):
             return Records("")
         if split not in self._questions:
-            is_own = data.source == "world"
-            source = str(self._checked(split)) if is_own else data.source_of(split)
-            if split == "rl" and self._is_stored:
-                rows = lambda: self.read(source, is_shared=False).map(question_to_dict)  # noqa: E731
-                questions = self._stored(split, self.path_of(split), rows)
-            else:
-                questions = self.read(source)
+            questions = self._all_rl_questions if split == "rl" else self._read_split(split)
+            if split != "rl":
+                questions = self.told_apart(questions)
+            elif data.hold_out:
+                held_out = self._held_out
+                questions = questions.take(i for i, one in enumerate(questions) if identity(one) not in held_out)
             is_left_out = data.source == "files" and split == "rl" and data.disjoint and data.sft
             self._questions[split] = self._without_cold_start(questions) if is_left_out else questions
         return self._questions[split]
+
+    def _read_split(self, split: str) -> Records[Question]:
+        """All questions of a split's file."""
+        is_own = self._config.data.source == "world"
+        source = str(self._checked(split)) if is_own else self._config.data.source_of(split)
+        if split == "rl" and self._is_stored:
+            rows = lambda: self.read(source, is_shared=False).map(question_to_dict)  # noqa: E731
+            return self._stored(split, self.path_of(split), rows)
+        return self.read(source)
+
+    @functools.cached_property
+    def _all_rl_questions(self) -> Records[Question]:
+        """Those of held-out compositions and of the cold start included."""
+        return self._read_split("rl")
+
+    @functools.cached_property
+    def _held_out(self) -> frozenset[str]:
+        """Which questions neither phase sees. Those of RL say it, for the cold start's trajectories have no metadata.
+
+        Raises:
+            UserError: no question is of a composition to hold out.
+        """
+        questions = self._all_rl_questions
+        known = {composition_of(question) for question in questions}
+        if missing := [name for name in self._config.data.hold_out if name not in known]:
+            names = listed(sorted(known - {""}), ", ") or "of which there are none"
+            raise UserError(
+                f"data.hold_out must name values of metadata.composition in {questions.path} ({names}); "
+                f"got {', '.join(missing)}"
+            )
+        return frozenset(identity(question) for question in questions if self._is_held_out(question))
+
+    def _is_held_out(self, question: Question) -> bool:
+        return composition_of(question) in self._config.data.hold_out
+
+    def told_apart(self, questions: Records[Question]) -> Records[Question]:
+        """Questions whose `metadata.unseen` says that their composition is held out; as they are where none is."""
+
+        def marked(question: Question) -> Question:
+            metadata = {**question.metadata, "unseen": self._is_held_out(question)}
+            return dataclasses.replace(question, metadata=metadata)
+
+        return questions.map(marked) if self._config.data.hold_out else questions
 
     @functools.cached_property
     def leaks(self) -> list[str]:
@@ -185,6 +235,11 @@ class Dataset:
                 f"left out {num} of {len(questions)} RL questions: also in the cold start (data.disjoint)"
             )
         return kept
+
+
+def composition_of(question: Question) -> str:
+    """Which relations a question puts together, "" where its metadata does not say."""
+    return str(question.metadata.get("composition", ""))
 
 
 def _digest(rows: Iterable[Any]) -> str:
