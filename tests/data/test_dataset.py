@@ -22,12 +22,14 @@ def rows(*texts: str, prefix: str = "train_") -> list[dict[str, Any]]:
     return [{"id": f"{prefix}{i}", "question": text, "golden_answers": ["x"]} for i, text in enumerate(texts)]
 
 
-def dataset(tmp_path: Path, **files: list[dict[str, Any]]) -> tuple[Dataset, list[str]]:
+def dataset(
+    tmp_path: Path, hold_out: tuple[str, ...] = (), **files: list[dict[str, Any]]
+) -> tuple[Dataset, list[str]]:
     """A data set of these files, and what it says."""
     for name, content in files.items():
         write_jsonl(tmp_path / f"{name}.jsonl", content)
     names = {name: f"{name}.jsonl" for name in files}
-    data = DataConfig(source="files", dir=str(tmp_path), corpus="corpus.jsonl", **names)
+    data = DataConfig(source="files", dir=str(tmp_path), corpus="corpus.jsonl", hold_out=hold_out, **names)
     said: list[str] = []
     return Dataset(Config(data=data, phases=("index",)), RunDirectory(tmp_path), dict, OnError(say=said.append)), said
 
@@ -72,6 +74,36 @@ def test_rl_questions_that_are_all_in_the_cold_start_are_refused(tmp_path: Path)
     data, _ = dataset(tmp_path, sft=[row | {"steps": STEPS} for row in rows("Who is A?")], rl=rows("Who is a?"))
     with pytest.raises(UserError, match=r"data\.disjoint leaves no question for RL: all of .*rl\.jsonl are in"):
         data.questions("rl")
+
+
+def composed(row: dict[str, Any], composition: str) -> dict[str, Any]:
+    return row | {"metadata": {"composition": composition}}
+
+
+def test_neither_phase_sees_a_held_out_composition(tmp_path: Path) -> None:
+    kinds = {"Who is A?": "who", "When is B?": "when", "Where is C?": "where", "Who is D?": "who", "When is E?": "when"}
+    asked = [composed(row, kinds[row["question"]]) for row in rows(*kinds)]
+    taught = [row | {"steps": STEPS} for row in rows("when is b", "Where is C?", "Who is D?")]  # without metadata
+    data, said = dataset(tmp_path, ("when",), sft=taught, rl=asked, dev=asked[:2], test=asked[:3])
+    assert [trajectory.question.question for trajectory in data.trajectories()] == ["Where is C?", "Who is D?"]
+    assert [question.question for question in data.questions("rl")] == ["Who is A?"]
+    assert [question.metadata["unseen"] for question in data.questions("test")] == [False, True, False]
+    assert [question.metadata["unseen"] for question in data.questions("dev")] == [False, True]
+    assert said == ["left out 2 of 3 RL questions: also in the cold start (data.disjoint)"]
+    assert data.told_apart(data.questions("rl"))[0].metadata == {"composition": "who", "unseen": False}
+
+
+def test_without_held_out_compositions_questions_stay_as_they_are(tmp_path: Path) -> None:
+    data, _ = dataset(tmp_path, rl=rows("Who is A?"), test=[composed(row, "who") for row in rows("Who is B?")])
+    assert data.questions("test")[0].metadata == {"composition": "who"} and data.questions("rl")[0].metadata == {}
+
+
+def test_a_composition_of_no_question_is_refused(tmp_path: Path) -> None:
+    data, _ = dataset(tmp_path, ("who", "wen"), rl=[composed(row, "who") for row in rows("Who is A?", "Who is B?")])
+    with pytest.raises(UserError, match=r"values of metadata.composition in .*rl.jsonl \(who\); got wen$"):
+        data.questions("rl")
+    with pytest.raises(UserError, match=r"data.hold_out must be empty without data.rl, .*; got who$"):
+        DataConfig(source="files", corpus="corpus.jsonl", hold_out=("who",))
 
 
 def test_a_text_under_two_ids_is_counted(tmp_path: Path) -> None:
