@@ -4,10 +4,9 @@
 
 Both begin with the cold start's policy of RUN, a run with `rollout.protocol=tags`, and train LoRA adapters of its rank
 on the same questions: samples at temperature 1 that search the run's index, exact match as TRL's reward, one pass of
-GRPO over all of them without a KL term. TRL gets the protocol as a chat template: `<query> … </query>` is a tool call,
-and what the tool returns is inserted as `<doc> … </doc>`. A turn ends at the same tokens, and after as many, as a step
-does here; a trajectory has as many turns as steps. TRL generates with transformers, whose time is not vLLM's: vLLM needs
-a GPU.
+GRPO over all of them without a KL term. TRL gets the protocol as a chat template: `<query> … </query>` is a tool
+call, and what the tool returns is inserted as `<doc> … </doc>`. A turn ends at the same tokens, and after as many, as
+a step does here; a trajectory has as many turns as steps. TRL generates with transformers: vLLM needs a GPU.
 
 The first iteration compiles and is not measured. Then one of each is run in turn; figures are medians, the ratio is
 their quotient. What was sampled is not the same, so the sizes of the trajectories are shown, too. Needs trl, peft,
@@ -146,7 +145,7 @@ def train_trl(
         answers = [answer_of(completion[-1]["content"]) for completion in completions]
         return em_of(answers, [by_id[one] for one in id])
 
-    class Timed(GRPOTrainer):  # type: ignore[misc]
+    class Timed(GRPOTrainer):
         watch = Stopwatch()
 
         def _generate(self, *args: Any) -> Any:
@@ -157,7 +156,7 @@ def train_trl(
             with self.watch.measure("rewards"):
                 return super()._calculate_rewards(*args)
 
-    class Iterations(TrainerCallback):  # type: ignore[misc]
+    class Iterations(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             trainer.watch = Stopwatch()
             self.measured = trainer.watch.measure("iteration")

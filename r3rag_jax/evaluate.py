@@ -3,12 +3,14 @@
     python -m r3rag_jax.evaluate --checkpoint runs/quickstart --questions FILE --corpus FILE [key=value …]
     python -m r3rag_jax.evaluate --checkpoint runs/quickstart --system ircot
     python -m r3rag_jax.evaluate compare runs/a/eval/r3rag.json runs/b/eval/r3rag.json
+    python -m r3rag_jax.evaluate runs runs/seed_0 runs/seed_1 runs/seed_2
     python -m r3rag_jax.evaluate habits runs/a/trajectories/cold_start.jsonl runs/a/trajectories/r3rag.jsonl
     python -m r3rag_jax.evaluate table main --checkpoint runs/quickstart --questions hotpotqa/dev.jsonl …
 
 Writes `<run>/eval/<name>.json` and `<run>/trajectories/<name>.jsonl`; for a model from elsewhere <run> is
-runs/eval-<model>, or what run_dir=… names. `compare` tests whether two results differ, `habits` counts repeated
-queries, guesses and the like, and `table` makes one of the paper's tables in `<run>/tables`.
+runs/eval-<model>, or what run_dir=… names. `compare` tests whether two results differ, `runs` whether two systems do
+over several runs, `habits` counts repeated queries, guesses and the like, and `table` makes one of the paper's tables
+in `<run>/tables`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from r3rag_jax.evaluation.tables.cells import Cell, QuestionSet
 from r3rag_jax.evaluation.tables.plans import plan_table
 from r3rag_jax.evaluation.tables.table import make_table
 from r3rag_jax.reporting.habits_table import print_habits
-from r3rag_jax.reporting.paper_tables import contrast, publish_tables
+from r3rag_jax.reporting.paper_tables import contrast, contrast_runs, publish_tables
 from r3rag_jax.reporting.rendering import results_table
 from r3rag_jax.rollout.context_limit import context_notices
 from r3rag_jax.run.caches import use_compile_cache
@@ -74,7 +76,12 @@ def tabulate(words: Sequence[str]) -> None:
     publish_tables(plan.cells[0].checkpoint.run, table, plan.file, f"{PROG} table {shlex.join(words)}", console)
 
 
-ACTIONS: dict[str, Callable[[Sequence[str]], None]] = {"table": tabulate, "compare": contrast, "habits": print_habits}
+ACTIONS: dict[str, Callable[[Sequence[str]], None]] = {
+    "table": tabulate,
+    "compare": contrast,
+    "runs": contrast_runs,
+    "habits": print_habits,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,9 +1,9 @@
-"""Two evaluations of the same questions, compared question by question."""
+"""Two evaluations of the same questions, compared question by question, in one run or in several."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.fingerprint import describe, differences
+from r3rag_jax.evaluation.groups import ALL
 from r3rag_jax.evaluation.metrics import metric_of
 from r3rag_jax.evaluation.statistics import Interval, bootstrap, mcnemar, sign_flips, weighted_mean
 from r3rag_jax.json_text import parse_json
@@ -49,6 +50,59 @@ class Comparison:
     titles: tuple[str, str]
     varied: str  # facts in which they differ, in words
     differences: list[Difference]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooled:
+    """One metric of two systems in several runs, in the mean over the runs: of all questions or a group of them.
+
+    The questions are the unit of interval and test, for those of the runs are the same: a question's value is its mean
+    over the runs.
+    """
+
+    name: str  # of the run or of the group
+    num: int
+    one: float
+    other: float
+    interval: Interval  # 95 % of `other - one`, by the bootstrap over questions
+    p_value: float
+
+
+def compare_runs(pairs: Sequence[tuple[Path, Path]], metric: str) -> tuple[list[Pooled], list[Pooled]]:
+    """Compare a metric of two results in each of several runs, which have answered the same questions.
+
+    Args:
+        pairs: `eval/<name>.json` of both, of each run.
+
+    Returns:
+        Each run by its name, and the mean over the runs: of all questions, then of each group.
+
+    Raises:
+        UserError: as `compare`; or the runs are not comparable, or a result lacks the metric.
+    """
+    found = [compare(one, other) for one, other in pairs]
+    for side in zip(*pairs, strict=True):
+        for path in side[1:]:
+            compare(side[0], path)
+    for (one, other), comparison in zip(pairs, found, strict=True):
+        known = [difference.metric for difference in comparison.differences]
+        if metric not in known:
+            raise UserError(f"--metric must be one that {one} and {other} have ({', '.join(known)}); got {metric}")
+    values_RSQ = np.asarray([[read_values(path)[metric] for path in pair] for pair in pairs])
+    rows = [*_read_questions(pairs[0][0]).values()]
+    groups = {ALL: np.arange(len(rows))}
+    for group in dict.fromkeys(name for row in rows for name in row.get("groups", ())):
+        groups[group] = np.flatnonzero([group in row.get("groups", ()) for row in rows])
+    names = [pair[0].resolve().parent.parent.name for pair in pairs]
+    runs = [_pooled(name, metric, values_RSQ[i : i + 1]) for i, name in enumerate(names)]
+    return runs, [_pooled(name, metric, values_RSQ[:, :, chosen]) for name, chosen in groups.items()]
+
+
+def _pooled(name: str, metric: str, values_RSQ: np.ndarray) -> Pooled:
+    values_SQ = values_RSQ.mean(axis=0)
+    one_Q, other_Q = values_SQ[:, np.isfinite(values_SQ).all(axis=0)]
+    found = _compare(metric, one_Q, other_Q)
+    return Pooled(name, found.num, found.one, found.other, found.interval, found.p_value)
 
 
 def compare(one: Path, other: Path, varied: Collection[str] = ()) -> Comparison:
@@ -139,7 +193,7 @@ def _columns(rows: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
     return {
         name: np.asarray([np.nan if row[name] is None else row[name] for row in rows.values()], np.float64)
         for name in first
-        if name != "id"
+        if name not in ("id", "groups")
     }
 
 

@@ -49,6 +49,21 @@ def comparison_parser() -> FlagParser:
     return parser
 
 
+def runs_parser() -> FlagParser:
+    """The flags of `runs`."""
+    parser = FlagParser(
+        prog=f"{PROG} runs",
+        description="Compare two systems in several runs, e.g. of several seeds, and in their mean.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders with eval/<name>.json of both")
+    parser.add_argument(
+        "--results", nargs=2, default=["cold_start", "r3rag"], metavar="NAME",
+        help="which results of eval are compared; default: cold_start r3rag",
+    )  # fmt: skip
+    parser.add_argument("--metric", default="em", help="a metric of the results; default: em")
+    return parser
+
+
 def habits_parser() -> FlagParser:
     """The flags of `habits`."""
     parser = FlagParser(prog=f"{PROG} habits", description="Count what a reward may teach without anybody wanting it.")

@@ -18,6 +18,12 @@ def groups_of(question: Question) -> list[str]:
     return groups if unseen is None else [*groups, UNSEEN if unseen else SEEN]
 
 
+def hops_group(question: Question) -> list[str]:
+    """The group of the question's `metadata.hops`, `2 hops`; none where it does not say."""
+    hops = question.metadata.get("hops")
+    return [] if hops is None else [f"{hops} hop{'' if hops == 1 else 's'}"]
+
+
 def type_group(question: Question) -> str | None:
     """The group of the question's type, None without one; a type named like a group of our own is told apart."""
     name = question.metadata.get("type")

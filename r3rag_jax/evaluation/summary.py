@@ -10,7 +10,7 @@ import numpy as np
 
 from r3rag_jax.config import EvalConfig
 from r3rag_jax.evaluation.fingerprint import Facts
-from r3rag_jax.evaluation.groups import ALL, groups_of
+from r3rag_jax.evaluation.groups import ALL, groups_of, hops_group
 from r3rag_jax.evaluation.metrics import RATIOS, Values, measure_each, metric_of, of_questions, ratio, summary
 from r3rag_jax.evaluation.sampled import sampled_values
 from r3rag_jax.evaluation.statistics import Interval, Statistic, bootstrap, weighted_mean, weighted_ratio, wilson
@@ -19,7 +19,7 @@ from r3rag_jax.rewards.answer import answer_metrics
 from r3rag_jax.rewards.judge.candidates import candidate_em
 from r3rag_jax.rewards.judge.judge import Judge
 from r3rag_jax.rewards.scorer import accuracy
-from r3rag_jax.types import Trajectory
+from r3rag_jax.types import Question, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Measured:
 
     Fields:
         result: the content of `eval/<name>.json`.
-        rows: one per question, in order: its id and the values that `result` has the means of, None = unknown.
+        rows: one per question, in order: its id, its groups with that of its hops, and the values that `result` has the
+            means of, None = unknown.
     """
 
     result: dict[str, Any]
@@ -73,7 +74,7 @@ def summarise(
         "groups": {group: summary(_rows_of(per_question, rows)) for group, rows in groups.items()},
         "intervals": {metric: list(bounds) for metric, bounds in intervals(per_question).items()},
     }
-    return Measured(result, _as_rows([question.id for question in questions], per_question))
+    return Measured(result, _as_rows(questions, per_question))
 
 
 def intervals(values: Values) -> dict[str, Interval]:
@@ -119,8 +120,12 @@ def _rows_of(values: Values, rows: Sequence[int]) -> Values:
     return {name: values_Q[list(rows)] for name, values_Q in values.items()}
 
 
-def _as_rows(ids: Sequence[str], values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def _as_rows(questions: Sequence[Question], values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     columns = {
         name: [float(value) if np.isfinite(value) else None for value in values_Q] for name, values_Q in values.items()
     }
-    return [{"id": id} | {name: column[i] for name, column in columns.items()} for i, id in enumerate(ids)]
+    return [
+        {"id": question.id, "groups": [*groups_of(question), *hops_group(question)]}
+        | {name: column[i] for name, column in columns.items()}
+        for i, question in enumerate(questions)
+    ]

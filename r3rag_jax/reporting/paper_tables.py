@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from r3rag_jax.evaluation.comparison import Comparison, compare
-from r3rag_jax.evaluation.flags import comparison_parser
+from r3rag_jax.evaluation.comparison import Comparison, Pooled, compare, compare_runs
+from r3rag_jax.evaluation.flags import comparison_parser, runs_parser
+from r3rag_jax.evaluation.groups import ALL
 from r3rag_jax.evaluation.metrics import RATIOS, metric_of
+from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.evaluation.tables.table import MEAN, Table, TableRow
 from r3rag_jax.json_text import parse_json
 from r3rag_jax.reporting.rendering import visible
@@ -190,6 +192,40 @@ def contrast(words: Sequence[str]) -> None:
     """
     args = comparison_parser().parse_args(words)
     Console().print(comparison_table(compare(args.results[0], args.results[1], args.varied)))
+
+
+def contrast_runs(words: Sequence[str]) -> None:
+    """Print the comparison of two systems in several runs that the words after `runs` ask for.
+
+    Raises:
+        UserError: as `compare_runs`.
+    """
+    args = runs_parser().parse_args(words)
+    pairs = [tuple(run / "eval" / f"{name}.json" for name in args.results) for run in args.runs]
+    runs, means = compare_runs([(one, other) for one, other in pairs], args.metric)
+    Console().print(runs_table(args.results, args.metric, runs, means))
+
+
+def runs_table(names: Sequence[str], metric: str, runs: Sequence[Pooled], means: Sequence[Pooled]) -> TerminalTable:
+    """A metric of two systems, by their names: a row for each run, and for the mean of each group of questions."""
+    definition = metric_of(metric)
+    texts = (
+        "Difference: second minus first, with its 95 % interval over the questions.",
+        "A run: McNemar's exact test. Mean: a permutation test; a question's value is its mean over the runs.",
+    )
+    lines = Text("\n".join(texts), "table.caption")
+    terminal = TerminalTable(title=definition.title, caption=lines, caption_justify="left", box=None)
+    titles = (SYSTEMS[name].title if name in SYSTEMS else name for name in names)
+    for number, name in enumerate(("", "n", *titles, "difference", "95 % interval", "p")):
+        terminal.add_column(Text(visible(name)), justify="right" if number else "left")
+    mean = f"mean of {len(runs)}" if len(runs) > 1 else "all"
+    named = [*runs, *(dataclasses.replace(row, name=mean) if row.name == ALL else row for row in means)]
+    for number, row in enumerate(named):
+        numbers = (row.one, row.other, row.other - row.one, *row.interval)
+        one, other, difference, low, high = (f"{value:,.{definition.decimals}f}" for value in numbers)
+        cells = (visible(row.name), str(row.num), one, other, difference, f"{low} to {high}", _p_text(row.p_value))
+        terminal.add_row(*cells, end_section=number == len(runs) - 1)
+    return terminal
 
 
 def comparison_table(comparison: Comparison) -> TerminalTable:

@@ -22,9 +22,7 @@ def rows(*texts: str, prefix: str = "train_") -> list[dict[str, Any]]:
     return [{"id": f"{prefix}{i}", "question": text, "golden_answers": ["x"]} for i, text in enumerate(texts)]
 
 
-def dataset(
-    tmp_path: Path, hold_out: tuple[str, ...] = (), **files: list[dict[str, Any]]
-) -> tuple[Dataset, list[str]]:
+def dataset(tmp_path: Path, hold_out: tuple[str, ...] = (), **files: list[dict[str, Any]]) -> tuple[Dataset, list[str]]:
     """A data set of these files, and what it says."""
     for name, content in files.items():
         write_jsonl(tmp_path / f"{name}.jsonl", content)

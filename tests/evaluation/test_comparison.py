@@ -11,7 +11,7 @@ from attempts import attempt, question
 
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.comparison import compare
+from r3rag_jax.evaluation.comparison import compare, compare_runs
 from r3rag_jax.evaluation.summary import summarise
 from r3rag_jax.run.directory import RunDirectory
 
@@ -20,16 +20,22 @@ FACTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write(run: Path, right: str, **changes: Any) -> Path:
-    """A result of one question per letter of `right`: `r` is right, `w` wrong, `-` without an answer."""
+def write(run: Path, right: str, name: str = "r3rag", kinds: str = "", **changes: Any) -> Path:
+    """A result of one question per letter of `right`: `r` is right, `w` wrong, `-` without an answer.
+
+    `kinds` has a letter for each: its type, and the number of its hops is how often it stands there.
+    """
     answers = {"r": "Paris", "w": "The city of Rome", "-": None}
-    trajectories = [attempt(question(str(i), "Paris"), answers[letter]) for i, letter in enumerate(right)]
+    metadata = [{"type": kind, "hops": kinds.count(kind)} for kind in kinds] or [{}] * len(right)
+    trajectories = [
+        attempt(question(str(i), "Paris", **metadata[i]), answers[letter]) for i, letter in enumerate(right)
+    ]
     directory = RunDirectory(run)
-    measured = summarise("r3rag", trajectories, FACTS | changes)
+    measured = summarise(name, trajectories, FACTS | changes)
     directory.evaluation_dir.mkdir(parents=True, exist_ok=True)
-    directory.evaluation("r3rag").write_text(json.dumps(measured.result))
-    write_jsonl(directory.evaluation_rows("r3rag"), measured.rows)
-    return directory.evaluation("r3rag")
+    directory.evaluation(name).write_text(json.dumps(measured.result))
+    write_jsonl(directory.evaluation_rows(name), measured.rows)
+    return directory.evaluation(name)
 
 
 def test_two_runs_on_the_same_questions(tmp_path: Path) -> None:
@@ -73,3 +79,46 @@ def test_unlike_results_are_refused_with_the_difference(tmp_path: Path) -> None:
         compare(one, tmp_path / "x.json")
     with pytest.raises(UserError, match=r"nowhere\.json cannot be read"):
         compare(tmp_path / "nowhere.json", one)
+
+
+def test_two_systems_in_several_runs(tmp_path: Path) -> None:
+    """Typed out: the four questions' means over two runs are 1, 1/2, 0, 0 and 1, 1, 1/2, 0."""
+    pairs = [
+        (write(tmp_path / run, one, "cold_start", "aabc"), write(tmp_path / run, other, "r3rag", "aabc"))
+        for run, one, other in (("x", "rrww", "rrrw"), ("y", "rwww", "rrww"))
+    ]
+    runs, means = compare_runs(pairs, "em")
+    assert [(row.name, row.num, row.one, row.other, row.p_value) for row in runs] == [
+        ("x", 4, 50, 75, 1.0), ("y", 4, 25, 50, 1.0),
+    ]  # fmt: skip
+    assert [(row.name, row.num, row.one, row.other) for row in means] == [
+        ("all", 4, 37.5, 62.5), ("a", 2, 75, 100), ("2 hops", 2, 75, 100), ("b", 1, 0, 50), ("1 hop", 2, 0, 25),
+        ("c", 1, 0, 0),
+    ]  # fmt: skip
+    assert means[0].p_value == pytest.approx(0.5, abs=0.02)  # two differences of 1/2 each: both signs alike
+    assert means[-1].p_value == 1.0 and means[0].interval[0] >= 0
+
+
+def test_many_small_differences_of_the_same_sign_are_no_chance(tmp_path: Path) -> None:
+    pairs = []
+    for run in range(3):  # each run alone: five more are right, p = 1/16; together fifteen other questions
+        right = ["w"] * 15
+        right[run * 5 : run * 5 + 5] = "rrrrr"
+        folder = tmp_path / str(run)
+        pairs.append((write(folder, "w" * 15, "cold_start"), write(folder, "".join(right))))
+    runs, means = compare_runs(pairs, "em")
+    assert all(row.p_value == pytest.approx(1 / 16) for row in runs)
+    assert means[0].p_value < 0.001 and means[0].other == pytest.approx(100 / 3)
+
+
+def test_runs_that_are_not_comparable_are_refused(tmp_path: Path) -> None:
+    def pair(run: str, **changes: Any) -> tuple[Path, Path]:
+        return write(tmp_path / run, "rw", "cold_start", **changes), write(tmp_path / run, "rr", **changes)
+
+    one, other = pair("x"), pair("y", **{"retrieval.top_k": 5})
+    with pytest.raises(UserError, match=r"they differ in retrieval\.top_k \(2, 5\)"):
+        compare_runs([one, other], "em")
+    with pytest.raises(UserError, match=r"--metric must be one that .* have \(em, .*\); got bleu$"):
+        compare_runs([one], "bleu")
+    with pytest.raises(UserError, match=r"nowhere.* cannot be read"):
+        compare_runs([one, (tmp_path / "nowhere.json", one[1])], "em")
