@@ -245,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             [
                 "phases=rl", f"run_dir={folder}", f"model.path={args.run / 'policy' / 'sft'}", "rl.algorithm=grpo",
                 f"retrieval.index_dir={args.run / 'index'}", f"rl.questions={args.questions}", "rl.kl.coef=0",
-                f"rollout.samples={args.samples}", f"rl.iterations={args.rounds + 1}", "rl.drop_zero_variance=false",
+                f"rollout.samples={args.samples}", f"rollout.slots={args.questions * args.samples}",
+                f"rl.iterations={args.rounds + 1}", "rl.drop_zero_variance=false",
                 "rl.negative_weight=1", "rl.step_discount=1", f"model.dtype={args.dtype}", "log.trajectories=0",
                 "log.progress=false",
             ],
