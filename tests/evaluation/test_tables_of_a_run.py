@@ -47,3 +47,5 @@ def test_every_table_of_a_finished_run(
     one = one if one.is_file() else run / "eval" / "r3rag.json"  # the run's own depth
     assert evaluate.main(["compare", str(one), str(other), "--varied", "retrieval.top_k"]) == 0
     assert "They differ in retrieval.top_k (1, 2)." in capsys.readouterr().out
+    assert evaluate.main(["runs", str(run), str(run)]) == 0
+    assert "mean of 2" in capsys.readouterr().out

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from r3rag_jax.evaluation.comparison import Comparison, Difference
+from r3rag_jax.evaluation.comparison import Comparison, Difference, Pooled
 from r3rag_jax.evaluation.tables.table import MEAN, Table, TableRow
-from r3rag_jax.reporting.paper_tables import as_latex, as_markdown, comparison_table, publish_tables
+from r3rag_jax.reporting.paper_tables import as_latex, as_markdown, comparison_table, publish_tables, runs_table
 from r3rag_jax.run.directory import RunDirectory
 
 ONE = Table(
@@ -80,3 +80,15 @@ def test_a_comparison_in_a_terminal() -> None:
     assert lines[1].split() == "EM 61.0 86.5 25.5 20.2 to 30.5 <0.001 McNemar 10:112 400".split()
     assert lines[2].split() == "output tokens 40 52 12 -3 to 9 0.040 flips 400".split()
     assert "They differ in retrieval.top_k (2, 5)." in console.file.getvalue()
+
+
+def test_runs_side_by_side() -> None:
+    rows = [Pooled(name, 541, 30.0, 38.5, (5.25, 11.5), p) for name, p in (("seed_0", 0.004), ("seed_1", 0.03))]
+    means = [Pooled("all", 541, 31.0, 38.0, (4.0, 9.9), 1e-4), Pooled("2 hops", 355, 28.0, 36.0, (4.0, 12.0), 2e-4)]
+    console = Console(file=io.StringIO(), width=140)
+    console.print(runs_table(("cold_start", "r3rag"), "em", rows, means))
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    assert lines[0] == ["EM"] and lines[1] == "n Cold start R3-RAG difference 95 % interval p".split()
+    assert lines[2] == "seed_0 541 30.0 38.5 8.5 5.2 to 11.5 0.004".split()
+    assert "mean of 2 541 31.0 38.0 7.0 4.0 to 9.9 <0.001".split() in lines
+    assert "2 hops 355 28.0 36.0 8.0 4.0 to 12.0 <0.001".split() in lines
