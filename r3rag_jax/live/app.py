@@ -27,7 +27,7 @@ from r3rag_jax.live.following import Follower
 from r3rag_jax.live.page import api_page, demo_page
 from r3rag_jax.live.player import Player
 from r3rag_jax.live.rows import Row, RowMaker, rows_schema
-from r3rag_jax.rollout.live import AskedQuestion
+from r3rag_jax.rollout.live_scheduler import AskedQuestion
 from r3rag_jax.serving.api import add_health_routes, new_api, openapi_body, openapi_refusals
 from r3rag_jax.serving.bodies import read_body
 from r3rag_jax.serving.gate import OPEN_PATHS, Gate

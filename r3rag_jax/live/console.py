@@ -17,7 +17,7 @@ from r3rag_jax.live.player import Player, Settings
 from r3rag_jax.live.rows import LAST_ROWS, RowMaker
 from r3rag_jax.live.terminal import QuestionView
 from r3rag_jax.rollout.events import LAST, Event, Failed
-from r3rag_jax.rollout.live import AskedQuestion
+from r3rag_jax.rollout.live_scheduler import AskedQuestion
 from r3rag_jax.types import Question
 
 PROMPT = "question: "

@@ -9,7 +9,7 @@ from typing import Any
 
 from r3rag_jax.live.rows import LAST_ROWS, PausedRow, Row, RowMaker
 from r3rag_jax.rollout.events import Event
-from r3rag_jax.rollout.live import AskedQuestion
+from r3rag_jax.rollout.live_scheduler import AskedQuestion
 
 HEARTBEAT_S = 15.0  # a client that is gone without a word is noticed when something is sent to it
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

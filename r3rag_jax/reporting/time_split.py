@@ -11,7 +11,7 @@ from markupsafe import Markup
 from r3rag_jax.reporting.curves import Frame, nice_ticks, tick_label
 from r3rag_jax.reporting.rendering import environment
 from r3rag_jax.run.glossary import TIME_PARTS
-from r3rag_jax.run.live import time_shares
+from r3rag_jax.run.status_lines import time_shares
 
 MAX_BARS = 80  # longer logs are averaged over blocks of consecutive iterations
 PARTS = (*TIME_PARTS.values(), "waiting for rollouts", "other")

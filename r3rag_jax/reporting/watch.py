@@ -16,7 +16,7 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.reporting.report_page import Live, report_html
 from r3rag_jax.reporting.run_files import load_run
 from r3rag_jax.run.directory import RunDirectory
-from r3rag_jax.run.live import duration
+from r3rag_jax.run.status_lines import duration
 
 HOST = "127.0.0.1"
 PULL_S = 30.0  # a run in a bucket is copied at most so often

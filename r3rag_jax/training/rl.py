@@ -22,7 +22,7 @@ from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.prefetch import Prefetcher
 from r3rag_jax.run.directory import RunDirectory, sentences_to
 from r3rag_jax.run.leftovers import report_damaged, report_gaps
-from r3rag_jax.run.live import live_lines, summary
+from r3rag_jax.run.status_lines import live_lines, summary
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.preemption import StopSignals
 from r3rag_jax.run.profile import profiled

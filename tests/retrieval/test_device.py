@@ -7,9 +7,9 @@ import threading
 import jax
 import numpy as np
 import pytest
+from bert_files import write_model, write_tokenizer
 from corpora import AxisEncoder, encyclopedia, ids
 from jax.sharding import Mesh
-from test_encoder import write_model, write_tokenizer
 
 from r3rag_jax.config import ConfigError, load_config
 from r3rag_jax.config.retrieval import EncoderConfig, RetrievalConfig

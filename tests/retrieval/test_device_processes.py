@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bert_files import write_model, write_tokenizer
 from corpora import encyclopedia
-from test_encoder import write_model, write_tokenizer
 
 import r3rag_jax
 from r3rag_jax.config.retrieval import EncoderConfig, RetrievalConfig

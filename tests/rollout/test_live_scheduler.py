@@ -33,7 +33,7 @@ from r3rag_jax.rollout.events import (
     StepWritten,
     Waiting,
 )  # fmt: skip
-from r3rag_jax.rollout.live import LiveQuestion, LiveScheduler
+from r3rag_jax.rollout.live_scheduler import LiveQuestion, LiveScheduler
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.scheduler import rollout
 from r3rag_jax.types import Completion, Context, Passage, Question, Status, Step, Trajectory

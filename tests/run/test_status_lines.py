@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from r3rag_jax.run.glossary import GLOSSARY, TIME_PARTS
-from r3rag_jax.run.live import duration, live_lines, summary, time_line, time_shares
 from r3rag_jax.run.profile import parse_with_profile, profiled
 from r3rag_jax.run.progress import ProgressBar
+from r3rag_jax.run.status_lines import duration, live_lines, summary, time_line, time_shares
 from r3rag_jax.run.stopwatch import Eta, Stopwatch
 
 DOCS = Path(__file__).parents[2] / "docs" / "reports.md"
