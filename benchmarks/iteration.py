@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"rollout.samples={args.samples}", f"rollout.slots={args.questions * args.samples}",
                 f"rl.iterations={args.rounds + 1}", "rl.drop_zero_variance=false",
                 "rl.negative_weight=1", "rl.step_discount=1", f"model.dtype={args.dtype}", "log.trajectories=0",
-                "log.progress=false",
+                "log.progress=false", "data.sft=", "data.refresh_retrieved=false", "data.leakage=off",
             ],
         )  # fmt: skip
         ours, found = Ours(config, f"{folder}/ours", args.questions, console), defaultdict[str, list[Figures]](list)

@@ -12,7 +12,7 @@ import numpy as np
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.fingerprint import describe, differences
-from r3rag_jax.evaluation.groups import ALL
+from r3rag_jax.evaluation.groups import ALL, group_order
 from r3rag_jax.evaluation.metrics import metric_of
 from r3rag_jax.evaluation.statistics import Interval, bootstrap, mcnemar, sign_flips, weighted_mean
 from r3rag_jax.json_text import parse_json
@@ -91,7 +91,7 @@ def compare_runs(pairs: Sequence[tuple[Path, Path]], metric: str) -> tuple[list[
     values_RSQ = np.asarray([[read_values(path)[metric] for path in pair] for pair in pairs])
     rows = [*_read_questions(pairs[0][0]).values()]
     groups = {ALL: np.arange(len(rows))}
-    for group in dict.fromkeys(name for row in rows for name in row.get("groups", ())):
+    for group in sorted({name for row in rows for name in row.get("groups", ())}, key=group_order):
         groups[group] = np.flatnonzero([group in row.get("groups", ()) for row in rows])
     names = [pair[0].resolve().parent.parent.name for pair in pairs]
     runs = [_pooled(name, metric, values_RSQ[i : i + 1]) for i, name in enumerate(names)]

@@ -24,6 +24,12 @@ def hops_group(question: Question) -> list[str]:
     return [] if hops is None else [f"{hops} hop{'' if hops == 1 else 's'}"]
 
 
+def group_order(group: str) -> tuple[int, str]:
+    """What groups are sorted by: types, numbers of hops, seen and unseen compositions."""
+    rank = 2 if group in (SEEN, UNSEEN) else int(re.fullmatch(r"\d+ hops?", group) is not None)
+    return rank, group
+
+
 def type_group(question: Question) -> str | None:
     """The group of the question's type, None without one; a type named like a group of our own is told apart."""
     name = question.metadata.get("type")
