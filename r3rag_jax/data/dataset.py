@@ -115,7 +115,7 @@ class Dataset:
         test questions says which are.
 
         Raises:
-            UserError: the cold start used all questions that RL has, or no question is of a composition to hold out.
+            UserError: the cold start used all questions that RL has, or of some compositions to hold out RL has none.
         """
         data = self._config.data
         if data.source == "files" and not getattr(data, split):
@@ -149,17 +149,22 @@ class Dataset:
     def _held_out(self) -> frozenset[str]:
         """Which questions neither phase sees. Those of RL say it, for the cold start's trajectories have no metadata.
 
+        Where there are none of any such composition, as in the user's own files, this is said.
+
         Raises:
-            UserError: no question is of a composition to hold out.
+            UserError: no question is of one of them.
         """
-        questions = self._all_rl_questions
+        questions, wanted = self._all_rl_questions, self._config.data.hold_out
         known = {composition_of(question) for question in questions}
-        if missing := [name for name in self._config.data.hold_out if name not in known]:
-            names = listed(sorted(known - {""}), ", ") or "of which there are none"
+        missing = [name for name in wanted if name not in known]
+        if 0 < len(missing) < len(wanted):
+            names = listed(sorted(known - {""}), ", ")
             raise UserError(
                 f"data.hold_out must name values of metadata.composition in {questions.path} ({names}); "
                 f"got {', '.join(missing)}"
             )
+        if missing:
+            self._on_error.say(f"data.hold_out holds nothing out: {questions.path} has no question of {missing[0]}, …")
         return frozenset(identity(question) for question in questions if self._is_held_out(question))
 
     def _is_held_out(self, question: Question) -> bool:

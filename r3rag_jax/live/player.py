@@ -14,8 +14,8 @@ from r3rag_jax.retrieval.batching import Batcher
 from r3rag_jax.rollout.env import StopRule
 from r3rag_jax.rollout.events import LAST, Event, StepText, StepWritten
 from r3rag_jax.rollout.fit import misfit
-from r3rag_jax.rollout.live_scheduler import AskedQuestion, LiveQuestion, LiveScheduler
 from r3rag_jax.rollout.live_sampling import LiveSampler
+from r3rag_jax.rollout.live_scheduler import AskedQuestion, LiveQuestion, LiveScheduler
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.rollout.search_env import SearchEnv, search_env_factory
 from r3rag_jax.text.transcript import Codec

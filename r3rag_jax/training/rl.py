@@ -22,13 +22,13 @@ from r3rag_jax.rollout.env import EnvFactory
 from r3rag_jax.rollout.prefetch import Prefetcher
 from r3rag_jax.run.directory import RunDirectory, sentences_to
 from r3rag_jax.run.leftovers import report_damaged, report_gaps
-from r3rag_jax.run.status_lines import live_lines, summary
 from r3rag_jax.run.metrics import MetricsLog
 from r3rag_jax.run.preemption import StopSignals
 from r3rag_jax.run.profile import profiled
 from r3rag_jax.run.progress import ProgressBar, num_compiled
 from r3rag_jax.run.provenance import Provenance
 from r3rag_jax.run.schedule import SaveSchedule
+from r3rag_jax.run.status_lines import live_lines, summary
 from r3rag_jax.run.stopwatch import Eta, Stopwatch
 from r3rag_jax.run.trajectories import TrajectoryLog
 from r3rag_jax.run.watchdog import moved

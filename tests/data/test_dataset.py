@@ -96,10 +96,13 @@ def test_without_held_out_compositions_questions_stay_as_they_are(tmp_path: Path
     assert data.questions("test")[0].metadata == {"composition": "who"} and data.questions("rl")[0].metadata == {}
 
 
-def test_a_composition_of_no_question_is_refused(tmp_path: Path) -> None:
+def test_a_composition_of_no_question_is_refused_and_none_of_any_is_said(tmp_path: Path) -> None:
     data, _ = dataset(tmp_path, ("who", "wen"), rl=[composed(row, "who") for row in rows("Who is A?", "Who is B?")])
     with pytest.raises(UserError, match=r"values of metadata.composition in .*rl.jsonl \(who\); got wen$"):
         data.questions("rl")
+    mine, said = dataset(tmp_path, ("when", "where"), rl=[composed(row, "who") for row in rows("Who is A?")])
+    assert len(mine.questions("rl")) == 1
+    assert said == [f"data.hold_out holds nothing out: {tmp_path}/rl.jsonl has no question of when, …"]
     with pytest.raises(UserError, match=r"data.hold_out must be empty without data.rl, .*; got who$"):
         DataConfig(source="files", corpus="corpus.jsonl", hold_out=("who",))
 
