@@ -20,8 +20,8 @@ class RewardConfig(Section):
     process: Literal["gold", "embedding", "gain", "judge"] = key(
         "gold",
         "relevance of a retrieval: its number of new gold passages; the smaller of the cosines of question and query "
-        "and of query and passage (`embedding`); the share of the gold answer's surprisal that it removes (`gain`); or "
-        "a judge's rating",
+        "and of query and passage (`embedding`); how much it tells of the gold answer, and wins the samples that read "
+        "it (`gain`); or a judge's rating",
     )
     use_outcome: bool = key(True, "false: process rewards only")
     use_process: bool = key(True, "false: outcome reward only")

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from r3rag_jax.rewards.base import Resources
-from r3rag_jax.rewards.gain import beginnings, forced_answers, gain_rewards, information_gain
+from r3rag_jax.rewards.gain import beginnings, forced_answers, gain_rewards, information_gain, reading_contrast
 from r3rag_jax.text.protocols import make_protocol
 from r3rag_jax.text.transcript import Codec
 from r3rag_jax.types import Passage, Question, Status, Step, Trajectory
@@ -97,8 +97,46 @@ def test_the_search_that_brings_the_answer_is_rewarded_and_the_best_alias_counts
         Trajectory(QUESTION, SEARCHES, Status.NO_ANSWER),
     ]
     rewards = gain_rewards(trajectories, Resources(max_steps=4, likelihood=Reader(codec)))
-    np.testing.assert_allclose(rewards, [[0, 0.75, 0, 0], [0, 0.75, 0, 0], [0, 0, 0, 0]])
+    # The second search tells 3/4, the samples are worth 7/8, 7/8 and 0. All read passage a, the first two read b.
+    first, second = (0 + 7 / 12) / 2, (3 / 4 + 7 / 8) / 2
+    np.testing.assert_allclose(rewards, [[first, second, 0, 0], [first, second, 0, 0], [first, 0, 0, 0]], rtol=1e-6)
     assert rewards.dtype == np.float32
+
+
+def sample(ids: str, question: str = "q", is_read: bool = True) -> Trajectory:
+    """A trajectory with a search for each group of letters, which shows a passage for each."""
+    steps = [Step("x", query=group, passages=tuple(Passage(id, id) for id in group)) for group in ids.split()]
+    end = Step("x", answer="?") if is_read else Step("?", is_well_formed=False)
+    return Trajectory(Question(question, "?", ("!",)), (*steps, end), Status.ANSWERED)
+
+
+def test_reading_contrast_typed_out() -> None:
+    trajectories = [
+        sample("a b"), sample("a c"), sample("a c a"), sample("c d", is_read=False), sample("a", question="other")
+    ]  # fmt: skip
+    value = np.asarray([1.0, 0.5, 0.0, 0.25, 0.7])
+    a, b, c = 1.5 / 3 - 0.25, 1.0 - 0.75 / 3, 0.75 / 3 - 1.0  # of four samples; nobody read d
+    found = reading_contrast(trajectories, value, 4)
+    np.testing.assert_allclose(
+        found, [[a, b, 0, 0], [a, c, 0, 0], [a, c, 0, 0], [c, 0, 0, 0], [0.7, 0, 0, 0]], rtol=1e-6
+    )
+
+
+def test_the_best_new_passage_of_a_search_counts_and_unknown_samples_do_not() -> None:
+    trajectories = [sample("ab"), sample("a"), sample("b"), sample("c")]
+    found = reading_contrast(trajectories, np.asarray([1.0, 0.5, NAN, NAN]), 2)
+    np.testing.assert_allclose(found, [[0.75, 0], [0.75, 0], [0.5, 0], [NAN, 0]], rtol=1e-6)
+
+
+def test_a_passage_without_a_bearing_wins_nothing_on_average() -> None:
+    """Every sample reads a; who reads c is drawn, whatever it is worth."""
+    rng = np.random.default_rng(0)
+    trajectories, value = [], rng.random(1600)
+    for row in range(1600):
+        trajectories.append(sample("a c" if rng.random() < 0.5 else "a", question=str(row // 8)))
+    found = reading_contrast(trajectories, value, 3)
+    of_c = found[[row for row, trajectory in enumerate(trajectories) if trajectory.num_retrievals == 2], 1]
+    assert abs(of_c.mean()) < 0.03 and found[:, 0].mean() == pytest.approx(value.mean(), abs=1e-6)
 
 
 def test_without_a_likelihood_it_is_refused() -> None:
