@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import tempfile
 from collections import defaultdict
@@ -113,11 +114,13 @@ def train_trl(
     config: Config, ours: Ours, folder: str, dtype: str, batch: int, on_iteration: Callable[[Figures], None]
 ) -> None:
     """Train as many iterations as `config` says; after each, `on_iteration` gets its figures."""
+    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    torch.set_num_threads(os.cpu_count() or 1)  # PyTorch's default is one thread a core, where JAX has one a CPU
     policy, questions, samples = Path(config.model.path), ours.parts.questions, config.rollout.samples
     tokenizer = AutoTokenizer.from_pretrained(policy)
     tokenizer.chat_template = chat_template(*Tokenizer(policy).frame_of_user_message())
@@ -256,6 +259,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         def on_iteration(figures: Figures) -> None:
             found["TRL"].append(figures)
             found["r3rag_jax"].append(ours.iterate())
+            seconds = " and ".join(f"{one[-1]['iteration']:.0f} s" for one in found.values())
+            console.print(f"iteration {len(found['TRL']) - 1}: {seconds}", highlight=False)
 
         with ours.prefetcher:
             train_trl(config, ours, f"{folder}/trl", args.dtype, args.batch, on_iteration)
