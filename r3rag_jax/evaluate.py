@@ -7,10 +7,8 @@
     python -m r3rag_jax.evaluate habits runs/a/trajectories/cold_start.jsonl runs/a/trajectories/r3rag.jsonl
     python -m r3rag_jax.evaluate table main --checkpoint runs/quickstart --questions hotpotqa/dev.jsonl …
 
-Writes `<run>/eval/<name>.json` and `<run>/trajectories/<name>.jsonl`; for a model from elsewhere <run> is
-runs/eval-<model>, or what run_dir=… names. `compare` tests whether two results differ, `runs` whether two systems do
-over several runs, `habits` counts repeated queries, guesses and the like, and `table` makes one of the paper's tables
-in `<run>/tables`.
+Writes `<run>/eval/<name>.json` and `<run>/trajectories/<name>.jsonl`; for a model from elsewhere <run> is run_dir=… or
+runs/eval-<model>. `compare` tests whether two results differ, `runs` whether two systems do over several runs.
 """
 
 from __future__ import annotations
@@ -31,8 +29,9 @@ from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.evaluation.tables.cells import Cell, QuestionSet
 from r3rag_jax.evaluation.tables.plans import plan_table
 from r3rag_jax.evaluation.tables.table import make_table
+from r3rag_jax.reporting.contrasts import CONTRASTS
 from r3rag_jax.reporting.habits_table import print_habits
-from r3rag_jax.reporting.paper_tables import contrast, contrast_runs, publish_tables
+from r3rag_jax.reporting.paper_tables import publish_tables
 from r3rag_jax.reporting.rendering import results_table
 from r3rag_jax.rollout.context_limit import context_notices
 from r3rag_jax.run.caches import use_compile_cache
@@ -41,8 +40,7 @@ from r3rag_jax.run.caches import use_compile_cache
 @main_guard
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
-    action = ACTIONS.get(words[0]) if words else None
-    evaluate(words) if action is None else action(words[1:])
+    ACTIONS[words[0]](words[1:]) if words and words[0] in ACTIONS else evaluate(words)
     return 0
 
 
@@ -57,7 +55,7 @@ def evaluate(words: Sequence[str]) -> None:
     asked = QuestionSet(file_name(args.questions) if args.questions else TEST, args.questions, limit)
     opened = CellComponents(args.corpus).open(Cell(name, checkpoint, system, policy, asked))
     evaluator, questions, console = opened.evaluator, opened.questions, opened.evaluator.console
-    for notice in context_notices(checkpoint.config) if system not in BASELINES else ():
+    for notice in () if system in BASELINES else context_notices(checkpoint.config):
         console.print(notice, highlight=False)
     fingerprint = evaluator.fingerprint(system, questions, policy, asked.name)
     if notice := replaced_result(evaluator.directory, name, fingerprint):
@@ -76,12 +74,7 @@ def tabulate(words: Sequence[str]) -> None:
     publish_tables(plan.cells[0].checkpoint.run, table, plan.file, f"{PROG} table {shlex.join(words)}", console)
 
 
-ACTIONS: dict[str, Callable[[Sequence[str]], None]] = {
-    "table": tabulate,
-    "compare": contrast,
-    "runs": contrast_runs,
-    "habits": print_habits,
-}
+ACTIONS: dict[str, Callable[[Sequence[str]], None]] = {"table": tabulate, "habits": print_habits, **CONTRASTS}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,22 +1,17 @@
-"""Tables of `evaluate table` and comparisons of two results: for a terminal, as JSON, Markdown and LaTeX."""
+"""Tables of `evaluate table`: for a terminal, as JSON, Markdown and LaTeX."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from r3rag_jax.evaluation.comparison import Comparison, Pooled, compare, compare_runs
-from r3rag_jax.evaluation.flags import comparison_parser, runs_parser
-from r3rag_jax.evaluation.groups import ALL
 from r3rag_jax.evaluation.metrics import RATIOS, metric_of
-from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.evaluation.tables.table import MEAN, Table, TableRow
 from r3rag_jax.json_text import parse_json
 from r3rag_jax.reporting.rendering import visible
@@ -56,7 +51,7 @@ def grid_of(table: Table) -> Grid:
             columns.append(_fields(table, column, metric))
         if table.reference and column != MEAN and any(row.p_values for row in table.rows):
             header.append(f"{prefix}{P_VALUE}")
-            columns.append([Field(_p_text(row.p_values.get(column))) for row in table.rows])
+            columns.append([Field(p_text(row.p_values.get(column))) for row in table.rows])
     rows = [(row.title, [fields[i] for fields in columns]) for i, row in enumerate(table.rows)]
     return Grid(header, rows, [row.is_paper for row in table.rows])
 
@@ -80,7 +75,7 @@ def _text(value: float, row: TableRow, column: str, metric: str) -> str:
     return f"{text} ±{(bounds[1] - bounds[0]) / 2:,.{definition.decimals}f}"
 
 
-def _p_text(p_value: float | None) -> str:
+def p_text(p_value: float | None) -> str:
     if p_value is None:
         return "—"
     return f"{p_value:.3f}" if p_value >= 0.001 else "<0.001"
@@ -182,69 +177,3 @@ def publish_tables(run: RunDirectory, table: Table, name: str, command: str, con
         console.print(Text(visible(sentence), "table.caption"))
     shown = ", ".join(run.shown(run.table(name, suffix)) for suffix in texts)
     console.print(f"Written: {shown}", highlight=False, markup=False, soft_wrap=True)
-
-
-def contrast(words: Sequence[str]) -> None:
-    """Print the comparison that the words after `compare` ask for.
-
-    Raises:
-        UserError: a file is missing or holds no result, or the two are not comparable.
-    """
-    args = comparison_parser().parse_args(words)
-    Console().print(comparison_table(compare(args.results[0], args.results[1], args.varied)))
-
-
-def contrast_runs(words: Sequence[str]) -> None:
-    """Print the comparison of two systems in several runs that the words after `runs` ask for.
-
-    Raises:
-        UserError: as `compare_runs`.
-    """
-    args = runs_parser().parse_args(words)
-    pairs = [tuple(run / "eval" / f"{name}.json" for name in args.results) for run in args.runs]
-    runs, means = compare_runs([(one, other) for one, other in pairs], args.metric)
-    Console().print(runs_table(args.results, args.metric, runs, means))
-
-
-def runs_table(names: Sequence[str], metric: str, runs: Sequence[Pooled], means: Sequence[Pooled]) -> TerminalTable:
-    """A metric of two systems, by their names: a row for each run, and for the mean of each group of questions."""
-    definition = metric_of(metric)
-    texts = (
-        "Difference: second minus first, with its 95 % interval over the questions.",
-        "A run: McNemar's exact test. Mean: a permutation test; a question's value is its mean over the runs.",
-    )
-    lines = Text("\n".join(texts), "table.caption")
-    terminal = TerminalTable(title=definition.title, caption=lines, caption_justify="left", box=None)
-    titles = (SYSTEMS[name].title if name in SYSTEMS else name for name in names)
-    for number, name in enumerate(("", "n", *titles, "difference", "95 % interval", "p")):
-        terminal.add_column(Text(visible(name)), justify="right" if number else "left")
-    mean = f"mean of {len(runs)}" if len(runs) > 1 else "all"
-    named = [*runs, *(dataclasses.replace(row, name=mean) if row.name == ALL else row for row in means)]
-    for number, row in enumerate(named):
-        numbers = (row.one, row.other, row.other - row.one, *row.interval)
-        one, other, difference, low, high = (f"{value:,.{definition.decimals}f}" for value in numbers)
-        cells = (visible(row.name), str(row.num), one, other, difference, f"{low} to {high}", _p_text(row.p_value))
-        terminal.add_row(*cells, end_section=number == len(runs) - 1)
-    return terminal
-
-
-def comparison_table(comparison: Comparison) -> TerminalTable:
-    """Two results side by side, with the interval of each difference and its p value."""
-    lines = [
-        "Difference: second minus first, with its 95 % interval over the same questions.",
-        "McNemar a:b: the exact test; questions that the first and the second alone have. Flips: a permutation test.",
-    ]
-    lines += [f"They differ in {comparison.varied}."] * bool(comparison.varied)
-    shown = Text(visible("\n".join(lines)), "table.caption")
-    terminal = TerminalTable(caption=shown, caption_justify="left", box=None)
-    terminal.add_column("")
-    for name in (*comparison.titles, "difference", "95 % interval", "p", "test", "n"):
-        terminal.add_column(Text(visible(name)), justify="right")
-    for found in comparison.differences:
-        definition = metric_of(found.metric)
-        numbers = (found.one, found.other, found.other - found.one, *found.interval)
-        one, other, difference, low, high = (f"{number:,.{definition.decimals}f}" for number in numbers)
-        test = "flips" if found.only_one is None else f"McNemar {found.only_one}:{found.only_other}"
-        bounds = f"{low} to {high}"
-        terminal.add_row(definition.title, one, other, difference, bounds, _p_text(found.p_value), test, str(found.num))
-    return terminal

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from r3rag_jax.evaluation.comparison import Comparison, Difference, Pooled
 from r3rag_jax.evaluation.tables.table import MEAN, Table, TableRow
-from r3rag_jax.reporting.paper_tables import as_latex, as_markdown, comparison_table, publish_tables, runs_table
+from r3rag_jax.reporting.contrasts import comparison_table, runs_table
+from r3rag_jax.reporting.paper_tables import as_latex, as_markdown, publish_tables
 from r3rag_jax.run.directory import RunDirectory
 
 ONE = Table(

@@ -1,0 +1,87 @@
+"""What `evaluate compare` and `evaluate runs` print: two results side by side, in one run or in several."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from r3rag_jax.evaluation.comparison import Comparison, Pooled, compare, compare_runs
+from r3rag_jax.evaluation.flags import comparison_parser, runs_parser
+from r3rag_jax.evaluation.groups import ALL
+from r3rag_jax.evaluation.metrics import metric_of
+from r3rag_jax.evaluation.systems import SYSTEMS
+from r3rag_jax.reporting.paper_tables import p_text
+from r3rag_jax.reporting.rendering import visible
+
+
+def contrast(words: Sequence[str]) -> None:
+    """Print the comparison that the words after `compare` ask for.
+
+    Raises:
+        UserError: a file is missing or holds no result, or the two are not comparable.
+    """
+    args = comparison_parser().parse_args(words)
+    Console().print(comparison_table(compare(args.results[0], args.results[1], args.varied)))
+
+
+def contrast_runs(words: Sequence[str]) -> None:
+    """Print the comparison of two systems in several runs that the words after `runs` ask for.
+
+    Raises:
+        UserError: as `compare_runs`.
+    """
+    args = runs_parser().parse_args(words)
+    pairs = [tuple(run / "eval" / f"{name}.json" for name in args.results) for run in args.runs]
+    runs, means = compare_runs([(one, other) for one, other in pairs], args.metric)
+    Console().print(runs_table(args.results, args.metric, runs, means))
+
+
+def runs_table(names: Sequence[str], metric: str, runs: Sequence[Pooled], means: Sequence[Pooled]) -> Table:
+    """A metric of two systems, by their names: a row for each run, and for the mean of each group of questions."""
+    definition = metric_of(metric)
+    texts = (
+        "Difference: second minus first, with its 95 % interval over the questions.",
+        "A run: McNemar's exact test. Mean: a permutation test; a question's value is its mean over the runs.",
+    )
+    lines = Text("\n".join(texts), "table.caption")
+    terminal = Table(title=definition.title, caption=lines, caption_justify="left", box=None)
+    titles = (SYSTEMS[name].title if name in SYSTEMS else name for name in names)
+    for number, name in enumerate(("", "n", *titles, "difference", "95 % interval", "p")):
+        terminal.add_column(Text(visible(name)), justify="right" if number else "left")
+    mean = f"mean of {len(runs)}" if len(runs) > 1 else "all"
+    named = [*runs, *(dataclasses.replace(row, name=mean) if row.name == ALL else row for row in means)]
+    for number, row in enumerate(named):
+        numbers = (row.one, row.other, row.other - row.one, *row.interval)
+        one, other, difference, low, high = (f"{value:,.{definition.decimals}f}" for value in numbers)
+        cells = (visible(row.name), str(row.num), one, other, difference, f"{low} to {high}", p_text(row.p_value))
+        terminal.add_row(*cells, end_section=number == len(runs) - 1)
+    return terminal
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Two results side by side, with the interval of each difference and its p value."""
+    lines = [
+        "Difference: second minus first, with its 95 % interval over the same questions.",
+        "McNemar a:b: the exact test; questions that the first and the second alone have. Flips: a permutation test.",
+    ]
+    lines += [f"They differ in {comparison.varied}."] * bool(comparison.varied)
+    shown = Text(visible("\n".join(lines)), "table.caption")
+    terminal = Table(caption=shown, caption_justify="left", box=None)
+    terminal.add_column("")
+    for name in (*comparison.titles, "difference", "95 % interval", "p", "test", "n"):
+        terminal.add_column(Text(visible(name)), justify="right")
+    for found in comparison.differences:
+        definition = metric_of(found.metric)
+        numbers = (found.one, found.other, found.other - found.one, *found.interval)
+        one, other, difference, low, high = (f"{number:,.{definition.decimals}f}" for number in numbers)
+        test = "flips" if found.only_one is None else f"McNemar {found.only_one}:{found.only_other}"
+        bounds = f"{low} to {high}"
+        terminal.add_row(definition.title, one, other, difference, bounds, p_text(found.p_value), test, str(found.num))
+    return terminal
+
+
+CONTRASTS: dict[str, Callable[[Sequence[str]], None]] = {"compare": contrast, "runs": contrast_runs}
