@@ -81,7 +81,7 @@ class Ours:
     def __init__(self, config: Config, folder: str, questions: int, console: Console):
         components = Components(config, folder, console)
         parts = components.rl_parts
-        self.config = config
+        self.config, self.codec = config, components.codec
         self.parts = dataclasses.replace(parts, questions=list(parts.questions)[:questions], evaluate=None)
         self.trainer = RLTrainer(
             config, parts.policy, parts.mesh, parts.run, console,
@@ -117,18 +117,12 @@ def train_trl(
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     torch.set_num_threads(os.cpu_count() or 1)  # PyTorch's default is one thread a core, where JAX has one a CPU
-    policy, questions, samples = Path(config.model.path), ours.parts.questions, config.rollout.samples
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    tokenizer.chat_template = chat_template(*Tokenizer(policy).frame_of_user_message())
-    tokenizer.response_template = RESPONSE_TEMPLATE
-    ends = [*TagsProtocol.stop_tokens, tokenizer.eos_token]
-    end_ids = tokenizer.convert_tokens_to_ids(ends)
-    tokenizer.eos_token = "</query>"  # what TRL takes for the end of a turn, after which a tool's text follows
-    passage_tokens = config.retrieval.passage_tokens
+    policy, questions = Path(config.model.path), ours.parts.questions
+    tokenizer, end_ids = peer_tokenizer(policy)
 
     def search(query: str) -> str:
         """Search Wikipedia.
@@ -139,9 +133,8 @@ def train_trl(
         Returns:
             The passages found.
         """
-        hits = ours.parts.retriever.search([query], config.retrieval.top_k)[0]
-        texts = [tokenizer(hit.passage.contents, add_special_tokens=False)["input_ids"] for hit in hits]
-        return "\n".join(tokenizer.decode(ids[:passage_tokens]) for ids in texts)
+        [hits] = ours.parts.retriever.search([query], config.retrieval.top_k)
+        return "\n".join(ours.codec.shown(hit.passage) for hit in hits)
 
     def exact_match(prompts: Any, completions: Any, id: Any, **_: Any) -> list[float]:
         by_id = {question.id: question for question in questions}
@@ -189,32 +182,50 @@ def train_trl(
             r=config.lora.rank, lora_alpha=config.lora.alpha, target_modules=list(config.lora.targets),
             task_type="CAUSAL_LM",
         ),
-        args=GRPOConfig(
-            output_dir=folder,
-            max_steps=config.rl.iterations,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=len(questions) * samples // batch,
-            num_generations=samples,
-            max_completion_length=config.rollout.max_length,
-            max_tool_calling_iterations=config.rollout.max_steps - 1,
-            generation_kwargs={"max_new_tokens": config.rollout.max_new_tokens, "eos_token_id": end_ids},
-            temperature=1.0,
-            min_p=config.rollout.min_p or None,
-            top_p=config.rollout.top_p,
-            beta=0.0,
-            learning_rate=config.rl.lr,
-            bf16=dtype == "bfloat16",
-            model_init_kwargs={"dtype": "float32"},
-            gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-            seed=config.seed,
-        ),
+        args=GRPOConfig(**grpo_settings(config, folder, dtype, batch, end_ids)),
     )  # fmt: skip
     trainer.eos_token_ids = end_ids
     trainer.train()
+
+
+def grpo_settings(config: Config, folder: str, dtype: str, batch: int, end_ids: Sequence[int]) -> dict[str, Any]:
+    """TRL's settings of what `config` says; `batch` trajectories in a forward pass."""
+    samples = config.rollout.samples
+    return dict(
+        output_dir=folder,
+        max_steps=config.rl.iterations,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=config.rl.questions * samples // batch,
+        num_generations=samples,
+        max_completion_length=config.rollout.max_length,
+        max_tool_calling_iterations=config.rollout.max_steps - 1,
+        generation_kwargs={"max_new_tokens": config.rollout.max_new_tokens, "eos_token_id": end_ids},
+        temperature=1.0,
+        min_p=config.rollout.min_p or None,
+        top_p=config.rollout.top_p,
+        beta=0.0,
+        learning_rate=config.rl.lr,
+        bf16=dtype == "bfloat16",
+        model_init_kwargs={"dtype": "float32"},
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        seed=config.seed,
+    )
+
+
+def peer_tokenizer(policy: Path) -> tuple[Any, list[int]]:
+    """transformers' tokenizer, which writes and reads the protocol for TRL, and the ids that end a turn."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = chat_template(*Tokenizer(policy).frame_of_user_message())
+    tokenizer.response_template = RESPONSE_TEMPLATE
+    end_ids = tokenizer.convert_tokens_to_ids([*TagsProtocol.stop_tokens, tokenizer.eos_token])
+    tokenizer.eos_token = "</query>"  # what TRL takes for the end of a turn, after which a tool's text follows
+    return tokenizer, end_ids
 
 
 def chat_template(before: str, after: str) -> str:
