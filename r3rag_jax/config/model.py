@@ -37,8 +37,10 @@ class ModelConfig(Section):
     remat: Literal["none", "full", "dots"] = key(
         "none", "rematerialisation: the backward pass recomputes nothing, everything, or all but matrix products"
     )
-    attention: Literal["xla", "cudnn", "splash"] = key(
-        "xla", "attention kernel of training: `xla` anywhere, `cudnn` on NVIDIA in bfloat16, `splash` on TPU"
+    attention: Literal["xla", "blocks", "cudnn", "splash"] = key(
+        "xla",
+        "attention kernel of training: `xla` anywhere, `blocks` on CPUs for rows with several trajectories, `cudnn` on "
+        "NVIDIA in bfloat16, `splash` on TPU",
     )
     micro_tokens: int = key(
         0,

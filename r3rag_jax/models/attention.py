@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from r3rag_jax.errors import UserError
+from r3rag_jax.models.block_attention import SAVED, block_attention
 from r3rag_jax.models.matmul import transpose_copy
 from r3rag_jax.parallel.target import ONE_CPU, Target
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
-PLATFORMS = {"cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # "xla" runs on any platform
+IMPLEMENTATIONS = ("xla", "blocks", "cudnn", "splash")
+PLATFORMS = {"blocks": ("cpu",), "cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # "xla" runs on any platform
 QUERY_CHUNK = 128  # queries that "xla" attends from at a time
-SAVED = "attention"  # `checkpoint_name` of what "xla" saves besides q, k and v
 LANES, MAX_BLOCK = 128, 512  # a block of "splash" is a multiple of LANES and at most MAX_BLOCK, in tokens
 
 
@@ -47,9 +47,9 @@ def attention(
             token sees itself, so outputs of padding are finite. None: one segment.
         branch_ids_BL: int32; token i sees token j only if j's branch is 0 or equals i's (`training/prefix_tree.py`).
             None: no branches.
-        implementation: "xla" (any device), "cudnn" (NVIDIA; bfloat16 or float16; H a multiple of 8, at most 128, or
-            256 from Hopper on; an even L if there are segment ids) or "splash" (TPU; CPUs interpret the kernel, which
-            is slow).
+        implementation: "xla" (any device), "blocks" (CPU; the faster the less of its row a token sees), "cudnn"
+            (NVIDIA; bfloat16 or float16; H a multiple of 8, at most 128, or 256 from Hopper on; an even L if there are
+            segment ids) or "splash" (TPU; CPUs interpret the kernel, which is slow).
         target: the devices to compile for.
 
     Raises:
@@ -61,6 +61,8 @@ def attention(
     if target.platform not in PLATFORMS.get(implementation, (target.platform,)):
         known = " or ".join(PLATFORMS[implementation])
         raise UserError(f"attention {implementation!r} must run on {known}; got {target.platform}")
+    if implementation == "blocks":
+        return block_attention(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL, target)
     if implementation == "splash":
         return _splash(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL, target)
     if implementation == "cudnn":

@@ -74,7 +74,9 @@ def _sizes(config: Config, decoder: DecoderConfig, mesh: Mesh) -> _Sizes:
     return _Sizes(
         residual=decoder.hidden_size * item,
         activations=item * (4 * decoder.hidden_size + (2 * heads + 3 * decoder.ffn_size) // tensor),
-        scores=0 if config.model.attention == "splash" else 3 * 4 * QUERY_CHUNK * -(-decoder.num_heads // tensor),
+        scores=0
+        if config.model.attention in ("splash", "blocks")
+        else 3 * 4 * QUERY_CHUNK * -(-decoder.num_heads // tensor),
         layer_weights=item * layer,
         layer_params=layer,
         logits=3 * 4 * -(-decoder.vocab_size // tensor),

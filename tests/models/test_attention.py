@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh
 from r3rag_jax.config import KLConfig, MeshConfig, ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.attention import attention
+from r3rag_jax.models.block_attention import Tokens, seen_blocks
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
 from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.parallel.shardings import batch_shardings, device_put_batch, device_put_global, tree_shardings
@@ -73,6 +74,28 @@ def test_splash_gives_the_numbers_of_xla(shape: tuple[int, ...], dtype: Any, seg
 
 
 @pytest.mark.parametrize(
+    ("shape", "dtype", "segments"),
+    [
+        ((1, 24, 4, 2, 8), jnp.float32, None),  # one block
+        ((1, 300, 4, 2, 8), jnp.float32, segments_of(40, 200, 60)),  # three, of 100
+        ((2, 130, 4, 1, 128), jnp.bfloat16, segments_of(70, 40, 20).repeat(2, 0)),
+        ((2, 259, 2, 2, 8), jnp.float32, jnp.concatenate([segments_of(259, 0), segments_of(1, 129, 128, 1)])),
+    ],
+)
+def test_blocks_give_the_numbers_of_xla(shape: tuple[int, ...], dtype: Any, segments: jax.Array | None) -> None:
+    assert_same_numbers("blocks", shape, dtype, segments)
+
+
+def test_only_blocks_that_a_query_sees_are_computed() -> None:
+    """Two trajectories of two blocks and half a one; the second is a prefix of a block and two branches."""
+    segment = jnp.repeat(jnp.array([1, 2, 0]), np.array([4, 8, 2]))
+    branch = jnp.repeat(jnp.array([0, 1, 2, 0]), np.array([6, 4, 2, 2]))
+    blocks, counts = seen_blocks(Tokens(*(x.reshape(1, 7, 2) for x in (jnp.arange(14), segment, branch))))
+    seen = [set(blocks[0, i, : counts[0, i]].tolist()) for i in range(7)]
+    assert seen == [{0}, {0, 1}, {2}, {2, 3}, {2, 3, 4}, {2, 5}, {6}]
+
+
+@pytest.mark.parametrize(
     ("implementation", "backend"),
     [
         pytest.param("cudnn", "gpu", marks=pytest.mark.gpu),
@@ -92,6 +115,7 @@ def test_on_its_hardware_in_bfloat16(implementation: str, backend: str) -> None:
     [
         ("splash", "gpu", "'splash' must run on tpu or cpu; got gpu"),
         ("cudnn", "tpu", "'cudnn' must run on gpu; got tpu"),
+        ("blocks", "gpu", "'blocks' must run on cpu; got gpu"),
     ],
 )
 def test_the_wrong_hardware_is_refused(implementation: str, platform: str, message: str) -> None:
@@ -119,7 +143,8 @@ def policy(implementation: str) -> tuple[Any, Any]:
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs eight forced devices")
 @pytest.mark.slow
-def test_one_answer_on_a_mesh_under_scan_and_remat() -> None:
+@pytest.mark.parametrize("implementation", ["splash", "blocks"])
+def test_one_answer_on_a_mesh_under_scan_and_remat(implementation: str) -> None:
     def loss_and_gradients(mesh: Mesh, implementation: str) -> Any:
         graphdef, params = policy(implementation)
 
@@ -132,7 +157,7 @@ def test_one_answer_on_a_mesh_under_scan_and_remat() -> None:
 
     one = jax.make_mesh((1, 1, 1), AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
     many = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    want, got = loss_and_gradients(one, "xla"), loss_and_gradients(many, "splash")
+    want, got = loss_and_gradients(one, "xla"), loss_and_gradients(many, implementation)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
 

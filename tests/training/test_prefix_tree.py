@@ -231,10 +231,10 @@ def test_rl_learns_the_same(trajectories: list[Trajectory]) -> None:
     np.testing.assert_allclose(metrics["sampler_gap"], metrics_of_single["sampler_gap"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("splash", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("implementation", ["xla", "blocks", pytest.param("splash", marks=pytest.mark.slow)])
 def test_the_mask_of_attention(implementation: str) -> None:
     """Against all scores at once, for outputs and gradients; also across the borders of query chunks and of blocks."""
-    L = 300 if implementation == "xla" else 600
+    L = 600 if implementation == "splash" else 300
     q, k, v = (tiny.normal(seed, 2, L, heads, 8) for seed, heads in enumerate((4, 2, 2)))
     segments = jnp.where(jnp.arange(L) < 220, 1, 2) * jnp.ones((2, 1), jnp.int32)
     branches = tiny.integers(3, 2, L, high=4)
