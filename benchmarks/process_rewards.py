@@ -2,6 +2,8 @@
 
     python benchmarks/process_rewards.py --config configs/quickstart.yaml name=RUN [key=value …]
 
+With `judge.*` the judge is measured, too; what it fails to judge is counted, and left out of its AUC.
+
 Samples trajectories of the first RL iterations with the run's cold start, as RL does. A search counts if it shows a new
 passage; it found evidence if a new one is a supporting passage (`rewards.process=gold` above 0). AUC is the probability
 that a search with evidence earns more than one without, ties half (Hanley and McNeil 1982).
@@ -37,12 +39,14 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def measure(c: Components, trajectories: Sequence[Trajectory]) -> dict[str, tuple[np.ndarray, float]]:
-    """For each process reward its values [B, K] and the seconds that its second computation took."""
+    """For each process reward its values [B, K], NaN where it failed, and the seconds that it took when compiled."""
     reference, found = c.policy.load(c.run.policy("sft")), {}
-    for name in PROCESS:
+    names = (*PROCESS, "judge") if c.config.judge.is_given else PROCESS
+    for name in names:
         c.config = c.config.replace(rewards=c.config.rewards.replace(process=name))
         scorer = c.make_scorer(reference)
-        scorer.score(trajectories)  # compiles
+        if name != "judge":  # which compiles little, and remembers what it has judged
+            scorer.score(trajectories)  # compiles
         started = time.perf_counter()
         process_BK = scorer.score(trajectories).process
         found[name] = process_BK, time.perf_counter() - started
@@ -70,17 +74,19 @@ def main() -> None:
     types = np.asarray([str(t.question.metadata.get("type", "")) for t in trajectories])
     print(f"{len(trajectories)} trajectories, {counts.sum()} searches, {labels[counts].sum()} with evidence")
     print(f"rollouts of an iteration {rollout_s:.1f} s")
-    for name in PROCESS:
-        values, seconds = found[name]
+    for name, (values, seconds) in found.items():
+        has_value = counts & ~np.isnan(values)
         by_type = {
-            kind: auc(values[types == kind][counts[types == kind]], labels[types == kind][counts[types == kind]])
+            kind: auc(values[has_value & of_kind], labels[has_value & of_kind])
             for kind in dict.fromkeys(types.tolist())
+            if (of_kind := (types == kind)[:, None]).any()
         }
         parts = "  ".join(f"{kind} {value:.3f}" for kind, value in by_type.items())
         print(
-            f"{name:10} AUC {auc(values[counts], labels[counts]):.3f}  mean with evidence "
-            f"{values[counts & labels].mean():.3f}, without {values[counts & ~labels].mean():.3f}  "
-            f"{seconds / options.iterations:.2f} s an iteration  |  {parts}"
+            f"{name:10} AUC {auc(values[has_value], labels[has_value]):.3f}  mean with evidence "
+            f"{values[has_value & labels].mean():.3f}, without {values[has_value & ~labels].mean():.3f}  "
+            f"{seconds / options.iterations:.2f} s an iteration, failed {100 - 100 * has_value.sum() / counts.sum():.1f} %"
+            f"  |  {parts}"
         )
 
 
