@@ -18,7 +18,7 @@ from r3rag_jax.models.matmul import transpose_copy
 from r3rag_jax.parallel.target import ONE_CPU, Target
 
 IMPLEMENTATIONS = ("xla", "blocks", "cudnn", "splash")
-PLATFORMS = {"blocks": ("cpu",), "cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # "xla" runs on any platform
+PLATFORMS = {"cudnn": ("gpu",), "splash": ("tpu", "cpu")}  # the others run on any platform
 QUERY_CHUNK = 128  # queries that "xla" attends from at a time
 LANES, MAX_BLOCK = 128, 512  # a block of "splash" is a multiple of LANES and at most MAX_BLOCK, in tokens
 
@@ -47,9 +47,9 @@ def attention(
             token sees itself, so outputs of padding are finite. None: one segment.
         branch_ids_BL: int32; token i sees token j only if j's branch is 0 or equals i's (`training/prefix_tree.py`).
             None: no branches.
-        implementation: "xla" (any device), "blocks" (CPU; the faster the less of its row a token sees), "cudnn"
-            (NVIDIA; bfloat16 or float16; H a multiple of 8, at most 128, or 256 from Hopper on; an even L if there are
-            segment ids) or "splash" (TPU; CPUs interpret the kernel, which is slow).
+        implementation: "xla" (any device), "blocks" (any device, made for CPUs; the faster the less of its row a token
+            sees), "cudnn" (NVIDIA; bfloat16 or float16; H a multiple of 8, at most 128, or 256 from Hopper on; an even
+            L if there are segment ids) or "splash" (TPU; CPUs interpret the kernel, which is slow).
         target: the devices to compile for.
 
     Raises:

@@ -115,7 +115,6 @@ def test_on_its_hardware_in_bfloat16(implementation: str, backend: str) -> None:
     [
         ("splash", "gpu", "'splash' must run on tpu or cpu; got gpu"),
         ("cudnn", "tpu", "'cudnn' must run on gpu; got tpu"),
-        ("blocks", "gpu", "'blocks' must run on cpu; got gpu"),
     ],
 )
 def test_the_wrong_hardware_is_refused(implementation: str, platform: str, message: str) -> None:
