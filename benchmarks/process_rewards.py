@@ -85,8 +85,8 @@ def main() -> None:
         print(
             f"{name:10} AUC {auc(values[has_value], labels[has_value]):.3f}  mean with evidence "
             f"{values[has_value & labels].mean():.3f}, without {values[has_value & ~labels].mean():.3f}  "
-            f"{seconds / options.iterations:.2f} s an iteration, failed {100 - 100 * has_value.sum() / counts.sum():.1f} %"
-            f"  |  {parts}"
+            f"{seconds / options.iterations:.2f} s an iteration, "
+            f"failed {100 * (1 - has_value.sum() / counts.sum()):.1f} %  |  {parts}"
         )
 
 
