@@ -11,7 +11,7 @@ import numpy as np
 
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.fingerprint import describe, differences
+from r3rag_jax.evaluation.fingerprint import TRAINED_FACTS, describe, differences
 from r3rag_jax.evaluation.groups import ALL, group_order
 from r3rag_jax.evaluation.metrics import metric_of
 from r3rag_jax.evaluation.statistics import Interval, bootstrap, mcnemar, sign_flips, weighted_mean
@@ -71,6 +71,8 @@ class Pooled:
 def compare_runs(pairs: Sequence[tuple[Path, Path]], metric: str) -> tuple[list[Pooled], list[Pooled]]:
     """Compare a metric of two results in each of several runs, which have answered the same questions.
 
+    Between runs nothing may differ but what was trained, TRAINED_FACTS and the policies.
+
     Args:
         pairs: `eval/<name>.json` of both, of each run.
 
@@ -83,7 +85,7 @@ def compare_runs(pairs: Sequence[tuple[Path, Path]], metric: str) -> tuple[list[
     found = [compare(one, other) for one, other in pairs]
     for side in zip(*pairs, strict=True):
         for path in side[1:]:
-            compare(side[0], path)
+            compare(side[0], path, TRAINED_FACTS)
     for (one, other), comparison in zip(pairs, found, strict=True):
         known = [difference.metric for difference in comparison.differences]
         if metric not in known:

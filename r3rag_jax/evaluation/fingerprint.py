@@ -133,6 +133,8 @@ KEYS_WITHOUT_EFFECT = {
 }
 # Facts in which two evaluations differ that a table compares.
 SUBJECT_FACTS = ("system", "policy")
+# Facts in which runs of a recipe differ beside: each trains its own cold start.
+TRAINED_FACTS = ("cold_start",)
 # Facts that say in words what another one is a digest of.
 WORDED_FACTS = ("split", "num_questions")
 # Facts of which two evaluations may have different parts: those that both have are compared.

@@ -84,7 +84,10 @@ def test_unlike_results_are_refused_with_the_difference(tmp_path: Path) -> None:
 def test_two_systems_in_several_runs(tmp_path: Path) -> None:
     """Typed out: the four questions' means over two runs are 1, 1/2, 0, 0 and 1, 1, 1/2, 0."""
     pairs = [
-        (write(tmp_path / run, one, "cold_start", "aabc"), write(tmp_path / run, other, "r3rag", "aabc"))
+        (
+            write(tmp_path / run, one, "cold_start", "aabc", policy=f"sft {run}", cold_start=run),
+            write(tmp_path / run, other, "r3rag", "aabc", policy=f"rl {run}", cold_start=run),
+        )
         for run, one, other in (("x", "rrww", "rrrw"), ("y", "rwww", "rrww"))
     ]
     runs, means = compare_runs(pairs, "em")
