@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from r3rag_jax.baselines.attempt import Attempt
 from r3rag_jax.baselines.demonstrations import DEMONSTRATIONS
 from r3rag_jax.baselines.prompting import Example, PromptStyle, PromptWriter, fewer_passages, line_stops, text_stops
-from r3rag_jax.rollout.env import Done, StopRule, Transition
+from r3rag_jax.retrieval.base import Hit
+from r3rag_jax.rollout.env import Done, Search, StopRule, Transition
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.text.tokenizer import Tokenizer
 from r3rag_jax.types import Completion, Context, Passage
@@ -103,6 +104,20 @@ class ChainEnv:
             return self._attempt.done(thought, first_line(text))
         before, mark, answer = text.partition(ANSWER_MARK)
         return self._attempt.done(f"{thought} {before.strip()}", first_line(answer)) if mark else None
+
+
+class SearchingChainEnv(ChainEnv):
+    """An attempt whose first search is for the question; what a search brings replaces what the last one brought."""
+
+    def start(self) -> Search:
+        """See `Env.start`."""
+        return self._attempt.search(self._attempt.question, self._settings.top_k)
+
+    def observe(self, hits: Sequence[Hit]) -> Context | Done:
+        """See `Env.observe`."""
+        self._passages = [hit.passage for hit in hits[: self._settings.top_k]]
+        self._attempt.observe(self._passages)
+        return self._context()
 
 
 class WholeChainEnv(ChainEnv):

@@ -15,14 +15,11 @@ the sampled tokens; with `rollout.min_p` and its like the engine's are those of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from r3rag_jax.baselines.chain import ChainEnv, ChainSettings, first_line
+from r3rag_jax.baselines.chain import ChainSettings, SearchingChainEnv, first_line
 from r3rag_jax.baselines.ircot import as_sentence
 from r3rag_jax.errors import UserError
-from r3rag_jax.retrieval.base import Hit
 from r3rag_jax.rollout.env import Done, Search
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.text.tokenizer import Tokenizer
@@ -53,7 +50,7 @@ def unsure_query(tokenizer: Tokenizer, completion: Completion, threshold: float,
     return first_line(tokenizer.decode(kept, skip_special=True)).strip(" .")
 
 
-class FLAREEnv(ChainEnv):
+class FLAREEnv(SearchingChainEnv):
     """One question, answered at the end of a chain of thought whose unsure sentences retrieve."""
 
     def __init__(
@@ -70,16 +67,6 @@ class FLAREEnv(ChainEnv):
         self._threshold, self._mask_below, self._num_left = threshold, mask_below, max_tokens
         self._is_look_ahead = True  # whether the next completion may be a query
         self._num_told = 0  # characters of the chain that a step has in its analysis
-
-    def start(self) -> Search:
-        """See `Env.start`."""
-        return self._attempt.search(self._attempt.question, self._settings.top_k)
-
-    def observe(self, hits: Sequence[Hit]) -> Context | Done:
-        """See `Env.observe`."""
-        self._passages = [hit.passage for hit in hits[: self._settings.top_k]]
-        self._attempt.observe(self._passages)
-        return self._context()
 
     def step(self, completion: Completion) -> Context | Search | Done:
         """See `Env.step`."""
