@@ -76,12 +76,8 @@ def main() -> None:
     print(f"rollouts of an iteration {rollout_s:.1f} s")
     for name, (values, seconds) in found.items():
         has_value = counts & ~np.isnan(values)
-        by_type = {
-            kind: auc(values[has_value & of_kind], labels[has_value & of_kind])
-            for kind in dict.fromkeys(types.tolist())
-            if (of_kind := (types == kind)[:, None]).any()
-        }
-        parts = "  ".join(f"{kind} {value:.3f}" for kind, value in by_type.items())
+        by_type = {kind: has_value & (types == kind)[:, None] for kind in dict.fromkeys(types.tolist())}
+        parts = "  ".join(f"{kind} {auc(values[chosen], labels[chosen]):.3f}" for kind, chosen in by_type.items())
         print(
             f"{name:10} AUC {auc(values[has_value], labels[has_value]):.3f}  mean with evidence "
             f"{values[has_value & labels].mean():.3f}, without {values[has_value & ~labels].mean():.3f}  "

@@ -87,7 +87,7 @@ def test_blocks_give_the_numbers_of_xla(shape: tuple[int, ...], dtype: Any, segm
 
 
 def test_only_blocks_that_a_query_sees_are_computed() -> None:
-    """Two trajectories of two blocks and half a one; the second is a prefix of a block and two branches."""
+    """Blocks of two tokens: a trajectory of two, a tree (a prefix of one, branches of two and one), one of padding."""
     segment = jnp.repeat(jnp.array([1, 2, 0]), np.array([4, 8, 2]))
     branch = jnp.repeat(jnp.array([0, 1, 2, 0]), np.array([6, 4, 2, 2]))
     blocks, counts = seen_blocks(Tokens(*(x.reshape(1, 7, 2) for x in (jnp.arange(14), segment, branch))))
