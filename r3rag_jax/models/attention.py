@@ -47,9 +47,9 @@ def attention(
             token sees itself, so outputs of padding are finite. None: one segment.
         branch_ids_BL: int32; token i sees token j only if j's branch is 0 or equals i's (`training/prefix_tree.py`).
             None: no branches.
-        implementation: "xla" (any device), "blocks" (made for CPUs, not run elsewhere; the faster the less of its
-            row a token sees), "cudnn" (NVIDIA; bfloat16 or float16; H a multiple of 8, at most 128, or 256 from Hopper on; an even
-            L if there are segment ids) or "splash" (TPU; CPUs interpret the kernel, which is slow).
+        implementation: "xla" (any device), "blocks" (made for CPUs, not run elsewhere; the faster the less of its row a
+            token sees), "cudnn" (NVIDIA; bfloat16 or float16; H a multiple of 8, at most 128, or 256 from Hopper on;
+            an even L if there are segment ids) or "splash" (TPU; CPUs interpret the kernel, which is slow).
         target: the devices to compile for.
 
     Raises:
