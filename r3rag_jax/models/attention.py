@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.block_attention import SAVED, block_attention
 from r3rag_jax.models.matmul import transpose_copy
+from r3rag_jax.models.visibility import Tokens
 from r3rag_jax.parallel.target import ONE_CPU, Target
 
 IMPLEMENTATIONS = ("xla", "blocks", "cudnn", "splash")
@@ -66,24 +67,18 @@ def attention(
     if implementation == "splash":
         return _splash(q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL, target)
     if implementation == "cudnn":
-        visible = _visible(segment_ids_BL, branch_ids_BL, 0, q_BLNH.shape[1])
-        mask = None if visible is None else visible[:, None]
+        has_ids = segment_ids_BL is not None or branch_ids_BL is not None
+        mask = _visible(segment_ids_BL, branch_ids_BL, 0, q_BLNH.shape[1])[:, None] if has_ids else None
         return jax.nn.dot_product_attention(q_BLNH, k_BLKH, v_BLKH, mask=mask, is_causal=True, implementation="cudnn")
     return _chunked(target, q_BLNH, k_BLKH, v_BLKH, segment_ids_BL, branch_ids_BL)
 
 
-def _visible(
-    segment_ids_BL: jax.Array | None, branch_ids_BL: jax.Array | None, start: int, end: int
-) -> jax.Array | None:
-    """Segment and branch mask of queries start .. end and keys 0 .. end, bool [B, end - start, end]; None: all True."""
-    mask = None
-    if segment_ids_BL is not None:
-        mask = segment_ids_BL[:, start:end, None] == segment_ids_BL[:, None, :end]
-    if branch_ids_BL is not None:
-        keys = branch_ids_BL[:, None, :end]
-        is_on_path = (keys == 0) | (branch_ids_BL[:, start:end, None] == keys)
-        mask = is_on_path if mask is None else mask & is_on_path
-    return mask
+def _visible(segment_ids_BL: jax.Array | None, branch_ids_BL: jax.Array | None, start: int, end: int) -> jax.Array:
+    """Which keys 0 .. end queries start .. end see, bool [B, end - start, end]; B is 1 where all rows see alike."""
+    tokens = Tokens(jnp.arange(end)[None], segment_ids_BL, branch_ids_BL)
+    queries = jax.tree.map(lambda x: x[:, start:end, None], tokens)
+    keys = jax.tree.map(lambda x: x[:, None, :end], tokens)
+    return queries.see(keys)
 
 
 def _splash(
@@ -136,9 +131,7 @@ def _splash(
     ids, branches = (None if x is None else jnp.pad(x, ((0, 0), (0, missing))) for x in (segment_ids_BL, branch_ids_BL))
     segments = mask = None
     if branches is not None:
-        visible = _visible(ids, branches, 0, L + missing)
-        assert visible is not None
-        mask = visible & jnp.tri(L + missing, dtype=bool)
+        mask = _visible(ids, branches, 0, L + missing)
     elif ids is not None:
         segments = splash.SegmentIds(q=ids, kv=ids)
     out_BNLH = jax.vmap(attend)(q, by_head(k_BLKH), by_head(v_BLKH), segments, mask)
@@ -237,11 +230,8 @@ def _scores(
     target: Target,
 ) -> jax.Array:
     """Scaled scores of queries from `start` on, float32 [B, K, G, queries, keys]; -inf where a key is masked."""
-    end = k.shape[2]
-    mask = (jnp.arange(start, end)[:, None] >= jnp.arange(end))[None]
-    visible = _visible(segment_ids_BL, branch_ids_BL, start, end)
-    mask = mask if visible is None else mask & visible
-    return jnp.where(mask[:, None, None], _products(q, k, target) * q.shape[-1] ** -0.5, -jnp.inf)
+    visible = _visible(segment_ids_BL, branch_ids_BL, start, k.shape[2])
+    return jnp.where(visible[:, None, None], _products(q, k, target) * q.shape[-1] ** -0.5, -jnp.inf)
 
 
 # The G query heads of a kv head form the rows of one matmul. XLA's CPU einsum over five axes is several times slower.

@@ -21,24 +21,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from r3rag_jax.models.matmul import transpose_copy
+from r3rag_jax.models.visibility import Tokens
 from r3rag_jax.parallel.target import Target
 
 MAX_BLOCK = 128  # tokens
 MASKED = -1e30  # a score that does not count; finite, since a whole block of them may come first
 SAVED = "attention"  # `checkpoint_name` of what is saved besides q, k and v
-
-
-class Tokens(NamedTuple):
-    """What decides which tokens see which, int32 [...]."""
-
-    position: jax.Array  # in the row
-    segment: jax.Array
-    branch: jax.Array
-
-    def see(self, keys: Tokens) -> jax.Array:
-        """Whether queries see keys, bool: not later, of the same segment, and of branch 0 or the same branch."""
-        is_on_path = (keys.branch == 0) | (keys.branch == self.branch)
-        return (keys.position <= self.position) & (keys.segment == self.segment) & is_on_path
 
 
 class Seen(NamedTuple):
@@ -65,18 +53,17 @@ def block_attention(
     def padded(x_BL: jax.Array) -> jax.Array:
         return jnp.pad(x_BL, ((0, 0), (0, missing)) + ((0, 0),) * (x_BL.ndim - 2))
 
-    ids = (jnp.zeros((B, L), jnp.int32) if x is None else x for x in (segment_ids_BL, branch_ids_BL))
     position = jnp.broadcast_to(jnp.arange(L + missing, dtype=jnp.int32), (B, L + missing))
-    tokens = Tokens(*(x.reshape(B, num_blocks, block) for x in (position, *map(padded, ids))))
-    return _attend(target, padded(q_BLNH), padded(k_BLKH), padded(v_BLKH), tokens)[:, :L]
+    tokens = Tokens(position, *jax.tree.map(padded, (segment_ids_BL, branch_ids_BL)))
+    tokens_BnC = jax.tree.map(lambda x: x.reshape(B, num_blocks, block), tokens)
+    return _attend(target, padded(q_BLNH), padded(k_BLKH), padded(v_BLKH), tokens_BnC)[:, :L]
 
 
 def seen_blocks(tokens_BnC: Tokens) -> Seen:
     """Which blocks of keys hold one that a query of each block sees."""
-    queries, keys = (
-        Tokens(*(jnp.expand_dims(x, axes) for x in tokens_BnC)) for axes in ((3, 4), (1, 2))
-    )  # [B, n, C, 1, 1] and [B, 1, 1, n, C]
-    is_seen_Bnn = jnp.any(queries.see(keys), axis=(2, 4))
+    queries_BnC11 = jax.tree.map(lambda x: x[..., None, None], tokens_BnC)
+    keys_B11nC = jax.tree.map(lambda x: x[:, None, None], tokens_BnC)
+    is_seen_Bnn = jnp.any(queries_BnC11.see(keys_B11nC), axis=(2, 4))
     blocks_Bnn = jnp.argsort(~is_seen_Bnn, axis=-1, stable=True).astype(jnp.int32)
     return Seen(blocks_Bnn, jnp.sum(is_seen_Bnn, axis=-1, dtype=jnp.int32))
 
@@ -185,7 +172,7 @@ def _at(tree: Any, block: jax.Array) -> Any:
 
 def _mask(queries_C: Tokens, keys_C: Tokens, q_KRH: jax.Array) -> jax.Array:
     """Which of the R queries see which keys, bool [R, C]."""
-    is_seen_CC = Tokens(*(x[:, None] for x in queries_C)).see(keys_C)
+    is_seen_CC = jax.tree.map(lambda x: x[:, None], queries_C).see(keys_C)
     return jnp.tile(is_seen_CC, (q_KRH.shape[1] // len(is_seen_CC), 1))
 
 
