@@ -74,7 +74,7 @@ from r3rag_jax.world.dataset import prepare_data
 class Components:
     """The objects of one run; each is built once, when it is first accessed.
 
-    Only entry points hold a Components: all other code takes the objects that it needs as arguments.
+    Only entry points and `experiment.py` hold a Components: all other code takes the objects that it needs.
     """
 
     def __init__(self, config: Config, run_dir: str | os.PathLike[str], console: Console | None = None):
@@ -261,6 +261,11 @@ class Components:
         if self.config.rollout.server.is_given:
             return ServerBackends(self.config.rollout, self.policy.tokenizer)
         return self.engine_backends
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the engine has sampled so far; 0 where there is none."""
+        return self.engine.work.sampled if "engine" in self.__dict__ else 0
 
     # ---- rewards
 

@@ -28,11 +28,11 @@ from r3rag_jax.data.questions import read_passages, read_questions
 from r3rag_jax.data.records import Records
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
+from r3rag_jax.experiment import PHASES
 from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import open_run
 from r3rag_jax.text.tokenizer import Tokenizer
-from r3rag_jax.train import PHASES
 from r3rag_jax.training.requests import iteration_requests, replacement_requests
 from r3rag_jax.training.sft import make_batches
 from r3rag_jax.types import Status

@@ -15,9 +15,9 @@ from r3rag_jax.components import Components
 from r3rag_jax.config import RetrievalConfig
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.errors import UserError
+from r3rag_jax.experiment import PHASES
 from r3rag_jax.retrieval.factory import open_retriever, open_store
 from r3rag_jax.run.directory import open_run
-from r3rag_jax.train import PHASES
 from r3rag_jax.world import dataset
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -13,14 +14,17 @@ import jax
 import numpy as np
 import pytest
 import tiny_run
+from rich.console import Console
 from safetensors.numpy import load_file
 
-from r3rag_jax import ask, evaluate
-from r3rag_jax.config import load_config
+from r3rag_jax import ask, evaluate, experiment, train
+from r3rag_jax.components import Components
+from r3rag_jax.config import Config, load_config
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.data.questions import read_passages, read_questions
 from r3rag_jax.data.trajectories import trajectory_from_dict
 from r3rag_jax.evaluation.fingerprint import differences
+from r3rag_jax.run.flags import parse_training
 from r3rag_jax.training import sft
 from r3rag_jax.training.trainer import RLTrainer
 
@@ -54,6 +58,10 @@ def test_a_run_leaves_all_its_files(protocol: str, finished: Callable[[str], Pat
         assert all(np.isfinite(array).all() for array in tiny_run.weights(run_dir, phase).values())
         assert any((run_dir / "checkpoints" / phase).iterdir())
     assert not list((run_dir / "policy").glob(".*"))  # no half-written export
+    took = [row for _, row in read_rows(run_dir / "phases.jsonl")]
+    assert [(row["phase"], row["sampled"] > 0, row["seconds"] > 0) for row in took] == [
+        ("index", False, True), ("sft", False, True), ("rl", True, True), ("eval", True, True),
+    ]  # fmt: skip
 
 
 def test_metrics_have_one_finite_line_a_step(protocol: str, finished: Callable[[str], Path]) -> None:
@@ -108,6 +116,29 @@ def test_the_same_command_again_changes_nothing(protocol: str, finished: Callabl
     assert "All is done" in said and "report.html" in said
     assert tiny_run.files(run_dir).keys() == before.keys()
     assert {name for name, content in tiny_run.files(run_dir).items() if content != before[name]} <= {"report.html"}
+
+
+def test_seeds_one_after_the_other(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each seed is a run of its own over one index, none leaves arrays to the next, and the same command goes on."""
+    recipe, held = tiny_run.write_recipe(tmp_path, base, phases="[index, sft]", sft__epochs=1), []
+    words = ["--config", str(recipe), "--seeds", "3,4"]
+    console = Console(file=io.StringIO(), width=200)
+
+    def counted(config: Config, console: Console) -> Components:
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        return experiment.run(config, console)
+
+    monkeypatch.setattr(train, "run", counted)
+    train.run_all(parse_training(words, "p", "d"), console)
+    first, second = (tmp_path / f"run-seed_{seed}" for seed in (3, 4))
+    assert held[1] < held[0] + 10_000
+    assert (first / "index").is_dir() and not (second / "index").exists()
+    assert [load_config(run / "config.yaml").seed for run in (first, second)] == [3, 4]
+    assert all((run / "policy" / "sft").is_dir() for run in (first, second))
+    said = console.file.getvalue()
+    assert said.count("Phases on 8 x cpu") == 3  # of each, and of both
+    train.run_all(parse_training(words, "p", "d"), console)
+    assert console.file.getvalue().removeprefix(said).count("done before") == 4
 
 
 @pytest.mark.parametrize("protocol", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)

@@ -19,9 +19,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from r3rag_jax.components import Components
 from r3rag_jax.config import Config, load_config
+from r3rag_jax.experiment import run
 from r3rag_jax.models.hf.decoder_files import save_decoder
 from r3rag_jax.text.tokenizer import Tokenizer
-from r3rag_jax.train import run
 from r3rag_jax.world.encyclopedia import World
 
 VOCAB_SIZE = 1024

@@ -55,7 +55,7 @@ def runs_parser() -> FlagParser:
         prog=f"{PROG} runs",
         description="Compare two systems in several runs, e.g. of several seeds, and in their mean.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders with eval/<name>.json of both")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders with eval/<name>.json of both")
     parser.add_argument(
         "--results", nargs=2, default=["cold_start", "r3rag"], metavar="NAME",
         help="which results of eval are compared; default: cold_start r3rag",

@@ -1,4 +1,4 @@
-"""What `evaluate compare` and `evaluate runs` print: two results side by side, in one run or in several."""
+"""What a training prints at its end, and what `evaluate compare` and `evaluate runs` do: results side by side."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from r3rag_jax.evaluation.comparison import Comparison, Pooled, compare, compare
 from r3rag_jax.evaluation.flags import comparison_parser, runs_parser
 from r3rag_jax.evaluation.groups import ALL
 from r3rag_jax.evaluation.metrics import metric_of
+from r3rag_jax.evaluation.results import load_results
 from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.reporting.paper_tables import p_text
-from r3rag_jax.reporting.rendering import visible
+from r3rag_jax.reporting.phases_table import phases_table
+from r3rag_jax.reporting.rendering import all_tables, visible
+from r3rag_jax.reporting.run_files import read_logs
+from r3rag_jax.run.directory import RunDirectory
 
 
 def contrast(words: Sequence[str]) -> None:
@@ -35,9 +39,36 @@ def contrast_runs(words: Sequence[str]) -> None:
         UserError: as `compare_runs`.
     """
     args = runs_parser().parse_args(words)
-    pairs = [tuple(run / "eval" / f"{name}.json" for name in args.results) for run in args.runs]
-    runs, means = compare_runs([(one, other) for one, other in pairs], args.metric)
-    Console().print(runs_table(args.results, args.metric, runs, means))
+    one, other = args.results
+    Console().print(*tables_of_runs([RunDirectory.at(run) for run in args.runs], one, other, args.metric))
+
+
+def tables_of_runs(runs: Sequence[RunDirectory], one: str, other: str, metric: str) -> list[Table]:
+    """A metric of two results in several runs and in their mean, and what the phases took, where that was recorded.
+
+    Raises:
+        UserError: as `compare_runs`.
+    """
+    rows, means = compare_runs([(run.evaluation(one), run.evaluation(other)) for run in runs], metric)
+    return [runs_table((one, other), metric, rows, means), *phases_of_runs(runs)]
+
+
+def tables_of_seeds(runs: Sequence[RunDirectory]) -> list[Table]:
+    """EM of cold start and R3-RAG as in `tables_of_runs`, where all runs have both; and what the phases took."""
+    names = ("cold_start", "r3rag")
+    has_both = all(run.evaluation(name).is_file() for run in runs for name in names)
+    return tables_of_runs(runs, *names, "em") if has_both else phases_of_runs(runs)
+
+
+def tables_of_run(run: RunDirectory, systems: Sequence[str]) -> list[Table]:
+    """The results of these systems in a run, and what its phases took, where that was recorded."""
+    return [*all_tables(load_results(run, systems)), *phases_of_runs([run])]
+
+
+def phases_of_runs(runs: Sequence[RunDirectory]) -> list[Table]:
+    """One table of what the phases of the runs took; none where that was not recorded."""
+    table = phases_table([read_logs(run, []) for run in runs])
+    return [] if table is None else [table]
 
 
 def runs_table(names: Sequence[str], metric: str, runs: Sequence[Pooled], means: Sequence[Pooled]) -> Table:

@@ -25,8 +25,9 @@ from r3rag_jax.reporting.explorer import explorer_block
 from r3rag_jax.reporting.gallery import gallery, milestones
 from r3rag_jax.reporting.habits_table import habit_rows
 from r3rag_jax.reporting.paper_tables import caption, grid_of, sentences
+from r3rag_jax.reporting.phases_table import CAPTION, COLUMNS, devices_of, phase_rows
 from r3rag_jax.reporting.rendering import environment, title_of
-from r3rag_jax.reporting.run_files import Run, load_run
+from r3rag_jax.reporting.run_files import Logs, Run, load_run
 from r3rag_jax.reporting.time_split import draw_time_split
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.files import write_text
@@ -62,6 +63,7 @@ def report_html(run: Run, live: Live | None = None) -> str:
         phase: _draw_all(phase, run.metrics.get(phase, ()), expected.runs if expected and phase == "rl" else ())
         for phase in PLOTS
     }
+    logs = [Logs(run.metrics, run.phases)]
     trained = [system for system in WITH_HABITS if run.trajectories.get(system)]
     return page_html(
         "report.html.j2", ["explorer.js"] + ["watch.js"] * (live is not None),
@@ -69,6 +71,7 @@ def report_html(run: Run, live: Live | None = None) -> str:
         main=titles.get(main, main), other=titles.get(other, other), facts_of=_phase_facts, expected=expected,
         time_split=draw_time_split(run.metrics.get("rl", ())), block=explorer_block(run), live=live,
         grid_of=grid_of, caption=caption, sentences=sentences, habit_titles=[SYSTEMS[name].title for name in trained],
+        phases=phase_rows(logs), devices=devices_of(logs), phase_columns=COLUMNS, phases_caption=CAPTION,
         habits=habit_rows([run.trajectories[name] for name in trained]) if trained else [],
     )  # fmt: skip
 

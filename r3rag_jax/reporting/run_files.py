@@ -15,6 +15,7 @@ from r3rag_jax.evaluation.tables.table import Table
 from r3rag_jax.json_text import parse_json
 from r3rag_jax.reporting.paper_tables import table_from_json
 from r3rag_jax.run.directory import RL_TRAJECTORIES, RunDirectory
+from r3rag_jax.run.phases import PhaseCost, phase_costs
 from r3rag_jax.types import Trajectory
 
 
@@ -27,6 +28,13 @@ class Rollout(NamedTuple):
     row: dict[str, Any]  # as recorded; see `training/recorded.py`
 
 
+class Logs(NamedTuple):
+    """What a run logs of its phases."""
+
+    metrics: dict[str, list[dict[str, Any]]]  # phase -> rows of metrics.jsonl, sorted by step
+    phases: dict[str, PhaseCost]  # phase -> what it took
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The content of a run directory, finished or not."""
@@ -34,6 +42,7 @@ class Run:
     name: str
     config: str  # text of config.yaml, "" if there is none
     metrics: dict[str, list[dict[str, Any]]]  # phase -> rows of metrics.jsonl, sorted by step
+    phases: dict[str, PhaseCost]  # phase -> what it took
     evals: list[dict[str, Any]]  # contents of eval/*.json, baselines first
     trajectories: dict[str, list[Trajectory]]  # system -> trajectories of its evaluation
     rollout_rows: list[Rollout]  # the trajectories that RL keeps, by iteration
@@ -56,12 +65,7 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
     if not (run.config_file.is_file() or run.metrics_file.is_file()):
         raise UserError(f"expected a run directory with config.yaml or metrics.jsonl; got {run.path}")
     notices: list[str] = []
-    metrics: dict[str, list[dict[str, Any]]] = {}
-    for row in _rows(run.metrics_file, notices):
-        if isinstance(row.get("phase"), str) and isinstance(row.get("step"), int):
-            metrics.setdefault(row["phase"], []).append(row)
-    for rows in metrics.values():
-        rows.sort(key=lambda row: row["step"])
+    metrics, phases = read_logs(run, notices)
     trajectories, rollouts = {}, list[Rollout]()
     for path in sorted(run.trajectory_dir.glob("*.jsonl")):
         read = list(_trajectories(path, notices))
@@ -77,12 +81,24 @@ def load_run(run_dir: str | os.PathLike[str]) -> Run:
         name=run.path.resolve().name,
         config=run.config_file.read_text(encoding="utf-8") if run.config_file.is_file() else "",
         metrics=metrics,
+        phases=phases,
         evals=_evals(run.evaluation_dir, notices),
         trajectories=trajectories,
         rollout_rows=sorted(rollouts, key=lambda rollout: rollout.iteration),
         tables=_tables(run.path / "tables", notices),
         notices=tuple(notices),
     )
+
+
+def read_logs(run: RunDirectory, notices: list[str]) -> Logs:
+    """What a run has logged so far; what cannot be read becomes notices."""
+    metrics: dict[str, list[dict[str, Any]]] = {}
+    for row in _rows(run.metrics_file, notices):
+        if isinstance(row.get("phase"), str) and isinstance(row.get("step"), int):
+            metrics.setdefault(row["phase"], []).append(row)
+    for rows in metrics.values():
+        rows.sort(key=lambda row: row["step"])
+    return Logs(metrics, phase_costs(_rows(run.phases_file, notices)))
 
 
 def _rows(path: Path, notices: list[str]) -> Iterable[dict[str, Any]]:

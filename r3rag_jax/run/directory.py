@@ -105,6 +105,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def phases_file(self) -> Path:
+        """What the phases took (JSONL); see `phases.py`."""
+        return self.path / "phases.jsonl"
+
+    @property
     def report(self) -> Path:
         """The report page (HTML)."""
         return self.path / "report.html"

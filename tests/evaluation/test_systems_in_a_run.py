@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from r3rag_jax import evaluate, train
+from r3rag_jax import evaluate, experiment
 from r3rag_jax.config import load_config
 from r3rag_jax.config.evaluation import BASE_SYSTEMS
 from r3rag_jax.data.jsonl import read_rows
@@ -27,7 +27,7 @@ def test_ircot_on_a_finished_run(
     settings = [f"run_dir={run.path}", "phases=index,eval", "eval.systems=r3rag,ircot"]
     console = Console(record=True, width=200, file=io.StringIO())
     before = run.evaluation("r3rag").read_bytes()
-    train.run(load_config(run.config_file, settings), console)
+    experiment.run(load_config(run.config_file, settings), console)
     assert "IRCoT" in console.export_text() and "IRCoT" in run.report.read_text()
     assert run.evaluation("r3rag").read_bytes() == before
     rows = [row for _, row in read_rows(run.trajectories("ircot"))]
@@ -55,7 +55,7 @@ def test_every_baseline_on_a_finished_run(finished: Callable[[str], Path], tmp_p
     budgets = [f"baselines.{name}.max_tokens=16" for name in ("cot", "rag_cot", "self_ask", "iter_retgen", "react")]
     budgets += ["baselines.ircot.sentence_tokens=16", "baselines.flare.look_ahead=16", "baselines.flare.max_tokens=32"]
     settings = [f"run_dir={run.path}", "phases=index,eval", f"eval.systems={','.join(BASE_SYSTEMS)}", *budgets]
-    train.run(load_config(run.config_file, settings), Console(quiet=True))
+    experiment.run(load_config(run.config_file, settings), Console(quiet=True))
     for name in BASE_SYSTEMS:
         rows = [row for _, row in read_rows(run.trajectories(name))]
         assert len(rows) == 4, name

@@ -19,7 +19,7 @@ from inference_server import EngineReply
 from openai_server import MODEL, Reply, RunningServer, completion, serve
 from rich.console import Console
 
-from r3rag_jax import evaluate, train
+from r3rag_jax import evaluate, experiment
 from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.config import Config, RolloutConfig, ServerConfig, load_config
 from r3rag_jax.data.jsonl import read_rows
@@ -115,7 +115,7 @@ def test_evaluate_and_the_baselines_over_a_server(finished: Callable[[str], Path
         copy = shutil.copytree(run_dir, tmp_path / "copy")
         shutil.rmtree(copy / "policy")  # a server has its own
         settings = [f"run_dir={copy}", "phases=index,eval", "eval.systems=r3rag", served]
-        train.run(load_config(run_dir / "config.yaml", settings), Console(quiet=True))
+        experiment.run(load_config(run_dir / "config.yaml", settings), Console(quiet=True))
     assert (copy / "trajectories" / "r3rag.jsonl").read_text() == (run_dir / "trajectories" / "r3rag.jsonl").read_text()
     assert json.loads((copy / "eval" / "r3rag.json").read_text())["fingerprint"]["server"]["url"] == endpoint.url
     rows = {

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from r3rag_jax.run.glossary import GLOSSARY, TIME_PARTS
-from r3rag_jax.run.profile import parse_with_profile, profiled
+from r3rag_jax.run.profile import profiled
 from r3rag_jax.run.progress import ProgressBar
 from r3rag_jax.run.status_lines import duration, live_lines, summary, time_line, time_shares
 from r3rag_jax.run.stopwatch import Eta, Stopwatch
@@ -102,13 +102,6 @@ def test_a_profile_is_written_of_the_wanted_iteration_alone(tmp_path: Path) -> N
     with profiled(tmp_path / "profile", True):
         jax.block_until_ready(jax.numpy.ones(3) + 1)
     assert [path.suffix for path in (tmp_path / "profile").rglob("*.pb")] == [".pb"]
-
-
-def test_the_flag_names_the_iteration(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("name: x\n")
-    words = ["--config", str(tmp_path / "recipe.yaml")]
-    assert parse_with_profile(words, "p", "d").log.profile == -1
-    assert parse_with_profile([*words, "--profile", "3"], "p", "d").log.profile == 3
 
 
 @pytest.mark.parametrize("protocol", ["tags"])
