@@ -262,11 +262,6 @@ class Components:
             return ServerBackends(self.config.rollout, self.policy.tokenizer)
         return self.engine_backends
 
-    @property
-    def num_sampled(self) -> int:
-        """Tokens that the engine has sampled so far; 0 where there is none."""
-        return self.engine.work.sampled if "engine" in self.__dict__ else 0
-
     # ---- rewards
 
     def make_scorer(self, reference: Any) -> Scorer:

@@ -37,6 +37,11 @@ PHASES: dict[str, Callable[[Components], bool]] = {  # by name in `phases`; Fals
 }
 
 
+def num_sampled(c: Components) -> int:
+    """Tokens that the run's engine has sampled so far; 0 while there is none."""
+    return c.engine.work.sampled if "engine" in vars(c) else 0
+
+
 def run(config: Config, console: Console | None = None) -> Components:
     """Run all phases of the configuration; finished ones are skipped."""
     c, did_work = Components(config, config.run_directory, console), False
@@ -46,7 +51,7 @@ def run(config: Config, console: Console | None = None) -> Components:
         for name in config.phases:
             for notice in notices(config, name, plans, c.sampler_mesh):
                 say(notice, highlight=False)
-            with recorded(c.run.phases_file, name, lambda: c.num_sampled) as work:
+            with recorded(c.run.phases_file, name, lambda: num_sampled(c)) as work:
                 work.is_new = PHASES[name](c)
             did_work |= work.is_new
             c.run.share()

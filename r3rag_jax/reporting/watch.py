@@ -56,7 +56,8 @@ class WatchedRun:
             self._run, self._pulled = RunDirectory.at(self._place), self._clock()
         run = self._run
         tables, evals = run.path / "tables", run.evaluation_dir
-        shown = [run.config_file, run.metrics_file, *evals.glob("*.json"), *run.trajectory_dir.glob("*.jsonl")]
+        logs = (run.config_file, run.metrics_file, run.phases_file)
+        shown = [*logs, *evals.glob("*.json"), *run.trajectory_dir.glob("*.jsonl")]
         marks = [_mark(path) for path in sorted([*shown, *tables.glob("*.json")])]
         return hashlib.sha256(repr(marks).encode()).hexdigest()[:16]
 

@@ -255,6 +255,9 @@ def test_a_version_is_of_what_the_page_shows(tmp_path: Path) -> None:
     before, page = watched.version(), watched.page()
     (run_dir / "notes.txt").write_text("mine")
     assert (watched.version(), watched.page()) == (before, page)
+    (run_dir / "phases.jsonl").write_text(json.dumps(synthetic_run.cost("index")))
+    assert watched.version() != before and ">Index</th>" in watched.page() and ">Cold start</th>" not in watched.page()
+    before = watched.version()
     (run_dir / "eval").mkdir()
     (run_dir / "eval" / "r3rag.json").write_text(json.dumps(synthetic_run.evaluation("r3rag")))
     assert watched.version() != before and "R3-RAG answers 73.0 %" in watched.page()
@@ -263,4 +266,5 @@ def test_a_version_is_of_what_the_page_shows(tmp_path: Path) -> None:
 def test_what_a_run_without_trajectories_lacks_is_not_there(tmp_path: Path, open_page: PageOpener) -> None:
     run_dir = synthetic_run.build(tmp_path / "half", ("sft",))
     page = open_page(write_report(run_dir))
-    assert page.locator("#explorer").count() == page.locator("#time").count() == 0
+    assert page.locator("#explorer").count() == page.locator("#time figure").count() == 0
+    assert page.locator("#time table").count() == 1  # what its phases took is known
