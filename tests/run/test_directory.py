@@ -36,6 +36,7 @@ def test_every_path_of_a_run_has_its_place(tmp_path: Path) -> None:
         "config.yaml": run.config_file,
         ".lock": run.lock,
         "metrics.jsonl": run.metrics_file,
+        "phases.jsonl": run.phases_file,
         "report.html": run.report,
         "judgements.jsonl": run.judgements,
         "digests.json": run.digests,
@@ -54,8 +55,8 @@ def test_every_path_of_a_run_has_its_place(tmp_path: Path) -> None:
 
 def test_a_finished_run_has_nothing_elsewhere(finished: Any) -> None:
     run = RunDirectory(finished("tags"))
-    known = [run.config_file, run.lock, run.metrics_file, run.report, run.digests, run.index, run.data_dir]
-    known += [run.policy("x").parent, run.checkpoints("x").parent, run.evaluation_dir, run.trajectory_dir]
+    known = [run.config_file, run.lock, run.metrics_file, run.phases_file, run.report, run.digests, run.index]
+    known += [run.data_dir, run.policy("x").parent, run.checkpoints("x").parent, run.evaluation_dir, run.trajectory_dir]
     assert {path.name for path in run.path.iterdir()} == {path.name for path in known}
 
 
