@@ -67,13 +67,20 @@ def recorded(path: Path, phase: str, sampled: Callable[[], int]) -> Iterator[Wor
         sampled: tells how many tokens were sampled so far.
     """
     work, started, before = Work(), time.monotonic(), sampled()
-    try:
-        yield work
-    finally:
+
+    def record() -> None:
         work.seconds = round(time.monotonic() - started, 3)
         if work.is_new and jax.process_index() == 0:
             cost = PhaseCost(phase, work.seconds, sampled() - before, _devices(), _device_bytes(), _host_bytes())
             append_rows(path, [dataclasses.asdict(cost)])
+
+    try:
+        yield work
+    except BaseException:
+        with contextlib.suppress(OSError):  # e.g. a full disk: what has ended the phase is what is reported
+            record()
+        raise
+    record()
 
 
 def phase_costs(rows: Iterable[dict[str, Any]]) -> dict[str, PhaseCost]:

@@ -34,6 +34,13 @@ def test_a_row_for_each_time_that_something_was_done(tmp_path: Path, monkeypatch
     assert most / 2 < rows[0]["host_bytes"] <= most
 
 
+def test_what_ended_the_phase_is_reported_where_no_row_can_be_written(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), recorded(tmp_path / "gone" / "phases.jsonl", "rl", lambda: 0):
+        raise KeyboardInterrupt
+    with pytest.raises(OSError, match=r"phases\.jsonl"), recorded(tmp_path / "gone" / "phases.jsonl", "rl", lambda: 0):
+        pass
+
+
 def test_what_several_processes_took_adds_up() -> None:
     rows = [
         {"phase": "sft", "seconds": 5.0, "sampled": 0, "devices": "1 x A", "device_bytes": 7, "host_bytes": 9},
