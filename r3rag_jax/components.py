@@ -333,7 +333,9 @@ class Components:
         """
         questions = self._fitting(self.dataset.questions("rl"))
         self.dataset.leaks  # noqa: B018  # reported, or refused
-        self._evidence(questions).check(self.config.rewards, self.on_error.say)
+        evidence = self._evidence(questions)
+        evidence.check(self.config.rewards, self.on_error.say)
+        evidence.report_cut(self.codec.shown, self.codec.passage_tokens, self.on_error.say)
         return RLParts(
             mesh=self.mesh, sampler_mesh=self.sampler_mesh, policy=self.policy, make_backend=self.engine_backends,
             env_factory=self.search_env, retriever=self.retriever, make_scorer=self.make_scorer,

@@ -3,6 +3,7 @@
 import pytest
 
 from r3rag_jax.config import RewardConfig
+from r3rag_jax.data import evidence
 from r3rag_jax.data.evidence import Evidence
 from r3rag_jax.data.records import Records
 from r3rag_jax.errors import UserError
@@ -38,6 +39,25 @@ def test_ids_that_are_not_in_the_corpus_are_counted() -> None:
         "'9' (line 3), '8' (line 3)",
         "rl.jsonl: 1 of 3 questions have no metadata.supporting_ids of the corpus: with rewards.process=gold "
         "their searches earn nothing",
+    ]
+
+
+def test_passages_that_are_cut_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = {id: Passage(id, text) for id, text in (("1", "short"), ("2", "much longer"), ("3", "longer still"))}
+    asked, texts = questions(["1", "2", "9"], ["2", "3"]), list[str]()
+
+    def shown(passage: Passage) -> str:
+        return passage.contents[:5]
+
+    Evidence.of(asked, corpus).report_cut(shown, 5, texts.append)
+    Evidence.of(asked, corpus).report_cut(lambda passage: passage.contents, 50, texts.append)
+    Evidence.of(asked, None).report_cut(shown, 5, texts.append)  # a server's corpus
+    monkeypatch.setattr(evidence, "MAX_READ", 2)
+    Evidence.of(asked, corpus).report_cut(shown, 5, texts.append)
+    assert texts == [
+        f"rl.jsonl: retrieval.passage_tokens=5 cuts {some} supporting passages: the policy never reads what is behind "
+        "the cut"
+        for some in ("2 of 3", "1 of 2")
     ]
 
 
