@@ -21,26 +21,24 @@ class Evidence:
     unknown: tuple[str, ...]  # `'id' (line n)` of every supporting id that is no passage of the corpus
     num_ids: int  # supporting ids of all questions
     num_without: int  # questions without one that is a passage of the corpus
-    passages: tuple[Passage, ...] = ()  # the first MAX_READ passages of the corpus that are named
+    corpus: Mapping[str, Passage] | None
+    named: tuple[str, ...]  # ids of the passages of the corpus that are named
 
     @classmethod
     def of(cls, questions: Records[Question], corpus: Mapping[str, Passage] | None) -> Evidence:
         """`corpus`: passages by id; None where it is not known which passages can be found: every id counts."""
         known: dict[str, bool] = {}
         unknown: list[str] = []
-        passages: list[Passage] = []
         num_ids, num_without = 0, 0
         for line, question in zip(questions.lines, questions, strict=True):
             ids = dict.fromkeys(question.supporting_ids)
             for id in ids:
                 if id not in known:
                     known[id] = corpus is None or id in corpus
-                    if corpus is not None and known[id] and len(passages) < MAX_READ:
-                        passages.append(corpus[id])
             unknown += [f"{id!r} (line {line})" for id in ids if not known[id]]
             num_ids += len(ids)
             num_without += not any(known[id] for id in ids)
-        return cls(questions, tuple(unknown), num_ids, num_without, tuple(passages))
+        return cls(questions, tuple(unknown), num_ids, num_without, corpus, tuple(id for id in known if known[id]))
 
     def report(self, say: Callable[[str], None]) -> None:
         """Say which supporting ids are no passages of the corpus; nothing if there are none."""
@@ -54,9 +52,12 @@ class Evidence:
         Args:
             shown: the text of a passage that prompts show, its first `max_tokens`.
         """
-        if num := sum(shown(passage) != passage.contents for passage in self.passages):
+        if self.corpus is None:
+            return
+        passages = [self.corpus[id] for id in self.named[:MAX_READ]]
+        if num := sum(shown(passage) != passage.contents for passage in passages):
             say(
-                f"{self.questions.path}: retrieval.passage_tokens={max_tokens} cuts {num} of {len(self.passages)} "
+                f"{self.questions.path}: retrieval.passage_tokens={max_tokens} cuts {num} of {len(passages)} "
                 "supporting passages: the policy never reads what is behind the cut"
             )
 

@@ -65,7 +65,7 @@ def _cells(phase: str, runs: Sequence[Logs]) -> list[str]:
     return [
         duration(statistics.mean(cost.seconds for cost in costs)),
         _number(statistics.mean(trained) if trained else None, 0),
-        _number(statistics.mean(cost.sampled / cost.seconds for cost in costs) or None, 0),
+        _number(statistics.mean(cost.sampled / cost.seconds if cost.sampled else 0 for cost in costs) or None, 0),
         _number(min(device) / GIB if device else None, 1),
         _number(min(cost.host_bytes for cost in costs) / GIB, 1),
     ]

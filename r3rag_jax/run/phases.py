@@ -69,7 +69,7 @@ def recorded(path: Path, phase: str, sampled: Callable[[], int]) -> Iterator[Wor
     work, started, before = Work(), time.monotonic(), sampled()
 
     def record() -> None:
-        work.seconds = round(time.monotonic() - started, 3)
+        work.seconds = time.monotonic() - started
         if work.is_new and jax.process_index() == 0:
             cost = PhaseCost(phase, work.seconds, sampled() - before, _devices(), _device_bytes(), _host_bytes())
             append_rows(path, [dataclasses.asdict(cost)])

@@ -50,6 +50,11 @@ def test_the_mean_of_two_runs_and_the_least_memory(logs: Logs) -> None:
     assert devices_of([logs, other]) == "1 x A, 1 x B"
 
 
+def test_a_phase_that_took_no_time(logs: Logs) -> None:
+    logs.phases["index"] = dataclasses.replace(logs.phases["index"], seconds=0.0)
+    assert phase_rows([logs])[0].cells == ("0 s", "—", "—", "—", "1.0")
+
+
 def test_without_a_phase_there_is_no_table(logs: Logs, tmp_path: Path) -> None:
     assert phases_table([]) is None
     assert phases_table([read_logs(RunDirectory(tmp_path), [])]) is None
