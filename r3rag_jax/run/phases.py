@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from pydantic import TypeAdapter, ValidationError
 
 from r3rag_jax.run.files import append_rows
 
@@ -55,6 +56,9 @@ class PhaseCost:
         )
 
 
+_COST = TypeAdapter(PhaseCost)
+
+
 @contextlib.contextmanager
 def recorded(path: Path, phase: str, sampled: Callable[[], int]) -> Iterator[Work]:
     """Append to `path` what the block took, also where it raises; nothing of a phase that was finished before.
@@ -87,9 +91,11 @@ def phase_costs(rows: Iterable[dict[str, Any]]) -> dict[str, PhaseCost]:
     """What each phase took in all, by name, in the order of the rows of `phases.jsonl`; other rows are left out."""
     costs: dict[str, PhaseCost] = {}
     for row in rows:
-        if row.keys() == PhaseCost.__dataclass_fields__.keys():
-            cost = PhaseCost(**row)
-            costs[cost.phase] = costs[cost.phase] + cost if cost.phase in costs else cost
+        try:
+            cost = _COST.validate_python(row)
+        except ValidationError:
+            continue
+        costs[cost.phase] = costs[cost.phase] + cost if cost.phase in costs else cost
     return costs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 from pathlib import Path
 
@@ -47,8 +46,8 @@ def test_what_several_processes_took_adds_up() -> None:
         {"phase": "rl", "seconds": 4.0, "sampled": 60, "devices": "1 x A", "device_bytes": 8, "host_bytes": 9},
         {"phase": "rl", "seconds": 2.5, "sampled": 10, "devices": "2 x A", "device_bytes": None, "host_bytes": 3},
     ]
-    unknown = [{}, {"phase": "rl"}, {**rows[0], "more": 1}, json.loads("{}")]
-    costs = phase_costs([*rows, *unknown])
-    assert list(costs) == ["sft", "rl"]
+    unknown = [{}, {"phase": "rl"}, {**rows[0], "seconds": "x"}, {**rows[0], "phase": 1}, {**rows[0], "sampled": None}]
+    costs = phase_costs([*unknown, *rows])
+    assert list(costs) == ["sft", "rl"] and costs["sft"].seconds == 5
     assert costs["rl"] == PhaseCost("rl", 6.5, 70, "2 x A", 8, 9)
     assert phase_costs([{**row, "device_bytes": None} for row in rows])["rl"].device_bytes is None
