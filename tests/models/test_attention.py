@@ -16,8 +16,9 @@ from jax.sharding import AxisType, Mesh
 from r3rag_jax.config import KLConfig, MeshConfig, ModelConfig, RLConfig, SFTConfig
 from r3rag_jax.errors import UserError
 from r3rag_jax.models.attention import attention
-from r3rag_jax.models.block_attention import Tokens, seen_blocks
+from r3rag_jax.models.block_attention import seen_blocks
 from r3rag_jax.models.decoder import PARAM_AXES, Decoder
+from r3rag_jax.models.visibility import Tokens
 from r3rag_jax.parallel.mesh import AXES, make_mesh
 from r3rag_jax.parallel.shardings import batch_shardings, device_put_batch, device_put_global, tree_shardings
 from r3rag_jax.parallel.target import Target
