@@ -10,7 +10,8 @@ from r3rag_jax.config.baselines import BASELINES
 from r3rag_jax.config.section import Section, check_names, key, require
 
 BASE_SYSTEMS = BASELINES  # they use the base model, before any training
-SYSTEMS = (*BASE_SYSTEMS, "cold_start", "r3rag")
+TRAINED_SYSTEMS = ("cold_start", "r3rag")  # before RL, after it
+SYSTEMS = (*BASE_SYSTEMS, *TRAINED_SYSTEMS)
 
 
 class EvalConfig(Section):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r3rag_jax.config import FlagParser
+from r3rag_jax.config.evaluation import TRAINED_SYSTEMS
 from r3rag_jax.config.schema import schema, section_names
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.checkpoint import Checkpoint, add_checkpoint_flags, open_checkpoint
@@ -57,8 +58,8 @@ def runs_parser() -> FlagParser:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders with eval/<name>.json of both")
     parser.add_argument(
-        "--results", nargs=2, default=["cold_start", "r3rag"], metavar="NAME",
-        help="which results of eval are compared; default: cold_start r3rag",
+        "--results", nargs=2, default=TRAINED_SYSTEMS, metavar="NAME",
+        help=f"which results of eval are compared; default: {' '.join(TRAINED_SYSTEMS)}",
     )  # fmt: skip
     parser.add_argument("--metric", default="em", help="a metric of the results; default: em")
     return parser

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from r3rag_jax.config.evaluation import TRAINED_SYSTEMS
 from r3rag_jax.reporting.curves import PLOTS, STEP_NAMES, Curve, draw_curves, read_band
 from r3rag_jax.reporting.expected import Settings, settings_of
 from r3rag_jax.reporting.report_page import page_html
@@ -105,7 +106,7 @@ def _finals(group: Group) -> dict[str, list[float]]:
                 found.setdefault(title, []).append(_mean(known))
         for evaluation in run.evals:
             em = evaluation["groups"].get("all", {}).get("em")
-            if em is not None and evaluation["system"] in ("r3rag", "cold_start"):
+            if em is not None and evaluation["system"] in TRAINED_SYSTEMS:
                 found.setdefault(f"EM of {evaluation['title']} on test, %", []).append(em)
     return found
 

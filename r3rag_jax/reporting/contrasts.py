@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from r3rag_jax.config.evaluation import TRAINED_SYSTEMS
 from r3rag_jax.evaluation.comparison import Comparison, Pooled, compare, compare_runs
 from r3rag_jax.evaluation.flags import comparison_parser, runs_parser
 from r3rag_jax.evaluation.groups import ALL
@@ -55,9 +56,8 @@ def tables_of_runs(runs: Sequence[RunDirectory], one: str, other: str, metric: s
 
 def tables_of_seeds(runs: Sequence[RunDirectory]) -> list[Table]:
     """EM of cold start and R3-RAG as in `tables_of_runs`, where all runs have both; and what the phases took."""
-    names = ("cold_start", "r3rag")
-    has_both = all(run.evaluation(name).is_file() for run in runs for name in names)
-    return tables_of_runs(runs, *names, "em") if has_both else phases_of_runs(runs)
+    has_both = all(run.evaluation(name).is_file() for run in runs for name in TRAINED_SYSTEMS)
+    return tables_of_runs(runs, *TRAINED_SYSTEMS, "em") if has_both else phases_of_runs(runs)
 
 
 def tables_of_run(run: RunDirectory, systems: Sequence[str]) -> list[Table]:

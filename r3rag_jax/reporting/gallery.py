@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from r3rag_jax.config.evaluation import TRAINED_SYSTEMS
 from r3rag_jax.evaluation.groups import type_group
 from r3rag_jax.reporting.rendering import is_correct
 from r3rag_jax.reporting.run_files import Run
 from r3rag_jax.types import Trajectory
 
 ALL_QUESTIONS = "all questions"  # heading of questions without a type
-COMPARED = ("r3rag", "cold_start")  # the gallery's main system, and the one with which it is compared
+COMPARED = TRAINED_SYSTEMS[::-1]  # the gallery's main system, and the one with which it is compared
 
 
 class Exhibit(NamedTuple):

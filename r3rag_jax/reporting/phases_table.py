@@ -16,46 +16,53 @@ from r3rag_jax.sampler.memory import GIB
 
 TITLES = {"index": "Index", "sft": "Cold start", "rl": "RL", "eval": "Evaluation"}
 COLUMNS = ("time", "trained tokens/s", "sampled tokens/s", "device GiB", "host GiB")
+UNKNOWN = "—"
 CAPTION = (
     "Trained: median over the steps; prompts and passages count. Sampled: over all of the phase's time.\n"
     "Memory: the most that was held until the end of the phase, by a device and by the process."
 )
 
 
-class PhaseRow(NamedTuple):
-    """A phase and its numbers as text, in the order of COLUMNS; — for what was not measured."""
+class Phases(NamedTuple):
+    """What the phases took, as text.
 
-    title: str
-    cells: tuple[str, ...]
+    Fields:
+        devices: kind and number of those that the runs were on, e.g. `8 x NVIDIA H100`.
+        columns: those of COLUMNS of which a phase has a number.
+        rows: a phase's title and its numbers in the order of the columns; — for what was not measured.
+    """
+
+    devices: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
-def phase_rows(runs: Sequence[Logs]) -> list[PhaseRow]:
+def phases_of(runs: Sequence[Logs]) -> Phases:
     """A row for each phase that all runs have recorded: means over the runs.
 
     Of memory the least of the runs: each number is an upper bound, for a process may have done other phases before.
     """
+    devices = ", ".join(sorted({cost.devices for run in runs for cost in run.phases.values()}))
     phases = [phase for phase in TITLES if runs and all(phase in run.phases for run in runs)]
-    return [PhaseRow(TITLES[phase], tuple(_cells(phase, runs))) for phase in phases]
+    rows = [(TITLES[phase], *_cells(phase, runs)) for phase in phases]
+    known = [number for number in range(len(COLUMNS)) if any(row[1 + number] != UNKNOWN for row in rows)]
+    columns = tuple(COLUMNS[number] for number in known)
+    return Phases(devices, columns, tuple((row[0], *(row[1 + number] for number in known)) for row in rows))
 
 
 def phases_table(runs: Sequence[Logs]) -> Table | None:
-    """`phase_rows` for a terminal, under the devices' kind; None without a row."""
-    rows = phase_rows(runs)
-    if not rows:
+    """`phases_of` the runs for a terminal; None without a row."""
+    phases = phases_of(runs)
+    if not phases.rows:
         return None
-    title, caption = (Text(visible(text)) for text in (f"Phases on {devices_of(runs)}", CAPTION))
+    title, caption = (Text(visible(text)) for text in (f"Phases on {phases.devices}", CAPTION))
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None)
     table.add_column("")
-    for name in COLUMNS:
+    for name in phases.columns:
         table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(row.title, *row.cells)
+    for row in phases.rows:
+        table.add_row(*row)
     return table
-
-
-def devices_of(runs: Sequence[Logs]) -> str:
-    """Kind and number of the devices that the runs were on, e.g. `8 x NVIDIA H100`."""
-    return ", ".join(sorted({cost.devices for run in runs for cost in run.phases.values()}))
 
 
 def _cells(phase: str, runs: Sequence[Logs]) -> list[str]:
@@ -77,4 +84,4 @@ def _trained_rate(rows: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _number(value: float | None, decimals: int) -> str:
-    return "—" if value is None else f"{value:,.{decimals}f}"
+    return UNKNOWN if value is None else f"{value:,.{decimals}f}"

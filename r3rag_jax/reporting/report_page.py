@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from r3rag_jax.config.evaluation import TRAINED_SYSTEMS
 from r3rag_jax.evaluation.systems import SYSTEMS
 from r3rag_jax.reporting.curves import PLOTS, STEP_NAMES, draw
 from r3rag_jax.reporting.expected import find_expected
@@ -25,14 +26,12 @@ from r3rag_jax.reporting.explorer import explorer_block
 from r3rag_jax.reporting.gallery import gallery, milestones
 from r3rag_jax.reporting.habits_table import habit_rows
 from r3rag_jax.reporting.paper_tables import caption, grid_of, sentences
-from r3rag_jax.reporting.phases_table import CAPTION, COLUMNS, devices_of, phase_rows
+from r3rag_jax.reporting.phases_table import CAPTION, phases_of
 from r3rag_jax.reporting.rendering import environment, title_of
 from r3rag_jax.reporting.run_files import Logs, Run, load_run
 from r3rag_jax.reporting.time_split import draw_time_split
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.run.files import write_text
-
-WITH_HABITS = ("cold_start", "r3rag")  # systems whose habits are compared: before and after RL
 
 
 class Live(NamedTuple):
@@ -63,15 +62,14 @@ def report_html(run: Run, live: Live | None = None) -> str:
         phase: _draw_all(phase, run.metrics.get(phase, ()), expected.runs if expected and phase == "rl" else ())
         for phase in PLOTS
     }
-    logs = [Logs(run.metrics, run.phases)]
-    trained = [system for system in WITH_HABITS if run.trajectories.get(system)]
+    trained = [system for system in TRAINED_SYSTEMS if run.trajectories.get(system)]
     return page_html(
         "report.html.j2", ["explorer.js"] + ["watch.js"] * (live is not None),
         run=run, plots=plots, headline=headline(run.evals), exhibits=exhibits, milestones=milestones(run),
         main=titles.get(main, main), other=titles.get(other, other), facts_of=_phase_facts, expected=expected,
         time_split=draw_time_split(run.metrics.get("rl", ())), block=explorer_block(run), live=live,
         grid_of=grid_of, caption=caption, sentences=sentences, habit_titles=[SYSTEMS[name].title for name in trained],
-        phases=phase_rows(logs), devices=devices_of(logs), phase_columns=COLUMNS, phases_caption=CAPTION,
+        phases=phases_of([Logs(run.metrics, run.phases)]), phases_caption=CAPTION,
         habits=habit_rows([run.trajectories[name] for name in trained]) if trained else [],
     )  # fmt: skip
 

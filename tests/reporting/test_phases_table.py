@@ -10,7 +10,7 @@ import pytest
 import synthetic_run
 from rich.console import Console
 
-from r3rag_jax.reporting.phases_table import devices_of, phase_rows, phases_table
+from r3rag_jax.reporting.phases_table import phases_of, phases_table
 from r3rag_jax.reporting.report_page import report_html
 from r3rag_jax.reporting.run_files import Logs, load_run, read_logs
 from r3rag_jax.run.directory import RunDirectory
@@ -30,10 +30,10 @@ def logs() -> Logs:
 
 
 def test_the_phases_of_a_run(logs: Logs) -> None:
-    assert [(row.title, *row.cells) for row in phase_rows([logs])] == [
+    assert phases_of([logs]).rows == (
         ("Index", "15 s", "—", "—", "—", "1.0"),
         ("RL", "60 min", "1,200", "2", "3.0", "2.0"),
-    ]
+    )
 
 
 def test_the_mean_of_two_runs_and_the_least_memory(logs: Logs) -> None:
@@ -43,16 +43,23 @@ def test_the_mean_of_two_runs_and_the_least_memory(logs: Logs) -> None:
         "eval": logs.phases["rl"],  # the first run has none
     }
     other = Logs({"rl": [{"step": 0, "tokens_per_s": 1400.0}]}, later)
-    assert [(row.title, *row.cells) for row in phase_rows([logs, other])] == [
+    assert phases_of([logs, other]).rows == (
         ("Index", "10 s", "—", "—", "—", "1.0"),
         ("RL", "45 min", "1,300", "3", "3.0", "2.0"),
-    ]
-    assert devices_of([logs, other]) == "1 x A, 1 x B"
+    )
+    assert phases_of([logs, other]).devices == "1 x A, 1 x B"
 
 
 def test_a_phase_that_took_no_time(logs: Logs) -> None:
     logs.phases["index"] = dataclasses.replace(logs.phases["index"], seconds=0.0)
-    assert phase_rows([logs])[0].cells == ("0 s", "—", "—", "—", "1.0")
+    assert phases_of([logs]).rows[0] == ("Index", "0 s", "—", "—", "—", "1.0")
+
+
+def test_a_column_that_nothing_was_measured_of_is_left_out() -> None:
+    costs = [PhaseCost("index", 15.2, 0, "2 x cpu", None, GIB), PhaseCost("eval", 10.0, 50, "2 x cpu", None, GIB)]
+    phases = phases_of([Logs({}, {cost.phase: cost for cost in costs})])
+    assert phases.columns == ("time", "sampled tokens/s", "host GiB")
+    assert phases.rows == (("Index", "15 s", "—", "1.0"), ("Evaluation", "10 s", "5", "1.0"))
 
 
 def test_without_a_phase_there_is_no_table(logs: Logs, tmp_path: Path) -> None:
