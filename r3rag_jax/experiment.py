@@ -9,6 +9,8 @@ from rich.console import Console
 
 from r3rag_jax.components import Components
 from r3rag_jax.config import Config
+from r3rag_jax.models.hf.conversion import POLICY_PHASES
+from r3rag_jax.parallel.processes import exists
 from r3rag_jax.reporting.contrasts import tables_of_run
 from r3rag_jax.reporting.report_page import publish_report
 from r3rag_jax.run.directory import hold_run
@@ -37,6 +39,11 @@ PHASES: dict[str, Callable[[Components], bool]] = {  # by name in `phases`; Fals
 }
 
 
+def is_trained(c: Components, phase: str) -> bool:
+    """Whether the run has the policy of a phase."""
+    return phase in POLICY_PHASES and exists(c.run.policy(phase))
+
+
 def num_sampled(c: Components) -> int:
     """Tokens that the run's engine has sampled so far; 0 while there is none."""
     return c.engine.work.sampled if "engine" in vars(c) else 0
@@ -46,6 +53,7 @@ def run(config: Config, console: Console | None = None) -> Components:
     """Run all phases of the configuration; finished ones are skipped."""
     c, did_work = Components(config, config.run_directory, console), False
     say = c.console.print
+    c.dataset.check_files(name for name in config.phases if not is_trained(c, name))
     plans, log = c.memory_plans, c.log  # bad configurations fail before the run directory is created
     with c.stop, hold_run(config, c.run, c.console), log, Watchdog(config.log.watchdog_s, c.run.stalls):
         for name in config.phases:

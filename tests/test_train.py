@@ -23,6 +23,7 @@ from r3rag_jax.config import Config, load_config
 from r3rag_jax.data.jsonl import read_rows
 from r3rag_jax.data.questions import read_passages, read_questions
 from r3rag_jax.data.trajectories import trajectory_from_dict
+from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.fingerprint import differences
 from r3rag_jax.run.flags import parse_training
 from r3rag_jax.training import sft
@@ -139,6 +140,15 @@ def test_seeds_one_after_the_other(base: Path, tmp_path: Path, monkeypatch: pyte
     assert said.count("Phases on 8 x cpu") == 3  # of each, and of both
     train.run_all(parse_training(words, "p", "d"), console)
     assert console.file.getvalue().removeprefix(said).count("done before") == 4
+
+
+def test_a_file_that_is_missing_is_said_before_anything_is_done(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text('{"id": "0", "contents": "A title\\nAnd a text."}\n')
+    files = {"data__source": "files", "data__corpus": tmp_path / "corpus.jsonl", "data__sft": tmp_path / "sft.jsonl"}
+    recipe = tiny_run.write_recipe(tmp_path, base, phases="[index, sft]", **files)
+    with pytest.raises(UserError, match=r"data\.sft must name a file that is there; got .*sft\.jsonl"):
+        train.run_all(parse_training(["--config", str(recipe)], "p", "d"), Console(file=io.StringIO()))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("protocol", ["tags", pytest.param("steps", marks=pytest.mark.slow)], indirect=True)

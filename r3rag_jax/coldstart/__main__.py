@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from r3rag_jax.coldstart import instructions
-from r3rag_jax.coldstart.commands import JOURNAL, TRAJECTORIES, Parts, build, check, check_config
+from r3rag_jax.coldstart.commands import JOURNAL, Parts, build, check, check_config
 from r3rag_jax.coldstart.journal import open_journal
 from r3rag_jax.components import Components
 from r3rag_jax.config import parse_args
+from r3rag_jax.config.coldstart import TRAJECTORIES
 from r3rag_jax.errors import main_guard
 from r3rag_jax.run.caches import use_compile_cache
 
@@ -67,8 +68,8 @@ def questions_of(c: Components) -> str | Path:
 
 def parts_of(c: Components, directory: Path) -> Parts:
     """The parts of a configuration, with the index of its corpus, which is built unless it is there."""
-    kind, is_world = c.config.retrieval.kind, c.config.data.source == "world"
-    c.open_corpus(None, builds_index=kind != "http" and (is_world or not c.config.retrieval.index_dir))
+    kind = c.config.retrieval.kind
+    c.open_corpus(None, builds_index=kind != "http")
     return Parts(
         config=c.config, directory=directory, codec=c.codec, search_env=c.search_env, dataset=c.dataset,
         retriever=c.retriever, corpus=None if kind == "http" else c.corpus, mesh=c.sampler_mesh,

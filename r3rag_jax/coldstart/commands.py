@@ -24,6 +24,7 @@ from r3rag_jax.coldstart.spending import cost
 from r3rag_jax.coldstart.teacher import LocalText, ServedBackend, ServedText, TeacherClient
 from r3rag_jax.coldstart.teacher_env import STOP, TeacherRules, TeacherText
 from r3rag_jax.config import Config
+from r3rag_jax.config.coldstart import TRAJECTORIES
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.leakage import check_leakage
@@ -40,7 +41,7 @@ from r3rag_jax.sampler.local import open_local
 from r3rag_jax.text.transcript import Codec
 from r3rag_jax.types import Passage, Question, Trajectory
 
-JOURNAL, TRAJECTORIES, SUMMARY = "journal.jsonl", "trajectories.jsonl", "summary.json"
+JOURNAL, SUMMARY = "journal.jsonl", "summary.json"
 
 
 @dataclasses.dataclass(frozen=True)

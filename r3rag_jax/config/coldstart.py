@@ -12,6 +12,8 @@ from r3rag_jax.config.endpoint import EndpointConfig
 from r3rag_jax.config.judge import LocalJudgeConfig
 from r3rag_jax.config.section import Section, key, require, section
 
+TRAJECTORIES = "trajectories.jsonl"  # what a cold start builder writes to `dir`
+
 
 class TeacherConfig(EndpointConfig):
     """The server of `coldstart.source: server`, what it may be asked in a minute, and what it costs."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from r3rag_jax.config import Config
+from r3rag_jax.config.coldstart import TRAJECTORIES
 from r3rag_jax.data.leakage import check_leakage
 from r3rag_jax.data.questions import identity, question_to_dict, read_questions
 from r3rag_jax.data.readers import tfds
@@ -29,6 +30,8 @@ from r3rag_jax.run.digests import check_sums
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.types import Passage, Question, Trajectory
 
+READ_BY = {"sft": ("sft",), "rl": ("rl", "dev", "sft"), "eval": ("test",)}  # files of `data`, by phase
+
 
 class Dataset:
     """Reads the splits of a run; its files exist once the index phase is done."""
@@ -39,6 +42,21 @@ class Dataset:
         """`corpus`: passages by id, asked for only when trajectories are read."""
         self._config, self._run, self._corpus, self._on_error = config, run, corpus, on_error
         self._questions: dict[str, Records[Question]] = {}  # by split; each is read, and its faults said, once
+
+    def check_files(self, phases: Iterable[str]) -> None:
+        """See to it, before anything is done for these phases, that the user's files are there which they read.
+
+        Raises:
+            UserError: one is not.
+        """
+        data = self._config.data
+        names = dict.fromkeys(name for phase in phases for name in READ_BY.get(phase, ()))
+        for name in names if data.source == "files" else ():
+            path = data.path(name)
+            if getattr(data, name) and not path.exists():
+                is_made = path == Path(self._config.coldstart.dir) / TRAJECTORIES
+                remedy = "; python -m r3rag_jax.coldstart with the same configuration writes it" if is_made else ""
+                raise UserError(f"data.{name} must name a file that is there; got {path}{remedy}")
 
     def path_of(self, what: str) -> Path:
         """The file of `corpus` or of a split (`sft`, `rl`, `dev`, `test`)."""

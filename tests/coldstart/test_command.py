@@ -20,6 +20,7 @@ from r3rag_jax.data.jsonl import read_rows, write_jsonl
 from r3rag_jax.data.questions import read_questions
 from r3rag_jax.data.trajectories import read_trajectories
 from r3rag_jax.errors import UserError
+from r3rag_jax.retrieval.manifest import read_manifest
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.world.encyclopedia import World
 
@@ -67,6 +68,12 @@ def test_gold_decompositions_of_a_world(run: Run, tmp_path: Path, capsys: pytest
 
     assert run("coldstart.source=gold", "retrieval.top_k=1") == 2
     assert "was begun with other settings (retrieval.top_k was 2, now 1)" in capsys.readouterr().err
+
+
+def test_the_index_is_built_where_training_looks_for_it(run: Run, tmp_path: Path) -> None:
+    index = tmp_path / "shared"
+    assert run("coldstart.source=gold", f"retrieval.index_dir={index}") == 0
+    assert read_manifest(index).kind == "faiss" and not (tmp_path / "built" / "index").exists()
 
 
 def test_a_served_teacher(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,8 @@ from openai_server import Reply, serve
 from scripted_teacher import ScriptedTeacher
 from test_layers import PACKAGE
 
-from r3rag_jax.coldstart.commands import JOURNAL, SUMMARY, TRAJECTORIES
+from r3rag_jax.coldstart.commands import JOURNAL, SUMMARY
+from r3rag_jax.config.coldstart import TRAJECTORIES
 from r3rag_jax.data import wikihop
 from r3rag_jax.data.questions import read_questions
 from r3rag_jax.data.trajectories import read_trajectories

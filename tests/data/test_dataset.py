@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from r3rag_jax.config import Config, DataConfig
+from r3rag_jax.config import ColdStartConfig, Config, DataConfig
 from r3rag_jax.config.data import split_source
 from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.jsonl import write_jsonl
@@ -30,6 +30,22 @@ def dataset(tmp_path: Path, hold_out: tuple[str, ...] = (), **files: list[dict[s
     data = DataConfig(source="files", dir=str(tmp_path), corpus="corpus.jsonl", hold_out=hold_out, **names)
     said: list[str] = []
     return Dataset(Config(data=data, phases=("index",)), RunDirectory(tmp_path), dict, OnError(say=said.append)), said
+
+
+def test_files_that_a_phase_reads_are_there(tmp_path: Path) -> None:
+    found, _ = dataset(tmp_path, sft=[], rl=[], test=[])
+    found.check_files(["index", "sft", "rl", "eval"])  # `dev` is not given
+    (tmp_path / "test.jsonl").unlink()
+    found.check_files(["index", "sft", "rl"])
+    with pytest.raises(UserError, match=r"data\.test must name a file that is there; got .*test\.jsonl$"):
+        found.check_files(["sft", "eval"])
+
+
+def test_trajectories_that_are_not_built_yet(tmp_path: Path) -> None:
+    data = DataConfig(source="files", corpus="c.jsonl", sft=str(tmp_path / "gold" / "trajectories.jsonl"))
+    config = Config(data=data, coldstart=ColdStartConfig(dir=str(tmp_path / "gold")), phases=("index",))
+    with pytest.raises(UserError, match=r"python -m r3rag_jax\.coldstart with the same configuration writes it"):
+        Dataset(config, RunDirectory(tmp_path), dict).check_files(["sft"])
 
 
 @pytest.mark.parametrize(
