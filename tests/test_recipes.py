@@ -23,6 +23,7 @@ from r3rag_jax.compiling.chips import parse_topology
 from r3rag_jax.compiling.devices import devices_of, topology_mesh
 from r3rag_jax.compiling.programs import Architecture
 from r3rag_jax.config import Config, MeshConfig, load_config
+from r3rag_jax.config.coldstart import TRAJECTORIES
 from r3rag_jax.models.config import DecoderConfig, RopeScaling
 from r3rag_jax.models.decoder import Decoder, param_shapes, rope_frequencies
 from r3rag_jax.models.hf.decoder_files import hf_tensors
@@ -298,3 +299,5 @@ def test_prefill_and_decode_trace_at_full_size(name: str, model: str) -> None:
 def test_the_smollm2_recipe_loads_in_both_sizes(overrides: list[str]) -> None:
     config = load_config(TESTS.parent / "configs" / "wikihop_smollm2.yaml", overrides)
     assert (config.lora.rank > 0) == bool(overrides)
+    built = Path(config.coldstart.dir) / TRAJECTORIES
+    assert (config.data.path("sft") == built) == bool(overrides)  # on a CPU, what the cold start builder has written
