@@ -53,6 +53,11 @@ class DataConfig(Section):
     num_sft: int = key(
         0, "trajectories that the cold start uses, a random subset drawn with the seed; 0: all", "trajectories", ge=0
     )
+    spread: str = key(
+        "",
+        "field of the trajectories' metadata over whose values those of num_sft are spread as evenly as there are "
+        "enough, e.g. hops; empty: any",
+    )
     disjoint: bool = key(True, "RL leaves out questions with the text of one of the cold start's trajectories")
     hold_out: tuple[str, ...] = key(
         (),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,15 @@ class Dataset:
                 f"data.num_sft must be at most {len(found)}, what {data.path('sft')} holds"
                 f"{' without data.hold_out' if data.hold_out else ''}; got {data.num_sft}"
             )
-        order = np.random.default_rng((self._config.seed, *b"sft")).permutation(len(found))
-        return found.take(sorted(order[: data.num_sft].tolist()))
+        order = np.random.default_rng((self._config.seed, *b"sft")).permutation(len(found)).tolist()
+        if not data.spread:
+            return found.take(sorted(order[: data.num_sft]))
+        values = [found[i].question.metadata.get(data.spread) for i in order]
+        if None in values:
+            raise UserError(
+                f"data.spread must be a field of each trajectory's metadata in {data.path('sft')}; got {data.spread}"
+            )
+        return found.take(sorted(order[i] for i in spread_evenly([str(value) for value in values], data.num_sft)))
 
     @functools.cached_property
     def _trajectories(self) -> Records[Trajectory]:
@@ -258,6 +266,15 @@ class Dataset:
                 f"left out {num} of {len(questions)} RL questions: also in the cold start (data.disjoint)"
             )
         return kept
+
+
+def spread_evenly(values: Sequence[str], num: int) -> list[int]:
+    """Positions of `num` values, as many of each as of any other, as far as there are so many; the first of each."""
+    places: dict[str, list[int]] = {}
+    for place, value in enumerate(values):
+        places.setdefault(value, []).append(place)
+    rounds = itertools.zip_longest(*places.values())  # the first of each value, the second of each, …
+    return [place for one in rounds for place in one if place is not None][:num]
 
 
 def composition_of(question: Question) -> str:

@@ -7,7 +7,7 @@ import pytest
 
 from r3rag_jax.config import ColdStartConfig, Config, DataConfig
 from r3rag_jax.config.data import split_source
-from r3rag_jax.data.dataset import Dataset
+from r3rag_jax.data.dataset import Dataset, spread_evenly
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.questions import identity
 from r3rag_jax.data.records import OnError
@@ -22,14 +22,30 @@ def rows(*texts: str, prefix: str = "train_") -> list[dict[str, Any]]:
     return [{"id": f"{prefix}{i}", "question": text, "golden_answers": ["x"]} for i, text in enumerate(texts)]
 
 
-def dataset(tmp_path: Path, hold_out: tuple[str, ...] = (), **files: list[dict[str, Any]]) -> tuple[Dataset, list[str]]:
-    """A data set of these files, and what it says."""
+def dataset(tmp_path: Path, **given: Any) -> tuple[Dataset, list[str]]:
+    """A data set of files, given as lists of rows, with other keys of `data`; and what it says."""
+    files = {name: value for name, value in given.items() if isinstance(value, list)}
     for name, content in files.items():
         write_jsonl(tmp_path / f"{name}.jsonl", content)
-    names = {name: f"{name}.jsonl" for name in files}
-    data = DataConfig(source="files", dir=str(tmp_path), corpus="corpus.jsonl", hold_out=hold_out, **names)
+    keys = given | {name: f"{name}.jsonl" for name in files}
+    data = DataConfig(source="files", dir=str(tmp_path), corpus="corpus.jsonl", **keys)
     said: list[str] = []
     return Dataset(Config(data=data, phases=("index",)), RunDirectory(tmp_path), dict, OnError(say=said.append)), said
+
+
+def test_trajectories_spread_over_a_field_of_their_metadata() -> None:
+    assert spread_evenly("aababaca", 5) == [0, 2, 6, 1, 4]  # one c, then a and b share the rest
+    assert spread_evenly("aab", 9) == [0, 2, 1]
+
+
+def test_the_cold_start_spread_over_hops(tmp_path: Path) -> None:
+    taught = rows(*(f"Who is {name}?" for name in "ABCDEFGH"))
+    taught = [row | {"steps": STEPS, "metadata": {"hops": 2 if i < 6 else 3}} for i, row in enumerate(taught)]
+    found, _ = dataset(tmp_path, sft=taught, num_sft=4, spread="hops")
+    assert sorted(t.question.metadata["hops"] for t in found.trajectories()) == [2, 2, 3, 3]
+    missing, _ = dataset(tmp_path, sft=taught, num_sft=4, spread="depth")
+    with pytest.raises(UserError, match=r"data\.spread must be a field of .*sft\.jsonl; got depth"):
+        missing.trajectories()
 
 
 def test_files_that_a_phase_reads_are_there(tmp_path: Path) -> None:
@@ -98,7 +114,7 @@ def test_neither_phase_sees_a_held_out_composition(tmp_path: Path) -> None:
     kinds = {"Who is A?": "who", "When is B?": "when", "Where is C?": "where", "Who is D?": "who", "When is E?": "when"}
     asked = [composed(row, kinds[row["question"]]) for row in rows(*kinds)]
     taught = [row | {"steps": STEPS} for row in rows("when is b", "Where is C?", "Who is D?")]  # without metadata
-    data, said = dataset(tmp_path, ("when",), sft=taught, rl=asked, dev=asked[:2], test=asked[:3])
+    data, said = dataset(tmp_path, hold_out=("when",), sft=taught, rl=asked, dev=asked[:2], test=asked[:3])
     assert [trajectory.question.question for trajectory in data.trajectories()] == ["Where is C?", "Who is D?"]
     assert [question.question for question in data.questions("rl")] == ["Who is A?"]
     assert [question.metadata["unseen"] for question in data.questions("test")] == [False, True, False]
@@ -113,10 +129,12 @@ def test_without_held_out_compositions_questions_stay_as_they_are(tmp_path: Path
 
 
 def test_a_composition_of_no_question_is_refused_and_none_of_any_is_said(tmp_path: Path) -> None:
-    data, _ = dataset(tmp_path, ("who", "wen"), rl=[composed(row, "who") for row in rows("Who is A?", "Who is B?")])
+    data, _ = dataset(
+        tmp_path, hold_out=("who", "wen"), rl=[composed(row, "who") for row in rows("Who is A?", "Who is B?")]
+    )
     with pytest.raises(UserError, match=r"values of metadata.composition in .*rl.jsonl \(who\); got wen$"):
         data.questions("rl")
-    mine, said = dataset(tmp_path, ("when", "where"), rl=[composed(row, "who") for row in rows("Who is A?")])
+    mine, said = dataset(tmp_path, hold_out=("when", "where"), rl=[composed(row, "who") for row in rows("Who is A?")])
     assert len(mine.questions("rl")) == 1
     assert said == [f"data.hold_out holds nothing out: {tmp_path}/rl.jsonl has no question of when, …"]
     with pytest.raises(UserError, match=r"data.hold_out must be empty without data.rl, .*; got who$"):
