@@ -36,10 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] in (["import"], ["export"]):
         instructions.run(words[0], words[1:], print)
         return 0
-    is_check = words[:1] == ["check"]
+    is_check, fixed = words[:1] == ["check"], () if "--help" in words else FIXED
     config, args = parse_args(
-        [*words[is_check:], *([] if "--help" in words else FIXED)],
-        prog="python -m r3rag_jax.coldstart", description=__doc__ or "", extra=add_flags,
+        [*words[is_check:], *fixed], prog="python -m r3rag_jax.coldstart", description=__doc__ or "", extra=add_flags
     )  # fmt: skip
     use_compile_cache()
     directory = Path(config.coldstart.dir or f"runs/{config.name}-coldstart")
@@ -68,11 +67,11 @@ def questions_of(c: Components) -> str | Path:
 
 def parts_of(c: Components, directory: Path) -> Parts:
     """The parts of a configuration, with the index of its corpus, which is built unless it is there."""
-    kind = c.config.retrieval.kind
-    c.open_corpus(None, builds_index=kind != "http")
+    is_local = c.config.retrieval.kind != "http"
+    c.open_corpus(None, builds_index=is_local)
     return Parts(
         config=c.config, directory=directory, codec=c.codec, search_env=c.search_env, dataset=c.dataset,
-        retriever=c.retriever, corpus=None if kind == "http" else c.corpus, mesh=c.sampler_mesh,
+        retriever=c.retriever, corpus=c.corpus if is_local else None, mesh=c.sampler_mesh,
         console=c.console, open_judge=lambda: c.judge,
     )  # fmt: skip
 
