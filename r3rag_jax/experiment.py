@@ -53,7 +53,7 @@ def run(config: Config, console: Console | None = None) -> Components:
     """Run all phases of the configuration; finished ones are skipped."""
     c, did_work = Components(config, config.run_directory, console), False
     say = c.console.print
-    c.dataset.check_files(name for name in config.phases if not is_trained(c, name))
+    c.dataset.check_files([name for name in config.phases if not is_trained(c, name)])
     plans, log = c.memory_plans, c.log  # bad configurations fail before the run directory is created
     with c.stop, hold_run(config, c.run, c.console), log, Watchdog(config.log.watchdog_s, c.run.stalls):
         for name in config.phases:

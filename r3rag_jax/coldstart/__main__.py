@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         [*words[is_check:], *fixed], prog="python -m r3rag_jax.coldstart", description=__doc__ or "", extra=add_flags
     )  # fmt: skip
     use_compile_cache()
-    directory = Path(config.coldstart.dir or f"runs/{config.name}-coldstart")
+    directory = config.coldstart_directory
     c = Components(config, directory)
     if is_check:
         return int(check(parts_of(c, directory), args.trajectories or directory / TRAJECTORIES) > 0)

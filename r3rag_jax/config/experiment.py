@@ -61,6 +61,11 @@ class Config(Section):
         """`run_dir`, or `runs/<name>` under the working directory; a URL, `gs://…`, is not a path but that text."""
         return self.run_dir if "://" in self.run_dir else Path(self.run_dir or f"runs/{self.name}")
 
+    @property
+    def coldstart_directory(self) -> Path:
+        """Where `python -m r3rag_jax.coldstart` writes: `coldstart.dir`, or `runs/<name>-coldstart`."""
+        return Path(self.coldstart.dir or f"runs/{self.name}-coldstart")
+
     @field_validator("run_dir")
     @classmethod
     def _check_run_dir(cls, run_dir: str) -> str:

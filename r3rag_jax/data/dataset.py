@@ -7,7 +7,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Dataset:
         self._config, self._run, self._corpus, self._on_error = config, run, corpus, on_error
         self._questions: dict[str, Records[Question]] = {}  # by split; each is read, and its faults said, once
 
-    def check_files(self, phases: Iterable[str]) -> None:
+    def check_files(self, phases: Collection[str]) -> None:
         """See to it, before anything is done for these phases, that the user's files are there which they read.
 
         Raises:
@@ -52,10 +52,13 @@ class Dataset:
         """
         data = self._config.data
         names = dict.fromkeys(name for phase in phases for name in READ_BY.get(phase, ()))
+        if "sft" not in phases and not data.disjoint:
+            names.pop("sft", None)
         for name in names if data.source == "files" else ():
             path = data.path(name)
-            if getattr(data, name) and not path.exists():
-                is_made = path == Path(self._config.coldstart.dir) / TRAJECTORIES
+            # A copy in the run directory will do.
+            if getattr(data, name) and not path.exists() and not self.path_of(name).exists():
+                is_made = path.absolute() == (self._config.coldstart_directory / TRAJECTORIES).absolute()
                 remedy = "; python -m r3rag_jax.coldstart with the same configuration writes it" if is_made else ""
                 raise UserError(f"data.{name} must name a file that is there; got {path}{remedy}")
 

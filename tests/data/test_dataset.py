@@ -57,11 +57,39 @@ def test_files_that_a_phase_reads_are_there(tmp_path: Path) -> None:
         found.check_files(["sft", "eval"])
 
 
-def test_trajectories_that_are_not_built_yet(tmp_path: Path) -> None:
-    data = DataConfig(source="files", corpus="c.jsonl", sft=str(tmp_path / "gold" / "trajectories.jsonl"))
-    config = Config(data=data, coldstart=ColdStartConfig(dir=str(tmp_path / "gold")), phases=("index",))
+def test_a_file_that_a_phase_can_do_without(tmp_path: Path) -> None:
+    missing = {"sft": "sft.jsonl", "rl": "rl.jsonl"}
+    (tmp_path / "rl.jsonl").touch()
+    apart, _ = dataset(tmp_path, disjoint=False, **missing)
+    apart.check_files(["rl"])
+    with pytest.raises(UserError, match=r"data\.sft must name"):
+        apart.check_files(["sft", "rl"])
+    with pytest.raises(UserError, match=r"data\.sft must name"):
+        dataset(tmp_path, **missing)[0].check_files(["rl"])
+    RunDirectory(tmp_path).data_dir.mkdir()
+    RunDirectory(tmp_path).data("sft").touch()
+    dataset(tmp_path, refresh_retrieved=True, **missing)[0].check_files(["sft", "rl"])
+
+
+@pytest.mark.parametrize(
+    ("directory", "sft"),
+    [
+        ("", "runs/mine-coldstart/trajectories.jsonl"),
+        ("", str(Path.cwd() / "runs/mine-coldstart/trajectories.jsonl")),
+        ("gold", "gold/trajectories.jsonl"),
+    ],
+)
+def test_trajectories_that_are_not_built_yet(tmp_path: Path, directory: str, sft: str) -> None:
+    data = DataConfig(source="files", corpus="c.jsonl", sft=sft)
+    config = Config(name="mine", data=data, coldstart=ColdStartConfig(dir=directory), phases=("index",))
     with pytest.raises(UserError, match=r"python -m r3rag_jax\.coldstart with the same configuration writes it"):
         Dataset(config, RunDirectory(tmp_path), dict).check_files(["sft"])
+
+
+def test_other_trajectories_are_not_the_builders(tmp_path: Path) -> None:
+    data = DataConfig(source="files", corpus="c.jsonl", sft="trajectories.jsonl")
+    with pytest.raises(UserError, match=r"got trajectories\.jsonl$"):
+        Dataset(Config(data=data, phases=("index",)), RunDirectory(tmp_path), dict).check_files(["sft"])
 
 
 @pytest.mark.parametrize(
