@@ -24,11 +24,12 @@ Every round runs all variants in turn; figures are medians over the rounds, and 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,8 @@ class Lockstep(DroppingLockstep):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._windows = [window for window in self._windows if window.rows == self.slots]
+        self.programs = copy.copy(self.programs)  # which other engines share
+        self.programs.windows = [window for window in self.programs.windows if window.rows == self.slots]
 
 
 @dataclasses.dataclass
@@ -208,6 +210,16 @@ class ReplayEnv:
         return self._trajectory.steps[self._transcript.num_steps - 1]
 
 
+def replays(codec: Codec, trajectories: Sequence[Trajectory]) -> EnvFactory:
+    """Plays each request as it went in these trajectories."""
+    by_request = {(t.question.id, t.sample_index): t for t in trajectories}
+
+    def replay(request: RolloutRequest) -> ReplayEnv:
+        return ReplayEnv(request, codec, by_request[request.question.id, request.sample_index])
+
+    return EnvFactory(replay, StopRule())
+
+
 def run(console: Console, args: argparse.Namespace) -> None:
     path, slots = args.run, args.slots
     config = load_config(path / "config.yaml", ["phases=index"])
@@ -228,21 +240,16 @@ def run(console: Console, args: argparse.Namespace) -> None:
         engine: Engine,
         policy: CachedDecoder,
         requests: Sequence[RolloutRequest],
-        latency_ms: float = 0.0,
+        wait_ms: float = 0,
         overlap: int = 0,
     ) -> list[Trajectory]:
         backend = EngineBackend(engine, policy, components.policy.tokenizer, decode_chunk=config.rollout.decode_chunk)
-        retriever = Slow(components.retriever, latency_ms / 1e3) if latency_ms else components.retriever
+        retriever = Slow(components.retriever, wait_ms / 1e3) if wait_ms else components.retriever
         return rollout(backend, env_factory, retriever, requests, search_overlap=overlap)
 
     if args.model:
         own = engine(Engine)
-        by_request = {(t.question.id, t.sample_index): t for t in trajectories_of(own, own.load(params), requests)}
-
-        def replay(request: RolloutRequest) -> ReplayEnv:
-            return ReplayEnv(request, components.codec, by_request[request.question.id, request.sample_index])
-
-        env_factory = EnvFactory(replay, StopRule())
+        env_factory = replays(components.codec, trajectories_of(own, own.load(params), requests))
         decoder = load_decoder(model_path(args.model), dtype=args.dtype)
         (graphdef, params), decoder_config = nnx.split(decoder), decoder.config
         dtype = default_kv_dtype(args.dtype, decoder_config, components.mesh)
@@ -269,17 +276,19 @@ def run(console: Console, args: argparse.Namespace) -> None:
             trajectories_of, single, policy, singles, latency
         )
     seconds = medians(variants, args.rounds)
-    for name in variants:
-        if name.endswith(one_at_a_time):
-            seconds[name] *= len(requests) / len(singles)
-    ours_s = seconds["slots refilled at once"]
+    seconds |= {name: s * len(requests) / len(singles) for name, s in seconds.items() if name.endswith(one_at_a_time)}
     title = f"{len(requests)} trajectories of {path}" + (f", {args.model} in {args.dtype}" if args.model else "")
-    table = Table(
-        "variant", "s", "trajectories/s", "speed relative to slots refilled at once", title=f"{title}, {slots} slots"
-    )
+    console.print(speeds_table(f"{title}, {slots} slots", seconds, len(requests)))
+
+
+def speeds_table(title: str, seconds: Mapping[str, float], num_trajectories: int) -> Table:
+    """Seconds and trajectories/s of each variant, and its speed relative to the first one's."""
+    first, *_ = seconds
+    table = Table("variant", "s", "trajectories/s", f"speed relative to {first}", title=title)
     for name, taken in seconds.items():
-        table.add_row(name, f"{taken:.2f}", f"{len(requests) / taken:.1f}", f"{ours_s / taken:.2f}")
-    console.print(table)
+        rates = (f"{num_trajectories / taken:.1f}", f"{seconds[first] / taken:.2f}")
+        table.add_row(name, f"{taken:.2f}", *rates)
+    return table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
