@@ -22,7 +22,7 @@ from r3rag_jax.config import parse_args
 from r3rag_jax.rewards.novelty import shows_new
 from r3rag_jax.rollout.scheduler import rollout
 from r3rag_jax.run.caches import use_compile_cache
-from r3rag_jax.training.requests import iteration_requests
+from r3rag_jax.training.requests import QuestionDraws
 from r3rag_jax.types import Trajectory
 
 PROCESS = ("gold", "embedding", "gain")
@@ -60,12 +60,11 @@ def main() -> None:
     config, options = parse_args(None, prog="benchmarks/process_rewards.py", description=str(__doc__), extra=flags)
     use_compile_cache()
     c = Components(config, config.run_directory)
-    questions, backend = c.dataset.questions("rl"), c.open_backend("sft")
+    draws, backend = QuestionDraws(config, c.dataset.questions("rl")), c.open_backend("sft")
     trajectories: list[Trajectory] = []
     for iteration in range(options.iterations):
         started = time.perf_counter()
-        requests = iteration_requests(config, questions, iteration)
-        trajectories += rollout(backend, c.search_env, c.retriever, requests)
+        trajectories += rollout(backend, c.search_env, c.retriever, draws.requests(iteration))
     rollout_s = time.perf_counter() - started  # of the last iteration, which compiles nothing
     found = measure(c, trajectories)
     counts = shows_new(trajectories, config.rollout.max_steps)

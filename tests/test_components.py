@@ -33,7 +33,7 @@ from r3rag_jax.models.hf.decoder_files import load_decoder
 from r3rag_jax.run.caches import use_compile_cache
 from r3rag_jax.run.directory import open_run
 from r3rag_jax.text.tokenizer import Tokenizer
-from r3rag_jax.training.requests import iteration_requests, replacement_requests
+from r3rag_jax.training.requests import QuestionDraws
 from r3rag_jax.training.sft import make_batches
 from r3rag_jax.types import Status
 
@@ -266,12 +266,10 @@ def test_array_record_files_hold_what_memory_holds(config: Config, tmp_path: Pat
     assert other.dataset.trajectories().is_stored and other.dataset.questions("rl").is_stored
     assert other.dataset.trajectories() == one.dataset.trajectories()
     assert other.dataset.questions("rl") == one.dataset.questions("rl")
-    assert [iteration_requests(stored, other.dataset.questions("rl"), i) for i in range(4)] == [
-        iteration_requests(in_memory, one.dataset.questions("rl"), i) for i in range(4)
-    ]
-    used = {"q1", "q7"}
-    both = [(stored, other), (in_memory, one)]
-    replaced = [replacement_requests(keys, c.dataset.questions("rl"), 2, 1, 3, used) for keys, c in both]
+    draws = [QuestionDraws(c.config, c.dataset.questions("rl")) for c in (one, other)]
+    requests = [[found.requests(i) for i in range(4)] for found in draws]
+    assert requests[0] == requests[1]
+    replaced = [found.replacements(2, 1, 3, {"q1", "q7"}) for found in draws]
     assert replaced[0] == replaced[1] and len(replaced[0]) > 3
     for a, b in zip(make_batches(in_memory, one.sft_parts), make_batches(stored, other.sft_parts), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from r3rag_jax.config import Config
 from r3rag_jax.config.coldstart import TRAJECTORIES
+from r3rag_jax.data.balance import balanced, strata_of
 from r3rag_jax.data.leakage import check_leakage
 from r3rag_jax.data.questions import identity, question_to_dict, read_questions
 from r3rag_jax.data.readers import tfds
@@ -94,14 +94,10 @@ class Dataset:
                 f"{' without data.hold_out' if data.hold_out else ''}; got {data.num_sft}"
             )
         order = np.random.default_rng((self._config.seed, *b"sft")).permutation(len(found)).tolist()
-        if not data.spread:
-            return found.take(sorted(order[: data.num_sft]))
-        values = [found[i].question.metadata.get(data.spread) for i in order]
-        if None in values:
-            raise UserError(
-                f"data.spread must be a field of each trajectory's metadata in {data.path('sft')}; got {data.spread}"
-            )
-        return found.take(sorted(order[i] for i in spread_evenly([str(value) for value in values], data.num_sft)))
+        if data.balance:
+            shuffled = found.take(order).map(lambda trajectory: trajectory.question)
+            order = [order[place] for place in balanced(strata_of(shuffled, data.balance))]
+        return found.take(sorted(order[: data.num_sft]))
 
     @functools.cached_property
     def _trajectories(self) -> Records[Trajectory]:
@@ -269,15 +265,6 @@ class Dataset:
                 f"left out {num} of {len(questions)} RL questions: also in the cold start (data.disjoint)"
             )
         return kept
-
-
-def spread_evenly(values: Sequence[str], num: int) -> list[int]:
-    """Positions of `num` values, as many of each as of any other, as far as there are so many; the first of each."""
-    places: dict[str, list[int]] = {}
-    for place, value in enumerate(values):
-        places.setdefault(value, []).append(place)
-    rounds = itertools.zip_longest(*places.values())  # the first of each value, the second of each, …
-    return [place for one in rounds for place in one if place is not None][:num]
 
 
 def composition_of(question: Question) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from r3rag_jax.config import Config
+from r3rag_jax.data.records import Records
 from r3rag_jax.retrieval.base import Retriever
 from r3rag_jax.rewards.scorer import Scorer, Scores, learnable, merge_scores
 from r3rag_jax.rollout.backends import RolloutBackend
@@ -18,7 +19,7 @@ from r3rag_jax.rollout.times import RolloutTimes
 from r3rag_jax.run.counters import counted
 from r3rag_jax.sampler.engine import SamplerWork
 from r3rag_jax.training.groups import has_zero_variance, number_groups
-from r3rag_jax.training.requests import iteration_requests, replacement_requests
+from r3rag_jax.training.requests import QuestionDraws
 from r3rag_jax.types import Question, Trajectory
 
 FAILED_SEARCH = "retrieval.endpoint failed"  # counted by clients/endpoint.py
@@ -91,14 +92,14 @@ class IterationSampler:
     def __init__(
         self,
         config: Config,
-        questions: Sequence[Question],
+        questions: Records[Question],
         env_factory: EnvFactory,
         retriever: Retriever,
         scorer: Scorer,
         work: Callable[[], SamplerWork],
     ):
         """`work`: of the engine that samples, so far."""
-        self._config, self._questions = config, questions
+        self._config, self._draws = config, QuestionDraws(config, questions)
         self._env_factory, self._retriever, self._scorer = env_factory, retriever, scorer
         self._work = work
 
@@ -114,7 +115,7 @@ class IterationSampler:
         config, totals = self._config, self._config.rl.returns == "total"
         scored: list[Experience] = []
         times, work, failed = RolloutTimes(), self._work(), counted(FAILED_SEARCH)
-        requests = iteration_requests(config, self._questions, iteration)
+        requests = self._draws.requests(iteration)
         for round in range(1, config.rl.max_resamples + 1):
             trajectories = self._rollout(backend, requests, times)
             with times.watch.measure("score"):
@@ -122,7 +123,7 @@ class IterationSampler:
             num_useful = sum(one.num_useful_draws(config.rollout.samples) for one in scored)
             num_missing = config.rl.questions - num_useful
             used_ids = {trajectory.question.id for one in scored for trajectory in one.trajectories}
-            requests = replacement_requests(config, self._questions, iteration, round, num_missing, used_ids)
+            requests = self._draws.replacements(iteration, round, num_missing, used_ids)
             if not requests:
                 break
         last = self._rollout(backend, requests, times) if requests else []

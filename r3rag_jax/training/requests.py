@@ -9,56 +9,71 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from r3rag_jax.config import Config
+from r3rag_jax.data.balance import balanced, strata_of
 from r3rag_jax.data.records import Records
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.types import Question
 
 
-def iteration_requests(config: Config, questions: Sequence[Question], iteration: int) -> list[RolloutRequest]:
-    """The requests of an iteration: a function of seed and iteration alone, so that resuming needs no data position.
+class QuestionDraws:
+    """The questions that each iteration rolls out: a function of seed and iteration alone.
 
-    Every question is used once before any is used again, in an order that is shuffled anew for each pass. A question
-    that is drawn again in the same iteration (the end of one pass and the beginning of the next, or fewer questions
-    than `rl.questions`) gets further sample indices, hence other random keys: its samples are one larger group.
+    Resuming therefore needs no data position. Every question is used once before any is used again, in an order that is
+    shuffled anew for each pass; with `data.balance` an iteration has as many of one kind as of another, while a pass
+    has any. A question that is drawn again in the same iteration (the end of one pass and the beginning of the next, or
+    fewer questions than `rl.questions`) gets further sample indices, hence other random keys: its samples are one
+    larger group.
     """
-    requests = []
-    num_draws: Counter[str] = Counter()  # in this iteration, by question id
-    for index in range(iteration * config.rl.questions, (iteration + 1) * config.rl.questions):
-        epoch, index_in_epoch = divmod(index, len(questions))
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(questions))
-        question = questions[order[index_in_epoch]]
-        requests += _requests_of(config, question, iteration, num_draws[question.id])
-        num_draws[question.id] += 1
-    return requests
 
+    def __init__(self, config: Config, questions: Records[Question]):
+        """
+        Raises:
+            UserError: a question's metadata lacks a field of `data.balance`.
+        """
+        self._config, self._questions = config, questions
+        fields = config.data.balance
+        self._strata = strata_of(questions, fields) if fields else [()] * len(questions)
 
-def replacement_requests(
-    config: Config,
-    questions: Sequence[Question],
-    iteration: int,
-    round: int,
-    num_questions: int,
-    used_ids: Collection[str],
-) -> list[RolloutRequest]:
-    """Requests of up to `num_questions` further questions for an iteration, drawn from those not in `used_ids`.
+    def requests(self, iteration: int) -> list[RolloutRequest]:
+        """The requests of an iteration."""
+        num, seed = self._config.rl.questions, self._config.seed
+        found, orders = [], dict[int, list[int]]()
+        num_draws: Counter[int] = Counter()  # in this iteration, by question
+        for place in range(iteration * num, (iteration + 1) * num):
+            epoch, place_in_epoch = divmod(place, len(self._questions))
+            if epoch not in orders:
+                orders[epoch] = self._shuffled(range(len(self._questions)), (seed, epoch))
+            index = orders[epoch][place_in_epoch]
+            found += self._requests_of(index, iteration, num_draws[index])
+            num_draws[index] += 1
+        return found
 
-    Args:
-        round: 1 for the first replacements of the iteration, then counted up; part of the random seed.
-    """
-    ids = questions.ids if isinstance(questions, Records) else [question.id for question in questions]
-    unused = [index for index, id in enumerate(ids) if id not in used_ids]
-    order = np.random.default_rng((config.seed, iteration, round)).permutation(len(unused))[: max(0, num_questions)]
-    return [request for index in order for request in _requests_of(config, questions[unused[index]], iteration)]
+    def replacements(
+        self, iteration: int, round: int, num_questions: int, used_ids: Collection[str]
+    ) -> list[RolloutRequest]:
+        """Requests of up to `num_questions` further questions for an iteration, drawn from those not in `used_ids`.
 
+        Args:
+            round: 1 for the first replacements of the iteration, then counted up; part of the random seed.
+        """
+        unused = [index for index, id in enumerate(self._questions.ids) if id not in used_ids]
+        order = self._shuffled(unused, (self._config.seed, iteration, round))[: max(0, num_questions)]
+        return [request for index in order for request in self._requests_of(index, iteration)]
 
-def _requests_of(config: Config, question: Question, iteration: int, draw: int = 0) -> list[RolloutRequest]:
-    """`rollout.samples` requests of a question, cycling through `rollout.temperatures`.
+    def _shuffled(self, indices: Sequence[int], seed: tuple[int, ...]) -> list[int]:
+        """These questions in a random order, balanced."""
+        order = [indices[place] for place in np.random.default_rng(seed).permutation(len(indices)).tolist()]
+        return [order[place] for place in balanced([self._strata[index] for index in order])]
 
-    Args:
-        draw: how often the iteration has drawn the question before.
-    """
-    rollout, seed = config.rollout, config.seed * 1_000_003 + iteration
-    return [
-        RolloutRequest(question, draw * rollout.samples + index, temperature, seed=seed)
-        for index, temperature in zip(range(rollout.samples), itertools.cycle(rollout.temperatures), strict=False)
-    ]
+    def _requests_of(self, index: int, iteration: int, draw: int = 0) -> list[RolloutRequest]:
+        """`rollout.samples` requests of a question, cycling through `rollout.temperatures`.
+
+        Args:
+            draw: how often the iteration has drawn the question before.
+        """
+        rollout, question = self._config.rollout, self._questions[index]
+        seed = self._config.seed * 1_000_003 + iteration
+        return [
+            RolloutRequest(question, draw * rollout.samples + sample, temperature, seed=seed)
+            for sample, temperature in zip(range(rollout.samples), itertools.cycle(rollout.temperatures), strict=False)
+        ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from r3rag_jax.config import Config
+from r3rag_jax.data.records import Records
 from r3rag_jax.errors import ServiceError, UserError
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.processes import failures_told
@@ -56,7 +57,7 @@ class RLParts:
     env_factory: EnvFactory
     retriever: Retriever
     make_scorer: Callable[[Any], Scorer]  # of the reference policy's parameters
-    questions: Sequence[Question]
+    questions: Records[Question]
     evaluate: Callable[[RolloutBackend], dict[str, float]] | None  # metrics on the dev questions; None: there are none
     shares_prefixes: bool  # samples that begin alike are trained in one sequence
     run: RunDirectory

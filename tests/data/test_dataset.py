@@ -1,5 +1,6 @@
 """The splits of a run: which questions are the same, and what is said of those that come twice."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 
 from r3rag_jax.config import ColdStartConfig, Config, DataConfig
 from r3rag_jax.config.data import split_source
-from r3rag_jax.data.dataset import Dataset, spread_evenly
+from r3rag_jax.data.balance import balanced
+from r3rag_jax.data.dataset import Dataset
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.data.questions import identity
 from r3rag_jax.data.records import OnError
@@ -33,18 +35,23 @@ def dataset(tmp_path: Path, **given: Any) -> tuple[Dataset, list[str]]:
     return Dataset(Config(data=data, phases=("index",)), RunDirectory(tmp_path), dict, OnError(say=said.append)), said
 
 
-def test_trajectories_spread_over_a_field_of_their_metadata() -> None:
-    assert spread_evenly("aababaca", 5) == [0, 2, 6, 1, 4]  # one c, then a and b share the rest
-    assert spread_evenly("aab", 9) == [0, 2, 1]
+def test_an_order_whose_every_beginning_is_balanced() -> None:
+    assert balanced(list(zip("aababaca", strict=True))) == [0, 2, 6, 1, 4, 3, 5, 7]  # one c, two b, the rest are a
+    assert balanced([("a", "1"), ("a", "1"), ("a", "2")]) == [0, 2, 1]
+    assert balanced([()] * 3) == [0, 1, 2]
 
 
-def test_the_cold_start_spread_over_hops(tmp_path: Path) -> None:
-    taught = rows(*(f"Who is {name}?" for name in "ABCDEFGH"))
-    taught = [row | {"steps": STEPS, "metadata": {"hops": 2 if i < 6 else 3}} for i, row in enumerate(taught)]
-    found, _ = dataset(tmp_path, sft=taught, num_sft=4, spread="hops")
-    assert sorted(t.question.metadata["hops"] for t in found.trajectories()) == [2, 2, 3, 3]
-    missing, _ = dataset(tmp_path, sft=taught, num_sft=4, spread="depth")
-    with pytest.raises(UserError, match=r"data\.spread must be a field of .*sft\.jsonl; got depth"):
+def test_a_balanced_cold_start(tmp_path: Path) -> None:
+    kinds = [("bridge", 2)] * 4 + [("bridge", 3)] * 2 + [("comparison", 2)] * 3
+    taught = [
+        row | {"steps": STEPS, "metadata": {"type": type, "hops": hops}}
+        for row, (type, hops) in zip(rows(*(f"Who is {i}?" for i in range(9))), kinds, strict=True)
+    ]
+    found, _ = dataset(tmp_path, sft=taught, num_sft=6, balance=("type", "hops"))
+    drawn = Counter((t.question.metadata["type"], t.question.metadata["hops"]) for t in found.trajectories())
+    assert drawn == {("bridge", 2): 2, ("bridge", 3): 2, ("comparison", 2): 2}
+    missing, _ = dataset(tmp_path, sft=taught, num_sft=4, balance=("hops", "depth"))
+    with pytest.raises(UserError, match=r"data\.balance must be fields .*, which are type, hops in .*:\d+; got depth"):
         missing.trajectories()
 
 
