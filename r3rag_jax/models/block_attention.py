@@ -77,8 +77,9 @@ def _forward(
     target: Target, q_BLNH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, tokens_BnC: Tokens
 ) -> tuple[jax.Array, Any]:
     seen, n, K = seen_blocks(tokens_BnC), tokens_BnC.position.shape[1], k_BLKH.shape[2]
-    inputs = _queries(_scaled(q_BLNH), n, K), _keys(k_BLKH, n), _keys(v_BLKH, n), tokens_BnC, seen
-    out_BnKRH, lse_BnKR = lax.map(lambda row: _row_forward(target, *row), inputs)
+    k_BnKHC, v_BnKCH = transpose_copy(_keys(k_BLKH, n), target), _keys(v_BLKH, n)
+    inputs = _queries(_scaled(q_BLNH), n, K), k_BnKHC, v_BnKCH, tokens_BnC, seen
+    out_BnKRH, lse_BnKR = lax.map(lambda row: _row_forward(*row), inputs)
     out = checkpoint_name(_by_token(out_BnKRH, q_BLNH), SAVED)
     lse = checkpoint_name(lse_BnKR, SAVED)
     return out, (q_BLNH, k_BLKH, v_BLKH, tokens_BnC, seen, out, lse)
@@ -90,8 +91,10 @@ def _backward(target: Target, saved: Any, grad_BLNH: jax.Array) -> tuple[Any, ..
     # The sum over keys of grad_weights * weights equals the sum over H of grad * out.
     inner = jnp.sum(grad_BLNH.astype(jnp.float32) * out_BLNH.astype(jnp.float32), axis=-1, keepdims=True)
     inner_BnKR = _queries(inner, n, K)[..., 0]
-    inputs = _queries(_scaled(q_BLNH), n, K), _keys(k_BLKH, n), _keys(v_BLKH, n), tokens_BnC, seen
-    grads = lax.map(lambda row: _row_backward(target, *row), (*inputs, _queries(grad_BLNH, n, K), inner_BnKR, lse_BnKR))
+    k_BnKCH = _keys(k_BLKH, n)
+    keys = k_BnKCH, transpose_copy(k_BnKCH, target), transpose_copy(_keys(v_BLKH, n), target)
+    inputs = _queries(_scaled(q_BLNH), n, K), *keys, tokens_BnC, seen, _queries(grad_BLNH, n, K), inner_BnKR, lse_BnKR
+    grads = lax.map(lambda row: _row_backward(target, *row), inputs)
     grad_q_BnKRH, *grads_BnKCH = grads
     grad_k, grad_v = (jnp.swapaxes(g, 2, 3).reshape(k_BLKH.shape).astype(k_BLKH.dtype) for g in grads_BnKCH)
     return _scaled(_by_token(grad_q_BnKRH, q_BLNH)), grad_k, grad_v, None
@@ -101,7 +104,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _row_forward(
-    target: Target, q_nKRH: jax.Array, k_nKCH: jax.Array, v_nKCH: jax.Array, tokens_nC: Tokens, seen: Seen
+    q_nKRH: jax.Array, k_nKHC: jax.Array, v_nKCH: jax.Array, tokens_nC: Tokens, seen: Seen
 ) -> tuple[jax.Array, jax.Array]:
     """Output [n, K, R, H] and log-sum-exp [n, K, R] of a row, float32."""
 
@@ -110,8 +113,8 @@ def _row_forward(
 
         def add(turn: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             largest_KR, total_KR, out_KRH = sums
-            k_KCH, v_KCH, keys_C = _at((k_nKCH, v_nKCH, tokens_nC), blocks_n[turn])
-            scores_KRC = jnp.where(_mask(queries_C, keys_C, q_KRH), _products(q_KRH, k_KCH, target), MASKED)
+            k_KHC, v_KCH, keys_C = _at((k_nKHC, v_nKCH, tokens_nC), blocks_n[turn])
+            scores_KRC = jnp.where(_mask(queries_C, keys_C, q_KRH), _matmul(q_KRH, k_KHC), MASKED)
             now_KR = jnp.maximum(largest_KR, jnp.max(scores_KRC, axis=-1))
             weights_KRC, keep_KR = jnp.exp(scores_KRC - now_KR[..., None]), jnp.exp(largest_KR - now_KR)
             added_KRH = _matmul(weights_KRC.astype(v_KCH.dtype), v_KCH)
@@ -130,7 +133,8 @@ def _row_backward(
     target: Target,
     q_nKRH: jax.Array,
     k_nKCH: jax.Array,
-    v_nKCH: jax.Array,
+    k_nKHC: jax.Array,
+    v_nKHC: jax.Array,
     tokens_nC: Tokens,
     seen: Seen,
     grad_nKRH: jax.Array,
@@ -145,13 +149,13 @@ def _row_backward(
         def add(turn: jax.Array, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             grad_q_KRH, grad_k_nKCH, grad_v_nKCH = grads
             block = blocks_n[turn]
-            k_KCH, v_KCH, keys_C = _at((k_nKCH, v_nKCH, tokens_nC), block)
-            scores_KRC, grad_weights_KRC = _products(q_KRH, k_KCH, target), _products(grad_KRH, v_KCH, target)
+            k_KCH, k_KHC, v_KHC, keys_C = _at((k_nKCH, k_nKHC, v_nKHC, tokens_nC), block)
+            scores_KRC, grad_weights_KRC = _matmul(q_KRH, k_KHC), _matmul(grad_KRH, v_KHC)
             is_seen = _mask(queries_C, keys_C, q_KRH)
             weights_KRC = jnp.where(is_seen, jnp.exp(scores_KRC - lse_KR[..., None]), 0.0)
             grad_scores_KRC = (weights_KRC * (grad_weights_KRC - inner_KR[..., None])).astype(q_KRH.dtype)
             grad_k_KCH = _matmul(transpose_copy(grad_scores_KRC, target), q_KRH)
-            grad_v_KCH = _matmul(transpose_copy(weights_KRC.astype(v_KCH.dtype), target), grad_KRH)
+            grad_v_KCH = _matmul(transpose_copy(weights_KRC.astype(grad_KRH.dtype), target), grad_KRH)
             return (
                 grad_q_KRH + _matmul(grad_scores_KRC, k_KCH),
                 grad_k_nKCH.at[block].add(grad_k_KCH),
@@ -161,7 +165,7 @@ def _row_backward(
         grad_q_KRH, *grads_nKCH = lax.fori_loop(0, count, add, (jnp.zeros_like(q_KRH, jnp.float32), *grads))
         return tuple(grads_nKCH), grad_q_KRH
 
-    start = jnp.zeros_like(k_nKCH, jnp.float32), jnp.zeros_like(v_nKCH, jnp.float32)
+    start = jnp.zeros_like(k_nKCH, jnp.float32), jnp.zeros_like(k_nKCH, jnp.float32)
     grads_nKCH, grad_q_nKRH = lax.scan(of_queries, start, (q_nKRH, tokens_nC, grad_nKRH, inner_nKR, lse_nKR, *seen))
     return grad_q_nKRH, *grads_nKCH
 
@@ -200,11 +204,6 @@ def _by_token(x_BnKRH: jax.Array, like_BLNH: jax.Array) -> jax.Array:
     n, K = x_BnKRH.shape[1:3]
     x = x_BnKRH.reshape(B, n, K, N // K, L // n, H).transpose(0, 1, 4, 2, 3, 5)
     return x.reshape(like_BLNH.shape).astype(like_BLNH.dtype)
-
-
-def _products(x_KRH: jax.Array, y_KCH: jax.Array, target: Target) -> jax.Array:
-    """The inner products [K, R, C]."""
-    return _matmul(x_KRH, transpose_copy(y_KCH, target))
 
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
