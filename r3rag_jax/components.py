@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.console import Console
 
-from r3rag_jax.baselines.factory import BASELINES
 from r3rag_jax.compiling.peaks import utilization_of
 from r3rag_jax.config import Config
 from r3rag_jax.data.dataset import Dataset
@@ -21,12 +20,10 @@ from r3rag_jax.data.evidence import Evidence
 from r3rag_jax.data.questions import iterate_passages
 from r3rag_jax.data.records import OnError, Records
 from r3rag_jax.errors import UserError
-from r3rag_jax.evaluation.checkpoint import Checkpoint
 from r3rag_jax.evaluation.dev import DevEvaluation
 from r3rag_jax.evaluation.evaluator import Evaluator
 from r3rag_jax.evaluation.fingerprint import CORPUS, JUDGE, TOKENIZER
 from r3rag_jax.evaluation.systems import BASE_POLICY, SYSTEMS
-from r3rag_jax.evaluation.tables.cells import Cell, OpenedCell
 from r3rag_jax.models.paths import model_path, reading
 from r3rag_jax.models.policy import Policy
 from r3rag_jax.parallel.mesh import make_mesh, make_sampler_mesh
@@ -74,7 +71,7 @@ from r3rag_jax.world.dataset import prepare_data
 class Components:
     """The objects of one run; each is built once, when it is first accessed.
 
-    Only entry points and `experiment.py` hold a Components: all other code takes the objects that it needs.
+    Only entry points, `cells.py` and `experiment.py` hold a Components: all other code takes the objects that it needs.
     """
 
     def __init__(self, config: Config, run_dir: str | os.PathLike[str], console: Console | None = None):
@@ -463,37 +460,3 @@ def _without(config: Config, keys: Sequence[str]) -> dict[str, Any]:
         *sections, name = key.split(".")
         functools.reduce(lambda node, section: node[section], sections, tree).pop(name)
     return tree
-
-
-class CellComponents:
-    """Opens the cells of a table, or a single evaluation; neighbouring cells share what they can."""
-
-    def __init__(self, corpus: Path | None, console: Console | None = None):
-        """`corpus`: passages to search instead of those of a run's index."""
-        self._corpus, self._console = corpus, console
-        self._last: Components | None = None
-
-    def open(self, cell: Cell) -> OpenedCell:
-        """What measures a cell.
-
-        Raises:
-            UserError: its model, index or questions cannot be used.
-        """
-        components, before = self._components(cell.checkpoint), self._last
-        self._last = components
-        # A model that cannot be used is reported before an index is built.
-        _ = components.policy.tokenizer if cell.system in BASELINES else components.codec
-        if before is None or components.index_dir is not before.index_dir:
-            components.open_corpus(self._corpus, builds_index=cell.checkpoint.builds_index)
-            components.ensure_index()
-        path = cell.questions.path or components.dataset.path_of("test")
-        questions = components.read_questions(path, cell.system)
-        questions = questions.take(range(len(questions))[: cell.questions.limit or None])
-        has_own = components.config.retrieval.kind != "http" and has_index(components.index_dir)
-        num_passages = read_manifest(components.index_dir).num_passages if has_own else None
-        return OpenedCell(components.evaluator, questions, components.policy.decoder_config, num_passages)
-
-    def _components(self, checkpoint: Checkpoint) -> Components:
-        if self._last is not None and self._last.run == checkpoint.run:
-            return self._last.variant(checkpoint.config)
-        return Components(checkpoint.config, checkpoint.run, self._console)

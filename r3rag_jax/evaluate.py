@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from r3rag_jax.baselines.factory import BASELINES
-from r3rag_jax.components import CellComponents
+from r3rag_jax.cells import CellComponents
 from r3rag_jax.errors import main_guard
 from r3rag_jax.evaluation.checkpoint import open_checkpoint
 from r3rag_jax.evaluation.flags import PROG, evaluation_parser, parse_table

@@ -17,7 +17,7 @@ import r3rag_jax
 PACKAGE = Path(r3rag_jax.__file__).parent
 FOLDERS = (
     "types errors json_text config parallel run text data clients serving models retrieval sampler rollout rewards rl "
-    "training compiling baselines coldstart evaluation reporting live world components experiment"
+    "training compiling baselines coldstart evaluation reporting live world components cells experiment"
 ).split()  # the order of docs/concepts.md: each imports only from those before it
 ENTRY_POINTS = "train evaluate ask index serve convert compile demo report pretrain".split()
 FOLDER_ENTRY_POINTS = ["coldstart"]  # `python -m r3rag_jax.coldstart` runs coldstart/__main__.py
