@@ -218,7 +218,7 @@ def updates(
 
     batch: tuple[Any, ...]
     for dtype in dtypes:
-        chosen = dataclasses.replace(settings, dtype=dtype)
+        chosen = settings.replace(dtype=dtype)
         limit, peer = operations / matmul_flops(dtype), PyTorch(model, dtype, kind == "ppo")
         if kind == "sft":
             ours, batch, theirs = Ours.sft(model, chosen), (plain_rows(tokens),), functools.partial(peer.sft, tokens)
