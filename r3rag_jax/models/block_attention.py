@@ -92,11 +92,12 @@ def _backward(target: Target, saved: Any, grad_BLNH: jax.Array) -> tuple[Any, ..
     inner = jnp.sum(grad_BLNH.astype(jnp.float32) * out_BLNH.astype(jnp.float32), axis=-1, keepdims=True)
     inner_BnKR = _queries(inner, n, K)[..., 0]
     k_BnKCH = _keys(k_BLKH, n)
-    keys = k_BnKCH, transpose_copy(k_BnKCH, target), transpose_copy(_keys(v_BLKH, n), target)
-    inputs = _queries(_scaled(q_BLNH), n, K), *keys, tokens_BnC, seen, _queries(grad_BLNH, n, K), inner_BnKR, lse_BnKR
-    grads = lax.map(lambda row: _row_backward(target, *row), inputs)
-    grad_q_BnKRH, *grads_BnKCH = grads
-    grad_k, grad_v = (jnp.swapaxes(g, 2, 3).reshape(k_BLKH.shape).astype(k_BLKH.dtype) for g in grads_BnKCH)
+    of_keys = k_BnKCH, transpose_copy(k_BnKCH, target), transpose_copy(_keys(v_BLKH, n), target)
+    q_BnKRH, grad_BnKRH = _queries(_scaled(q_BLNH), n, K), _queries(grad_BLNH, n, K)
+    of_queries = (x for y in (q_BnKRH, grad_BnKRH) for x in (y, transpose_copy(y, target)))
+    inputs = *of_keys, *of_queries, inner_BnKR, lse_BnKR, tokens_BnC, seen
+    grad_q_BnKRH, *grads_BnKHC = lax.map(lambda row: _row_backward(*row), inputs)
+    grad_k, grad_v = (g.transpose(0, 1, 4, 2, 3).reshape(k_BLKH.shape).astype(k_BLKH.dtype) for g in grads_BnKHC)
     return _scaled(_by_token(grad_q_BnKRH, q_BLNH)), grad_k, grad_v, None
 
 
@@ -130,44 +131,46 @@ def _row_forward(
 
 
 def _row_backward(
-    target: Target,
-    q_nKRH: jax.Array,
     k_nKCH: jax.Array,
     k_nKHC: jax.Array,
     v_nKHC: jax.Array,
-    tokens_nC: Tokens,
-    seen: Seen,
+    q_nKRH: jax.Array,
+    q_nKHR: jax.Array,
     grad_nKRH: jax.Array,
+    grad_nKHR: jax.Array,
     inner_nKR: jax.Array,
     lse_nKR: jax.Array,
+    tokens_nC: Tokens,
+    seen: Seen,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of a row's scaled queries [n, K, R, H], keys and values [n, K, C, H], float32."""
+    """Gradients of a row's scaled queries [n, K, R, H], and of keys and values [n, K, H, C]; float32.
+
+    Every factor is transposed once a row, none in the loop.
+    """
 
     def of_queries(grads: tuple[jax.Array, jax.Array], inputs: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        q_KRH, queries_C, grad_KRH, inner_KR, lse_KR, blocks_n, count = inputs
+        q_KRH, q_KHR, grad_KRH, grad_KHR, inner_KR, lse_KR, queries_C, blocks_n, count = inputs
 
         def add(turn: jax.Array, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            grad_q_KRH, grad_k_nKCH, grad_v_nKCH = grads
+            grad_q_KRH, grad_k_nKHC, grad_v_nKHC = grads
             block = blocks_n[turn]
             k_KCH, k_KHC, v_KHC, keys_C = _at((k_nKCH, k_nKHC, v_nKHC, tokens_nC), block)
             scores_KRC, grad_weights_KRC = _matmul(q_KRH, k_KHC), _matmul(grad_KRH, v_KHC)
-            is_seen = _mask(queries_C, keys_C, q_KRH)
-            weights_KRC = jnp.where(is_seen, jnp.exp(scores_KRC - lse_KR[..., None]), 0.0)
+            weights_KRC = jnp.where(_mask(queries_C, keys_C, q_KRH), jnp.exp(scores_KRC - lse_KR[..., None]), 0.0)
             grad_scores_KRC = (weights_KRC * (grad_weights_KRC - inner_KR[..., None])).astype(q_KRH.dtype)
-            grad_k_KCH = _matmul(transpose_copy(grad_scores_KRC, target), q_KRH)
-            grad_v_KCH = _matmul(transpose_copy(weights_KRC.astype(grad_KRH.dtype), target), grad_KRH)
             return (
                 grad_q_KRH + _matmul(grad_scores_KRC, k_KCH),
-                grad_k_nKCH.at[block].add(grad_k_KCH),
-                grad_v_nKCH.at[block].add(grad_v_KCH),
+                grad_k_nKHC.at[block].add(_matmul(q_KHR, grad_scores_KRC)),
+                grad_v_nKHC.at[block].add(_matmul(grad_KHR, weights_KRC.astype(grad_KHR.dtype))),
             )
 
-        grad_q_KRH, *grads_nKCH = lax.fori_loop(0, count, add, (jnp.zeros_like(q_KRH, jnp.float32), *grads))
-        return tuple(grads_nKCH), grad_q_KRH
+        grad_q_KRH, *grads_nKHC = lax.fori_loop(0, count, add, (jnp.zeros_like(q_KRH, jnp.float32), *grads))
+        return tuple(grads_nKHC), grad_q_KRH
 
-    start = jnp.zeros_like(k_nKCH, jnp.float32), jnp.zeros_like(k_nKCH, jnp.float32)
-    grads_nKCH, grad_q_nKRH = lax.scan(of_queries, start, (q_nKRH, tokens_nC, grad_nKRH, inner_nKR, lse_nKR, *seen))
-    return grad_q_nKRH, *grads_nKCH
+    start = jnp.zeros_like(k_nKHC, jnp.float32), jnp.zeros_like(v_nKHC, jnp.float32)
+    inputs = q_nKRH, q_nKHR, grad_nKRH, grad_nKHR, inner_nKR, lse_nKR, tokens_nC, *seen
+    grads_nKHC, grad_q_nKRH = lax.scan(of_queries, start, inputs)
+    return grad_q_nKRH, *grads_nKHC
 
 
 def _at(tree: Any, block: jax.Array) -> Any:
