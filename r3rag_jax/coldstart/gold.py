@@ -1,8 +1,11 @@
 """Trajectories of gold decompositions: their hops become steps, and the live retriever brings the passages.
 
-For each hop the first wording of the query is taken that brings its evidence. The analysis says what the hops so far
-have shown, and what is needed next; a question without a wording that works is rejected, because its analysis would
-claim what no passage has shown.
+For each hop the first wording of the query is taken that brings its evidence. The analysis says what the last hop has
+shown, and what is needed next; a question without a wording that works is rejected, because its analysis would claim
+what no passage has shown.
+
+Every analysis after a search begins with the fact, whether another search follows or the answer: a policy that begins
+to write has then read it before its words commit it to one or the other.
 """
 
 from __future__ import annotations
@@ -31,13 +34,13 @@ FIRST = (
     "I begin with what the question rests on: {ask}",
 )
 NEXT = (
-    "The documents hold what I searched for. {fact} Next I have to find out: {ask}",
+    "{fact} Next I have to find out: {ask}",
     "{fact} With that known, the next thing to look up is: {ask}",
-    "According to the documents, this is settled: {fact} Still missing: {ask}",
+    "{fact} Still missing: {ask}",
 )
 LAST = (
     "{fact} That is what the question asks for, so I can answer: {answer}",
-    "The documents say so: {fact} Nothing is missing any more, and the answer is {answer}",
+    "{fact} Nothing is missing any more, and the answer is {answer}",
     "{fact} So all is known that the question needs. The answer is {answer}",
 )
 
@@ -156,15 +159,16 @@ def decomposition_fault(question: Question) -> str | None:
 def analysis(question: Question, hops: Sequence[Hop], number: int) -> str:
     """The analysis of the step for hop `number` (from 0), or of the answer after all of them.
 
-    The wording depends on the question's id alone. An answer that is not that of the last hop is drawn from all facts.
+    The wording depends on the question's id alone, and is of one kind in all steps. An answer that is not that of the
+    last hop is drawn from all facts.
     """
-    pick = zlib.crc32(question.id.encode())
+    pick = zlib.crc32(question.id.encode()) % len(FIRST)
     if number < len(hops):
         wordings = NEXT if number else FIRST
         fact = hops[number - 1].fact if number else ""
-        return wordings[(pick + number) % len(wordings)].format(fact=fact, ask=hops[number].ask)
+        return wordings[pick].format(fact=fact, ask=hops[number].ask)
     answer = question.golden_answers[0]
     is_last = normalize_answer(hops[-1].answer) == normalize_answer(answer)
     facts = [hops[-1].fact] if is_last else [hop.fact for hop in hops]
-    text = LAST[(pick + number) % len(LAST)].format(fact=" ".join(facts), answer=answer)
+    text = LAST[pick].format(fact=" ".join(facts), answer=answer)
     return text if text.endswith(".") else f"{text}."

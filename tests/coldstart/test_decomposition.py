@@ -78,3 +78,6 @@ def test_an_analysis_says_what_is_known_and_what_is_next() -> None:
     assert "1901" not in analysis(chain, found, 2)
     texts = {analysis(Question(str(i), "?", ("1902",), {}), found, 0) for i in range(20)}
     assert len(texts) == 3
+    for i in range(20):  # in whatever wording, what has been found comes before what follows from it
+        known, settled = (analysis(Question(str(i), "When did Bob die?", ("1902",), {}), found, n) for n in (1, 2))
+        assert known.startswith(found[0].fact) and settled.startswith(found[1].fact)
