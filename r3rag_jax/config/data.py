@@ -53,11 +53,6 @@ class DataConfig(Section):
     num_sft: int = key(
         0, "trajectories that the cold start uses, a random subset drawn with the seed; 0: all", "trajectories", ge=0
     )
-    balance: tuple[str, ...] = key(
-        (),
-        "fields of `metadata`, e.g. type and hops: the trajectories of num_sft, and each iteration's questions of RL, "
-        "are as many of one combination of their values as of another while there are any; empty: drawn from all alike",
-    )
     disjoint: bool = key(True, "RL leaves out questions with the text of one of the cold start's trajectories")
     hold_out: tuple[str, ...] = key(
         (),

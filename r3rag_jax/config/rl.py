@@ -86,6 +86,9 @@ class RLConfig(Section):
     questions: int = key(
         32, "questions per iteration; one that comes twice gives other samples, of the same group", "questions", ge=1
     )
+    balance: tuple[str, ...] = key(
+        (), "likewise `sft.balance`, of an iteration's questions, while a pass over all has any of a combination"
+    )
     epochs: int = key(1, "passes over an iteration's trajectories", "epochs", ge=1)
     async_rollouts: bool = key(
         False, "rollouts of the next iteration run during the update, with the policy before it (one step off-policy)"

@@ -13,6 +13,11 @@ class SFTConfig(Section):
     dotted: ClassVar[str] = "sft"
 
     epochs: int = key(3, "passes over the trajectories", "epochs", ge=1)
+    balance: tuple[str, ...] = key(
+        (),
+        "fields of `metadata`, e.g. type and hops: the trajectories of data.num_sft are as many of one combination of "
+        "their values as of another, while there are any; empty: drawn from all alike",
+    )
     batch_rows: int = key(8, "packed rows per step", "rows", ge=1)
     row_length: int = key(512, "length of a packed row", "tokens", ge=1)
     lr: float = key(1e-5, "peak learning rate of AdamW, cosine decay", ge=0)

@@ -1,4 +1,4 @@
-"""Class-balanced sampling: as many questions of one kind as of another (`data.balance`)."""
+"""Class-balanced sampling: as many questions of one kind as of another (`sft.balance`, `rl.balance`)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from r3rag_jax.errors import UserError
 from r3rag_jax.types import Question
 
 
-def strata_of(questions: Records[Question], fields: Sequence[str]) -> list[tuple[str, ...]]:
-    """The kind of each question: the values that these fields of its metadata have. Reads all of them.
+def strata_of(questions: Records[Question], fields: Sequence[str], key: str) -> list[tuple[str, ...]]:
+    """The kind of each question: the values that these fields of its metadata have.
+
+    Args:
+        key: the key of the configuration that names the fields, for messages.
 
     Raises:
         UserError: a question lacks one of the fields.
     """
+    if not fields:  # without reading them
+        return [()] * len(questions)
     kinds = []
     for index, question in enumerate(questions):
         if missing := [field for field in fields if question.metadata.get(field) is None]:
             there = ", ".join(question.metadata) or "none"
             raise UserError(
-                f"data.balance must be fields of each question's metadata, which are {there} in "
+                f"{key} must be fields of each question's metadata, which are {there} in "
                 f"{questions.place(index)}; got {missing[0]}"
             )
         kinds.append(tuple(str(question.metadata[field]) for field in fields))

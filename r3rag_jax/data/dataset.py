@@ -94,9 +94,8 @@ class Dataset:
                 f"{' without data.hold_out' if data.hold_out else ''}; got {data.num_sft}"
             )
         order = np.random.default_rng((self._config.seed, *b"sft")).permutation(len(found)).tolist()
-        if data.balance:
-            shuffled = found.take(order).map(lambda trajectory: trajectory.question)
-            order = [order[place] for place in balanced(strata_of(shuffled, data.balance))]
+        shuffled = found.take(order).map(lambda trajectory: trajectory.question)
+        order = [order[place] for place in balanced(strata_of(shuffled, self._config.sft.balance, "sft.balance"))]
         return found.take(sorted(order[: data.num_sft]))
 
     @functools.cached_property

@@ -19,7 +19,7 @@ class QuestionDraws:
     """The questions that each iteration rolls out: a function of seed and iteration alone.
 
     Resuming therefore needs no data position. Every question is used once before any is used again, in an order that is
-    shuffled anew for each pass; with `data.balance` an iteration has as many of one kind as of another, while a pass
+    shuffled anew for each pass; with `rl.balance` an iteration has as many of one kind as of another, while a pass
     has any. A question that is drawn again in the same iteration (the end of one pass and the beginning of the next, or
     fewer questions than `rl.questions`) gets further sample indices, hence other random keys: its samples are one
     larger group.
@@ -28,11 +28,10 @@ class QuestionDraws:
     def __init__(self, config: Config, questions: Records[Question]):
         """
         Raises:
-            UserError: a question's metadata lacks a field of `data.balance`.
+            UserError: a question's metadata lacks a field of `rl.balance`.
         """
         self._config, self._questions = config, questions
-        fields = config.data.balance
-        self._strata = strata_of(questions, fields) if fields else [()] * len(questions)
+        self._strata = strata_of(questions, config.rl.balance, "rl.balance")
 
     def requests(self, iteration: int) -> list[RolloutRequest]:
         """The requests of an iteration."""

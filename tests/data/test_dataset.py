@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from r3rag_jax.config import ColdStartConfig, Config, DataConfig
+from r3rag_jax.config import ColdStartConfig, Config, DataConfig, SFTConfig
 from r3rag_jax.config.data import split_source
 from r3rag_jax.data.balance import balanced
 from r3rag_jax.data.dataset import Dataset
@@ -24,7 +24,7 @@ def rows(*texts: str, prefix: str = "train_") -> list[dict[str, Any]]:
     return [{"id": f"{prefix}{i}", "question": text, "golden_answers": ["x"]} for i, text in enumerate(texts)]
 
 
-def dataset(tmp_path: Path, **given: Any) -> tuple[Dataset, list[str]]:
+def dataset(tmp_path: Path, *, cold_start: SFTConfig | None = None, **given: Any) -> tuple[Dataset, list[str]]:
     """A data set of files, given as lists of rows, with other keys of `data`; and what it says."""
     files = {name: value for name, value in given.items() if isinstance(value, list)}
     for name, content in files.items():
@@ -32,7 +32,8 @@ def dataset(tmp_path: Path, **given: Any) -> tuple[Dataset, list[str]]:
     keys = given | {name: f"{name}.jsonl" for name in files}
     data = DataConfig(source="files", dir=str(tmp_path), corpus="corpus.jsonl", **keys)
     said: list[str] = []
-    return Dataset(Config(data=data, phases=("index",)), RunDirectory(tmp_path), dict, OnError(say=said.append)), said
+    config = Config(data=data, sft=cold_start or SFTConfig(), phases=("index",))
+    return Dataset(config, RunDirectory(tmp_path), dict, OnError(say=said.append)), said
 
 
 def test_an_order_whose_every_beginning_is_balanced() -> None:
@@ -47,11 +48,11 @@ def test_a_balanced_cold_start(tmp_path: Path) -> None:
         row | {"steps": STEPS, "metadata": {"type": type, "hops": hops}}
         for row, (type, hops) in zip(rows(*(f"Who is {i}?" for i in range(9))), kinds, strict=True)
     ]
-    found, _ = dataset(tmp_path, sft=taught, num_sft=6, balance=("type", "hops"))
+    found, _ = dataset(tmp_path, sft=taught, num_sft=6, cold_start=SFTConfig(balance=("type", "hops")))
     drawn = Counter((t.question.metadata["type"], t.question.metadata["hops"]) for t in found.trajectories())
     assert drawn == {("bridge", 2): 2, ("bridge", 3): 2, ("comparison", 2): 2}
-    missing, _ = dataset(tmp_path, sft=taught, num_sft=4, balance=("hops", "depth"))
-    with pytest.raises(UserError, match=r"data\.balance must be fields .*, which are type, hops in .*:\d+; got depth"):
+    missing, _ = dataset(tmp_path, sft=taught, num_sft=4, cold_start=SFTConfig(balance=("hops", "depth")))
+    with pytest.raises(UserError, match=r"sft\.balance must be fields .*, which are type, hops in .*:\d+; got depth"):
         missing.trajectories()
 
 

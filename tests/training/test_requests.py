@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 
-from r3rag_jax.config import Config, DataConfig, RLConfig, RolloutConfig
+from r3rag_jax.config import Config, RLConfig, RolloutConfig
 from r3rag_jax.data.records import Records
 from r3rag_jax.errors import UserError
 from r3rag_jax.rewards.base import Resources
@@ -66,7 +66,7 @@ def test_the_first_draw_keeps_its_samples_whatever_else_is_drawn() -> None:
 
 def test_balanced_iterations_have_as_many_of_each_kind_while_there_are_any() -> None:
     questions = numbered(20)  # sixteen of one hop, four of two
-    config = Config(data=DataConfig(balance=("hops",)), rl=RLConfig(questions=4), rollout=RolloutConfig(samples=1))
+    config = Config(rl=RLConfig(questions=4, balance=("hops",)), rollout=RolloutConfig(samples=1))
     draws = QuestionDraws(config, questions)
     hops = [[request.question.metadata["hops"] for request in draws.requests(i)] for i in range(10)]
     one_pass = [[1, 1, 2, 2]] * 2 + [[1] * 4] * 3
@@ -75,8 +75,8 @@ def test_balanced_iterations_have_as_many_of_each_kind_while_there_are_any() -> 
     assert sorted(drawn) == sorted(questions.ids)
     others = draws.replacements(0, 1, 4, set(drawn[:4]))
     assert sorted(request.question.metadata["hops"] for request in others) == [1, 1, 2, 2]
-    with pytest.raises(UserError, match=r"data\.balance must be fields .*, which are hops in rl\.jsonl:1; got type"):
-        QuestionDraws(config.replace(data=DataConfig(balance=("hops", "type"))), questions)
+    with pytest.raises(UserError, match=r"rl\.balance must be fields .*, which are hops in rl\.jsonl:1; got type"):
+        QuestionDraws(config.replace(rl=config.rl.replace(balance=("hops", "type"))), questions)
 
 
 def test_a_question_that_comes_again_counts_as_often_as_it_was_drawn() -> None:
