@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from r3rag_jax.config import Config, RLConfig, RolloutConfig
+from r3rag_jax.data.records import Records
 from r3rag_jax.rewards.base import Resources
 from r3rag_jax.rewards.scorer import Scorer, Scores
 from r3rag_jax.rollout.request import RolloutRequest
@@ -34,7 +35,7 @@ def assert_same_scores(one: Scores, other: Scores) -> None:
 
 def test_questions_that_teach_nothing_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake policy answers questions of an even number right or wrong in turn, and all others wrong."""
-    questions = [Question(str(i), f"q{i}", ("x",)) for i in range(12)]
+    questions = Records("rl.jsonl", enumerate(Question(str(i), f"q{i}", ("x",)) for i in range(12)))
     rl_config = RLConfig(algorithm="grpo", questions=4, max_resamples=2)
     config = Config(rl=rl_config, rollout=RolloutConfig(samples=2, temperatures=(1.0,)))
     drawn: list[list[int]] = []
