@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
+
 from r3rag_jax.data.records import Records
 from r3rag_jax.errors import UserError
 from r3rag_jax.types import Question
@@ -31,6 +33,12 @@ def strata_of(questions: Records[Question], fields: Sequence[str], key: str) -> 
             )
         kinds.append(tuple(str(question.metadata[field]) for field in fields))
     return kinds
+
+
+def shuffled(strata: Sequence[tuple[str, ...]], seed: Sequence[int]) -> list[int]:
+    """All positions in a random order, `balanced`."""
+    order = np.random.default_rng(seed).permutation(len(strata)).tolist()
+    return [order[place] for place in balanced([strata[index] for index in order])]
 
 
 def balanced(strata: Sequence[tuple[str, ...]]) -> list[int]:

@@ -10,11 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from r3rag_jax.config import Config
 from r3rag_jax.config.coldstart import TRAJECTORIES
-from r3rag_jax.data.balance import balanced, strata_of
+from r3rag_jax.data.balance import shuffled, strata_of
 from r3rag_jax.data.leakage import check_leakage
 from r3rag_jax.data.questions import identity, question_to_dict, read_questions
 from r3rag_jax.data.readers import tfds
@@ -93,9 +91,8 @@ class Dataset:
                 f"data.num_sft must be at most {len(found)}, what {data.path('sft')} holds"
                 f"{' without data.hold_out' if data.hold_out else ''}; got {data.num_sft}"
             )
-        order = np.random.default_rng((self._config.seed, *b"sft")).permutation(len(found)).tolist()
-        shuffled = found.take(order).map(lambda trajectory: trajectory.question)
-        order = [order[place] for place in balanced(strata_of(shuffled, self._config.sft.balance, "sft.balance"))]
+        questions = found.map(lambda trajectory: trajectory.question)
+        order = shuffled(strata_of(questions, self._config.sft.balance, "sft.balance"), (self._config.seed, *b"sft"))
         return found.take(sorted(order[: data.num_sft]))
 
     @functools.cached_property

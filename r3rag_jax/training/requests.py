@@ -6,10 +6,8 @@ import itertools
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-import numpy as np
-
 from r3rag_jax.config import Config
-from r3rag_jax.data.balance import balanced, strata_of
+from r3rag_jax.data.balance import shuffled, strata_of
 from r3rag_jax.data.records import Records
 from r3rag_jax.rollout.request import RolloutRequest
 from r3rag_jax.types import Question
@@ -61,8 +59,7 @@ class QuestionDraws:
 
     def _shuffled(self, indices: Sequence[int], seed: tuple[int, ...]) -> list[int]:
         """These questions in a random order, balanced."""
-        order = [indices[place] for place in np.random.default_rng(seed).permutation(len(indices)).tolist()]
-        return [order[place] for place in balanced([self._strata[index] for index in order])]
+        return [indices[place] for place in shuffled([self._strata[index] for index in indices], seed)]
 
     def _requests_of(self, index: int, iteration: int, draw: int = 0) -> list[RolloutRequest]:
         """`rollout.samples` requests of a question, cycling through `rollout.temperatures`.

@@ -35,7 +35,7 @@ def assert_same_scores(one: Scores, other: Scores) -> None:
 
 def test_questions_that_teach_nothing_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake policy answers questions of an even number right or wrong in turn, and all others wrong."""
-    questions = Records("rl.jsonl", enumerate(Question(str(i), f"q{i}", ("x",)) for i in range(12)))
+    questions = Records("rl.jsonl", enumerate((Question(str(i), f"q{i}", ("x",)) for i in range(12)), 1))
     rl_config = RLConfig(algorithm="grpo", questions=4, max_resamples=2)
     config = Config(rl=rl_config, rollout=RolloutConfig(samples=2, temperatures=(1.0,)))
     drawn: list[list[int]] = []
