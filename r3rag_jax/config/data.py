@@ -13,6 +13,7 @@ from r3rag_jax.config.section import ConfigError, Section, key, require
 
 # Data sets whose released layouts are read (`data/readers/layouts.py`); `flashrag` is FlashRAG's layout of any.
 DATA_SETS = ("flashrag", "hotpotqa", "2wikimultihopqa", "musique", "nq", "triviaqa", "popqa", "bamboogle")
+FILES_READ = {"sft": ("sft",), "rl": ("rl", "dev"), "eval": ("test",)}  # by phase; the first must be given
 
 
 def split_source(source: str | Path) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from pydantic import field_validator, model_validator
 
 from r3rag_jax.config.baselines import BaselinesConfig
 from r3rag_jax.config.coldstart import ColdStartConfig
-from r3rag_jax.config.data import DataConfig
+from r3rag_jax.config.data import FILES_READ, DataConfig
 from r3rag_jax.config.evaluation import BASE_SYSTEMS, EvalConfig
 from r3rag_jax.config.guards import GuardsConfig
 from r3rag_jax.config.judge import JudgeConfig
@@ -93,7 +93,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_files(self) -> Self:
         """Every phase has the file that it reads."""
-        for phase, name in (("sft", "sft"), ("rl", "rl"), ("eval", "test")):
+        for phase, (name, *_) in FILES_READ.items():
             require(
                 self.data.source != "files" or phase not in self.phases or getattr(self.data, name) != "",
                 f"data.{name} must be given when data.source is files and phases has {phase}; got none",

@@ -12,6 +12,7 @@ from typing import Any
 
 from r3rag_jax.config import Config
 from r3rag_jax.config.coldstart import TRAJECTORIES
+from r3rag_jax.config.data import FILES_READ
 from r3rag_jax.data.balance import shuffled, strata_of
 from r3rag_jax.data.leakage import check_leakage
 from r3rag_jax.data.questions import identity, question_to_dict, read_questions
@@ -28,8 +29,6 @@ from r3rag_jax.parallel.processes import check_same, on_process_0
 from r3rag_jax.run.digests import check_sums
 from r3rag_jax.run.directory import RunDirectory
 from r3rag_jax.types import Passage, Question, Trajectory
-
-READ_BY = {"sft": ("sft",), "rl": ("rl", "dev", "sft"), "eval": ("test",)}  # files of `data`, by phase
 
 
 class Dataset:
@@ -49,9 +48,9 @@ class Dataset:
             UserError: one is not.
         """
         data = self._config.data
-        names = dict.fromkeys(name for phase in phases for name in READ_BY.get(phase, ()))
-        if "sft" not in phases and not data.disjoint:
-            names.pop("sft", None)
+        names = [name for phase in phases for name in FILES_READ.get(phase, ())]
+        if "rl" in phases and "sft" not in phases and data.disjoint:
+            names.append("sft")
         for name in names if data.source == "files" else ():
             path = data.path(name)
             # A copy in the run directory will do.
@@ -212,12 +211,11 @@ class Dataset:
         data, phases = self._config.data, self._config.phases
         if data.source == "world" or data.leakage == "off":
             return []
-        names = {"rl": "rl", "dev": "rl", "test": "eval"}  # split -> the phase that reads it
+        names = [name for phase in phases for name in FILES_READ.get(phase, ()) if getattr(data, name)]
         splits = {
-            name: self.questions(name) for name, phase in names.items() if phase in phases and getattr(data, name)
+            name: self.trajectories().map(lambda one: one.question) if name == "sft" else self.questions(name)
+            for name in names
         }
-        if "sft" in phases and data.sft:
-            splits["sft"] = self.trajectories().map(lambda trajectory: trajectory.question)
         found = check_leakage({name: questions for name, questions in splits.items() if questions})
         if found and data.leakage == "refuse":
             remedy = "take them out of one of the files, or data.leakage=report"
