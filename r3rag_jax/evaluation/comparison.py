@@ -68,13 +68,17 @@ class Pooled:
     p_value: float
 
 
-def compare_runs(pairs: Sequence[tuple[Path, Path]], metric: str) -> tuple[list[Pooled], list[Pooled]]:
+def compare_runs(
+    names: Sequence[str], pairs: Sequence[tuple[Path, Path]], metric: str, varied: Collection[str] = ()
+) -> tuple[list[Pooled], list[Pooled]]:
     """Compare a metric of two results in each of several runs, which have answered the same questions.
 
     Between runs nothing may differ but what was trained, TRAINED_FACTS and the policies.
 
     Args:
-        pairs: `eval/<name>.json` of both, of each run.
+        names: of the runs.
+        pairs: `eval/<name>.json` of both, of each run; a result may be that of several.
+        varied: facts in which the two of a run are meant to differ.
 
     Returns:
         Each run by its name, and the mean over the runs: of all questions, then of each group.
@@ -82,7 +86,7 @@ def compare_runs(pairs: Sequence[tuple[Path, Path]], metric: str) -> tuple[list[
     Raises:
         UserError: as `compare`; or the runs are not comparable, or a result lacks the metric.
     """
-    found = [compare(one, other) for one, other in pairs]
+    found = [compare(one, other, varied) for one, other in pairs]
     for side in zip(*pairs, strict=True):
         for path in side[1:]:
             compare(side[0], path, TRAINED_FACTS)
@@ -95,7 +99,6 @@ def compare_runs(pairs: Sequence[tuple[Path, Path]], metric: str) -> tuple[list[
     groups = {ALL: np.arange(len(rows))}
     for group in sorted({name for row in rows for name in row.get("groups", ())}, key=group_order):
         groups[group] = np.flatnonzero([group in row.get("groups", ()) for row in rows])
-    names = [pair[0].resolve().parent.parent.name for pair in pairs]
     runs = [_pooled(name, metric, values_RSQ[i : i + 1]) for i, name in enumerate(names)]
     return runs, [_pooled(name, metric, values_RSQ[:, :, chosen]) for name, chosen in groups.items()]
 

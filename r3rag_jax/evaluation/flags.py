@@ -44,9 +44,7 @@ def comparison_parser() -> FlagParser:
     """The flags of `compare`."""
     parser = FlagParser(prog=f"{PROG} compare", description="Compare two results of the same questions.")
     parser.add_argument("results", nargs=2, type=Path, metavar="RESULT", help="a file eval/<name>.json of any run")
-    parser.add_argument(
-        "--varied", nargs="+", default=[], metavar="FACT", help="facts in which they may differ, e.g. retrieval.top_k"
-    )
+    _add_varied(parser)
     return parser
 
 
@@ -59,10 +57,18 @@ def runs_parser() -> FlagParser:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders with eval/<name>.json of both")
     parser.add_argument(
         "--results", nargs=2, default=TRAINED_SYSTEMS, metavar="NAME",
-        help=f"which results of eval are compared; default: {' '.join(TRAINED_SYSTEMS)}",
+        help="which results of eval are compared; a path that ends with .json is one that all runs are compared with; "
+        f"default: {' '.join(TRAINED_SYSTEMS)}",
     )  # fmt: skip
     parser.add_argument("--metric", default="em", help="a metric of the results; default: em")
+    _add_varied(parser)
     return parser
+
+
+def _add_varied(parser: FlagParser) -> None:
+    parser.add_argument(
+        "--varied", nargs="+", default=[], metavar="FACT", help="facts in which they may differ, e.g. retrieval.top_k"
+    )
 
 
 def habits_parser() -> FlagParser:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -40,18 +41,34 @@ def contrast_runs(words: Sequence[str]) -> None:
         UserError: as `compare_runs`.
     """
     args = runs_parser().parse_args(words)
-    one, other = args.results
-    Console().print(*tables_of_runs([RunDirectory.at(run) for run in args.runs], one, other, args.metric))
+    Console().print(
+        *tables_of_runs([RunDirectory.at(run) for run in args.runs], *args.results, args.metric, args.varied)
+    )
 
 
-def tables_of_runs(runs: Sequence[RunDirectory], one: str, other: str, metric: str) -> list[Table]:
+def tables_of_runs(
+    runs: Sequence[RunDirectory], one: str, other: str, metric: str, varied: Collection[str] = ()
+) -> list[Table]:
     """A metric of two results in several runs and in their mean, and what the phases took, where that was recorded.
+
+    Args:
+        one, other: names of results; a path that ends with .json is a result that all runs are compared with.
+        varied: facts in which the two of a run are meant to differ.
 
     Raises:
         UserError: as `compare_runs`.
     """
-    rows, means = compare_runs([(run.evaluation(one), run.evaluation(other)) for run in runs], metric)
-    return [runs_table((one, other), metric, rows, means), *phases_of_runs(runs)]
+    pairs = [(_result_of(run, one), _result_of(run, other)) for run in runs]
+    rows, means = compare_runs([run.path.resolve().name for run in runs], pairs, metric, varied)
+    return [runs_table((_name_of(one), _name_of(other)), metric, rows, means), *phases_of_runs(runs)]
+
+
+def _result_of(run: RunDirectory, result: str) -> Path:
+    return Path(result) if result.endswith(".json") else run.evaluation(result)
+
+
+def _name_of(result: str) -> str:
+    return Path(result).stem if result.endswith(".json") else result
 
 
 def tables_of_seeds(runs: Sequence[RunDirectory]) -> list[Table]:

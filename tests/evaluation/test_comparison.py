@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from attempts import attempt, question
 
+from r3rag_jax import evaluate
 from r3rag_jax.data.jsonl import write_jsonl
 from r3rag_jax.errors import UserError
 from r3rag_jax.evaluation.comparison import compare, compare_runs
@@ -90,7 +91,7 @@ def test_two_systems_in_several_runs(tmp_path: Path) -> None:
         )
         for run, one, other in (("x", "rrww", "rrrw"), ("y", "rwww", "rrww"))
     ]
-    runs, means = compare_runs(pairs, "em")
+    runs, means = compare_runs("xy", pairs, "em")
     assert [(row.name, row.num, row.one, row.other, row.p_value) for row in runs] == [
         ("x", 4, 50, 75, 1.0), ("y", 4, 25, 50, 1.0),
     ]  # fmt: skip
@@ -102,6 +103,23 @@ def test_two_systems_in_several_runs(tmp_path: Path) -> None:
     assert means[3].p_value == 1.0 and means[0].interval[0] >= 0
 
 
+def test_several_runs_against_one_result_of_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Typed out: the baseline is right once in four, the runs' means are 1, 1/2, 1/2, 0."""
+    baseline = write(tmp_path / "base", "wwwr", "ircot", **{"retrieval.top_k": 5})
+    for run, right in (("x", "rrww"), ("y", "rwrw")):
+        write(tmp_path / run, right, policy=f"rl {run}")
+    words = ["runs", str(tmp_path / "x"), str(tmp_path / "y"), "--results", str(baseline), "r3rag"]
+    assert evaluate.main(words) == 2
+    assert "they differ in retrieval.top_k (5, 2)" in capsys.readouterr().err
+    assert evaluate.main([*words, "--varied", "retrieval.top_k"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["n", "IRCoT", "R3-RAG", "difference", "95", "%", "interval", "p"] in lines
+    assert {tuple(line[:-4]) for line in lines if line[:1] in (["x"], ["y"], ["mean"])} == {
+        ("x", "4", "25.0", "50.0", "25.0"), ("y", "4", "25.0", "50.0", "25.0"),
+        ("mean", "of", "2", "4", "25.0", "50.0", "25.0"),
+    }  # fmt: skip
+
+
 def test_many_small_differences_of_the_same_sign_are_no_chance(tmp_path: Path) -> None:
     pairs = []
     for run in range(3):  # each run alone: five more are right, p = 1/16; together fifteen other questions
@@ -109,7 +127,7 @@ def test_many_small_differences_of_the_same_sign_are_no_chance(tmp_path: Path) -
         right[run * 5 : run * 5 + 5] = "rrrrr"
         folder = tmp_path / str(run)
         pairs.append((write(folder, "w" * 15, "cold_start"), write(folder, "".join(right))))
-    runs, means = compare_runs(pairs, "em")
+    runs, means = compare_runs("012", pairs, "em")
     assert all(row.p_value == pytest.approx(1 / 16) for row in runs)
     assert means[0].p_value < 0.001 and means[0].other == pytest.approx(100 / 3)
 
@@ -120,8 +138,8 @@ def test_runs_that_are_not_comparable_are_refused(tmp_path: Path) -> None:
 
     one, other = pair("x"), pair("y", **{"retrieval.top_k": 5})
     with pytest.raises(UserError, match=r"they differ in retrieval\.top_k \(2, 5\)"):
-        compare_runs([one, other], "em")
+        compare_runs("xy", [one, other], "em")
     with pytest.raises(UserError, match=r"--metric must be one that .* have \(em, .*\); got bleu$"):
-        compare_runs([one], "bleu")
+        compare_runs("x", [one], "bleu")
     with pytest.raises(UserError, match=r"nowhere.* cannot be read"):
-        compare_runs([one, (tmp_path / "nowhere.json", one[1])], "em")
+        compare_runs("xy", [one, (tmp_path / "nowhere.json", one[1])], "em")
