@@ -41,9 +41,9 @@ def contrast_runs(words: Sequence[str]) -> None:
         UserError: as `compare_runs`.
     """
     args = runs_parser().parse_args(words)
-    Console().print(
-        *tables_of_runs([RunDirectory.at(run) for run in args.runs], *args.results, args.metric, args.varied)
-    )
+    one, other = args.results
+    runs = [RunDirectory.at(run) for run in args.runs]
+    Console().print(*tables_of_runs(runs, one, other, args.metric, args.varied))
 
 
 def tables_of_runs(
