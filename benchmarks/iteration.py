@@ -1,6 +1,6 @@
 """An iteration of RL compared with that of TRL's GRPOTrainer with a search tool, in one process.
 
-    python benchmarks/iteration.py RUN [--questions 8 --samples 4]     RUN has an index and a policy of the cold start
+    python benchmarks/iteration.py RUN [--questions 8 --samples 4]     RUN has a policy of the cold start
 
 Both begin with the cold start's policy of RUN, a run with `rollout.protocol=tags`, and train LoRA adapters of its rank
 on the same questions: samples at temperature 1 that search the run's index, exact match as TRL's reward, one pass of
@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -206,7 +207,8 @@ def grpo_settings(config: Config, folder: str, dtype: str, batch: int, end_ids: 
         beta=0.0,
         learning_rate=config.rl.lr,
         bf16=dtype == "bfloat16",
-        model_init_kwargs={"dtype": "float32"},
+        use_cpu=jax.default_backend() == "cpu",
+        model_init_kwargs={"dtype": dtype},
         gradient_checkpointing=False,
         report_to=[],
         save_strategy="no",
@@ -253,16 +255,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     use_compile_cache()
     console = Console()
+    trained = load_config(args.run / "config.yaml", [])
+    index = trained.retrieval.index_dir or args.run / "index"
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
             args.run / "config.yaml",
             [
                 "phases=rl", f"run_dir={folder}", f"model.path={args.run / 'policy' / 'sft'}", "rl.algorithm=grpo",
-                f"retrieval.index_dir={args.run / 'index'}", f"rl.questions={args.questions}", "rl.kl.coef=0",
+                f"retrieval.index_dir={index}", f"rl.questions={args.questions}", "rl.kl.coef=0",
                 f"rollout.samples={args.samples}", f"rollout.slots={args.questions * args.samples}",
                 f"rl.iterations={args.rounds + 1}", "rl.drop_zero_variance=false",
-                "rl.negative_weight=1", "rl.step_discount=1", f"model.dtype={args.dtype}", "log.trajectories=0",
-                "log.progress=false", "data.sft=", "data.refresh_retrieved=false", "data.leakage=off",
+                "rollout.temperatures=[1]", "rl.negative_weight=1", "rl.step_discount=1", f"model.dtype={args.dtype}",
+                "log.trajectories=0", "log.progress=false", "data.sft=", "data.refresh_retrieved=false",
+                "data.leakage=off",
             ],
         )  # fmt: skip
         ours, found = Ours(config, f"{folder}/ours", args.questions, console), defaultdict[str, list[Figures]](list)
