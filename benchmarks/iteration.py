@@ -1,6 +1,6 @@
 """An iteration of RL compared with that of TRL's GRPOTrainer with a search tool, in one process.
 
-    python benchmarks/iteration.py RUN [--questions 8 --samples 4]     RUN has a policy of the cold start
+    python benchmarks/iteration.py RUN [--questions 8 --samples 4] [key=value …]   RUN has a policy of the cold start
 
 Both begin with the cold start's policy of RUN, a run with `rollout.protocol=tags`, and train LoRA adapters of its rank
 on the same questions: samples at temperature 1 that search the run's index, exact match as TRL's reward, one pass of
@@ -252,7 +252,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measured iterations")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of both")
     parser.add_argument("--batch", type=int, default=4, help="trajectories in a forward pass of TRL's update")
-    args = parser.parse_args(argv)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys in which ours differs from RUN")
+    args = parser.parse_intermixed_args(argv)
     use_compile_cache()
     console = Console()
     trained = load_config(args.run / "config.yaml", [])
@@ -267,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"rl.iterations={args.rounds + 1}", "rl.drop_zero_variance=false",
                 "rollout.temperatures=[1]", "rl.negative_weight=1", "rl.step_discount=1", f"model.dtype={args.dtype}",
                 "log.trajectories=0", "log.progress=false", "data.sft=", "data.refresh_retrieved=false",
-                "data.leakage=off",
+                "data.leakage=off", *args.overrides,
             ],
         )  # fmt: skip
         ours, found = Ours(config, f"{folder}/ours", args.questions, console), defaultdict[str, list[Figures]](list)
