@@ -252,7 +252,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measured iterations")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of both")
     parser.add_argument("--batch", type=int, default=4, help="trajectories in a forward pass of TRL's update")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys in which ours differs from RUN")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="keys that differ from RUN's; TRL takes those of `rollout`, `lora` and `rl.lr`, too",
+    )
     args = parser.parse_intermixed_args(argv)
     use_compile_cache()
     console = Console()

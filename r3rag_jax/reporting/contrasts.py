@@ -60,15 +60,12 @@ def tables_of_runs(
     """
     pairs = [(_result_of(run, one), _result_of(run, other)) for run in runs]
     rows, means = compare_runs([run.path.resolve().name for run in runs], pairs, metric, varied)
-    return [runs_table((_name_of(one), _name_of(other)), metric, rows, means), *phases_of_runs(runs)]
+    names = [Path(result).name.removesuffix(".json") for result in (one, other)]
+    return [runs_table(names, metric, rows, means), *phases_of_runs(runs)]
 
 
 def _result_of(run: RunDirectory, result: str) -> Path:
     return Path(result) if result.endswith(".json") else run.evaluation(result)
-
-
-def _name_of(result: str) -> str:
-    return Path(result).stem if result.endswith(".json") else result
 
 
 def tables_of_seeds(runs: Sequence[RunDirectory]) -> list[Table]:
